@@ -1,0 +1,265 @@
+"""TokenFormer checkpoints in the authors' layout: a folder with config.json and pytorch_model.bin or model.safetensors.
+
+The released models are `Haiyang-W/TokenFormer-{150M,450M,900M,1-5B}`. Tensors need no transposes; only the names and
+the stacking over layers differ. Reading a .bin needs PyTorch (`pip install "jaxtok[torch]"`), which reads it with
+`weights_only=True`; safetensors need nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from jaxtok.lm.tokenformer import TokenFormerConfig
+from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
+
+_SITES = {  # group -> the authors' name in a layer
+    "query": "attention.query",
+    "key": "attention.key",
+    "value": "attention.value",
+    "output": "attention.proj",
+    "ffn": "mlp",
+}
+_NORM_LEAVES = {  # kind of norm -> our leaf and the authors'
+    "layernorm": {"scale": "weight", "bias": "bias"},
+    "layernorm_nonparam": {},
+    "rmsnorm": {"scale": "scale"},
+    "scalenorm": {"scale": "g"},
+}
+
+
+def tensor_names(config: TokenFormerConfig) -> dict[tuple[str, ...], str]:
+    """Our parameter paths to the authors' names; `{layer}` in a name stands for the layer's number plus 2."""
+    names = {("embedding",): "sequential.0.word_embeddings.weight"}
+    blocks = ("stack", "blocks")
+    for group, site in _SITES.items():
+        place = (*blocks, group) if group == "ffn" else (*blocks, "attention", group)
+        for leaf, official in {"keys": "key_param_tokens", "values": "value_param_tokens"}.items():
+            names[*place, leaf] = f"sequential.{{layer}}.{site}.{official}"
+    for ours, theirs in {"norm_attention": "input_layernorm", "norm_ffn": "post_attention_layernorm"}.items():
+        for leaf, official in _NORM_LEAVES[config.norm].items():
+            names[*blocks, ours, leaf] = f"sequential.{{layer}}.{theirs}.{official}"
+    for leaf, official in _NORM_LEAVES[config.final_norm or config.norm].items():
+        names["final_norm", leaf] = f"sequential.{config.num_layers + 3}.norm.{official}"
+    if not config.tie_embeddings:
+        names[("head_matrix",)] = f"sequential.{config.num_layers + 4}.final_linear.weight"
+    return names
+
+
+def config_from_official(official: Mapping[str, Any], tensors: Mapping[str, np.ndarray] | None = None, **overrides):
+    """Our config from the authors' options (the keys of their config.json or YAML), checked against tensors' shapes.
+
+    Raises:
+      ValueError: an option that the model here does not have, or one that contradicts the tensors.
+    """
+    get = official.get
+    if get("pos_emb", "rotary") not in ("rotary", "none"):
+        raise ValueError(f"pos_emb is {get('pos_emb')!r}; only rotary and none can be read.")
+    qkv = get("qkv_slot_num")
+    counts = TokenCounts(query=qkv, key=qkv, value=qkv, output=get("proj_slot_num"), ffn=get("ffn_slot_num"))
+    counts = TokenCounts(**get("jaxtok_tokens", {})) | counts
+    vocab = get("padded_vocab_size") or get("vocab_size") or 0
+    if tensors is not None:
+        vocab = _inferred(tensors, "sequential.0.word_embeddings.weight", official, "padded_vocab_size")
+        for group, site in _SITES.items():
+            name = f"sequential.2.{site}.key_param_tokens"
+            rows = _shape(tensors, name)[0]
+            if rows != getattr(counts, group):
+                raise ValueError(f"{name} has {rows} rows, but config.json says {getattr(counts, group)}.")
+        layers = {int(m[1]) - 1 for name in tensors if (m := re.match(r"sequential\.(\d+)\.mlp\.", name))}
+        if max(layers) != get("num_layers"):
+            raise ValueError(f"the tensors are of {max(layers)} layers, but config.json says {get('num_layers')}.")
+    return TokenFormerConfig(
+        **{
+            "num_layers": official["num_layers"],
+            "d_model": official["hidden_size"],
+            "num_heads": official["num_attention_heads"],
+            "tokens": counts,
+            "norm_tokens": TokenCounts(**get("jaxtok_norm_tokens", {})),
+            "normalization": get("norm_activation_type", "l2_norm_gelu"),
+            "vocab_size": vocab,
+            "max_length": get("max_position_embeddings", 2048),
+            "rotary_fraction": get("rotary_pct", 1.0) if get("pos_emb", "rotary") == "rotary" else 0.0,
+            "rotary_base": float(get("rotary_emb_base", 10000)),
+            "norm": get("norm", "layernorm"),
+            "final_norm": get("final_norm") or "",
+            "tie_embeddings": not get("no_weight_tying", False),
+            "dropout": float(get("hidden_dropout", 0.0)),
+        }
+        | overrides
+    )
+
+
+def _shape(tensors, name):
+    if name not in tensors:
+        raise ValueError(f"the checkpoint has no tensor {name}.")
+    return tensors[name].shape
+
+
+def _inferred(tensors, name, official, key):
+    rows = _shape(tensors, name)[0]
+    if key in official and official[key] != rows:
+        raise ValueError(f"{name} has {rows} rows, but config.json says {key} = {official[key]}.")
+    return rows
+
+
+def params_from_official(config: TokenFormerConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Our parameter tree from the authors' tensors by name.
+
+    Raises:
+      ValueError: tensors are missing, unknown or of another shape; the message names them.
+    """
+    from jaxtok.lm.decoder import Decoder  # only for the shapes that are expected
+
+    shapes = expected_shapes(Decoder(config))
+    left = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
+    tree: dict[str, Any] = {}
+    problems = []
+    for path, pattern in tensor_names(config).items():
+        stacked = "{layer}" in pattern
+        layers = range(config.num_layers) if stacked else [0]
+        shape = shapes[path][1:] if stacked else shapes[path]
+        arrays = []
+        for name in (pattern.format(layer=i + 2) for i in layers):
+            if name not in tensors:
+                problems.append(f"{name} is missing")
+                continue
+            left.discard(name)
+            if tuple(tensors[name].shape) != shape:
+                problems.append(f"{name} has shape {tuple(tensors[name].shape)} instead of {shape}")
+            arrays.append(tensors[name])
+        if not problems:
+            node = tree
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = np.stack(arrays) if stacked else np.asarray(arrays[0])
+    problems += [f"{name} is unknown" for name in sorted(left)]
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise ValueError(f"the checkpoint does not fit its config: {'; '.join(problems[:8])}{more}.")
+    return tree
+
+
+def params_to_official(config: TokenFormerConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The authors' tensors by name, from our parameter tree."""
+    tensors = {}
+    for path, pattern in tensor_names(config).items():
+        leaf: Any = params
+        for key in path:
+            leaf = leaf[key]
+        array = np.asarray(leaf)
+        if "{layer}" in pattern:
+            tensors |= {pattern.format(layer=i + 2): np.ascontiguousarray(array[i]) for i in range(config.num_layers)}
+        else:
+            tensors[pattern] = array
+    return tensors
+
+
+def expected_shapes(model) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Parameter paths of a language model to shapes, without making any array."""
+    import flax.traverse_util
+    import jax
+    import jax.numpy as jnp
+
+    from jaxtok.lm.decoder import init_params
+
+    tree = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
+
+
+def official_config(config: TokenFormerConfig) -> dict[str, Any]:
+    """The options for config.json, by the authors' names.
+
+    What their code cannot express (groups of unequal size among query, key and value; a fixed normalisation scale)
+    is added under `jaxtok_tokens` and `jaxtok_norm_tokens`, so that `read_official` restores the model exactly; their
+    code would compute another function from it.
+    """
+    t = config.tokens
+    options = {
+        "architectures": ["TokenFormerForCausalLM"],
+        "num_layers": config.num_layers,
+        "hidden_size": config.d_model,
+        "num_attention_heads": config.num_heads,
+        "qkv_slot_num": t.query,
+        "proj_slot_num": t.output,
+        "ffn_slot_num": t.ffn,
+        "max_position_embeddings": config.max_length,
+        "pos_emb": "rotary" if config.rotary_fraction else "none",
+        "rotary_pct": config.rotary_fraction,
+        "rotary_emb_base": config.rotary_base,
+        "no_weight_tying": not config.tie_embeddings,
+        "norm": config.norm,
+        "final_norm": config.final_norm or None,
+        "norm_activation_type": config.normalization,
+        "init_method": "normal",
+        "output_layer_init_method": "wang_init",
+        "hidden_dropout": config.dropout,
+        "padded_vocab_size": config.vocab_size,
+        "torch_dtype": config.param_dtype,
+    }
+    if len({t.query, t.key, t.value}) > 1:
+        options["jaxtok_tokens"] = dataclasses.asdict(t)
+    if config.norm_tokens.total() and config.norm_tokens != config.tokens:
+        options["jaxtok_norm_tokens"] = dataclasses.asdict(config.norm_tokens)
+    return options
+
+
+def read_official(folder: str | Path, **overrides) -> tuple[TokenFormerConfig, dict[str, Any]]:
+    """Config and parameters from a folder in the authors' layout.
+
+    Raises:
+      FileNotFoundError: the folder, its config.json or its weights are missing.
+      ValueError: config and tensors do not fit each other, or an unsupported option.
+    """
+    folder = Path(folder)
+    options = folder / "config.json"
+    if not options.is_file():
+        raise FileNotFoundError(f"{options} does not exist; give a folder with config.json and the weights.")
+    tensors = _read_tensors(folder)
+    config = config_from_official(json.loads(options.read_text()), tensors, **overrides)
+    return config, params_from_official(config, tensors)
+
+
+def write_official(folder: str | Path, config: TokenFormerConfig, params: Mapping[str, Any], *, torch_bin=False) -> Path:
+    """Writes config.json and model.safetensors (or, with PyTorch, pytorch_model.bin) into the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = params_to_official(config, params)
+    if torch_bin:
+        torch = _torch("writing pytorch_model.bin")
+        torch.save({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}, folder / "pytorch_model.bin")
+    else:
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(official_config(config), indent=2) + "\n")
+    return folder
+
+
+def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    if (path := folder / "model.safetensors").is_file():
+        return safetensors.numpy.load_file(path)
+    for name in ("pytorch_model.bin", "mp_rank_00_model_states.pt"):
+        if (path := folder / name).is_file():
+            state = _torch(f"reading {name}").load(path, map_location="cpu", weights_only=True)
+            state = state.get("module", state)  # DeepSpeed keeps the model under this key
+            return {name: tensor.float().numpy() for name, tensor in state.items()}
+    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
+
+
+def _torch(purpose: str):
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(
+            f"{purpose} needs PyTorch; pip install torch, or convert the file to model.safetensors first."
+        ) from None
+    return torch
+
+
+assert set(_SITES) == set(GROUPS)

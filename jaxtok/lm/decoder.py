@@ -1,0 +1,118 @@
+"""A decoder-only language model around any stack: embedding, blocks, final norm, head. Fills the CausalLM waist."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxtok.nn.cache import KVCache
+from jaxtok.nn.norms import NORMS, Norm
+from jaxtok.nn.transformer import Stack, StackConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(StackConfig):
+    """A decoder; `projection`, from a subclass, says of what kind."""
+
+    vocab_size: int = 0
+    """Rows of the embedding, all of which take part in the softmax; 0: the tokenizer's, rounded up to 128."""
+    max_length: int = 2048
+    """The longest context."""
+    final_norm: str = ""
+    """Of the hidden states in front of the head; empty: as `norm`."""
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.vocab_size < 0:
+            raise ValueError(f"vocab_size is {self.vocab_size}; it must be positive (or 0, to take the tokenizer's).")
+        if self.max_length < 1:
+            raise ValueError(f"max_length is {self.max_length}; it must be at least 1.")
+        if self.final_norm and self.final_norm not in NORMS:
+            raise ValueError(f"final_norm is {self.final_norm!r}, which is unknown; it can be {', '.join(NORMS)}.")
+
+    def flops(self, length: int) -> float:
+        """Forward FLOPs of one token at a context of `length`: blocks and head."""
+        return self.stack_flops(length) + 2 * self.vocab_size * self.d_model
+
+
+class Decoder(nn.Module):
+    """Tokens to next-token logits; see `jaxtok.protocols.CausalLM`."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        cfg = self.config
+        if not cfg.vocab_size:
+            raise ValueError("vocab_size is 0; set it to the number of rows of the embedding.")
+
+        def matrix(name):
+            init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), ("vocab", "d_model"))
+            return self.param(name, init, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+
+        self.embedding = matrix("embedding")
+        self.stack = Stack(cfg)
+        self.final_norm = Norm(cfg.final_norm or cfg.norm, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        self.head_matrix = self.embedding if cfg.tie_embeddings else matrix("head_matrix")
+        self.embedding_dropout = nn.Dropout(cfg.dropout)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        *,
+        positions: Int[Array, "batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch length vocab"], KVCache | None]:
+        """Logits of the token behind each one (float32), and the cache with these tokens appended.
+
+        Args:
+          tokens: ids below vocab_size.
+          positions: for the rotary embedding; default: 0, 1, ..., counted from the cache's length.
+          segments: tokens attend within their segment only (not together with a cache).
+          cache: keys and values of what came before, from `init_cache` or an earlier call.
+
+        Raises:
+          ValueError: more tokens than max_length, or segments together with a cache.
+        """
+        x = self.embed(tokens, deterministic=deterministic)
+        x, cache = self.hidden(x, positions=positions, segments=segments, cache=cache, deterministic=deterministic)
+        return self.head(x), cache
+
+    def embed(self, tokens, *, deterministic: bool = True) -> Float[Array, "batch length d_model"]:
+        """The input embeddings."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        return self.embedding_dropout(x, deterministic)
+
+    def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
+        """Hidden states [batch, length, d_model] behind the final norm, from input embeddings; and the cache."""
+        batch, length = x.shape[:2]
+        if length > self.config.max_length:
+            raise ValueError(f"there are {length} tokens in a row, but the model's max_length is {self.config.max_length}.")
+        if cache is not None and segments is not None:
+            raise ValueError("segments and a cache were given together; a cached row is one segment.")
+        if positions is None:
+            start = jnp.zeros((batch, 1), jnp.int32) if cache is None else cache.length[:, None]
+            positions = start + jnp.arange(length)
+        x, cache = self.stack(x, positions, segments, cache, deterministic)
+        return self.final_norm(x), cache
+
+    def head(self, x) -> Float[Array, "batch length vocab"]:
+        """Logits in float32, from hidden states behind the final norm."""
+        matrix = self.head_matrix.astype(x.dtype)
+        return jnp.einsum("bld,vd->blv", x, matrix, preferred_element_type=jnp.float32)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        cfg = self.config
+        return KVCache.init(cfg.num_layers, batch, length, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
+
+
+def init_params(model: nn.Module, rng: jax.Array, *inputs: Any) -> Any:
+    """The parameters as plain arrays (without the logical axis names that Linen keeps beside them)."""
+    return nn.meta.unbox(model.init(rng, *inputs)["params"])

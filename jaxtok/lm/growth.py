@@ -1,0 +1,195 @@
+"""Growing a trained TokenFormer by appending parameter tokens (arXiv 2410.23168, section 3.3).
+
+K <- [K_old; K_new] and V <- [V_old; V_new] in any of the five groups; width, depth and heads stay. With zero new keys
+the new scores are 0 and GELU(0) = 0, so the function is preserved as long as the factor tau = sqrt(tokens) in the
+normalisation is kept at its old value. The paper says so; the authors' PyTorch code recomputes tau from the new number
+of tokens and starts new keys at random, which perturbs the model. Both are here:
+
+    grow(config, params, to=counts, rng=key)                       # the paper: exact
+    grow(config, params, to=counts, rng=key, init="random")        # the authors' released recipe: not exact
+    grow(config, params, to=counts, rng=key, init="copy")          # whole multiples of the old tokens: exact
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxtok.nn.parameter_attention import GROUPS, ParameterAttentionStack, TokenCounts
+
+Init = Literal["zero_keys", "copy", "random"]
+Scale = Literal["auto", "fixed", "current"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Growth:
+    """One growth of a model, and how it is trained afterwards."""
+
+    to: TokenCounts
+    """Parameter tokens of each group afterwards; 0 leaves a group as it is."""
+    steps: int = 1000
+    """Training steps after it, with the learning-rate schedule starting anew."""
+    init: Init = "zero_keys"
+    scale: Scale = "auto"
+    optimizer: Literal["keep", "reset"] = "reset"
+    """The moments of the old tokens: kept (the new tokens' are 0), or all forgotten, as in the authors' code."""
+    train: Literal["all", "new"] = "all"
+    """Which parameters train afterwards: all, or the new tokens only."""
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps after a growth is {self.steps}; it must be at least 1.")
+        _check_choices(self.init, self.scale)
+
+
+class Grown(NamedTuple):
+    config: Any
+    params: Any
+    opt_state: Any
+
+
+def grow(
+    config: ParameterAttentionStack,
+    params: Any,
+    opt_state: Any = None,
+    *,
+    to: TokenCounts,
+    rng: jax.Array,
+    init: Init = "zero_keys",
+    scale: Scale = "auto",
+    exact: bool = False,
+) -> Grown:
+    """A larger model that has the old one's parameter tokens as the first rows. Pure: the arguments stay as they are.
+
+    Args:
+      config: of the model; the result's has the new counts, and `norm_tokens` where tau^2 stays at an old number.
+      params: its parameters; `keys` and `values` are [layers, param_tokens, d_model].
+      opt_state: of any optax optimizer; what has the shape of a grown parameter is padded with zeros.
+      to: tokens of each group afterwards, 0 for those that stay.
+      rng: for the new rows.
+      init: new rows. zero_keys: keys 0 and random values; copy: copied keys and values 0, for whole multiples of the
+        old number; random: keys and values as in a new model.
+      scale: tau^2 of the grown groups. fixed: as before; current: in proportion to the tokens; auto: fixed for
+        zero_keys, else current.
+      exact: insist that the function is preserved.
+
+    Raises:
+      ValueError: fewer tokens than there are, nothing to grow, no whole multiple, or not exact where that was asked.
+    """
+    _check_choices(init, scale)
+    to = to | config.tokens
+    for group in GROUPS:
+        old, new = getattr(config.tokens, group), getattr(to, group)
+        if new < old:
+            raise ValueError(f"{group} has {old} parameter tokens and cannot grow to {new}; ask for {old} or more.")
+        if init == "copy" and new % old:
+            raise ValueError(f"{group} has {old} parameter tokens; copies make whole multiples of that, not {new}.")
+    if to == config.tokens:
+        raise ValueError(f"every group already has the tokens asked for ({to}); ask for more in at least one.")
+    if exact and (reason := why_not_exact(config, init, scale)):
+        raise ValueError(f"this growth would not preserve the function: {reason}.")
+
+    def grow_leaf(path, leaf, fill):
+        group = grown_group(path)
+        old, new = leaf.shape[-2], getattr(to, group) if group else 0
+        if not group or new == old:
+            return leaf
+        shape = (*leaf.shape[:-2], new - old, leaf.shape[-1])
+        return jnp.concatenate([leaf, fill(group, path[-1].key, leaf, shape)], axis=-2)
+
+    def new_rows(group, kind, leaf, shape):
+        if kind == "keys" and init == "zero_keys" or kind == "values" and init == "copy":
+            return jnp.zeros(shape, leaf.dtype)
+        if kind == "keys" and init == "copy":
+            return jnp.concatenate([leaf] * (shape[-2] // leaf.shape[-2]), axis=-2)
+        key = jax.random.fold_in(rng, 2 * GROUPS.index(group) + (kind == "values"))
+        std = config.init_std if kind == "keys" else config.output_init_std
+        return (std * jax.random.normal(key, shape)).astype(leaf.dtype)
+
+    def grow_moment(path, leaf):
+        group = grown_group(path)
+        if group is None or jnp.size(leaf) <= 1:
+            return leaf
+        if leaf.ndim < 2 or leaf.shape[-2] != getattr(config.tokens, group):
+            raise ValueError(
+                f"the optimizer keeps {jax.tree_util.keystr(path)} of shape {leaf.shape}, not one number for each "
+                "parameter, so its state cannot grow; reset it (optimizer = reset)."
+            )
+        return grow_leaf(path, leaf, lambda group, kind, leaf, shape: jnp.zeros(shape, leaf.dtype))
+
+    grown = jax.tree_util.tree_map_with_path(lambda p, x: grow_leaf(p, x, new_rows), params)
+    if opt_state is not None:
+        opt_state = jax.tree_util.tree_map_with_path(grow_moment, opt_state)
+    norm = TokenCounts(**{g: _norm_tokens(config, to, g, _resolve(init, scale)) for g in GROUPS})
+    return Grown(dataclasses.replace(config, tokens=to, norm_tokens=norm), grown, opt_state)
+
+
+def why_not_exact(config: ParameterAttentionStack, init: Init, scale: Scale = "auto") -> str | None:
+    """None where growth preserves the function, else the reason why it does not."""
+    scale, kind = _resolve(init, scale), config.normalization
+    if init == "random":
+        return "random new keys have scores of their own"
+    if init == "copy":
+        if kind == "gelu":
+            return None  # no normalisation, and the copies' values are 0
+        if kind == "softmax":
+            return None  # its factor is the number of tokens in any case
+        if kind == "gelu_layer_norm":
+            return None
+        if config.normalization_eps:
+            return f"copied keys grow the norm but not normalization_eps = {config.normalization_eps}"
+        return None if scale == "current" else "copied keys grow the norm, so tau has to grow too (scale = current)"
+    if kind == "softmax":
+        return "under softmax a zero score has weight exp(0) = 1 (copied keys preserve it)"
+    if kind == "gelu_layer_norm":
+        return "zero scores change the mean and variance over the parameter tokens (copied keys preserve them)"
+    if kind == "gelu":
+        return None
+    return None if scale == "fixed" else "tau grows with the number of tokens (scale = fixed keeps it)"
+
+
+def grown_group(path) -> str | None:
+    """The group of a parameter (or of its moment) by its path in the tree; None if it holds no parameter tokens."""
+    keys = [getattr(k, "key", None) for k in path]
+    return keys[-2] if len(keys) > 1 and keys[-1] in ("keys", "values") and keys[-2] in GROUPS else None
+
+
+def new_token_mask(params: Any, old: TokenCounts) -> Any:
+    """1 for the parameter tokens behind the first `old` of their group, 0 for all else; broadcasts against `params`."""
+
+    def mask(path, leaf):
+        if (group := grown_group(path)) is None:
+            return jnp.zeros((), jnp.float32)
+        return (jnp.arange(leaf.shape[-2]) >= getattr(old, group)).astype(jnp.float32)[:, None]
+
+    return jax.tree_util.tree_map_with_path(mask, params)
+
+
+def _resolve(init: Init, scale: Scale) -> Scale:
+    if scale == "auto":
+        return "fixed" if init == "zero_keys" else "current"
+    return scale
+
+
+def _norm_tokens(config, to: TokenCounts, group: str, scale: Scale) -> int:
+    """tau^2 of a group after growth, 0 standing for the number of tokens."""
+    old, new, norm = (getattr(counts, group) for counts in (config.tokens, to, config.norm_tokens))
+    if new == old:
+        return norm
+    if scale == "fixed":
+        return norm or old
+    return round(norm * new / old)
+
+
+def _check_choices(init: str, scale: str) -> None:
+    if init == "zero_both":
+        raise ValueError(
+            "init is zero_both, but with zero keys and zero values neither ever gets a gradient; use zero_keys or copy."
+        )
+    if init not in ("zero_keys", "copy", "random"):
+        raise ValueError(f"init is {init!r}; it can be zero_keys, copy, random.")
+    if scale not in ("auto", "fixed", "current"):
+        raise ValueError(f"scale is {scale!r}; it can be auto, fixed, current.")

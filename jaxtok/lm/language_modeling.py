@@ -1,0 +1,98 @@
+"""Next-token prediction, the Task of every causal language model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtok.lm.decoder import Decoder, DecoderConfig, init_params
+from jaxtok.lm.growth import Growth, grow, new_token_mask
+from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.parameter_attention import ParameterAttentionStack, TokenCounts
+from jaxtok.protocols import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModeling:
+    """Trains a decoder on rows of text; see `jaxtok.protocols.Batch`."""
+
+    model: DecoderConfig
+    frozen_tokens: TokenCounts = TokenCounts()
+    """If any is positive, only the parameter tokens behind these train (growth with `train = new`)."""
+
+    def module(self) -> Decoder:
+        return Decoder(self.model)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        return init_params(self.module(), rng, batch["tokens"])
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy in nats a token; also logs bits per byte of text."""
+        nats = self._nats(params, batch, rng)
+        loss = masked_mean(nats, batch["mask"])
+        bits = jnp.sum(nats * batch["mask"]) / math.log(2)
+        return loss, {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"]), 1)}
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss (nats a token), perplexity, and bits per byte, which compares models across tokenizers.
+
+        Raises:
+          ValueError: there was not a single target to predict.
+        """
+        nats = tokens = text_bytes = 0.0
+        for batch in batches:
+            sums = jax.device_get(_evaluation_sums(self, params, batch))
+            nats, tokens, text_bytes = nats + float(sums[0]), tokens + float(sums[1]), text_bytes + float(sums[2])
+        if not tokens:
+            raise ValueError("the evaluation data hold no token to predict; choose a larger corpus or split.")
+        return {
+            "loss": nats / tokens,
+            "perplexity": math.exp(min(nats / tokens, 700.0)),
+            "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
+            "tokens": tokens,
+            "bytes": text_bytes,
+        }
+
+    def trainable(self, params: Params) -> Params | None:
+        return new_token_mask(params, self.frozen_tokens) if self.frozen_tokens.total() else None
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        rows, length = batch["tokens"].shape
+        return 3 * rows * length * self.model.flops(length)
+
+    def grow(
+        self, growth: Growth, params: Params, opt_state: Any, rng: jax.Array
+    ) -> tuple[LanguageModeling, Params, Any]:
+        """The task, parameters and optimizer state after a growth of a model that is made of parameter tokens."""
+        if not isinstance(self.model, ParameterAttentionStack):
+            raise ValueError(f"{type(self.model).__name__} has no parameter tokens, so it cannot grow.")
+        config, params, opt_state = grow(
+            self.model, params, opt_state, to=growth.to, rng=rng, init=growth.init, scale=growth.scale
+        )
+        frozen = self.model.tokens if growth.train == "new" else TokenCounts()
+        return dataclasses.replace(self, model=config, frozen_tokens=frozen), params, opt_state
+
+    def _nats(self, params, batch, rng=None):
+        logits, _ = self.module().apply(
+            {"params": params},
+            batch["tokens"],
+            positions=batch["positions"],
+            segments=batch["segments"],
+            deterministic=rng is None or not self.model.dropout,
+            rngs=None if rng is None else {"dropout": rng},
+        )
+        return cross_entropy(logits, batch["targets"])
+
+
+def _sums(task: LanguageModeling, params, batch):
+    nats = task._nats(params, batch)
+    return jnp.sum(nats * batch["mask"]), jnp.sum(batch["mask"]), jnp.sum(batch["bytes"])
+
+
+_evaluation_sums = jax.jit(_sums, static_argnums=0)

@@ -1,0 +1,57 @@
+"""The key-value cache of a decoder: static shapes, a length of its own for every row."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@flax.struct.dataclass
+class KVCache:
+    """Keys (after rotation) and values of every layer. Slots from `length` on hold nothing that counts."""
+
+    keys: Float[Array, "layers batch slots heads head_dim"]
+    values: Float[Array, "layers batch slots heads head_dim"]
+    length: Int[Array, " batch"]
+
+    @classmethod
+    def init(cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype=jnp.float32) -> KVCache:
+        empty = jnp.zeros((layers, batch, slots, heads, head_dim), dtype)
+        return cls(keys=empty, values=empty, length=jnp.zeros(batch, jnp.int32))
+
+    @property
+    def slots(self) -> int:
+        return self.keys.shape[2]
+
+    def append(self, layer, keys: Array, values: Array) -> KVCache:
+        """Writes one layer's new keys and values [batch, new, heads, head_dim] behind each row's length.
+
+        The length stays: all layers write first, then `advance` counts the new slots. The caller sees to it that
+        length + new <= slots; beyond, the last slots are overwritten.
+        """
+
+        def write(buffer, new):  # buffer [layers, slots, ...] and new [new, ...] of one row
+            return jax.vmap(
+                lambda row, update, start: jax.lax.dynamic_update_slice(row, update[None], (layer, start, 0, 0)),
+                in_axes=(1, 0, 0),
+                out_axes=1,
+            )(buffer, new.astype(buffer.dtype), self.length)
+
+        return self.replace(keys=write(self.keys, keys), values=write(self.values, values))
+
+    def advance(self, new: int | Array) -> KVCache:
+        return self.replace(length=self.length + new)
+
+    def truncate(self, length: Int[Array, " batch"]) -> KVCache:
+        """Forgets the slots from `length` on, for each row (never lengthens)."""
+        return self.replace(length=jnp.minimum(self.length, length))
+
+    def gather(self, index: Int[Array, "batch kept"], length: Int[Array, " batch"] | None = None) -> KVCache:
+        """Keeps the slots `index` of each row, in that order; `length` of them count (default: all of them)."""
+        take = jax.vmap(lambda row, i: row[:, i], in_axes=(1, 0), out_axes=1)
+        kept = jnp.full_like(self.length, index.shape[1]) if length is None else length
+        return dataclasses.replace(self, keys=take(self.keys, index), values=take(self.values, index), length=kept)

@@ -1,0 +1,81 @@
+"""Ordinary projections for the transformer stack: matrices and a GELU MLP."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxtok.nn.transformer import StackConfig
+
+
+class Linear(nn.Module):
+    """x W (+ b), with W [d_in, features]."""
+
+    features: int
+    axes: tuple[str, str] = ("d_model", "d_model")
+    use_bias: bool = True
+    kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch features"]:
+        def param(name, init, shape, axes):
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype).astype(self.dtype)
+
+        y = x.astype(self.dtype) @ param("kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
+        if self.use_bias:
+            y = y + param("bias", nn.initializers.zeros, (self.features,), self.axes[1:])
+        return y
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearStack(StackConfig):
+    """A transformer stack with linear projections and a GELU MLP."""
+
+    mlp_dim: int = 3072
+    use_bias: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mlp_dim < 1:
+            raise ValueError(f"mlp_dim is {self.mlp_dim}; it must be at least 1.")
+
+    def linear(self, features: int, axes: tuple[str, str], std: float, name: str | None) -> Linear:
+        return Linear(
+            features=features,
+            axes=axes,
+            use_bias=self.use_bias,
+            kernel_init=nn.initializers.normal(std),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
+        if group == "ffn":
+            return MLP(self, features, name=name)
+        std = self.output_init_std if group == "output" else self.init_std
+        return self.linear(features, ("d_model", "d_model"), std, name)
+
+    def projection_params(self) -> int:
+        return 4 * self.d_model**2 + 2 * self.d_model * self.mlp_dim
+
+
+class MLP(nn.Module):
+    """W2 GELU(W1 x), with the exact GELU."""
+
+    config: LinearStack
+    features: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch features"]:
+        cfg = self.config
+        y = cfg.linear(cfg.mlp_dim, ("d_model", "mlp"), cfg.init_std, "up")(x)
+        y = jax.nn.gelu(y, approximate=False)
+        return cfg.linear(self.features, ("mlp", "d_model"), cfg.output_init_std, "down")(y)

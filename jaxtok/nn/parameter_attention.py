@@ -1,0 +1,190 @@
+"""Parameter attention (Pattention): a linear projection as attention from tokens to learned key-value pairs.
+
+TokenFormer, arXiv 2410.23168, section 3.2: Pattention(X; K, V) = Theta(X K^T) V. The number of pairs is the capacity,
+so a trained layer grows by appending pairs. There is no bias and no factor 1/sqrt(d).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxtok.nn.transformer import StackConfig
+
+NORMALIZATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax", "gelu", "l2_norm", "gelu_layer_norm")
+"""The first three are the authors' PyTorch code's, the others exist in their TPU code only."""
+
+GROUPS = ("query", "key", "value", "output", "ffn")
+"""The five parameter attentions of a block."""
+
+
+def normalize_scores(
+    scores: Float[Array, "*batch param_tokens"],
+    kind: str = "l2_norm_gelu",
+    *,
+    norm_tokens: int = 0,
+    eps: float = 0.0,
+    tanh_gelu: bool = False,
+) -> Float[Array, "*batch param_tokens"]:
+    """Theta, the weights of the value parameters (the paper's Eq. 5), in float32.
+
+    With A the scores, n their number and tau = sqrt(`norm_tokens` or n):
+        l2_norm_gelu     GELU(tau A / |A|)                    gelu             GELU(A)
+        gelu_l2_norm     tau GELU(A) / |GELU(A)|              l2_norm          tau A / |A|
+        softmax          n softmax(A)                         gelu_layer_norm  LayerNorm(GELU(A)), no parameters
+
+    `norm_tokens` fixes tau while n grows: then new pairs with zero keys change nothing (the TPU code's `zoom_dim`).
+    The PyTorch code has an exact GELU and no epsilon; the TPU code has the tanh form and adds `eps` to the norm
+    (1e-5 for l2_norm_gelu, 1e-8 for the others). A token whose scores are all zero gets zero weights and zero
+    gradient, where the authors' division gives NaN.
+    """
+    a = scores.astype(jnp.float32)
+    tau = math.sqrt(norm_tokens or a.shape[-1])
+
+    def gelu(x):
+        return jax.nn.gelu(x, approximate=tanh_gelu)
+
+    def l2(x):
+        square = jnp.sum(jnp.square(x), -1, keepdims=True)
+        some = square > 0
+        square = jnp.where(some, square, 1.0)
+        inverse = 1 / (jnp.sqrt(square) + eps) if eps else jax.lax.rsqrt(square)
+        return x * jnp.where(some, tau * inverse, 0.0)
+
+    match kind:
+        case "l2_norm_gelu":
+            return gelu(l2(a))
+        case "gelu_l2_norm":
+            return l2(gelu(a))
+        case "softmax":
+            return a.shape[-1] * jax.nn.softmax(a, -1)
+        case "gelu":
+            return gelu(a)
+        case "l2_norm":
+            return l2(a)
+        case "gelu_layer_norm":
+            return jax.nn.standardize(gelu(a), -1, epsilon=1e-6)
+        case _:
+            raise ValueError(f"normalization {kind!r} is unknown; it can be {', '.join(NORMALIZATIONS)}.")
+
+
+class ParameterAttention(nn.Module):
+    """Y = Theta(c X K^T) V, for X [..., d_in], K [param_tokens, d_in] and V [param_tokens, features].
+
+    The scores, their norm and the weights are float32; the two products take operands of `dtype`.
+    """
+
+    features: int
+    num_tokens: int
+    normalization: str = "l2_norm_gelu"
+    norm_tokens: int = 0
+    eps: float = 0.0
+    tanh_gelu: bool = False
+    scale: float = 1.0
+    dropout: float = 0.0
+    key_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    value_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "*batch d_in"],
+        mask: Bool[Array, "*#batch param_tokens"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "*batch features"]:
+        """`mask` multiplies the scores, as in the authors' code: a masked pair has score 0 (not minus infinity)."""
+        shape = (self.num_tokens, x.shape[-1])
+        key_init = nn.with_logical_partitioning(self.key_init, ("param_tokens", "d_model"))
+        value_init = nn.with_logical_partitioning(self.value_init, ("param_tokens", "d_model"))
+        keys = self.param("keys", key_init, shape, self.param_dtype)
+        values = self.param("values", value_init, (self.num_tokens, self.features), self.param_dtype)
+
+        x = x.astype(self.dtype)
+        scores = jnp.einsum("...d,nd->...n", x, keys.astype(self.dtype), preferred_element_type=jnp.float32)
+        if self.scale != 1.0:
+            scores = scores * self.scale
+        if mask is not None:
+            scores = scores * mask
+        weights = normalize_scores(
+            scores, self.normalization, norm_tokens=self.norm_tokens, eps=self.eps, tanh_gelu=self.tanh_gelu
+        )
+        weights = nn.Dropout(self.dropout)(weights, deterministic)
+        return jnp.einsum("...n,nd->...d", weights.astype(self.dtype), values.astype(self.dtype))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenCounts:
+    """A number for each of the five parameter attentions of a block."""
+
+    query: int = 0
+    key: int = 0
+    value: int = 0
+    output: int = 0
+    ffn: int = 0
+
+    def total(self) -> int:
+        return sum(dataclasses.astuple(self))
+
+    def __or__(self, other: TokenCounts) -> TokenCounts:
+        """These counts, with the other's where these are 0."""
+        return TokenCounts(**{g: getattr(self, g) or getattr(other, g) for g in GROUPS})
+
+
+def uniform_counts(attention: int, ffn: int, output: int | None = None) -> TokenCounts:
+    """The authors' way to say it: one number for query, key and value, one for the output, one for the feed-forward."""
+    return TokenCounts(query=attention, key=attention, value=attention, output=output or attention, ffn=ffn)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParameterAttentionStack(StackConfig):
+    """A transformer stack whose projections are parameter attentions, the feed-forward being a single one."""
+
+    tokens: TokenCounts = uniform_counts(attention=576, ffn=2304)
+    """Parameter tokens of each group, in every layer."""
+    norm_tokens: TokenCounts = TokenCounts()
+    """tau^2 of each group's normalisation; 0: the current number of tokens. Growth fixes it to preserve the function."""
+    normalization: str = "l2_norm_gelu"
+    normalization_eps: float = 0.0
+    tanh_gelu: bool = False
+    pattention_dropout: float = 0.0
+    norm: str = "layernorm_nonparam"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.normalization not in NORMALIZATIONS:
+            raise ValueError(
+                f"normalization is {self.normalization!r}, which is unknown; it can be {', '.join(NORMALIZATIONS)}."
+            )
+        for group in GROUPS:
+            if getattr(self.tokens, group) < 1:
+                raise ValueError(f"tokens.{group} is {getattr(self.tokens, group)}; it must be at least 1.")
+            if getattr(self.norm_tokens, group) < 0:
+                raise ValueError(f"norm_tokens.{group} is {getattr(self.norm_tokens, group)}; it must be 0 or more.")
+
+    def projection(self, group: str, features: int, name: str | None = None) -> ParameterAttention:
+        return ParameterAttention(
+            features=features,
+            num_tokens=getattr(self.tokens, group),
+            norm_tokens=getattr(self.norm_tokens, group),
+            normalization=self.normalization,
+            eps=self.normalization_eps,
+            tanh_gelu=self.tanh_gelu,
+            dropout=self.pattention_dropout,
+            key_init=nn.initializers.normal(self.init_std),
+            value_init=nn.initializers.normal(self.output_init_std),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    def projection_params(self) -> int:
+        """Numbers in one block's projections."""
+        return 2 * self.d_model * self.tokens.total()

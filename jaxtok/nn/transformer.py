@@ -1,0 +1,175 @@
+"""The pre-norm transformer stack that systems share; what a projection is, each of them says."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxtok.nn.attention import attend
+from jaxtok.nn.cache import KVCache
+from jaxtok.nn.norms import NORMS, Norm
+from jaxtok.nn.rotary import apply_rotary, rotary_dim
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """Sizes and options of a stack of blocks; a subclass says what a projection is."""
+
+    num_layers: int = 12
+    d_model: int = 768
+    num_heads: int = 12
+    norm: str = "layernorm"
+    causal: bool = True
+    rotary_fraction: float = 0.25
+    """The part of each head that is rotated; 0: no position embedding in the stack."""
+    rotary_base: float = 10000.0
+    dropout: float = 0.0
+    """On the embeddings and on what each half of a block adds to the residual stream."""
+    init_std: float = 0.02
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of activations and matmul operands; norms, softmax and losses are float32 in any case."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+    """What the backward pass finds stored in a block: everything, only its input, or its matrix products."""
+    unroll: int = 1
+    """Layers in one iteration of the scan over layers: more compile longer and may run faster."""
+
+    def __post_init__(self):
+        for field in ("num_layers", "d_model", "num_heads", "unroll"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+        if self.d_model % self.num_heads:
+            raise ValueError(f"num_heads is {self.num_heads}, which does not divide d_model = {self.d_model}.")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm is {self.norm!r}, which is unknown; it can be {', '.join(NORMS)}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1).")
+        if not 0 <= self.rotary_fraction <= 1:
+            raise ValueError(f"rotary_fraction is {self.rotary_fraction}; it must be in [0, 1].")
+        rotated = rotary_dim(self.head_dim, self.rotary_fraction)
+        if self.rotary_fraction and (rotated == 0 or rotated % 2):
+            raise ValueError(
+                f"rotary_fraction is {self.rotary_fraction}, which rotates {rotated} of the {self.head_dim} channels "
+                "of a head; it must be a positive even number of channels (or the fraction 0)."
+            )
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {self.remat!r}; it can be {', '.join(REMAT_POLICIES)}.")
+
+    @property
+    def head_dim(self) -> int:
+        return self.d_model // self.num_heads
+
+    @property
+    def output_init_std(self) -> float:
+        """GPT-NeoX's `wang_init`: 2 / (layers sqrt(d))."""
+        return 2 / self.num_layers / math.sqrt(self.d_model)
+
+    def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
+        """The module that maps [..., d_model] to [..., features] in one of the places of `GROUPS`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what a projection is.")
+
+    def projection_params(self) -> int:
+        """Numbers in one block's projections, each of which costs 2 FLOPs a token in the forward pass."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what a projection is.")
+
+    def stack_flops(self, length: int) -> float:
+        """Forward FLOPs of one token in the stack, at a context of `length` (counted whole, masked or not)."""
+        return self.num_layers * (2 * self.projection_params() + 4 * self.d_model * length)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention between tokens, between projections."""
+
+    config: StackConfig
+
+    @nn.compact
+    def __call__(self, x, positions, segments, cache: KVCache | None, layer, deterministic):
+        cfg = self.config
+
+        def heads(group):
+            y = cfg.projection(group, cfg.d_model, name=group)(x, deterministic=deterministic)
+            return y.reshape(*y.shape[:-1], cfg.num_heads, cfg.head_dim)
+
+        q, k, v = heads("query"), heads("key"), heads("value")
+        if cfg.rotary_fraction:
+            rotate = functools.partial(apply_rotary, fraction=cfg.rotary_fraction, base=cfg.rotary_base)
+            q, k = rotate(q, positions), rotate(k, positions)
+        if cache is None:
+            y = attend(q, k, v, causal=cfg.causal, segments=segments)
+        else:
+            cache = cache.append(layer, k, v)
+            y = attend(q, cache.keys[layer].astype(q.dtype), cache.values[layer].astype(q.dtype), start=cache.length)
+        y = y.reshape(*y.shape[:-2], cfg.d_model)
+        return cfg.projection("output", cfg.d_model, name="output")(y, deterministic=deterministic), cache
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x))."""
+
+    config: StackConfig
+
+    @nn.compact
+    def __call__(self, carry, layer, positions, segments, deterministic):
+        cfg = self.config
+        x, cache = carry
+
+        def norm(name):
+            return Norm(cfg.norm, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name)
+
+        def dropout(y):
+            return nn.Dropout(cfg.dropout)(y, deterministic)
+
+        y, cache = SelfAttention(cfg, name="attention")(
+            norm("norm_attention")(x), positions, segments, cache, layer, deterministic
+        )
+        x = x + dropout(y)
+        y = cfg.projection("ffn", cfg.d_model, name="ffn")(norm("norm_ffn")(x), deterministic=deterministic)
+        x = x + dropout(y)
+        self.sow("intermediates", "hidden", x)
+        return (x, cache), None
+
+
+class Stack(nn.Module):
+    """`num_layers` blocks with their parameters stacked along a first axis and scanned over."""
+
+    config: StackConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch length d_model"],
+        positions: Int[Array, "batch length"],
+        segments: Int[Array, "batch length"] | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
+        """Returns the hidden states behind the last block and the cache with the new tokens counted."""
+        cfg = self.config
+        block: Any = Block
+        if cfg.remat != "none":
+            block = nn.remat(block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False, static_argnums=(5,))
+        scan = nn.scan(
+            block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            length=cfg.num_layers,
+            unroll=min(cfg.unroll, cfg.num_layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        layers = jnp.arange(cfg.num_layers)
+        (x, cache), _ = scan(cfg, name="blocks")((x, cache), layers, positions, segments, deterministic)
+        return x, None if cache is None else cache.advance(x.shape[1])

@@ -1,0 +1,96 @@
+"""The waists of the house: the few interfaces through which everything plugs into everything.
+
+Each is a structural `Protocol`: a class fills a waist by having its methods, without importing this module. What is
+written against a waist (the training loop, sampling, evaluation, ...) works for every system that fills it.
+
+Axis names, used in every shape of the package: batch, length, heads, head_dim, d_model, param_tokens, vocab, layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+Params = Any
+"""A pytree of arrays: the parameters of a model."""
+
+Batch = Mapping[str, np.ndarray]
+"""What a data pipeline yields. A batch of text has, each of shape [batch, length]:
+
+tokens     int32    the inputs
+targets    int32    the token that follows each input
+positions  int32    the input's place in its document, as far as this row holds it, from 0
+segments   int32    1, 2, ... for the documents in a row, 0 for padding; no attention crosses segments
+mask       float32  1 where the target counts in the loss, else 0
+bytes      int32    how many bytes of text the target stands for (0 for special tokens and padding)
+"""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to ids and back. Lossless: `decode(encode(x)) == x` for every byte string x."""
+
+    name: str
+    vocab_size: int
+    eod_id: int
+    """Ends a document; also the first input, from which a document's first token is predicted."""
+
+    def encode(self, text: str | bytes) -> list[int]: ...
+    def decode(self, ids: Iterable[int]) -> bytes: ...
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for; special tokens stand for none."""
+        ...
+
+
+class CausalLM(Protocol):
+    """A Linen module from tokens [batch, length] to next-token logits [batch, length, vocab].
+
+    Used with explicit parameters, as `model.apply({"params": params}, tokens, ...)`. `method="embed"`, `"hidden"` and
+    `"head"` give the parts: `head(hidden(embed(tokens)))` is the whole.
+    """
+
+    config: Any
+    """Has at least `vocab_size` and `max_length`."""
+
+    def apply(
+        self,
+        variables: Mapping[str, Params],
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        cache: Any | None = None,
+        deterministic: bool = True,
+        **kwargs: Any,
+    ) -> tuple[jax.Array, Any]:
+        """Returns logits and the cache, with the new tokens appended (None if none was given)."""
+        ...
+
+    def init_cache(self, batch: int, length: int) -> Any:
+        """An empty `KVCache` with room for `length` tokens in each of `batch` rows."""
+        ...
+
+
+class Task(Protocol):
+    """Something that learns: what the one training loop trains."""
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params: ...
+
+    def loss(
+        self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The scalar to minimise, and metrics to log (scalars, averaged over the steps between two log lines)."""
+        ...
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]: ...
+
+    def trainable(self, params: Params) -> Params | None:
+        """A pytree that broadcasts against `params`: 1 where an entry trains and 0 where it stays; None: all train."""
+        ...
+
+    def flops(self, batch: Batch) -> float:
+        """Model FLOPs of one training step on the batch (forward and backward, no recomputation)."""
+        ...
