@@ -94,14 +94,14 @@ def grow(
 
     def grow_leaf(path, leaf, fill):
         group = grown_group(path)
-        old, new = leaf.shape[-2], getattr(to, group) if group else 0
-        if not group or new == old:
+        if group is None or getattr(to, group) == leaf.shape[-2]:
             return leaf
+        old, new = leaf.shape[-2], getattr(to, group)
         shape = (*leaf.shape[:-2], new - old, leaf.shape[-1])
         return jnp.concatenate([leaf, fill(group, path[-1].key, leaf, shape)], axis=-2)
 
     def new_rows(group, kind, leaf, shape):
-        if kind == "keys" and init == "zero_keys" or kind == "values" and init == "copy":
+        if (kind, init) in (("keys", "zero_keys"), ("values", "copy")):
             return jnp.zeros(shape, leaf.dtype)
         if kind == "keys" and init == "copy":
             return jnp.concatenate([leaf] * (shape[-2] // leaf.shape[-2]), axis=-2)
@@ -125,6 +125,20 @@ def grow(
         opt_state = jax.tree_util.tree_map_with_path(grow_moment, opt_state)
     norm = TokenCounts(**{g: _norm_tokens(config, to, g, _resolve(init, scale)) for g in GROUPS})
     return Grown(dataclasses.replace(config, tokens=to, norm_tokens=norm), grown, opt_state)
+
+
+def grow_task(task: Any, growth: Growth, params: Any, opt_state: Any, rng: jax.Array) -> tuple[Any, Any, Any]:
+    """The task, parameters and optimizer state after a growth; the task is a dataclass with a `model` that is made of
+    parameter tokens, and `frozen_tokens`, behind which it trains.
+
+    Raises:
+      ValueError: the model has no parameter tokens, or as in `grow`.
+    """
+    if not isinstance(task.model, ParameterAttentionStack):
+        raise ValueError(f"{type(task.model).__name__} has no parameter tokens, so it cannot grow.")
+    grown = grow(task.model, params, opt_state, to=growth.to, rng=rng, init=growth.init, scale=growth.scale)
+    frozen = task.model.tokens if growth.train == "new" else TokenCounts()
+    return dataclasses.replace(task, model=grown.config, frozen_tokens=frozen), grown.params, grown.opt_state
 
 
 def why_not_exact(config: ParameterAttentionStack, init: Init, scale: Scale = "auto") -> str | None:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxtok.lm.decoder import Decoder, DecoderConfig, init_params
-from jaxtok.lm.growth import Growth, grow, new_token_mask
+from jaxtok.lm.growth import Growth, grow_task, new_token_mask
 from jaxtok.nn.losses import cross_entropy, masked_mean
-from jaxtok.nn.parameter_attention import ParameterAttentionStack, TokenCounts
+from jaxtok.nn.parameter_attention import TokenCounts
 from jaxtok.protocols import Batch, Params
 
 
@@ -36,7 +36,7 @@ class LanguageModeling:
         nats = self._nats(params, batch, rng)
         loss = masked_mean(nats, batch["mask"])
         bits = jnp.sum(nats * batch["mask"]) / math.log(2)
-        return loss, {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"]), 1)}
+        return loss, {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"] * batch["mask"]), 1)}
 
     def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
         """Loss (nats a token), perplexity, and bits per byte, which compares models across tokenizers.
@@ -70,13 +70,7 @@ class LanguageModeling:
         self, growth: Growth, params: Params, opt_state: Any, rng: jax.Array
     ) -> tuple[LanguageModeling, Params, Any]:
         """The task, parameters and optimizer state after a growth of a model that is made of parameter tokens."""
-        if not isinstance(self.model, ParameterAttentionStack):
-            raise ValueError(f"{type(self.model).__name__} has no parameter tokens, so it cannot grow.")
-        config, params, opt_state = grow(
-            self.model, params, opt_state, to=growth.to, rng=rng, init=growth.init, scale=growth.scale
-        )
-        frozen = self.model.tokens if growth.train == "new" else TokenCounts()
-        return dataclasses.replace(self, model=config, frozen_tokens=frozen), params, opt_state
+        return grow_task(self, growth, params, opt_state, rng)
 
     def _nats(self, params, batch, rng=None):
         logits, _ = self.module().apply(
@@ -84,7 +78,7 @@ class LanguageModeling:
             batch["tokens"],
             positions=batch["positions"],
             segments=batch["segments"],
-            deterministic=rng is None or not self.model.dropout,
+            deterministic=rng is None,
             rngs=None if rng is None else {"dropout": rng},
         )
         return cross_entropy(logits, batch["targets"])
@@ -92,7 +86,7 @@ class LanguageModeling:
 
 def _sums(task: LanguageModeling, params, batch):
     nats = task._nats(params, batch)
-    return jnp.sum(nats * batch["mask"]), jnp.sum(batch["mask"]), jnp.sum(batch["bytes"])
+    return jnp.sum(nats * batch["mask"]), jnp.sum(batch["mask"]), jnp.sum(batch["bytes"] * batch["mask"])
 
 
 _evaluation_sums = jax.jit(_sums, static_argnums=0)

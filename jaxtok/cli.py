@@ -1,0 +1,179 @@
+"""The `jaxtok` command: thin, every verb is a function that can be imported."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import rich.markup
+import rich.table
+
+import jaxtok
+
+HELP = """\
+jaxtok {version}: systems about tokens, in JAX
+
+  jaxtok train CONFIG|RUN     train what a config file describes, or resume it
+  jaxtok eval RUN             loss, perplexity and bits per byte on any corpus
+  jaxtok generate RUN         continue prompts
+  jaxtok grow RUN             a new run whose model has more parameter tokens
+  jaxtok convert FROM TO      checkpoints from and to the authors' layout
+  jaxtok tokenizer FILE       train a SentencePiece tokenizer on a corpus
+  jaxtok study CONFIG         an experiment with its baselines: table and plot
+  jaxtok bench                speed, as a fraction of this machine's own matmul rate
+
+`jaxtok VERB --help` tells the rest. Fields of a config are set by their dotted names:
+  jaxtok train configs/lm/tokenformer_small.py --train.steps 100 --task.model.d-model 256
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a verb.
+
+    Returns the exit code: 0; 1 for an error that its message explains (set JAXTOK_TRACEBACK=1 to see where); 2 for
+    unknown options; 75 for a run that was interrupted, saved, and can be resumed.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP.format(version=jaxtok.__version__), end="")
+        return 0
+    if arguments[0] == "--version":
+        print(jaxtok.__version__)
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        return _fail(
+            f"there is no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"use {', '.join(VERBS)}.")
+        )
+    try:
+        return VERBS[verb](rest)
+    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as error:
+        if os.environ.get("JAXTOK_TRACEBACK"):
+            raise
+        return _fail(str(error))
+
+
+def _fail(message: str) -> int:
+    rich.console.Console(stderr=True).print(f"[red]error:[/] {rich.markup.escape(message)}", highlight=False)
+    return 1
+
+
+def _train(arguments: list[str]) -> int:
+    experiment = _config(arguments, "train")
+    if experiment is None:
+        return 0
+    from jaxtok.training.loop import INTERRUPTED, count, train
+
+    result = train(experiment)
+    _show({"run": result.directory, "step": result.step, "parameters": count(result.params)} | result.metrics)
+    return INTERRUPTED if result.interrupted else 0
+
+
+def _study(arguments: list[str]) -> int:
+    study = _config(arguments, "study")
+    if study is None:
+        return 0
+    from jaxtok.training.loop import INTERRUPTED
+
+    return 0 if study.run() else INTERRUPTED
+
+
+def _config(arguments: list[str], verb: str) -> Any:
+    """The config named first on the command line, with the overrides behind it; None if help was asked for."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        known = "".join(f"\n  {path}" for path in sorted(Path("configs").rglob("*.py")))
+        print(f"usage: jaxtok {verb} CONFIG|RUN [--FIELD VALUE ...]\n\nConfigs here:{known or ' none'}\n")
+        print(f"`jaxtok {verb} CONFIG --help` lists the fields of one and their values.")
+        return None
+    from jaxtok.configuration import load_config, override
+    from jaxtok.training.checkpoints import read_config
+
+    path = Path(arguments[0])
+    config = read_config(path) if path.is_dir() else load_config(path)
+    return override(config, arguments[1:], prog=f"jaxtok {verb} {path}")
+
+
+def _eval(arguments: list[str]) -> int:
+    from jaxtok import verbs
+
+    _show(_call(verbs.evaluate, "eval", arguments))
+    return 0
+
+
+def _generate(arguments: list[str]) -> int:
+    from jaxtok import verbs
+
+    _call(verbs.generate, "generate", arguments)
+    return 0
+
+
+def _grow(arguments: list[str]) -> int:
+    from jaxtok import verbs
+
+    run = _call(verbs.grow, "grow", arguments)
+    print(f"jaxtok train {run}")
+    return 0
+
+
+def _convert(arguments: list[str]) -> int:
+    from jaxtok import verbs
+
+    print(_call(verbs.convert, "convert", arguments))
+    return 0
+
+
+def _tokenizer(arguments: list[str]) -> int:
+    from jaxtok import verbs
+
+    _show(_call(verbs.tokenizer, "tokenizer", arguments))
+    return 0
+
+
+def _bench(arguments: list[str]) -> int:
+    from jaxtok.bench import bench
+
+    _call(bench, "bench", arguments)
+    return 0
+
+
+def _call(function: Callable, verb: str, arguments: list[str]) -> Any:
+    """Calls the function with a command line, of which its signature and docstring make the options and the help."""
+    import tyro
+
+    return tyro.cli(function, args=arguments, prog=f"jaxtok {verb}")
+
+
+def _show(values: dict[str, Any]) -> None:
+    table = rich.table.Table(show_header=False, box=None)
+    for name, value in values.items():
+        text = (
+            f"{value:.4f}"
+            if isinstance(value, float) and value % 1
+            else f"{value:,.0f}"
+            if isinstance(value, int | float)
+            else str(value)
+        )
+        table.add_row(name.replace("_", " "), text)
+    rich.console.Console().print(table)
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "generate": _generate,
+    "grow": _grow,
+    "convert": _convert,
+    "tokenizer": _tokenizer,
+    "study": _study,
+    "bench": _bench,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""Corpora: random access to documents, split into train, validation and test by a hash of each document's name."""
+
+from __future__ import annotations
+
+import bisect
+import glob
+import hashlib
+import json
+import mmap
+import os
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+_BLOCK = 8192  # bytes of a document, when one text file is the whole corpus
+_PYTHON_SUFFIXES = {".py", ".rst", ".txt"}
+_PYTHON_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+Shard = Sequence  # of documents
+Shards = Iterable[tuple[str, Shard]]  # with the key of each; the keys of its rows are "key:row"
+
+
+def open_corpus(spec: str, split: str = "train", *, text_field: str = "text", holdout: float = 0.05) -> Corpus:
+    """The documents of one split of a corpus.
+
+    Args:
+        spec: what to read:
+
+            * `python`: the sources and texts of the Python standard library on this machine, without its tests;
+            * a folder: every text file in it and below is a document (not hidden, not empty, no NUL byte in its first
+              8 KiB), and so is every row of its `*.jsonl` and `*.parquet` files;
+            * a `*.jsonl` or `*.parquet` file: every row is a document;
+            * another text file: blocks of about 8 KiB, cut at line ends, are the documents;
+            * `tfds:NAME[/CONFIG][:VERSION]`: a TensorFlow Datasets data set (read without TensorFlow), with its own
+              splits where it has them;
+            * `arrayrecord:PATH`: a file, a folder or a glob of ArrayRecord files, whose records are the documents.
+        split: "train", "validation", "test" or "all".
+        text_field: the field of a JSONL, Parquet or TFDS row that holds the text.
+        holdout: the share of the documents in the validation split, and also in the test split. In which split a
+            document is depends only on its path relative to `spec` and its row.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        ValueError: an argument is not allowed, a file cannot be read, a field is missing, or the split is empty.
+    """
+    if split not in (*SPLITS, "all"):
+        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}, all")
+    if not 0 < holdout < 0.5:
+        raise ValueError(f"holdout={holdout}: choose a share between 0 and 0.5")
+    own_splits: frozenset[str] = frozenset()
+    if spec == "python":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        shards = [(key, _TextFile(path)) for key, path in _walk(root, _is_python_text, _PYTHON_SKIPPED)]
+    elif spec.startswith("tfds:"):
+        own_splits, shards = _tfds(spec.removeprefix("tfds:"), split, text_field)
+    elif spec.startswith("arrayrecord:"):
+        shards = list(_array_records(spec.removeprefix("arrayrecord:")))
+    else:
+        shards = list(_local(Path(spec), text_field))
+    return _select(spec, split, shards, holdout, own_splits)
+
+
+def split_of(key: str, holdout: float = 0.05) -> str:
+    """The split of the document with this key: the same on every machine, whatever else the corpus holds."""
+    share = int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()) / 2**64
+    return "validation" if share < holdout else "test" if share < 2 * holdout else "train"
+
+
+class Corpus(Sequence):
+    """Documents by number, str or bytes; a source for `grain.MapDataset.source`."""
+
+    def __init__(self, shards: list[Shard], shard_of: np.ndarray, row_of: np.ndarray):
+        self._shards, self._shard_of, self._row_of = shards, shard_of, row_of
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    def __getitem__(self, index: int) -> str | bytes:
+        return self._shards[self._shard_of[index]][int(self._row_of[index])]
+
+
+def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: frozenset[str]) -> Corpus:
+    """The documents of `split`; those hashed into one of `own_splits`, which the data set has anyway, are "train"."""
+    kept, shard_of, row_of, total = [], [], [], 0
+    for key, shard in shards:
+        total += len(shard)
+        rows = range(len(shard))
+        if split != "all" and key not in own_splits - {"train"}:
+            keys = [key] if isinstance(shard, _TextFile) else (f"{key}:{row}" for row in rows)
+            parts = (split_of(k, holdout) for k in keys)
+            rows = [row for row, part in enumerate(parts) if split == ("train" if part in own_splits else part)]
+        if rows:
+            shard_of.append(np.full(len(rows), len(kept), np.int32))
+            row_of.append(np.asarray(rows, np.int64))
+            kept.append(shard)
+    if not kept:
+        raise ValueError(
+            f"the {split} split of {spec} is empty, as its documents are few ({total}): "
+            "give more documents, one bigger text file, or a larger holdout"
+        )
+    return Corpus(kept, np.concatenate(shard_of), np.concatenate(row_of))
+
+
+# --- Kinds of shards. All open their files anew to read, so that they can be pickled and used from threads. ---
+
+
+class _TextFile(Sequence):
+    def __init__(self, path: Path):
+        self._path = path
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, row: int) -> bytes:
+        return self._path.read_bytes()
+
+
+class _Spans(Sequence):
+    """Parts of a file between byte offsets."""
+
+    def __init__(self, path: Path, starts: list[int], stops: list[int]):
+        self._path, self._starts, self._stops = path, np.array(starts, np.int64), np.array(stops, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, row: int) -> bytes:
+        with self._path.open("rb") as file:
+            file.seek(self._starts[row])
+            return file.read(self._stops[row] - self._starts[row])
+
+
+def _text_blocks(path: Path) -> _Spans:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cuts = [0]
+        while cuts[-1] < len(data):
+            line_end = data.find(b"\n", cuts[-1] + _BLOCK - 1) + 1
+            cuts.append(line_end or len(data))
+    return _Spans(path, cuts[:-1], cuts[1:])
+
+
+class _JsonLines(_Spans):
+    """The lines of a JSONL file that are not blank."""
+
+    def __init__(self, path: Path, field: str):
+        starts, stops, offset = [], [], 0
+        with path.open("rb") as file:
+            for line in file:
+                if not line.isspace():
+                    starts.append(offset)
+                    stops.append(offset + len(line))
+                offset += len(line)
+        super().__init__(path, starts, stops)
+        self._field = field
+        if len(self):
+            self[0]  # a wrong field is told at once
+
+    def __getitem__(self, row: int) -> str:
+        try:
+            record = json.loads(super().__getitem__(row))
+        except ValueError as error:
+            raise ValueError(f"row {row} of {self._path} is not JSON ({error}): correct the line") from error
+        text = record.get(self._field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            fields = ", ".join(record) if isinstance(record, dict) else f"but a {type(record).__name__}"
+            raise ValueError(
+                f"row {row} of {self._path} has no text in the field {self._field!r} (it has {fields}): set text_field"
+            )
+        return text
+
+
+class _Parquet(Sequence):
+    def __init__(self, path: Path, field: str):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(path) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is not a readable Parquet file ({error}): replace it or take it away") from error
+        text_types = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
+        if field not in schema.names or schema.field(field).type not in text_types:
+            raise ValueError(
+                f"{path} has no text in the field {field!r} (it has {', '.join(schema.names)}): set text_field"
+            )
+        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self._path, self._field, self._starts = path, field, np.cumsum([0, *rows]).tolist()
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, row: int) -> str | bytes:
+        group = bisect.bisect_right(self._starts, row) - 1
+        return _row_group(self._path, group, self._field)[row - self._starts[group]].as_py() or ""
+
+
+@lru_cache(maxsize=8)
+def _row_group(path: Path, group: int, field: str) -> Any:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        return file.read_row_group(group, columns=[field]).column(0)
+
+
+class _Field(Sequence):
+    """One field of the rows of a TFDS data source."""
+
+    def __init__(self, rows: Sequence, field: str):
+        self._rows, self._field = rows, field
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, row: int) -> str | bytes:
+        return self._rows[row][self._field]
+
+
+# --- What a spec names ---
+
+
+def _walk(root: Path, keep: Callable[[Path], bool], skipped: set[str] = frozenset()) -> Iterator[tuple[str, Path]]:
+    """The files below root that are not hidden and not empty, by relative path."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
+        paths = (Path(folder, name) for name in files if not name.startswith("."))
+        found += [path for path in paths if path.is_file() and path.stat().st_size and keep(path)]
+    return iter(sorted((path.relative_to(root).as_posix(), path) for path in found))
+
+
+def _is_python_text(path: Path) -> bool:
+    return path.suffix in _PYTHON_SUFFIXES
+
+
+def _is_text(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b"\0" not in file.read(8192)
+
+
+def _is_document(path: Path) -> bool:
+    return path.suffix in (".jsonl", ".parquet") or _is_text(path)
+
+
+def _local(path: Path, field: str) -> Shards:
+    path = path.absolute()
+    if path.is_dir():
+        found = list(_walk(path, _is_document))
+        if not found:
+            raise ValueError(f"no text, *.jsonl or *.parquet in {path}: give another folder (unpack compressed files)")
+        return ((key, _shard(file, field)) for key, file in found)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no corpus at {path}: give a file or folder that exists, 'python', 'tfds:NAME' or 'arrayrecord:PATH'"
+        )
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty: give a file with text")
+    if not _is_document(path):
+        raise ValueError(f"{path} is not a text file: give text, *.jsonl or *.parquet (unpack compressed files)")
+    shard = _shard(path, field)
+    return [(path.name, _text_blocks(path) if isinstance(shard, _TextFile) else shard)]
+
+
+def _shard(path: Path, field: str) -> Shard:
+    if path.suffix == ".jsonl":
+        return _JsonLines(path, field)
+    if path.suffix == ".parquet":
+        return _Parquet(path, field)
+    return _TextFile(path)
+
+
+def _array_records(pattern: str) -> Shards:
+    if Path(pattern).is_dir():
+        pattern = os.path.join(glob.escape(pattern), "*")
+    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    if not paths:
+        raise FileNotFoundError(f"no ArrayRecord file matches {pattern}: give a file, a folder or a glob")
+    for path in paths:
+        try:
+            yield path.name, grain.sources.ArrayRecordDataSource(str(path.absolute()))
+        except Exception as error:  # array_record raises plain errors from C++
+            raise ValueError(f"{path} is not a readable ArrayRecord file ({error}): narrow the glob") from error
+
+
+def _tfds(name: str, split: str, field: str) -> tuple[frozenset[str], Shards]:
+    """The data set's own splits, and those of them that hold the documents of `split`."""
+    import tensorflow_datasets as tfds
+
+    try:
+        sources = tfds.data_source(name)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"TensorFlow Datasets has no {name!r}: see tfds.list_builders() for the names") from error
+    own = frozenset(SPLITS) & sources.keys()
+    wanted = own if split == "all" else own & {split} or own & {"train"}
+    for part in wanted:
+        if field not in (features := sources[part].dataset_info.features):
+            raise ValueError(f"tfds:{name} has no field {field!r} (it has {', '.join(features)}): set text_field")
+    return own, [(part, _Field(sources[part], field)) for part in SPLITS if part in wanted]

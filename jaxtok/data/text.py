@@ -1,0 +1,196 @@
+"""Text as packed rows of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+
+from jaxtok.data.corpora import open_corpus
+from jaxtok.protocols import Batch, Tokenizer
+from jaxtok.tokenizers import load_tokenizer, token_byte_lengths
+
+_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)  # documents tokenised ahead, in order
+
+
+@dataclasses.dataclass(frozen=True)
+class TextData:
+    """Text as packed rows of tokens.
+
+    A document t1..tn has the inputs [eod, t1..tn] and the targets [t1..tn, eod]. Documents are laid end to end and cut
+    into rows, so that a row that continues a document has the token before the cut as its first input.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    corpus: str = "python"
+    """See `jaxtok.data.corpora.open_corpus`."""
+    tokenizer: str = "bytes"
+    """See `jaxtok.tokenizers.load_tokenizer`."""
+    length: int = 256
+    """Tokens a row."""
+    batch_size: int = 32
+    """Rows a batch, over all processes."""
+    seed: int = 0
+    """Of the order of the training documents and rows."""
+    text_field: str = "text"
+    """The field of a JSONL, Parquet or TFDS row."""
+    isolate_documents: bool = True
+    """No attention across documents; if not, a row is one segment with positions 0..length-1 (GPT-NeoX's recipe)."""
+    mask_eod: bool = False
+    """Leave positions whose input is the end-of-document token out of the loss (GPT-NeoX's `eod_mask_loss`)."""
+    shuffle_window: int = 1024
+    """Training rows shuffled among each other, lest a batch be neighbouring rows of one document; 1: none."""
+    prefetch: int = 4
+    """Batches made ahead by a thread."""
+    workers: int = 0
+    """Processes that tokenise for training; 0: a thread of this process. The batches are the same."""
+    eval_limit: int = 0
+    """Batches in an evaluation; 0: the whole split."""
+
+    def __post_init__(self):
+        least = dict(length=1, batch_size=1, seed=0, shuffle_window=1, prefetch=0, workers=0, eval_limit=0)
+        for field, low in least.items():
+            if (value := getattr(self, field)) < low:
+                raise ValueError(f"{field}={value}: choose at least {low}")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed}: choose one below 2**32")
+
+    def train_batches(self, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
+        """Batches without end, in a new order each epoch, of this process's share of the documents.
+
+        `get_state` and `set_state` (a JSON value) resume at exactly the next batch.
+
+        Raises:
+            ValueError: the batch does not divide among the processes, or there are fewer documents than processes.
+        """
+        rows = self._process_rows(process_index, process_count)
+        documents = self._documents("train")
+        if len(documents) < process_count:
+            raise ValueError(
+                f"the train split of {self.corpus} has fewer documents ({len(documents)}) than there are processes "
+                f"({process_count}): give more documents"
+            )
+        documents = documents[process_index::process_count].shuffle(self.seed).repeat()
+        packed = self._pack(documents, self.workers)
+        if self.shuffle_window > 1:
+            packed = grain.experimental.WindowShuffleIterDataset(
+                packed, window_size=self.shuffle_window, seed=self.seed
+            )
+        return iter(self._batch(packed, len(rows), range(len(rows))))
+
+    def eval_batches(
+        self, split: str = "validation", *, process_index: int = 0, process_count: int = 1
+    ) -> Iterable[Batch]:
+        """One pass over a split in the order of the corpus, anew for each `iter`.
+
+        Each process gets its rows of every batch, so all get as many and together they get the same batches as one
+        process does. The last batch is filled up with padding.
+
+        Raises:
+            ValueError: as `train_batches`.
+        """
+        rows = self._process_rows(process_index, process_count)
+        return self._batch(self._pack(self._documents(split)), self.batch_size, rows, self.eval_limit)
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, int], type]]:
+        """Shape and dtype of each array in a batch of all processes."""
+        names = ("tokens", "targets", "positions", "segments", "mask", "bytes")
+        shape = (self.batch_size, self.length)
+        return {name: (shape, np.float32 if name == "mask" else np.int32) for name in names}
+
+    def _process_rows(self, process_index: int, process_count: int) -> range:
+        """Where this process's rows are in a batch of all processes."""
+        if not 0 <= process_index < process_count:
+            raise ValueError(f"process_index={process_index}: choose 0 to process_count - 1 = {process_count - 1}")
+        if self.batch_size % process_count:
+            raise ValueError(
+                f"batch_size={self.batch_size} does not divide among {process_count} processes: choose a multiple"
+            )
+        rows = self.batch_size // process_count
+        return range(process_index * rows, (process_index + 1) * rows)
+
+    def _documents(self, split: str) -> grain.MapDataset[str | bytes]:
+        return grain.MapDataset.source(open_corpus(self.corpus, split, text_field=self.text_field))
+
+    def _pack(self, documents: grain.MapDataset[str | bytes], workers: int = 0) -> grain.IterDataset[dict[str, Any]]:
+        """Rows of `example`: int32 [length, 3], with the segment and position of each place."""
+        tokenizer = load_tokenizer(self.tokenizer)
+        tokenise = functools.partial(_example, tokenizer=tokenizer, byte_lengths=token_byte_lengths(tokenizer))
+        examples = documents.map(tokenise).to_iter_dataset(_READ)
+        if workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags before it starts processes
+            options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=16)
+            examples = examples.mp_prefetch(options)
+        return _Pack(examples, length_struct={"example": self.length})
+
+    def _batch(
+        self, packed: grain.IterDataset[dict[str, Any]], size: int, rows: range, limit: int = 0
+    ) -> grain.IterDataset[Batch]:
+        """Batches of `size` rows, of which `rows` are given out."""
+        pad = functools.partial(grain.experimental.batch_and_pad, batch_size=size)
+        eod = load_tokenizer(self.tokenizer).eod_id if self.mask_eod else None
+        layout = functools.partial(_layout, isolate=self.isolate_documents, masked_input=eod, rows=rows)
+        batches = packed.batch(size, batch_fn=pad).map(layout)
+        if limit:
+            batches = grain.experimental.LimitIterDataset(batches, limit)
+        return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=self.prefetch)
+
+
+def _example(document: str | bytes, tokenizer: Tokenizer, byte_lengths: np.ndarray) -> dict[str, np.ndarray]:
+    """Inputs, targets and the targets' bytes: `example`, int32 [document length + 1, 3]."""
+    ids = tokenizer.encode(document)
+    example = np.empty((len(ids) + 1, 3), np.int32)
+    inputs, targets, lengths = example.T
+    inputs[0] = targets[-1] = tokenizer.eod_id
+    inputs[1:] = targets[:-1] = ids
+    lengths[:] = byte_lengths[targets]
+    # Less the space that some tokenizers write in front of a text.
+    lengths[0] -= lengths.sum() - len(document if isinstance(document, bytes) else document.encode())
+    return {"example": example}
+
+
+def _layout(packed: dict[str, np.ndarray], isolate: bool, masked_input: int | None, rows: range) -> Batch:
+    packed = {name: array[rows.start : rows.stop] for name, array in packed.items()}
+    tokens, targets, lengths = np.ascontiguousarray(np.moveaxis(packed["example"], -1, 0))
+    segments, positions = packed["example_segment_ids"], packed["example_positions"]
+    mask = segments > 0
+    if not isolate:
+        segments = mask.astype(np.int32)
+        positions = np.where(mask, np.arange(mask.shape[1], dtype=np.int32), 0)
+    if masked_input is not None:
+        mask &= tokens != masked_input
+    return {
+        "tokens": tokens,
+        "targets": targets,
+        "positions": positions,
+        "segments": segments,
+        "mask": mask.astype(np.float32),
+        "bytes": lengths,
+    }
+
+
+class _Pack(grain.experimental.ConcatThenSplitIterDataset):
+    """Grain's packing, with a state that can go through JSON, as Grain and Orbax save it.
+
+    Grain (0.2.18) tells by comparing tuples whether a document is cut, and takes the lists that JSON makes of them for
+    cuts.
+    """
+
+    def __iter__(self) -> grain.DatasetIterator:
+        iterator = super().__iter__()
+        set_state = iterator.set_state
+
+        def set_json_state(state: dict[str, Any]) -> None:
+            cuts = {name: tuple(cut) for name, cut in state["remainder_slices"].items()}
+            set_state({**state, "remainder_slices": cuts})
+
+        iterator.set_state = set_json_state
+        return iterator

@@ -1,0 +1,52 @@
+"""Text tokenizers. All of them are lossless on any byte string."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from jaxtok.protocols import Tokenizer
+from jaxtok.tokenizers.bytes import ByteTokenizer
+from jaxtok.tokenizers.huggingface import HuggingFaceTokenizer
+from jaxtok.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+
+__all__ = [
+    "ByteTokenizer",
+    "HuggingFaceTokenizer",
+    "SentencePieceTokenizer",
+    "load_tokenizer",
+    "token_byte_lengths",
+    "train_sentencepiece",
+]
+
+
+def load_tokenizer(spec: str | Path) -> Tokenizer:
+    """The tokenizer that `spec` names: "bytes", a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder, or the folder holds no tokenizer.
+        ValueError: the file is no tokenizer, or the folder holds several.
+    """
+    if spec == "bytes":
+        return ByteTokenizer()
+    path = Path(spec)
+    if path.is_dir():
+        found = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else sorted(path.glob("*.model"))
+        if not found:
+            raise FileNotFoundError(f"{path} holds no tokenizer.json and no *.model: give the path of a tokenizer")
+        if len(found) > 1:
+            raise ValueError(f"{path} holds {len(found)} *.model files: give the path of one of them")
+        path = found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"no tokenizer {str(spec)!r}: give 'bytes', a *.model, a tokenizer.json or a folder")
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(path)
+    if path.suffix == ".json":
+        return HuggingFaceTokenizer(path)
+    raise ValueError(f"{path} is neither a *.model nor a *.json: give a SentencePiece or Hugging Face tokenizer")
+
+
+def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
+    """How many bytes each token stands for: int32 [vocab]."""
+    return np.array([len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)], np.int32)

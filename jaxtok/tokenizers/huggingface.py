@@ -1,0 +1,111 @@
+"""Tokenizers in the format of Hugging Face's `tokenizers` library (`tokenizer.json`), used losslessly."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from jaxtok.tokenizers.lossless import LosslessTokenizer
+
+EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class HuggingFaceTokenizer(LosslessTokenizer):
+    """A `tokenizer.json`, or the folder that holds one: byte-level (GPT-2), byte fallback (Llama) and others.
+
+    A tokenizer that writes a space in front of a text still does ("Hello" is "▁Hello"), and `decode` drops it. No
+    special tokens are added.
+
+    Args:
+        path: the file or folder.
+        eod: the token that ends a document; by default the first of `EOD_NAMES` in the vocabulary.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no tokenizer, or has no token `eod`.
+    """
+
+    def __init__(self, path: str | Path, eod: str | None = None):
+        file = Path(path).absolute()
+        file = file / "tokenizer.json" if file.is_dir() else file
+        if not file.is_file():
+            raise FileNotFoundError(f"no tokenizer at {path}: give a tokenizer.json, or the folder that holds one")
+        self._args = (file, eod)
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            steps = {key: config.get(key) for key in ("normalizer", "pre_tokenizer")}
+            bare = _without_prefix(steps)  # the prefix is written by `encode` instead, once a text
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**config, **bare}))
+        except Exception as error:  # the library raises plain Exceptions
+            raise ValueError(f"{path} is not a tokenizer.json ({error}): give another file") from error
+        self._tokenizer.encode_special_tokens = True  # i.e. as ordinary text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        names = EOD_NAMES if eod is None else (eod,)
+        eod_id = next((vocab[name] for name in names if name in vocab), None)
+        if eod_id is None:
+            raise ValueError(f"{path} has none of the tokens {', '.join(names)}: name its end-of-document token as eod")
+        byte_ids = {int(match[1], 16): i for name, i in vocab.items() if (match := _BYTE.fullmatch(name))}
+        pieces = _pieces(config, vocab)
+        for byte, i in byte_ids.items():
+            pieces[i] = bytes([byte])
+        pieces[eod_id] = b""
+        name = file.parent.name if file.name == "tokenizer.json" else file.stem
+        super().__init__(name, pieces, byte_ids, eod_id, b" " if bare != steps else b"")
+
+    def __reduce__(self):
+        return type(self), self._args
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def _without_prefix(step: Any) -> Any:
+    """The configuration of the steps, none of which writes a space in front of a text."""
+    if isinstance(step, list):
+        return [_without_prefix(s) for s in step if not (isinstance(s, dict) and s.get("type") == "Prepend")]
+    if not isinstance(step, dict):
+        return step
+    if step.get("type") == "Prepend":
+        return None
+    off = {"add_prefix_space": False, "prepend_scheme": "never"}
+    return {key: off[key] if key in off else _without_prefix(value) for key, value in step.items()}
+
+
+def _pieces(config: dict[str, Any], vocab: dict[str, int]) -> list[bytes]:
+    """The bytes of each token by id, read off the names of the tokens and the steps that made them."""
+    model = config["model"]
+    steps = json.dumps([config.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
+    before, after = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
+    alphabet = _byte_level_alphabet() if '"ByteLevel"' in steps else None
+
+    def spell(name: str) -> bytes:
+        name = name.removeprefix(before).removesuffix(after)
+        if alphabet and all(char in alphabet for char in name):
+            return bytes(alphabet[char] for char in name)
+        return (name.replace("▁", " ") if "▁" in steps else name).encode()
+
+    pieces = [b""] * (max(vocab.values()) + 1)
+    for name, i in vocab.items():
+        pieces[i] = spell(name)
+    for token in config.get("added_tokens", []):
+        pieces[token["id"]] = b"" if token["special"] else token["content"].encode()
+    if isinstance(unknown := model.get("unk_token"), str) and unknown in vocab:
+        pieces[vocab[unknown]] = b""
+    if (unknown := model.get("unk_id")) is not None:
+        pieces[unknown] = b""
+    return pieces
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """The characters by which GPT-2 spells bytes: themselves where they print, else from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -1,0 +1,81 @@
+"""What makes a tokenizer library lossless: its own tokens where they decode to the text, and byte tokens elsewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are not UTF-8, as `surrogateescape` decodes them
+
+
+class LosslessTokenizer:
+    """Base of the tokenizers that wrap a library; a subclass gives `_encode_text`.
+
+    Text is encoded by the library and kept if its tokens spell the same bytes. Otherwise (a normaliser changed a
+    character, the text holds the marker that stands for a space, ...) it is halved until the parts that differ are
+    single characters, and these become byte tokens. Text is never taken for a special token.
+
+    Args:
+        name: for logs.
+        pieces: the bytes that each token stands for, by id; none for special and unknown tokens.
+        byte_ids: tokens that stand for single bytes, by byte value; can be incomplete or empty.
+        eod_id: the token that ends a document.
+        prefix: what the published tokenizer writes in front of every text, b" " or b"". `decode` drops it.
+    """
+
+    def __init__(self, name: str, pieces: list[bytes], byte_ids: dict[int, int], eod_id: int, prefix: bytes = b""):
+        self.name = name
+        self.vocab_size = len(pieces)
+        self.eod_id = eod_id
+        self._pieces = pieces
+        self._byte_ids = {piece[0]: i for i, piece in enumerate(pieces) if len(piece) == 1} | byte_ids
+        self._prefix = prefix
+
+    def _encode_text(self, text: str) -> list[int]:
+        """The library's own ids for valid text, with nothing written in front of it."""
+        raise NotImplementedError
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The ids of any text or byte string; `decode` gives the same bytes back.
+
+        Raises:
+            ValueError: the vocabulary has no tokens for a character.
+        """
+        data = text.encode() if isinstance(text, str) else text
+        if not data:
+            return []
+        runs = _INVALID.split((self._prefix + data).decode(errors="surrogateescape"))
+        ids = self._encode_run(runs[0])
+        for invalid, run in zip(runs[1::2], runs[2::2]):
+            ids += self._encode_bytes(invalid) + self._encode_run(run)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the tokens, one after the other, without the prefix."""
+        return b"".join(self._pieces[i] for i in ids).removeprefix(self._prefix)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes a token stands for, a prefix's included; special tokens stand for none."""
+        return self._pieces[token_id]
+
+    def _encode_run(self, text: str) -> list[int]:
+        if not text:
+            return []
+        ids = self._encode_text(text)
+        if b"".join(map(self._pieces.__getitem__, ids)) == text.encode():
+            return ids
+        if len(text) == 1:
+            return self._encode_bytes(text)
+        half = len(text) // 2
+        cut = max(text.rfind(" ", 1, half), text.rfind("\n", 1, half))  # words stay whole where they can
+        cut = half if cut < 0 else cut
+        return self._encode_run(text[:cut]) + self._encode_run(text[cut:])
+
+    def _encode_bytes(self, text: str) -> list[int]:
+        try:
+            return [self._byte_ids[byte] for byte in text.encode(errors="surrogateescape")]
+        except KeyError:
+            raise ValueError(
+                f"the vocabulary of {self.name} cannot represent the character {text!a}: "
+                "choose a tokenizer with byte tokens (byte-level or byte fallback), or take it out of the text"
+            ) from None

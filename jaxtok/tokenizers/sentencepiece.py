@@ -1,0 +1,123 @@
+"""SentencePiece models (Kudo & Richardson, 2018), used losslessly, and their training."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import sentencepiece
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+from jaxtok.tokenizers.lossless import LosslessTokenizer
+
+EOD = "<|endoftext|>"
+_CHUNK = 1000  # characters: at most 4,000 bytes, below SentencePiece's limit of 4,192 for a training sentence
+_SENTENCES = 2_000_000  # a sample of so many lines is held in memory to train
+
+
+class SentencePieceTokenizer(LosslessTokenizer):
+    """A `*.model` file of any type.
+
+    A model with a dummy prefix tokenises the beginning of a text as published ("Hello" is "▁Hello"). Runs of spaces are
+    kept, also by models that were trained to remove them.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not a SentencePiece model, or has no end-of-sentence token.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path).absolute()
+        if not self._path.is_file():
+            raise FileNotFoundError(f"no SentencePiece model at {path}: give the path of a *.model file")
+        model = ModelProto()
+        try:
+            model.ParseFromString(self._path.read_bytes())
+            prefix = b" " if model.normalizer_spec.add_dummy_prefix else b""
+            model.normalizer_spec.add_dummy_prefix = False  # written by `encode` instead, once a text
+            model.normalizer_spec.remove_extra_whitespaces = False
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
+        except Exception as error:  # protobuf's DecodeError or SentencePiece's RuntimeError
+            raise ValueError(f"{path} is not a SentencePiece model ({error}): give another *.model file") from error
+        names = [piece.piece for piece in model.pieces]
+        eod = self._processor.eos_id()
+        if eod < 0:
+            if EOD not in names:
+                raise ValueError(f"{path} has no end-of-sentence token: train it with eos_id, or with a piece {EOD}")
+            eod = names.index(EOD)
+        kind = ModelProto.SentencePiece
+        byte_ids = {int(p.piece[3:-1], 16): i for i, p in enumerate(model.pieces) if p.type == kind.BYTE}
+        pieces = [name.replace("▁", " ").encode() for name in names]
+        for byte, i in byte_ids.items():
+            pieces[i] = bytes([byte])
+        for i, piece in enumerate(model.pieces):
+            if i == eod or piece.type in (kind.CONTROL, kind.UNKNOWN):
+                pieces[i] = b""
+        super().__init__(self._path.stem, pieces, byte_ids, eod, prefix)
+
+    def __reduce__(self):
+        return type(self), (self._path,)
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+
+def train_sentencepiece(
+    texts: Iterable[str | bytes], output: Path, *, vocab_size: int, model_type: Literal["unigram", "bpe"] = "unigram"
+) -> Path:
+    """Trains a lossless SentencePiece model on a stream of documents and writes it to `output`.
+
+    Byte fallback, no normalisation, no dummy prefix, all spaces kept; `<|endoftext|>` ends documents. Lines are the
+    training sentences; bytes that are not UTF-8 are replaced.
+
+    Raises:
+        ValueError: the type is unknown, the texts are too small for the vocabulary, or it for their characters.
+    """
+    if model_type not in ("unigram", "bpe"):
+        raise ValueError(f"model_type={model_type!r}: choose 'unigram' or 'bpe'")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type=model_type,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            eos_id=1,
+            eos_piece=EOD,
+            bos_id=-1,
+            pad_id=-1,
+            input_sentence_size=_SENTENCES,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ValueError(_advice(str(error), vocab_size)) from error
+    output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(model.getvalue())
+    return output
+
+
+def _sentences(texts: Iterable[str | bytes]) -> Iterator[str]:
+    for text in texts:
+        for line in (text if isinstance(text, str) else text.decode(errors="replace")).split("\n"):
+            for start in range(0, len(line), _CHUNK):
+                yield line[start : start + _CHUNK]
+
+
+def _advice(message: str, vocab_size: int) -> str:
+    if most := re.search(r"value <= (\d+)", message):
+        return f"the texts are too small for vocab_size={vocab_size}: choose at most {most[1]}, or give more text"
+    if least := re.search(r"\d+ vs (\d+)", message):
+        return f"vocab_size={vocab_size} is too small for the characters of the texts: choose more than {least[1]}"
+    if "sentences_.empty()" in message:
+        return "the texts are empty: give some text to train a SentencePiece model"
+    return f"SentencePiece cannot train with vocab_size={vocab_size}: {message}"

@@ -1,0 +1,105 @@
+"""What one run is: a task, its data, and how it is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxtok.data.text import TextData
+from jaxtok.lm.growth import Growth
+from jaxtok.tokenizers import load_tokenizer
+from jaxtok.training.optimizer import OptimizerConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop's settings."""
+
+    steps: int = 1000
+    """Updates (in front of the first growth, if there is one)."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    accumulate: int = 1
+    """Parts into which a batch is cut, with their gradients averaged: less memory, the same update."""
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 250
+    """Also evaluates at the end of every stage; 0: only there."""
+    checkpoint_every: int = 250
+    """Also saves at the end of every stage and when interrupted."""
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        for field in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"train.{field} is {getattr(self, field)}; it must be at least 1.")
+        if self.eval_every < 0:
+            raise ValueError(f"train.eval_every is {self.eval_every}; it must be 0 or more.")
+
+
+MAY_CHANGE = (
+    "name",
+    "workdir",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.tensorboard",
+)
+"""Beginnings of the names of fields that may differ when a run is resumed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One run: `jaxtok train FILE` trains it and resumes it."""
+
+    task: Any
+    """Fills the Task waist (`jaxtok.protocols.Task`)."""
+    data: TextData = TextData()
+    train: TrainConfig = TrainConfig()
+    growth: tuple[Growth, ...] = ()
+    """Growths of the model inside the run, one after the other."""
+    name: str = "run"
+    workdir: str = ""
+    """Where checkpoints and logs go; empty: runs/NAME."""
+
+    def __post_init__(self):
+        if self.data.batch_size % self.train.accumulate:
+            raise ValueError(
+                f"train.accumulate is {self.train.accumulate}, which does not divide "
+                f"data.batch_size = {self.data.batch_size}."
+            )
+
+    @property
+    def directory(self) -> Path:
+        return Path(self.workdir or f"runs/{self.name}")
+
+    @property
+    def total_steps(self) -> int:
+        return self.train.steps + sum(g.steps for g in self.growth)
+
+
+def resolve(experiment: Experiment) -> Experiment:
+    """The experiment with the model's vocabulary taken from the tokenizer, where it was left open.
+
+    Raises:
+      ValueError: the tokenizer has more ids than the model, or a row is longer than the model's context.
+    """
+    model = getattr(experiment.task, "model", None)
+    if not hasattr(model, "vocab_size"):
+        return experiment
+    ids = load_tokenizer(experiment.data.tokenizer).vocab_size
+    if not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=-(-ids // 128) * 128)
+    if model.vocab_size < ids:
+        raise ValueError(
+            f"task.model.vocab_size is {model.vocab_size}, but the tokenizer {experiment.data.tokenizer} has {ids} ids; "
+            "raise it, or set 0 to take the tokenizer's."
+        )
+    if experiment.data.length > model.max_length:
+        raise ValueError(
+            f"data.length is {experiment.data.length}, more than task.model.max_length = {model.max_length}; "
+            "lower the first or raise the second."
+        )
+    return dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, model=model))

@@ -1,0 +1,267 @@
+"""What the `jaxtok` command does, as functions: each verb of the command line is one of these."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+from tyro.conf import Positional
+
+from jaxtok.data.corpora import open_corpus
+from jaxtok.data.text import TextData
+from jaxtok.decoding.sampling import Sampling
+from jaxtok.decoding.sampling import generate as generate_tokens
+from jaxtok.interop.tokenformer import read_official, write_official
+from jaxtok.lm.growth import Growth
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
+from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
+from jaxtok.training.checkpoints import Checkpoints, Meta, load, write_config
+from jaxtok.training.experiment import Experiment, TrainConfig
+
+
+def evaluate(
+    checkpoint: Positional[Path],
+    corpus: str = "",
+    split: Literal["train", "validation", "test", "all"] = "validation",
+    batches: int = 0,
+    output: Path | None = None,
+) -> dict[str, float]:
+    """Loss, perplexity and bits per byte of a checkpoint on a corpus.
+
+    Args:
+      checkpoint: a run's folder, or RUN/checkpoints/STEP.
+      corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN; default: what the run was trained on.
+      split: of the corpus; files are split by a hash of their path.
+      batches: evaluate only so many; 0: all.
+      output: also write the numbers into this JSON file.
+    """
+    loaded = load(checkpoint)
+    data = dataclasses.replace(loaded.experiment.data, eval_limit=batches)
+    if corpus:
+        data = dataclasses.replace(data, corpus=corpus)
+    metrics = loaded.task.evaluate(loaded.params, data.eval_batches(split))
+    row = {"checkpoint": str(checkpoint), "corpus": data.corpus, "split": split, "step": loaded.meta.step} | metrics
+    if output:
+        output.write_text(json.dumps(row, indent=2) + "\n")
+    return row
+
+
+def generate(
+    checkpoint: Positional[Path],
+    prompt: tuple[str, ...] = ("",),
+    prompt_file: Path | None = None,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 0,
+    stop_at_end: bool = True,
+    stream: bool = True,
+) -> list[bytes]:
+    """Continues prompts: a single one token by token on the terminal, several as a batch.
+
+    Args:
+      checkpoint: a run's folder, or RUN/checkpoints/STEP.
+      prompt: one or several texts to continue; an empty one starts a new document.
+      prompt_file: a file with one prompt a line, instead.
+      max_new_tokens: at most so many for each prompt.
+      temperature: below 1 is safer, above is wilder; 0: always the most likely token.
+      top_k: only the k most likely tokens; 0: all.
+      top_p: only the most likely tokens that together have this probability; 1: all.
+      seed: another seed, another text.
+      stop_at_end: stop where the model ends the document.
+      stream: write the texts to the standard output.
+    """
+    loaded = load(checkpoint)
+    tokenizer = load_tokenizer(loaded.experiment.data.tokenizer)
+    prompts = tuple(prompt_file.read_text().splitlines()) if prompt_file else prompt
+
+    def text_of(ids: list[int]) -> bytes:
+        return b"".join(tokenizer.token_bytes(i) for i in ids)
+
+    def write(text: bytes) -> None:
+        sys.stdout.buffer.write(text)
+        sys.stdout.flush()
+
+    live = stream and len(prompts) == 1
+    if live:
+        write(prompts[0].encode())
+    rows = generate_tokens(
+        loaded.task.module(),
+        loaded.params,
+        [[tokenizer.eod_id, *tokenizer.encode(text)] for text in prompts],
+        max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
+        rng=jax.random.key(seed),
+        stop_tokens=[tokenizer.eod_id] if stop_at_end else [],
+        num_ids=tokenizer.vocab_size,
+        on_tokens=(lambda new: write(text_of(new[0]))) if live else None,
+        chunk=4,
+    )
+    texts = [text_of(row) for row in rows]
+    if live:
+        write(b"\n")
+    elif stream:
+        for number, (text, continuation) in enumerate(zip(prompts, texts)):
+            write(f"--- {number} ---\n{text}".encode() + continuation + b"\n")
+    return texts
+
+
+def grow(
+    checkpoint: Positional[Path],
+    to: TokenCounts = TokenCounts(),
+    output: Path | None = None,
+    times: float = 0.0,
+    init: Literal["zero_keys", "copy", "random"] = "zero_keys",
+    scale: Literal["auto", "fixed", "current"] = "auto",
+    optimizer: Literal["keep", "reset"] = "reset",
+    train: Literal["all", "new"] = "all",
+    steps: int = 0,
+    seed: int = 0,
+) -> Path:
+    """A new run whose model is a checkpoint's with more parameter tokens; `jaxtok train OUTPUT` goes on training it.
+
+    Args:
+      checkpoint: a run's folder, or RUN/checkpoints/STEP.
+      to: parameter tokens of each group afterwards; 0 leaves a group as it is.
+      output: the new run's folder; default: CHECKPOINT-grown.
+      times: instead of `to`: every group grows by this factor.
+      init: new rows. zero_keys preserves the function (all normalisations but softmax and gelu_layer_norm), copy does
+        for whole multiples, random is the authors' released recipe and perturbs the model.
+      scale: of the normalisation: fixed at the old number of tokens, or current; auto: what preserves the function.
+      optimizer: keep the moments of the old tokens (new ones 0), or reset all.
+      train: afterwards train all parameters, or the new tokens only.
+      steps: of training after the growth; default: as before it.
+      seed: for the new rows.
+    """
+    if times:
+        if times <= 1:
+            raise ValueError(f"times is {times}; it must be above 1.")
+        model = load(checkpoint).task.model
+        to = TokenCounts(**{g: round(getattr(model.tokens, g) * times) for g in GROUPS})
+    growth = Growth(to=to, init=init, scale=scale, optimizer=optimizer, train=train, steps=steps or 1)
+    return fork(
+        checkpoint, output or Path(f"{str(checkpoint).rstrip('/')}-grown"), steps=steps, growth=growth, seed=seed
+    )
+
+
+def fork(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    steps: int = 0,
+    growth: Growth | None = None,
+    seed: int = 0,
+    **train: Any,
+) -> Path:
+    """A new run that starts from a checkpoint, with its place in the data: `train` is to go on with it.
+
+    Args:
+      checkpoint: a run's folder, or RUN/checkpoints/STEP.
+      output: the new run's folder, which must not exist.
+      steps: of the new run; default: as many as the old one's first stage.
+      growth: applied to the model first; without one, or with `optimizer = keep`, the moments are taken along.
+      seed: for the new rows.
+      train: further fields of `TrainConfig` to change.
+
+    Raises:
+      FileExistsError: there is something in the output folder already.
+    """
+    output = Path(output)
+    _must_be_free(output)
+    loaded = load(checkpoint)
+    experiment, task, params = loaded.experiment, loaded.task, loaded.params
+    keep = growth is None or growth.optimizer == "keep"
+    opt_state = loaded.opt_state() if keep else None
+    if growth:
+        task, params, opt_state = task.grow(growth, params, opt_state, jax.random.key(seed))
+    config = dataclasses.replace(experiment.train, **{"steps": steps or experiment.train.steps} | train)
+    experiment = dataclasses.replace(
+        experiment, task=task, train=config, growth=(), name=output.name, workdir=str(output)
+    )
+    meta = dataclasses.replace(loaded.meta, step=0, stage=0, stage_start=0, task=task, experiment=experiment)
+    write_config(output, experiment)
+    with Checkpoints(loaded.directory) as old, Checkpoints(output) as new:
+        data = old.data(loaded.meta.step, experiment.data.train_batches())
+        new.save(meta, params, opt_state, data)
+    return output
+
+
+def convert(
+    source: Positional[Path],
+    target: Positional[Path],
+    torch_bin: bool = False,
+) -> Path:
+    """Checkpoints between jaxtok and the authors' TokenFormer layout, in the direction that the source asks for.
+
+    A folder with config.json and pytorch_model.bin or model.safetensors becomes a run that every verb takes; a run
+    becomes such a folder.
+
+    Args:
+      source: the authors' folder, or a run.
+      target: the folder to write, which must not exist.
+      torch_bin: write pytorch_model.bin (needs PyTorch) instead of model.safetensors.
+    """
+    _must_be_free(target)
+    if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
+        loaded = load(source)
+        write_official(target, loaded.task.model, loaded.params, torch_bin=torch_bin)
+        tokenizer = Path(loaded.experiment.data.tokenizer)
+        if tokenizer.is_file():
+            shutil.copy(tokenizer, target)
+        return target
+    model, params = read_official(source)
+    has_tokenizer = (source / "tokenizer.json").is_file()
+    target.mkdir(parents=True)
+    if has_tokenizer:
+        shutil.copy(source / "tokenizer.json", target)
+    data = TextData(
+        tokenizer=str((target / "tokenizer.json").absolute()) if has_tokenizer else "bytes",
+        length=min(1024, model.max_length),
+        batch_size=8,
+    )
+    task = LanguageModeling(model=model)
+    experiment = Experiment(task=task, data=data, name=target.name, workdir=str(target), train=TrainConfig())
+    write_config(target, experiment)
+    with Checkpoints(target) as checkpoints:
+        checkpoints.save(Meta(step=0, stage=0, stage_start=0, task=task, experiment=experiment), params)
+    return target
+
+
+def tokenizer(
+    output: Positional[Path],
+    corpus: str = "python",
+    vocab_size: int = 4096,
+    model_type: Literal["unigram", "bpe"] = "unigram",
+    text_field: str = "text",
+) -> dict[str, float]:
+    """Trains a SentencePiece tokenizer on the training split of a corpus; use it as `--data.tokenizer OUTPUT`.
+
+    Args:
+      output: the file to write, ending in .model.
+      corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN.
+      vocab_size: ids, including 256 bytes and the end of a document.
+      model_type: the algorithm.
+      text_field: the field of a JSONL, Parquet or TFDS row.
+    """
+    documents = open_corpus(corpus, "train", text_field=text_field)
+    path = train_sentencepiece(
+        (documents[i] for i in range(len(documents))), output, vocab_size=vocab_size, model_type=model_type
+    )
+    trained = load_tokenizer(str(path))
+    held_out = open_corpus(corpus, "validation", text_field=text_field)
+    texts = [held_out[i] for i in range(min(len(held_out), 200))]
+    sizes = [len(t if isinstance(t, bytes) else t.encode()) for t in texts]
+    tokens = sum(len(trained.encode(text)) for text in texts)
+    return {"tokenizer": str(path), "vocab_size": trained.vocab_size, "bytes_per_token": sum(sizes) / max(tokens, 1)}
+
+
+def _must_be_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already; choose another folder (nothing was written).")

@@ -1,0 +1,1 @@
+"""Vision: classifiers, image tokenizers and generators, one file a system."""

@@ -1,0 +1,87 @@
+"""Image classification, the Task of every image classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtok.lm.decoder import init_params
+from jaxtok.lm.growth import Growth, grow_task, new_token_mask
+from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.parameter_attention import TokenCounts
+from jaxtok.protocols import Batch, Params
+from jaxtok.vision.vit import ViT, ViTConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageClassification:
+    """Trains a classifier on batches of
+
+    images  float32  [batch, height, width, channels], normalised
+    labels  int32    [batch], the class (any class where the mask is 0)
+    mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
+    """
+
+    model: ViTConfig
+    label_smoothing: float = 0.1
+    """The part of the target that is uniform over the classes, in training; 0.1 in MAE's supervised recipe."""
+    frozen_tokens: TokenCounts = TokenCounts()
+    """If any is positive, only the parameter tokens behind these train (growth with `train = new`)."""
+
+    def __post_init__(self):
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1).")
+
+    def module(self) -> ViT:
+        return ViT(self.model)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        return init_params(self.module(), rng, batch["images"])
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy in nats with smoothed labels; also logs the accuracy."""
+        logits = self.module().apply({"params": params}, batch["images"], deterministic=False, rngs={"dropout": rng})
+        loss = masked_mean(cross_entropy(logits, batch["labels"], self.label_smoothing), batch["mask"])
+        return loss, {"accuracy": masked_mean(_correct(logits, batch["labels"]), batch["mask"])}
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss (nats, labels not smoothed), top-1 accuracy, and the number of images they are means over.
+
+        Raises:
+          ValueError: there was not a single image.
+        """
+        sums = sum((np.asarray(_evaluation_sums(self, params, batch), np.float64) for batch in batches), np.zeros(3))
+        loss, correct, examples = sums.tolist()
+        if not examples:
+            raise ValueError("the evaluation data hold no image; choose a larger data set or split.")
+        return {"loss": loss / examples, "accuracy": correct / examples, "examples": examples}
+
+    def trainable(self, params: Params) -> Params | None:
+        return new_token_mask(params, self.frozen_tokens) if self.frozen_tokens.total() else None
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step: three times the forward pass."""
+        return 3 * len(batch["images"]) * self.model.flops()
+
+    def grow(
+        self, growth: Growth, params: Params, opt_state: Any, rng: jax.Array
+    ) -> tuple[ImageClassification, Params, Any]:
+        """The task, parameters and optimizer state after a growth of a model that is made of parameter tokens."""
+        return grow_task(self, growth, params, opt_state, rng)
+
+
+def _correct(logits, labels):
+    return (logits.argmax(-1) == labels).astype(jnp.float32)
+
+
+def _sums(task: ImageClassification, params, batch):
+    logits, labels, mask = task.module().apply({"params": params}, batch["images"]), batch["labels"], batch["mask"]
+    return jnp.stack([jnp.sum(x * mask) for x in (cross_entropy(logits, labels), _correct(logits, labels), mask)])
+
+
+_evaluation_sums = jax.jit(_sums, static_argnums=0)

@@ -1,0 +1,108 @@
+"""Options, and the comparison with the golden fixtures: numbers made by running the authors' code.
+
+    @pytest.mark.parity("tokenformer/model_*.npz")   # runs once for each such file below --goldens
+    def test_model(golden, parity):
+        ours = run(golden.config, golden.under("params"))
+        parity("logits", ours, golden["out/logits"])  # asserts, and adds a row to the table at the end of the run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--goldens", metavar="DIR", default=Path(__file__).parent / "goldens", type=Path)
+    parser.addoption("--slow", action="store_true", help="also run the learning experiments")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="a learning experiment; run with --slow"))
+
+
+def pytest_generate_tests(metafunc):
+    if "golden" in metafunc.fixturenames:
+        pattern = metafunc.definition.get_closest_marker("parity").args[0]
+        files = sorted(metafunc.config.getoption("--goldens").glob(pattern))
+        metafunc.parametrize("golden", files, ids=[file.stem for file in files], indirect=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """One file of fixtures. Its arrays' names are paths: in/..., out/..., grad/..."""
+
+    name: str
+    config: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        return self.arrays[key]
+
+    def under(self, folder: str) -> dict[str, np.ndarray]:
+        """The arrays whose names begin with `folder/`, by the rest of the name."""
+        return {key.removeprefix(f"{folder}/"): a for key, a in self.arrays.items() if key.startswith(f"{folder}/")}
+
+
+@pytest.fixture
+def golden(request) -> Golden:
+    with np.load(request.param) as file:
+        arrays = dict(file)
+    config = json.loads(str(arrays.pop("config")))
+    return Golden(f"{request.param.parent.name}/{request.param.stem}", config, arrays)
+
+
+@pytest.fixture
+def parity(request, golden):
+    """`parity(what, ours, reference, rtol)`: equal up to rtol times the reference's largest entry.
+
+    `ours` and `reference` are arrays, or dicts of arrays with the same keys. Where the reference is zero everywhere,
+    the difference itself has to be within rtol.
+    """
+
+    def check(what: str, ours, reference, rtol: float = 1e-4):
+        if not isinstance(reference, Mapping):
+            ours, reference = {"": ours}, {"": reference}
+        assert set(ours) == set(reference), f"{what}: one side only has {sorted(set(ours) ^ set(reference))}"
+        errors = {name: relative_error(ours[name], reference[name]) for name in reference}
+        worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
+        request.node.user_properties.append(("parity", (golden.name, what, float(errors[worst]))))
+        assert errors[worst] <= rtol, f"{golden.name}, {what} {worst}: relative error {errors[worst]:.2e} > {rtol:.0e}"
+
+    return check
+
+
+def relative_error(ours, reference) -> float:
+    """The largest difference over the largest entry of the reference (over 1, if that is zero everywhere)."""
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape, f"shape {ours.shape} instead of {reference.shape}"
+    return np.max(np.abs(ours - reference)) / (np.max(np.abs(reference)) or 1.0)
+
+
+def pytest_terminal_summary(terminalreporter):
+    worst: dict[tuple[str, str], float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for key, value in getattr(report, "user_properties", ()):
+                if key == "parity":
+                    name, what, error = value
+                    # not max(): a NaN must win
+                    old = worst.get((name, what), 0.0)
+                    worst[name, what] = old if error <= old else error
+    if worst:
+        terminalreporter.section("parity with the authors' code")
+        terminalreporter.line("| fixture | what | max relative error |\n|---|---|---|")
+        for (name, what), error in worst.items():
+            terminalreporter.line(f"| {name} | {what} | {error:.1e} |")
