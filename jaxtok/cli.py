@@ -51,12 +51,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(
             f"there is no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"use {', '.join(VERBS)}.")
         )
+    _cache_compilations()
     try:
         return VERBS[verb](rest)
     except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as error:
         if os.environ.get("JAXTOK_TRACEBACK"):
             raise
         return _fail(str(error))
+
+
+def _cache_compilations() -> None:
+    """Keeps compiled programs between calls, unless JAX is told otherwise by its own environment variables."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtok" / "xla"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
 def _fail(message: str) -> int:
@@ -152,14 +160,9 @@ def _call(function: Callable, verb: str, arguments: list[str]) -> Any:
 def _show(values: dict[str, Any]) -> None:
     table = rich.table.Table(show_header=False, box=None)
     for name, value in values.items():
-        text = (
-            f"{value:.4f}"
-            if isinstance(value, float) and value % 1
-            else f"{value:,.0f}"
-            if isinstance(value, int | float)
-            else str(value)
-        )
-        table.add_row(name.replace("_", " "), text)
+        if isinstance(value, int | float):
+            value = f"{value:.4f}" if value % 1 else f"{value:,.0f}"
+        table.add_row(name.replace("_", " "), str(value))
     rich.console.Console().print(table)
 
 

@@ -21,7 +21,7 @@ from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
-from jaxtok.training.checkpoints import Checkpoints, Meta, load, write_config
+from jaxtok.training.checkpoints import Checkpoints, Meta, fork, load, must_be_free, write_config
 from jaxtok.training.experiment import Experiment, TrainConfig
 
 
@@ -151,48 +151,6 @@ def grow(
     )
 
 
-def fork(
-    checkpoint: str | Path,
-    output: str | Path,
-    *,
-    steps: int = 0,
-    growth: Growth | None = None,
-    seed: int = 0,
-    **train: Any,
-) -> Path:
-    """A new run that starts from a checkpoint, with its place in the data: `train` is to go on with it.
-
-    Args:
-      checkpoint: a run's folder, or RUN/checkpoints/STEP.
-      output: the new run's folder, which must not exist.
-      steps: of the new run; default: as many as the old one's first stage.
-      growth: applied to the model first; without one, or with `optimizer = keep`, the moments are taken along.
-      seed: for the new rows.
-      train: further fields of `TrainConfig` to change.
-
-    Raises:
-      FileExistsError: there is something in the output folder already.
-    """
-    output = Path(output)
-    _must_be_free(output)
-    loaded = load(checkpoint)
-    experiment, task, params = loaded.experiment, loaded.task, loaded.params
-    keep = growth is None or growth.optimizer == "keep"
-    opt_state = loaded.opt_state() if keep else None
-    if growth:
-        task, params, opt_state = task.grow(growth, params, opt_state, jax.random.key(seed))
-    config = dataclasses.replace(experiment.train, **{"steps": steps or experiment.train.steps} | train)
-    experiment = dataclasses.replace(
-        experiment, task=task, train=config, growth=(), name=output.name, workdir=str(output)
-    )
-    meta = dataclasses.replace(loaded.meta, step=0, stage=0, stage_start=0, task=task, experiment=experiment)
-    write_config(output, experiment)
-    with Checkpoints(loaded.directory) as old, Checkpoints(output) as new:
-        data = old.data(loaded.meta.step, experiment.data.train_batches())
-        new.save(meta, params, opt_state, data)
-    return output
-
-
 def convert(
     source: Positional[Path],
     target: Positional[Path],
@@ -208,7 +166,7 @@ def convert(
       target: the folder to write, which must not exist.
       torch_bin: write pytorch_model.bin (needs PyTorch) instead of model.safetensors.
     """
-    _must_be_free(target)
+    must_be_free(target)
     if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
         loaded = load(source)
         write_official(target, loaded.task.model, loaded.params, torch_bin=torch_bin)
@@ -260,8 +218,3 @@ def tokenizer(
     sizes = [len(t if isinstance(t, bytes) else t.encode()) for t in texts]
     tokens = sum(len(trained.encode(text)) for text in texts)
     return {"tokenizer": str(path), "vocab_size": trained.vocab_size, "bytes_per_token": sum(sizes) / max(tokens, 1)}
-
-
-def _must_be_free(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists already; choose another folder (nothing was written).")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from jaxtok.configuration import from_json, to_json
+from jaxtok.lm.growth import Growth
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.optimizer import make_optimizer
 
@@ -157,3 +159,55 @@ def write_config(directory: Path, experiment: Experiment) -> None:
 
 def read_config(directory: Path) -> Experiment:
     return from_json(json.loads((directory / "config.json").read_text()))
+
+
+def fork(
+    checkpoint: str | Path,
+    output: str | Path,
+    *,
+    steps: int = 0,
+    growth: Growth | None = None,
+    seed: int = 0,
+    **train: Any,
+) -> Path:
+    """A new run that starts from a checkpoint, with its place in the data: `train` is to go on with it.
+
+    Args:
+      checkpoint: a run's folder, or RUN/checkpoints/STEP.
+      output: the new run's folder, which must not exist.
+      steps: of the new run; default: as many as the old one's first stage.
+      growth: applied to the model first; without one, or with `optimizer = keep`, the moments are taken along.
+      seed: for the new rows.
+      train: further fields of `TrainConfig` to change.
+
+    Raises:
+      FileExistsError: there is something in the output folder already.
+    """
+    output = Path(output)
+    must_be_free(output)
+    half_done = output.with_name(output.name + ".part")
+    shutil.rmtree(half_done, ignore_errors=True)
+    loaded = load(checkpoint)
+    experiment, task, params = loaded.experiment, loaded.task, loaded.params
+    keep = growth is None or growth.optimizer == "keep"
+    opt_state = loaded.opt_state() if keep else None
+    if growth:
+        task, params, opt_state = task.grow(growth, params, opt_state, jax.random.key(seed))
+    config = dataclasses.replace(experiment.train, **{"steps": steps or experiment.train.steps} | train)
+    experiment = dataclasses.replace(
+        experiment, task=task, train=config, growth=(), name=output.name, workdir=str(output)
+    )
+    meta = dataclasses.replace(loaded.meta, step=0, stage=0, stage_start=0, task=task, experiment=experiment)
+    write_config(half_done, experiment)
+    with Checkpoints(loaded.directory) as old, Checkpoints(half_done) as new:
+        data = old.data(loaded.meta.step, experiment.data.train_batches())
+        new.save(meta, params, opt_state, data)
+    data.close()
+    half_done.rename(output)
+    return output
+
+
+def must_be_free(folder: Path) -> None:
+    """Raises FileExistsError if there is something at that place."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists already; choose another folder (nothing was written).")

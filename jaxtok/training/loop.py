@@ -34,8 +34,12 @@ class TrainState:
     """What a step changes. `step` counts over the whole run, across growths."""
 
     step: jax.Array
+    stage_start: jax.Array
+    """The step at which the learning-rate schedule began anew."""
     params: Any
     opt_state: Any
+    rng: jax.Array
+    """The run's key, which stays; each step folds its number in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,8 @@ class Result:
     params: Any
     metrics: dict[str, float]
     """Of the last evaluation."""
+    flops: float
+    """Model FLOPs of all training so far, of the runs that this one was forked from too."""
 
 
 def train(experiment: Experiment, *, quiet: bool = False) -> Result:
@@ -87,8 +93,9 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Result:
                         break
         finally:
             log.close()
+            run.data.close()
     meta = run.meta
-    return Result(directory, meta.step, interrupt.received, meta.task, run.state.params, run.metrics)
+    return Result(directory, meta.step, interrupt.received, meta.task, run.state.params, run.metrics, meta.flops)
 
 
 def count(params: Any) -> int:
@@ -108,8 +115,18 @@ class _Run:
 
 def initial_state(task: Any, train_config: TrainConfig, data: Any) -> TrainState:
     """Step 0: fresh parameters and optimizer state."""
-    params = jax.jit(task.init)(jax.random.key(train_config.seed), example_batch(data))
-    return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(train_config.optimizer).init(params))
+    rng = jax.random.key(train_config.seed)
+    params = _init(task, rng, example_batch(data))
+    return _state(0, 0, params, make_optimizer(train_config.optimizer).init(params), rng)
+
+
+def _state(step: int, stage_start: int, params: Any, opt_state: Any, rng: jax.Array) -> TrainState:
+    return TrainState(jnp.asarray(step, jnp.int32), jnp.asarray(stage_start, jnp.int32), params, opt_state, rng)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init(task: Any, rng: jax.Array, batch: Any) -> Any:
+    return task.init(rng, batch)
 
 
 def _start(experiment: Experiment, checkpoints: Checkpoints) -> _Run:
@@ -123,7 +140,9 @@ def _start(experiment: Experiment, checkpoints: Checkpoints) -> _Run:
     params = checkpoints.params(step, abstract_params(meta.task, experiment.data))
     optimizer = make_optimizer(experiment.train.optimizer)
     opt_state = checkpoints.opt_state(step, jax.eval_shape(optimizer.init, params))
-    state = TrainState(jnp.asarray(step, jnp.int32), params, optimizer.init(params) if opt_state is None else opt_state)
+    if opt_state is None:
+        opt_state = optimizer.init(params)
+    state = _state(step, meta.stage_start, params, opt_state, jax.random.key(experiment.train.seed))
     return _Run(meta, state, checkpoints.data(step, data))
 
 
@@ -138,11 +157,12 @@ def _grow(run: _Run, growth: Growth, seed: int) -> _Run:
     if opt_state is None:
         opt_state = make_optimizer(meta.experiment.train.optimizer).init(params)
     meta = dataclasses.replace(meta, task=task, stage=meta.stage + 1, stage_start=meta.step)
-    return _Run(meta, TrainState(run.state.step, params, opt_state), run.data)
+    return _Run(meta, _state(meta.step, meta.step, params, opt_state, run.state.rng), run.data)
 
 
-def make_train_step(task: Any, train_config: TrainConfig, steps: int, start: int = 0):
-    """The compiled update `(state, batch) -> (state, metrics)` of a stage of `steps` that begins at step `start`."""
+@functools.lru_cache(maxsize=16)
+def make_train_step(task: Any, train_config: TrainConfig, steps: int):
+    """The compiled update `(state, batch) -> (state, metrics)` of a stage of `steps`."""
     optimizer = make_optimizer(train_config.optimizer)
     parts = train_config.accumulate
 
@@ -162,19 +182,19 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, start: int
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        rng = jax.random.fold_in(jax.random.key(train_config.seed), state.step)
+        rng = jax.random.fold_in(state.rng, state.step)
         (loss, metrics), grads = (gradients if parts == 1 else accumulated)(state.params, batch, rng, state.step)
         trainable = task.trainable(state.params)
         if trainable is not None:
             grads = jax.tree.map(jnp.multiply, grads, trainable)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        rate = learning_rate(train_config.optimizer, state.step - start, steps)
+        rate = learning_rate(train_config.optimizer, state.step - state.stage_start, steps)
         updates = jax.tree.map(lambda u: -rate * u, updates)
         if trainable is not None:  # weight decay moves parameters without a gradient
             updates = jax.tree.map(jnp.multiply, updates, trainable)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads), "learning_rate": rate} | metrics
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     return train_step
 
@@ -182,8 +202,8 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, start: int
 def _fit(run: _Run, end: int, experiment: Experiment, checkpoints, log, display, interrupt) -> _Run:
     """Trains one stage up to step `end`, or until interrupted."""
     config, task = experiment.train, run.meta.task
-    start, step, state = run.meta.stage_start, run.meta.step, run.state
-    train_step = make_train_step(task, config, end - start, start)
+    step, state = run.meta.step, run.state
+    train_step = make_train_step(task, config, end - run.meta.stage_start)
     flops = task.flops(example_batch(experiment.data))
     peak = peak_flops()
     pending: deque = deque()  # (step, batch, metrics) of updates whose numbers have not been looked at

@@ -1,0 +1,51 @@
+"""The published training recipes, for models of any size."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxtok.data.text import TextData
+from jaxtok.lm.decoder import DecoderConfig
+from jaxtok.lm.growth import Growth
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.training.experiment import Experiment, TrainConfig
+from jaxtok.training.optimizer import OptimizerConfig
+
+
+def gpt_neox(
+    model: DecoderConfig,
+    *,
+    corpus: str,
+    name: str,
+    steps: int,
+    batch_size: int,
+    growth: tuple[Growth, ...] = (),
+    tokenizer: str = "data/gpt-neox-20b/tokenizer.json",
+) -> Experiment:
+    """The authors' GPT-NeoX recipe: AdamW 0.9/0.95, decay 0.1, clip 1, 6e-4 to 6e-5 for every size, 1 % warm-up.
+
+    Rows are cut from documents laid end to end, with attention across them. bfloat16 compute stands in for the
+    authors' float16 with loss scaling; every block is rematerialised.
+    """
+    return Experiment(
+        name=name,
+        task=LanguageModeling(model=dataclasses.replace(model, dtype="bfloat16", remat="full")),
+        data=TextData(
+            corpus=corpus,
+            tokenizer=tokenizer,
+            length=model.max_length,
+            batch_size=batch_size,
+            isolate_documents=False,
+            eval_limit=16,
+            workers=8,
+        ),
+        train=TrainConfig(
+            steps=steps,
+            optimizer=OptimizerConfig(),
+            log_every=20,
+            eval_every=1000,
+            checkpoint_every=1000,
+            keep_checkpoints=3,
+        ),
+        growth=growth,
+    )

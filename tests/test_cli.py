@@ -1,0 +1,127 @@
+"""The command line, as a user calls it: one run goes through every verb."""
+
+import json
+
+import pytest
+
+from jaxtok import __version__
+from jaxtok.cli import VERBS, main
+from jaxtok.tokenizers import load_tokenizer
+
+CONFIG = """
+from jaxtok.data.text import TextData
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
+from jaxtok.training.experiment import Experiment, TrainConfig
+
+config = Experiment(
+    task=LanguageModeling(model=TokenFormerConfig(
+        num_layers=2, d_model=16, num_heads=2, rotary_fraction=0.5, tokens=uniform_counts(8, 16), max_length=128)),
+    data=TextData(corpus=CORPUS, length=16, batch_size=4, shuffle_window=8, eval_limit=2),
+    train=TrainConfig(steps=3, checkpoint_every=2, tensorboard=False),
+    workdir=WORKDIR,
+)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("cli")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder):
+    texts = folder / "corpus"
+    texts.mkdir()
+    for i in range(100):
+        (texts / f"{i}.txt").write_text(f"number {i}, twice {2 * i}, thrice {3 * i}; and so on.\n" * 4)
+    return texts
+
+
+@pytest.fixture(scope="module")
+def run(folder, corpus):
+    config = folder / "config.py"
+    config.write_text(CONFIG.replace("CORPUS", repr(str(corpus))).replace("WORKDIR", repr(str(folder / "run"))))
+    assert main(["train", str(config), "--train.steps", "4"]) == 0
+    return folder / "run"
+
+
+def test_train_again_says_the_same_and_continues_by_folder(run, capsys):
+    assert main(["train", str(run)]) == 0
+    assert "step 4" in " ".join(capsys.readouterr().out.split())
+
+
+def test_eval_on_the_own_and_on_another_corpus(run, folder, capsys):
+    assert main(["eval", str(run), "--output", str(folder / "eval.json")]) == 0
+    row = json.loads((folder / "eval.json").read_text())
+    assert row["split"] == "validation" and 0 < row["bits_per_byte"] < 12 and row["bytes"] > 100
+    other = folder / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": f"line {i}"}) + "\n" for i in range(50)))
+    assert main(["eval", str(run), "--corpus", str(other), "--split", "all"]) == 0
+    assert "other.jsonl" in capsys.readouterr().out
+
+
+def test_generate_streams_one_and_batches_several(run, capfdbinary):
+    assert main(["generate", str(run), "--prompt", "number ", "--max-new-tokens", "12"]) == 0
+    one = capfdbinary.readouterr().out
+    assert one.startswith(b"number ")
+    assert main(["generate", str(run), "--prompt", "number ", "--max-new-tokens", "12"]) == 0
+    assert capfdbinary.readouterr().out == one  # the same seed, the same text
+    assert main(["generate", str(run), "--prompt", "a", "twice", "--max-new-tokens", "5", "--temperature", "0"]) == 0
+    assert b"--- 1 ---\ntwice" in capfdbinary.readouterr().out
+
+
+def test_grow_and_train_on(run, folder, capsys):
+    assert main(["grow", str(run), "--times", "2", "--output", str(folder / "grown"), "--steps", "2"]) == 0
+    assert main(["train", str(folder / "grown")]) == 0
+    assert "step 2" in " ".join(capsys.readouterr().out.split())
+    assert main(["grow", str(run), "--to.ffn", "4", "--output", str(folder / "less")]) == 1
+    assert "ffn has 16 parameter tokens and cannot grow to 4" in " ".join(capsys.readouterr().err.split())
+    assert not (folder / "less").exists()
+
+
+def test_convert_there_and_back_is_bit_equal(run, folder, capsys):
+    assert main(["convert", str(run), str(folder / "official")]) == 0
+    assert main(["convert", str(folder / "official"), str(folder / "back")]) == 0
+    assert main(["convert", str(folder / "back"), str(folder / "again")]) == 0
+    first, second = (folder / name / "model.safetensors" for name in ("official", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert main(["convert", str(run), str(folder / "official")]) == 1  # nothing is overwritten
+    assert "exists already" in " ".join(capsys.readouterr().err.split())
+
+
+def test_tokenizer_trains_on_the_corpus_and_a_model_on_the_tokenizer(run, folder, corpus, capsys):
+    model = folder / "words.model"
+    assert main(["tokenizer", str(model), "--corpus", str(corpus), "--vocab-size", "300"]) == 0
+    tokenizer = load_tokenizer(str(model))
+    assert tokenizer.decode(tokenizer.encode("number 12 \xff")) == "number 12 \xff".encode()
+    arguments = ["--data.tokenizer", str(model), "--workdir", str(folder / "words"), "--train.steps", "2"]
+    assert main(["train", str(folder / "config.py"), *arguments]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian", "x"], "did you mean train?"),
+        (["train", "no/such/config.py"], "there is no config file no/such/config.py"),
+        (["eval", "no/such/run"], "is not a run"),
+        (["convert", "no/such/folder", "target"], "no/such/folder"),
+        (["tokenizer", "t.model", "--corpus", "no/such/corpus"], "no/such/corpus"),
+    ],
+)
+def test_mistakes_end_with_one_clear_sentence(arguments, message, capsys):
+    assert main(arguments) == 1
+    error = " ".join(capsys.readouterr().err.split())
+    assert error.startswith("error:") and message in error and "Traceback" not in error
+
+
+def test_help(capsys):
+    assert main([]) == 0
+    text = capsys.readouterr().out
+    assert all(f"jaxtok {verb} " in text or f"jaxtok {verb}\n" in text for verb in VERBS)
+    assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == __version__
+    for verb in set(VERBS) - {"train", "study"}:
+        with pytest.raises(SystemExit) as end:
+            main([verb, "--help"])
+        assert end.value.code == 0 and f"usage: jaxtok {verb}" in capsys.readouterr().out
+    assert main(["train", "--help"]) == 0

@@ -1,0 +1,185 @@
+"""The loop: resumption is bit-exact, also across a growth; interruptions, bad numbers and wrong configs end well."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtok.lm.growth import Growth
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.tokenformer import uniform_counts
+from jaxtok.lm.transformer import matched_transformer
+from jaxtok.training import loop
+from jaxtok.training.checkpoints import load
+from jaxtok.training.experiment import resolve
+from jaxtok.training.logs import read_metrics
+from jaxtok.training.loop import train
+
+
+def equal(a, b) -> bool:
+    same = jax.tree.map(lambda x, y: bool(jnp.array_equal(x, y)), a, b)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(jax.tree.leaves(same))
+
+
+def numbers(directory):
+    """The logged numbers that do not depend on the clock."""
+    clock = ("seconds_per_step", "tokens_per_second", "fraction_of_peak", "train_seconds")
+    return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(directory)]
+
+
+def train_killed_at(experiment, steps, monkeypatch):
+    """Trains, with the process dying (without saving) when the batch of each of these steps is fetched."""
+    for step in steps:
+        original = loop.make_train_step
+
+        def dying(task, config, n, step=step, original=original):
+            inner = original(task, config, n)
+
+            def train_step(state, batch):
+                if int(state.step) == step:
+                    raise KeyboardInterrupt
+                return inner(state, batch)
+
+            return train_step
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "make_train_step", dying)
+            with pytest.raises(KeyboardInterrupt):
+                train(experiment, quiet=True)
+    return train(experiment, quiet=True)
+
+
+def test_resumption_is_bit_exact_across_a_growth(experiment, tmp_path, monkeypatch):
+    whole = train(experiment, quiet=True)
+    assert (whole.step, whole.interrupted) == (10, False)
+    assert whole.task.model.tokens == uniform_counts(12, 24)
+    # dies in the first stage, between its last checkpoint and the growth's first one, and in the second
+    broken = dataclasses.replace(experiment, workdir=str(tmp_path / "broken"))
+    resumed = train_killed_at(broken, [3, 6, 9], monkeypatch)
+    assert equal(whole.params, resumed.params)
+    assert numbers(whole.directory) == numbers(resumed.directory)
+    assert whole.metrics == resumed.metrics and whole.flops == resumed.flops
+    a, b = load(whole.directory), load(resumed.directory)
+    assert equal(a.opt_state(), b.opt_state()) and a.meta.task == b.meta.task
+    # a finished run is left as it is
+    again = train(experiment, quiet=True)
+    assert equal(whole.params, again.params) and again.metrics == whole.metrics
+
+
+def test_signal_saves_and_leaves_and_the_run_resumes(short, tmp_path, monkeypatch):
+    whole = train(dataclasses.replace(short, workdir=str(tmp_path / "whole")), quiet=True)
+    original = loop.make_train_step
+
+    def interrupted_step(*args):
+        inner = original(*args)
+
+        def train_step(state, batch):
+            if int(state.step) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return inner(state, batch)
+
+        return train_step
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "make_train_step", interrupted_step)
+        first = train(short, quiet=True)
+    assert first.interrupted and first.step == 3
+    assert load(short.workdir).meta.step == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # handlers are put back
+    second = train(short, quiet=True)
+    assert not second.interrupted and equal(whole.params, second.params)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_batch(short, monkeypatch):
+    short = dataclasses.replace(short, train=dataclasses.replace(short.train, seed=5))  # compiled for itself
+    original = LanguageModeling.loss
+
+    def loss(self, params, batch, rng, step):
+        value, metrics = original(self, params, batch, rng, step)
+        return jnp.where(step == 3, jnp.nan, value), metrics
+
+    monkeypatch.setattr(LanguageModeling, "loss", loss)
+    with pytest.raises(FloatingPointError, match=r"at step 4.*last checkpoint is of step 2"):
+        train(short, quiet=True)
+    batch = np.load(f"{short.workdir}/nonfinite_step_4.npz")
+    assert batch["tokens"].shape == (4, 16)
+    assert load(short.workdir).meta.step == 2
+
+
+def test_another_config_in_the_same_folder_is_refused(short):
+    train(short, quiet=True)
+    other = dataclasses.replace(short, data=dataclasses.replace(short.data, seed=1))
+    with pytest.raises(ValueError, match=r"data\.seed: 1, not 0"):
+        train(other, quiet=True)
+    more_logs = dataclasses.replace(short, train=dataclasses.replace(short.train, eval_every=1))
+    assert train(more_logs, quiet=True).step == 6
+
+
+def test_accumulation_gives_the_same_update(short, tmp_path):
+    # one document a row and full rows, so that every part has as many targets
+    short = dataclasses.replace(short, train=dataclasses.replace(short.train, steps=2))
+    parts = dataclasses.replace(
+        short, train=dataclasses.replace(short.train, accumulate=2), workdir=str(tmp_path / "parts")
+    )
+    a, b = train(short, quiet=True), train(parts, quiet=True)
+    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params)):
+        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
+    with pytest.raises(ValueError, match="accumulate"):
+        dataclasses.replace(short, train=dataclasses.replace(short.train, accumulate=3))
+
+
+def test_training_only_new_tokens_leaves_all_else(experiment):
+    new = dataclasses.replace(experiment, growth=(Growth(to=uniform_counts(12, 24), steps=3, train="new"),))
+    result = train(new, quiet=True)
+    before = load(f"{new.workdir}/checkpoints/6").params
+    after = result.params
+    assert equal(before["embedding"], after["embedding"]) and equal(before["final_norm"], after["final_norm"])
+    for group, old in (("query", 8), ("output", 8)):
+        a, b = before["stack"]["blocks"]["attention"][group], after["stack"]["blocks"]["attention"][group]
+        assert jnp.array_equal(a["keys"], b["keys"][:, :old]) and jnp.array_equal(a["values"], b["values"][:, :old])
+        assert float(jnp.abs(b["keys"][:, old:]).min()) > 0  # zero when they were appended
+
+
+def test_growth_keeps_the_validation_loss(experiment):
+    """Zero keys with fixed tau: the first loss behind the growth is the old model's."""
+    train(experiment, quiet=True)
+    before, after = load(f"{experiment.workdir}/checkpoints/6"), load(f"{experiment.workdir}/checkpoints/8")
+    assert after.task.model.norm_tokens == uniform_counts(8, 16)
+    rows = read_metrics(experiment.workdir, "train")
+    batch = next(iter(experiment.data.eval_batches("validation")))
+    small = before.task.module().apply({"params": before.params}, batch["tokens"])[0]
+    task, params, _ = before.task.grow(experiment.growth[0], before.params, None, jax.random.key(0))
+    large = task.module().apply({"params": params}, batch["tokens"])[0]
+    np.testing.assert_allclose(small, large, atol=1e-6)
+    assert rows[6]["learning_rate"] == 0.0  # the schedule starts anew
+
+
+def test_the_model_takes_the_tokenizers_vocabulary(short):
+    assert resolve(short).task.model.vocab_size == 384
+    small = dataclasses.replace(short.task, model=dataclasses.replace(short.task.model, vocab_size=128))
+    with pytest.raises(ValueError, match="vocab_size"):
+        resolve(dataclasses.replace(short, task=small))
+    with pytest.raises(ValueError, match=r"data\.length"):
+        resolve(dataclasses.replace(short, data=dataclasses.replace(short.data, length=128)))
+
+
+def test_a_model_without_parameter_tokens_does_not_grow(experiment):
+    model = matched_transformer(dataclasses.replace(experiment.task.model, tokens=uniform_counts(16, 16)))
+    with pytest.raises(ValueError, match="cannot grow"):
+        train(dataclasses.replace(experiment, task=LanguageModeling(model=model)), quiet=True)
+
+
+def test_metrics_go_to_jsonl_and_tensorboard(short):
+    short = dataclasses.replace(short, train=dataclasses.replace(short.train, tensorboard=True))
+    result = train(short, quiet=True)
+    rows = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["split"] == "train"] == [1, 2, 3, 4, 5, 6]
+    assert [r["step"] for r in rows if r["split"] == "validation"] == [5, 6]
+    assert {"loss", "bits_per_byte", "gradient_norm", "learning_rate", "tokens_per_second"} <= set(rows[0])
+    assert any((result.directory / "tensorboard").iterdir())
+    assert rows[-1]["train_flops"] == 6 * result.task.flops({"tokens": np.zeros((4, 16))})
