@@ -1,0 +1,1 @@
+"""Small experiments that show a paper's claim with its baselines: `jaxtok study CONFIG`."""
