@@ -236,7 +236,8 @@ def _walk(root: Path, keep: Callable[[Path], bool], skipped: set[str] = frozense
 
 
 def _is_python_text(path: Path) -> bool:
-    return path.suffix in _PYTHON_SUFFIXES
+    generated = path.name.startswith("_sysconfigdata")  # by the build, for one machine
+    return path.suffix in _PYTHON_SUFFIXES and not generated
 
 
 def _is_text(path: Path) -> bool:

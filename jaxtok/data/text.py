@@ -88,7 +88,7 @@ class TextData:
     def eval_batches(
         self, split: str = "validation", *, process_index: int = 0, process_count: int = 1
     ) -> Iterable[Batch]:
-        """One pass over a split in the order of the corpus, anew for each `iter`.
+        """One pass over a split in the order of the corpus (a shuffled one under `eval_limit`), anew for each `iter`.
 
         Each process gets its rows of every batch, so all get as many and together they get the same batches as one
         process does. The last batch is filled up with padding.

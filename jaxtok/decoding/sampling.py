@@ -32,7 +32,7 @@ class Sampling:
 
     def __post_init__(self):
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be a positive number, or 0 for greedy decoding.")
+            raise ValueError(f"temperature is {self.temperature}; it must be positive, or 0 for greedy decoding.")
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be positive, or 0 for no limit.")
         if not 0 < self.top_p <= 1:
@@ -149,10 +149,12 @@ class _State:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "max_new_tokens"))
-def _prefill(model, params, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"], max_new_tokens) -> _State:
+def _prefill(
+    model, params, tokens: Int[Array, "batch length"], lengths: Int[Array, " batch"], max_new_tokens
+) -> _State:
     batch, length = tokens.shape
     slots = min(length + max_new_tokens, model.config.max_length)
-    # The logits are not used, so that the compiler drops the head; the first step of decoding computes the last token's.
+    # The logits are not used, so the compiler drops the head; the first decoding step runs the last token again.
     _, cache = model.apply({"params": params}, tokens, cache=model.init_cache(batch, slots))
     return _State(
         cache=cache.truncate(lengths - 1),

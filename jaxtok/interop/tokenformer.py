@@ -35,6 +35,14 @@ _NORM_LEAVES = {  # kind of norm -> our leaf and the authors'
 }
 
 
+_FIXED = {  # options of theirs with one value here, which is also their default
+    "layernorm_epsilon": 1e-5,
+    "rms_norm_epsilon": 1e-8,
+    "scalenorm_epsilon": 1e-8,
+    "gpt_j_residual": False,
+}
+
+
 def tensor_names(config: TokenFormerConfig) -> dict[tuple[str, ...], str]:
     """Our parameter paths to the authors' names; `{layer}` in a name stands for the layer's number plus 2."""
     names = {("embedding",): "sequential.0.word_embeddings.weight"}
@@ -62,6 +70,12 @@ def config_from_official(official: Mapping[str, Any], tensors: Mapping[str, np.n
     get = official.get
     if get("pos_emb", "rotary") not in ("rotary", "none"):
         raise ValueError(f"pos_emb is {get('pos_emb')!r}; only rotary and none can be read.")
+    for option, value in _FIXED.items():
+        if get(option, value) != value:
+            raise ValueError(f"{option} is {get(option)!r}; only {value} can be read.")
+    for option in ("num_layers", "hidden_size", "num_attention_heads", "qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
+        if not get(option):
+            raise ValueError(f"the config has no {option}; add it.")
     qkv = get("qkv_slot_num")
     counts = TokenCounts(query=qkv, key=qkv, value=qkv, output=get("proj_slot_num"), ffn=get("ffn_slot_num"))
     counts = TokenCounts(**get("jaxtok_tokens", {})) | counts
@@ -92,6 +106,9 @@ def config_from_official(official: Mapping[str, Any], tensors: Mapping[str, np.n
             "final_norm": get("final_norm") or "",
             "tie_embeddings": not get("no_weight_tying", False),
             "dropout": float(get("hidden_dropout", 0.0)),
+            "param_dtype": "bfloat16" if get("torch_dtype") == "bfloat16" else "float32",
+            "tanh_gelu": get("jaxtok_tanh_gelu", False),
+            "normalization_eps": get("jaxtok_normalization_eps", 0.0),
         }
         | overrides
     )
@@ -139,7 +156,8 @@ def params_from_official(config: TokenFormerConfig, tensors: Mapping[str, np.nda
             node = tree
             for key in path[:-1]:
                 node = node.setdefault(key, {})
-            node[path[-1]] = np.stack(arrays) if stacked else np.asarray(arrays[0])
+            array = np.stack(arrays) if stacked else np.asarray(arrays[0])
+            node[path[-1]] = array.astype(config.param_dtype, copy=False)
     problems += [f"{name} is unknown" for name in sorted(left)]
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
@@ -177,9 +195,9 @@ def expected_shapes(model) -> dict[tuple[str, ...], tuple[int, ...]]:
 def official_config(config: TokenFormerConfig) -> dict[str, Any]:
     """The options for config.json, by the authors' names.
 
-    What their code cannot express (groups of unequal size among query, key and value; a fixed normalisation scale)
-    is added under `jaxtok_tokens` and `jaxtok_norm_tokens`, so that `read_official` restores the model exactly; their
-    code would compute another function from it.
+    What their code cannot express (groups of unequal size among query, key and value; a fixed normalisation scale; the
+    TPU variant's GELU and epsilon) is added under names that begin with `jaxtok_`, so that `read_official` restores the
+    model exactly; their code would compute another function from it.
     """
     t = config.tokens
     options = {
@@ -208,6 +226,9 @@ def official_config(config: TokenFormerConfig) -> dict[str, Any]:
         options["jaxtok_tokens"] = dataclasses.asdict(t)
     if config.norm_tokens.total() and config.norm_tokens != config.tokens:
         options["jaxtok_norm_tokens"] = dataclasses.asdict(config.norm_tokens)
+    for field in ("tanh_gelu", "normalization_eps"):
+        if getattr(config, field):
+            options[f"jaxtok_{field}"] = getattr(config, field)
     return options
 
 
@@ -227,14 +248,18 @@ def read_official(folder: str | Path, **overrides) -> tuple[TokenFormerConfig, d
     return config, params_from_official(config, tensors)
 
 
-def write_official(folder: str | Path, config: TokenFormerConfig, params: Mapping[str, Any], *, torch_bin=False) -> Path:
+def write_official(
+    folder: str | Path, config: TokenFormerConfig, params: Mapping[str, Any], *, torch_bin=False
+) -> Path:
     """Writes config.json and model.safetensors (or, with PyTorch, pytorch_model.bin) into the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = params_to_official(config, params)
     if torch_bin:
         torch = _torch("writing pytorch_model.bin")
-        torch.save({k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}, folder / "pytorch_model.bin")
+        torch.save(
+            {k: torch.from_numpy(np.array(v, np.float32)) for k, v in tensors.items()}, folder / "pytorch_model.bin"
+        )
     else:
         safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(official_config(config), indent=2) + "\n")

@@ -94,7 +94,9 @@ class Decoder(nn.Module):
         """Hidden states [batch, length, d_model] behind the final norm, from input embeddings; and the cache."""
         batch, length = x.shape[:2]
         if length > self.config.max_length:
-            raise ValueError(f"there are {length} tokens in a row, but the model's max_length is {self.config.max_length}.")
+            raise ValueError(
+                f"there are {length} tokens in a row, but the model's max_length is {self.config.max_length}."
+            )
         if cache is not None and segments is not None:
             raise ValueError("segments and a cache were given together; a cached row is one segment.")
         if positions is None:

@@ -1,6 +1,6 @@
 """TokenFormer: a transformer whose parameters are tokens too (arXiv 2410.23168).
 
-Every projection attends from the tokens of the input to learned key-value *parameter tokens* (`nn.parameter_attention`),
+Every projection attends from the input's tokens to learned key-value *parameter tokens* (`nn.parameter_attention`),
 also the feed-forward, which is a single one. Width, depth and heads never change; the model grows by appending
 parameter tokens (`jaxtok.lm.growth`).
 

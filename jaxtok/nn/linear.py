@@ -26,7 +26,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch features"]:
         def param(name, init, shape, axes):
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype).astype(self.dtype)
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype).astype(
+                self.dtype
+            )
 
         y = x.astype(self.dtype) @ param("kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         if self.use_bias:

@@ -18,7 +18,7 @@ class Norm(nn.Module):
     layernorm           (x - mean) / sqrt(var + 1e-5) * scale + bias
     layernorm_nonparam  the same without scale and bias (TokenFormer's blocks)
     rmsnorm             x / (rms(x) + 1e-8) * scale; epsilon is added to the root, not under it
-    scalenorm           x / max(|x|, 1e-5) * g, with one number g
+    scalenorm           x / max(|x|, 1e-8) * g, with one number g
     """
 
     kind: str = "layernorm"
@@ -44,7 +44,7 @@ class Norm(nn.Module):
                 y = y / (rms + 1e-8) * param("scale", ones, width, ("d_model",))
             case "scalenorm":
                 length = jnp.sqrt(jnp.sum(jnp.square(y), -1, keepdims=True))
-                y = y / jnp.maximum(length, 1e-5) * param("scale", ones, (1,), (None,))
+                y = y / jnp.maximum(length, 1e-8) * param("scale", ones, (1,), (None,))
             case _:
                 raise ValueError(f"norm {self.kind!r} is unknown; it can be {', '.join(NORMS)}.")
         return y.astype(self.dtype)

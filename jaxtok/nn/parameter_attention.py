@@ -150,7 +150,7 @@ class ParameterAttentionStack(StackConfig):
     tokens: TokenCounts = uniform_counts(attention=576, ffn=2304)
     """Parameter tokens of each group, in every layer."""
     norm_tokens: TokenCounts = TokenCounts()
-    """tau^2 of each group's normalisation; 0: the current number of tokens. Growth fixes it to preserve the function."""
+    """tau^2 of each group's normalisation; 0: its number of tokens. Growth fixes it to preserve the function."""
     normalization: str = "l2_norm_gelu"
     normalization_eps: float = 0.0
     tanh_gelu: bool = False
@@ -163,6 +163,8 @@ class ParameterAttentionStack(StackConfig):
             raise ValueError(
                 f"normalization is {self.normalization!r}, which is unknown; it can be {', '.join(NORMALIZATIONS)}."
             )
+        if not 0 <= self.pattention_dropout < 1:
+            raise ValueError(f"pattention_dropout is {self.pattention_dropout}; it must be in [0, 1).")
         for group in GROUPS:
             if getattr(self.tokens, group) < 1:
                 raise ValueError(f"tokens.{group} is {getattr(self.tokens, group)}; it must be at least 1.")

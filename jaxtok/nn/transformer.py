@@ -24,6 +24,10 @@ REMAT_POLICIES = {
 }
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+PARAM_DTYPES = ("float32", "bfloat16")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackConfig:
     """Sizes and options of a stack of blocks; a subclass says what a projection is."""
@@ -65,6 +69,9 @@ class StackConfig:
                 f"rotary_fraction is {self.rotary_fraction}, which rotates {rotated} of the {self.head_dim} channels "
                 "of a head; it must be a positive even number of channels (or the fraction 0)."
             )
+        for field, allowed in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be {', '.join(allowed)}.")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; it can be {', '.join(REMAT_POLICIES)}.")
 

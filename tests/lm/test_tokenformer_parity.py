@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import relative_error
 
 from jaxtok.interop.tokenformer import config_from_official, params_from_official, params_to_official
 from jaxtok.lm.decoder import Decoder
@@ -81,9 +82,9 @@ def test_growth(golden, parity):
 
     def with_zero_rows(*kinds):
         def leaf(path, x, old):
-            return x.at[:, old.shape[1] :].set(0) if path[-1].key in kinds else x
+            return np.concatenate([x[:, : old.shape[1]], 0 * x[:, old.shape[1] :]], 1) if path[-1].key in kinds else x
 
-        return jax.tree_util.tree_map_with_path(leaf, jax.tree.map(jnp.asarray, grown), base)
+        return jax.tree_util.tree_map_with_path(leaf, grown, base)
 
     copies = type(config.tokens)(**{g: 2 * n for g, n in vars(base_config.tokens).items()})
     duplicated = grow(base_config, base, to=copies, rng=key, init="copy", exact=not why_not_exact(base_config, "copy"))
@@ -111,7 +112,7 @@ def test_growth(golden, parity):
     if reason is None:
         parity("zero_keys with fixed tau, logits as base", logits, golden["out/base_logits"])
     else:
-        assert np.abs(logits - golden["out/base_logits"]).max() > 1e-3
+        assert relative_error(logits, golden["out/base_logits"]) > 1e-4
     # With tau recomputed from the new number of tokens, it is the authors' zero_keys variant but for the new values.
     ours = grow(base_config, base, to=config.tokens, rng=key, scale="current")
     assert ours.config == config

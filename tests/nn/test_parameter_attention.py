@@ -199,7 +199,7 @@ def test_impossible_counts_are_refused_by_name(group):
 
 
 def test_an_unknown_normalization_is_refused():
-    with pytest.raises(ValueError, match="normalization .*'l1'.*l2_norm_gelu"):
+    with pytest.raises(ValueError, match=r"normalization .*'l1'.*l2_norm_gelu"):
         normalize_scores(K, "l1")
-    with pytest.raises(ValueError, match="normalization is 'l1'.*l2_norm_gelu"):
+    with pytest.raises(ValueError, match=r"normalization is 'l1'.*l2_norm_gelu"):
         ParameterAttentionStack(normalization="l1")

@@ -99,23 +99,23 @@ def test_patchify():
 
 @pytest.mark.parametrize(
     ("config", "options"),
-    [(LINEAR, {}), (TOKENFORMER, {}), (TOKENFORMER, {"pool": "mean", "dtype": "bfloat16"})],
-    ids=["linear", "tokenformer", "tokenformer-mean-bfloat16"],
+    [(LINEAR, {}), (TOKENFORMER, {"pool": "mean", "dtype": "bfloat16"})],
+    ids=["linear", "tokenformer-mean-bfloat16"],
 )
 def test_shapes_and_gradients(config, options):
-    """Every gradient is finite and, with every parameter in use, not zero."""
+    """Every gradient is finite, and not zero (but that of the keys' bias, to which softmax is invariant)."""
     task = ImageClassification(model=dataclasses.replace(config, **options))
     batch, params = make_batch(), make_params(config)
     logits = jax.eval_shape(ViT(task.model).apply, {"params": params}, batch["images"])
     assert (logits.shape, logits.dtype) == ((6, 10), jnp.float32)
-    gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
-    (loss, metrics), gradients = gradient(params, batch, jax.random.key(0), 0)
+    loss_and_gradients = jax.jit(jax.value_and_grad(task.loss, has_aux=True))
+    (loss, metrics), gradients = loss_and_gradients(params, batch, jax.random.key(0), 0)
     assert (loss.shape, loss.dtype) == ((), jnp.float32)
     assert np.isfinite(loss)
     assert 0 <= metrics["accuracy"] <= 1
     for path, gradient in jax.tree_util.tree_leaves_with_path(jax.device_get(gradients)):
         assert np.isfinite(gradient).all(), path
-        assert np.any(gradient), path
+        assert np.any(gradient) or jax.tree_util.keystr(path).endswith("['key']['bias']"), path
 
 
 @pytest.mark.parametrize("pool", ["token", "mean"])
@@ -258,9 +258,8 @@ def test_an_ordinary_vit_does_not_grow():
 # ------------------------------------------------------------------------------------------------------------- learning
 
 
-@MODELS
-def test_learns_random_labels(config):
-    task, batch, optimizer = ImageClassification(model=config), make_batch(32), optax.adam(3e-3)
+def test_learns_random_labels():
+    task, batch, optimizer = ImageClassification(model=TOKENFORMER), make_batch(32), optax.adam(3e-3)
     params = jax.jit(task.init)(jax.random.key(0), batch)
 
     def step(state, key):
