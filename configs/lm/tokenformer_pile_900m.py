@@ -8,4 +8,6 @@ Needs GPT-NeoX-20B's tokenizer.json (--data.tokenizer FILE). The paper reports 7
 from jaxtok.lm.tokenformer import PUBLISHED
 from jaxtok.training.recipes import gpt_neox
 
-config = gpt_neox(PUBLISHED["900m"], corpus="arrayrecord:data/pile", name="tokenformer_pile_900m", steps=143_000, batch_size=1024)
+config = gpt_neox(
+    PUBLISHED["900m"], corpus="arrayrecord:data/pile", name="tokenformer_pile_900m", steps=143_000, batch_size=1024
+)

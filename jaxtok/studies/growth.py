@@ -150,10 +150,7 @@ class GrowthStudy:
             growth = None if spec.growth is None else Growth(to=self.to, steps=self.steps, **spec.growth)
             fork(self.folder("base", seed), folder, steps=self.steps, growth=growth, seed=seed)
         experiment = load(folder).experiment if spec.fork else self.experiment(arm, seed)
-        first = None
-        if spec.fork:
-            start = load(folder / "checkpoints" / "0") if (folder / "checkpoints" / "0").exists() else None
-            first = start and self._evaluate(start.task, start.params, experiment, "validation")["bits_per_byte"]
+        first = self._first(folder, experiment) if spec.fork else None
         result = train(experiment)
         if result.interrupted:
             return None
@@ -172,6 +169,15 @@ class GrowthStudy:
             "test_loss": test["loss"],
         }
 
+    def _first(self, folder: Path, experiment: Experiment) -> float:
+        """Validation bits per byte of a forked run before its first step; kept, as the checkpoint will go."""
+        note = folder / "first.json"
+        if not note.exists():
+            start = load(folder / "checkpoints" / "0")
+            metrics = self._evaluate(start.task, start.params, experiment, "validation")
+            note.write_text(json.dumps(metrics) + "\n")
+        return json.loads(note.read_text())["bits_per_byte"]
+
     def _evaluate(self, task: Any, params: Any, experiment: Experiment, split: str) -> dict[str, float]:
         limit = self.test_batches if split == "test" else experiment.data.eval_limit
         return task.evaluate(params, dataclasses.replace(experiment.data, eval_limit=limit).eval_batches(split))
@@ -179,7 +185,7 @@ class GrowthStudy:
     def _show(self, results: dict[str, Any], folder: Path, console: rich.console.Console) -> None:
         rows = summarize(results, self.arms, self.seeds)
         (folder / "results.md").write_text(markdown(rows))
-        plot = plot_curves(self, folder / "loss_vs_compute.png")
+        plot = plot_curves(self, results, folder / "loss_vs_compute.png")
         grown = next((a for a in self.arms if ARMS[a].growth is not None), "base")
         console.rule(f"a sample of: {ARMS[grown].label}")
         console.print(self._sample(grown), highlight=False, markup=False)
@@ -243,7 +249,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def plot_curves(study: GrowthStudy, path: Path) -> Path:
+def plot_curves(study: GrowthStudy, results: dict[str, Any], path: Path) -> Path:
     """Validation bits per byte against training compute spent so far, a line an arm and seed."""
     import matplotlib
 
@@ -252,15 +258,19 @@ def plot_curves(study: GrowthStudy, path: Path) -> Path:
 
     figure, axes = plt.subplots(figsize=(9, 5.5))
     arms = [a for a in ARMS if a in study.arms]
-    colors = plt.get_cmap("tab20").colors
-    for number, arm in enumerate(arms):
+    colors = plt.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
+    for arm, color in zip(arms, colors):
         spec = ARMS[arm]
         for seed in study.seeds:
             rows = read_metrics(study.folder(arm, seed), "validation")
-            points = [(row["train_flops"] / 1e12, row["bits_per_byte"]) for row in rows]
+            points = [(row["train_flops"], row["bits_per_byte"]) for row in rows]
+            if spec.fork:  # from where the base ended, with the loss that the growth left
+                points.insert(
+                    0, (results[key("base", seed)]["train_flops"], results[key(arm, seed)]["first_bits_per_byte"])
+                )
             axes.plot(
-                *zip(*points),
-                color=colors[number % len(colors)],
+                *zip(*((flops / 1e12, bits) for flops, bits in points)),
+                color=color,
                 linestyle="--" if spec.fork else "-",
                 marker="o",
                 markersize=3,
@@ -268,7 +278,8 @@ def plot_curves(study: GrowthStudy, path: Path) -> Path:
                 label=f"{spec.label}, {spec.steps} steps" if seed == study.seeds[0] else None,
             )
     axes.set_xscale("log")
-    axes.set_xlabel("training compute so far, growth stages included (TFLOP)")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel("training compute so far, that of the base included (TFLOP)")
     axes.set_ylabel("validation bits per byte")
     axes.set_title("TokenFormer: grown (dashed) against trained from scratch")
     axes.grid(alpha=0.3, which="both")

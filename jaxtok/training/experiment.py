@@ -94,8 +94,8 @@ def resolve(experiment: Experiment) -> Experiment:
         model = dataclasses.replace(model, vocab_size=-(-ids // 128) * 128)
     if model.vocab_size < ids:
         raise ValueError(
-            f"task.model.vocab_size is {model.vocab_size}, but the tokenizer {experiment.data.tokenizer} has {ids} ids; "
-            "raise it, or set 0 to take the tokenizer's."
+            f"task.model.vocab_size is {model.vocab_size}, but the tokenizer {experiment.data.tokenizer} has {ids} "
+            "ids; raise it, or set 0 to take the tokenizer's."
         )
     if experiment.data.length > model.max_length:
         raise ValueError(

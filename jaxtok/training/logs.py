@@ -13,7 +13,7 @@ import rich.progress
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl and events to TensorBoard; on resuming, forgets what lies behind the checkpoint."""
+    """Appends to metrics.jsonl and TensorBoard; on resuming, forgets what lies behind the checkpoint."""
 
     def __init__(self, directory: Path, step: int, tensorboard: bool = True):
         self.path = directory / "metrics.jsonl"

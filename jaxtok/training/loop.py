@@ -84,9 +84,8 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Result:
                         continue
                     if stage > run.meta.stage:
                         run = _grow(run, experiment.growth[stage - 1], experiment.train.seed)
-                        display.say(
-                            f"{experiment.name} {run.meta.step}/{total}: grown to {count(run.state.params):,} parameters"
-                        )
+                        size = count(run.state.params)
+                        display.say(f"{experiment.name} {run.meta.step}/{total}: grown to {size:,} parameters")
                     run = _fit(run, run.meta.stage_start + steps, experiment, checkpoints, log, display, interrupt)
                     if interrupt.received:
                         display.say(f"interrupted: saved step {run.meta.step} in {directory}; the same command resumes")
@@ -289,7 +288,7 @@ def _check_config(directory: Path, experiment: Experiment) -> None:
 
 
 class _Interrupt:
-    """Catches SIGTERM and Ctrl-C for the time of a run: `received` is True after the first; a second Ctrl-C is obeyed."""
+    """Notes SIGTERM and Ctrl-C in `received` instead of obeying; a second Ctrl-C is obeyed."""
 
     received = False
 

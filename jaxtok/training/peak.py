@@ -24,7 +24,7 @@ PEAK_FLOPS = {  # dense bfloat16, per device, as the vendors publish it
 
 @functools.cache
 def peak_flops(kind: str | None = None) -> float | None:
-    """FLOP/s of one device; None if its kind is unknown. On a CPU: float32 matrix products, measured once, all cores."""
+    """FLOP/s of one device; None if its kind is unknown. On a CPU: of float32 matrix products, measured once."""
     device = jax.devices()[0]
     kind = kind or device.device_kind
     if device.platform == "cpu":

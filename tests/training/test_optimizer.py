@@ -72,7 +72,14 @@ def test_every_optimizer_lowers_a_quadratic(name):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("name", "adam8"), ("schedule", "step"), ("warmup", 1.0), ("clip", -1), ("learning_rate", 0), ("min_learning_rate", 1)],
+    [
+        ("name", "adam8"),
+        ("schedule", "step"),
+        ("warmup", 1.0),
+        ("clip", -1),
+        ("learning_rate", 0),
+        ("min_learning_rate", 1),
+    ],
 )
 def test_impossible_values_are_named(field, value):
     with pytest.raises(ValueError, match=field):
