@@ -23,7 +23,16 @@ def small():
 
 
 def test_dotted_overrides_reach_every_depth():
-    arguments = "--train.steps 7 --task.model.tokens.ffn 99 --growth.0.init copy --data.length 64".split()
+    arguments = [
+        "--train.steps",
+        "7",
+        "--task.model.tokens.ffn",
+        "99",
+        "--growth.0.init",
+        "copy",
+        "--data.length",
+        "64",
+    ]
     config = override(small(), arguments, "jaxtok train")
     assert (config.train.steps, config.task.model.tokens.ffn, config.growth[0].init) == (7, 99, "copy")
     assert config.task.model.tokens.query == small().task.model.tokens.query
