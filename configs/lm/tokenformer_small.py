@@ -30,7 +30,7 @@ config = Experiment(
         steps=400,
         eval_every=100,
         checkpoint_every=100,
-        optimizer=OptimizerConfig(learning_rate=2e-3, min_learning_rate=2e-4, warmup=0.05),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, min_learning_rate=1.5e-4, warmup=0.05),
     ),
     growth=(Growth(to=uniform_counts(attention=192, ffn=576), steps=200),),
 )

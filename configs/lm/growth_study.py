@@ -1,0 +1,16 @@
+"""TokenFormer's claim on Python's standard library: a grown model against models from scratch, 14 arms, 3 seeds.
+
+    jaxtok study configs/lm/growth_study.py
+
+About 40 minutes on two cores. The README has the table and the plot that it makes. The models and the training are
+those of configs/lm/quickstart.py, in which the grown model, the released recipe and scratch are compared once.
+"""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+from jaxtok.studies.growth import ARMS
+
+quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["config"]
+config = dataclasses.replace(quickstart, arms=tuple(ARMS), seeds=(0, 1, 2), workdir="runs/growth_study")
