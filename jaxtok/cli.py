@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb.
 
     Returns the exit code: 0; 1 for an error that its message explains (set JAXTOK_TRACEBACK=1 to see where); 2 for
-    unknown options; 75 for a run that was interrupted, saved, and can be resumed.
+    unknown options; 75 for a run that was interrupted, saved, and can be resumed; 130 for Ctrl-C elsewhere.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -58,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("JAXTOK_TRACEBACK"):
             raise
         return _fail(str(error))
+    except KeyboardInterrupt:
+        return 130
 
 
 def _cache_compilations() -> None:

@@ -56,11 +56,12 @@ def generate(
     checkpoint: Positional[Path],
     prompt: tuple[str, ...] = ("",),
     prompt_file: Path | None = None,
-    max_new_tokens: int = 200,
+    max_new_tokens: int = 0,
     temperature: float = 0.8,
     top_k: int = 0,
     top_p: float = 0.95,
     seed: int = 0,
+    stop: tuple[str, ...] = (),
     stop_at_end: bool = True,
     stream: bool = True,
 ) -> list[bytes]:
@@ -70,11 +71,12 @@ def generate(
       checkpoint: a run's folder, or RUN/checkpoints/STEP.
       prompt: one or several texts to continue; an empty one starts a new document.
       prompt_file: a file with one prompt a line, instead.
-      max_new_tokens: at most so many for each prompt.
+      max_new_tokens: at most so many for each prompt; 0: 200, or what the model's context has room for.
       temperature: below 1 is safer, above is wilder; 0: always the most likely token.
       top_k: only the k most likely tokens; 0: all.
       top_p: only the most likely tokens that together have this probability; 1: all.
       seed: another seed, another text.
+      stop: also stop behind these texts, each of a single token (with bytes: a single character).
       stop_at_end: stop where the model ends the document.
       stream: write the texts to the standard output.
     """
@@ -82,24 +84,30 @@ def generate(
     tokenizer = load_tokenizer(loaded.experiment.data.tokenizer)
     prompts = tuple(prompt_file.read_text().splitlines()) if prompt_file else prompt
 
-    def text_of(ids: list[int]) -> bytes:
-        return b"".join(tokenizer.token_bytes(i) for i in ids)
+    stops = [tokenizer.encode(text) for text in stop]
+    if long := [text for text, tokens in zip(stop, stops) if len(tokens) != 1]:
+        raise ValueError(f"stop has {long[0]!r}, which is not a single token; choose texts that are.")
+
+    def text_of(tokens: list[int]) -> bytes:
+        return b"".join(tokenizer.token_bytes(token) for token in tokens)
 
     def write(text: bytes) -> None:
         sys.stdout.buffer.write(text)
         sys.stdout.flush()
 
+    ids = [[tokenizer.eod_id, *tokenizer.encode(text)] for text in prompts]
+    room = loaded.task.model.max_length - max(map(len, ids), default=0)
     live = stream and len(prompts) == 1
     if live:
         write(prompts[0].encode())
     rows = generate_tokens(
         loaded.task.module(),
         loaded.params,
-        [[tokenizer.eod_id, *tokenizer.encode(text)] for text in prompts],
-        max_new_tokens=max_new_tokens,
+        ids,
+        max_new_tokens=max_new_tokens or max(1, min(200, room)),
         sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
         rng=jax.random.key(seed),
-        stop_tokens=[tokenizer.eod_id] if stop_at_end else [],
+        stop_tokens=[*(token for (token,) in stops), *([tokenizer.eod_id] if stop_at_end else [])],
         num_ids=tokenizer.vocab_size,
         on_tokens=(lambda new: write(text_of(new[0]))) if live else None,
         chunk=4,
