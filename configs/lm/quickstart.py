@@ -41,6 +41,6 @@ config = GrowthStudy(
     to=uniform_counts(attention=192, ffn=576),
     steps=200,
     arms=("base", "zero_keys", "random", "scratch"),
-    test_batches=60,
+    test_batches=128,
     workdir="runs/quickstart",
 )

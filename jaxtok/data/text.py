@@ -16,6 +16,7 @@ from jaxtok.protocols import Batch, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, token_byte_lengths
 
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)  # documents tokenised ahead, in order
+_SAMPLED_ROWS = 16384  # among which the batches of a limited evaluation are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ class TextData:
     workers: int = 0
     """Processes that tokenise for training; 0: a thread of this process. The batches are the same."""
     eval_limit: int = 0
-    """Batches in an evaluation; 0: the whole split."""
+    """Batches in an evaluation, of rows from all over the split; 0: the whole split."""
 
     def __post_init__(self):
         least = dict(length=1, batch_size=1, seed=0, shuffle_window=1, prefetch=0, workers=0, eval_limit=0)
@@ -88,7 +89,7 @@ class TextData:
     def eval_batches(
         self, split: str = "validation", *, process_index: int = 0, process_count: int = 1
     ) -> Iterable[Batch]:
-        """One pass over a split in the order of the corpus (a shuffled one under `eval_limit`), anew for each `iter`.
+        """One pass over a split in the order of the corpus (under `eval_limit`: over shuffled rows), anew each `iter`.
 
         Each process gets its rows of every batch, so all get as many and together they get the same batches as one
         process does. The last batch is filled up with padding.
@@ -97,7 +98,11 @@ class TextData:
             ValueError: as `train_batches`.
         """
         rows = self._process_rows(process_index, process_count)
-        return self._batch(self._pack(self._documents(split)), self.batch_size, rows, self.eval_limit)
+        documents = self._documents(split)
+        packed = self._pack(documents.shuffle(0) if self.eval_limit else documents)
+        if self.eval_limit:  # a fair sample, the same for all seeds: rows of many documents
+            packed = grain.experimental.WindowShuffleIterDataset(packed, window_size=_SAMPLED_ROWS, seed=0)
+        return self._batch(packed, self.batch_size, rows, self.eval_limit)
 
     def batch_spec(self) -> dict[str, tuple[tuple[int, int], type]]:
         """Shape and dtype of each array in a batch of all processes."""

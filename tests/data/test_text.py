@@ -197,7 +197,12 @@ def test_an_evaluation_can_be_repeated_and_limited(data):
     whole = list(batches)
     assert len(whole) > 3
     assert_equal(list(batches), whole)
-    assert_equal(list(data(eval_limit=2).eval_batches("train")), whole[:2])
+    limited = list(data(eval_limit=2).eval_batches("train"))
+    assert_equal(limited, list(data(eval_limit=2, seed=1).eval_batches("train")))  # the same for all seeds
+    everything = list(data(eval_limit=1000).eval_batches("train"))
+    assert_equal(limited, everything[:2])
+    assert sum(b["bytes"].sum() for b in everything) == sum(b["bytes"].sum() for b in whole)
+    assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(everything, whole))  # rows from all over
 
 
 def test_workers_do_not_change_the_batches(data):
