@@ -268,7 +268,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, checkpoints, log, display,
         idle += time.perf_counter() - pause
     if step != saved:
         save()
-    if not evaluation:
+    if not evaluation and not interrupt.received:
         evaluation = task.evaluate(state.params, experiment.data.eval_batches("validation"))
     return _Run(meta, state, run.data, evaluation)
 

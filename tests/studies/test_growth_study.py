@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
+from jaxtok.configuration import load_config
 from jaxtok.data.text import TextData
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.studies.growth import ARMS, GrowthStudy
 from jaxtok.training.experiment import Experiment, TrainConfig
+from jaxtok.training.logs import read_metrics
 
 
 @pytest.fixture
@@ -55,11 +58,32 @@ def test_arms_run_resume_and_are_reported(study, capsys, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_arm(study):
-    """All arms at the tiny size, two seeds."""
+def test_every_arm_and_two_seeds(study, tmp_path):
     assert dataclasses.replace(study, seeds=(0, 1)).run()
+    results = json.loads((tmp_path / "study" / "results.json").read_text())
+    assert len(results) == 2 * len(ARMS)
+    assert all(0 < r["test_bits_per_byte"] < 12 for r in results.values())
 
 
 def test_unknown_arms_are_named(study):
     with pytest.raises(ValueError, match="scrach"):
         dataclasses.replace(study, arms=("base", "scrach"))
+
+
+@pytest.mark.slow
+def test_growing_takes_less_compute_than_scratch(tmp_path):
+    """The paper's claim at the quickstart's size, on Python's standard library (about five minutes)."""
+    study = load_config(Path(__file__).parents[2] / "configs" / "lm" / "quickstart.py")
+    study = dataclasses.replace(study, workdir=str(tmp_path))
+    assert study.run()
+    results = json.loads((tmp_path / "results.json").read_text())
+    base, scratch = results["base/0"], results["scratch/0"]
+    assert results["zero_keys/0"]["first_bits_per_byte"] == pytest.approx(base["validation_bits_per_byte"], abs=1e-5)
+    assert results["random/0"]["first_bits_per_byte"] > base["validation_bits_per_byte"] + 1e-3
+    curve = read_metrics(study.folder("scratch", 0), "validation")
+    for arm in ("zero_keys", "random"):
+        grown = results[f"{arm}/0"]
+        assert grown["test_bits_per_byte"] < base["test_bits_per_byte"] - 0.1
+        so_far = min(r["bits_per_byte"] for r in curve if r["train_flops"] <= grown["train_flops"])
+        assert grown["validation_bits_per_byte"] < so_far  # at equal compute
+        assert grown["train_flops"] < 0.6 * scratch["train_flops"]
