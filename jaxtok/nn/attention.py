@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -18,6 +20,9 @@ def attend(
 ) -> Float[Array, "batch length heads head_dim"]:
     """softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
 
+    The backward pass computes the weights [batch, heads, length, slots] again instead of keeping them: for a scan over
+    layers, storing them costs more time than the product.
+
     Args:
       q, k, v: queries, keys and values; without a cache there are as many slots as queries.
       causal: query i sees the keys up to its own place.
@@ -25,8 +30,11 @@ def attend(
       start: with a cache, the slot of each row's first query; query i then sees the slots up to start + i.
     """
     if start is None and segments is None:
-        return jax.nn.dot_product_attention(q, k, v, is_causal=causal)
-    return jax.nn.dot_product_attention(q, k, v, mask=visible(q.shape[1], k.shape[1], causal, segments, start))
+        attention = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    else:
+        mask = visible(q.shape[1], k.shape[1], causal, segments, start)
+        attention = functools.partial(jax.nn.dot_product_attention, mask=mask)
+    return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
 
 
 def visible(

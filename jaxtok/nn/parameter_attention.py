@@ -7,6 +7,7 @@ so a trained layer grows by appending pairs. There is no bias and no factor 1/sq
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -113,9 +114,15 @@ class ParameterAttention(nn.Module):
             scores = scores * self.scale
         if mask is not None:
             scores = scores * mask
-        weights = normalize_scores(
-            scores, self.normalization, norm_tokens=self.norm_tokens, eps=self.eps, tanh_gelu=self.tanh_gelu
+        theta = functools.partial(
+            normalize_scores,
+            kind=self.normalization,
+            norm_tokens=self.norm_tokens,
+            eps=self.eps,
+            tanh_gelu=self.tanh_gelu,
         )
+        # The backward pass keeps the scores and the weights, and nothing of what is between them.
+        weights = jax.checkpoint(theta, prevent_cse=False)(scores)
         weights = nn.Dropout(self.dropout)(weights, deterministic)
         return jnp.einsum("...n,nd->...d", weights.astype(self.dtype), values.astype(self.dtype))
 
