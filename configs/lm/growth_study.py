@@ -7,10 +7,10 @@ those of configs/lm/quickstart.py, in which the grown model, the released recipe
 """
 
 import dataclasses
-import runpy
 from pathlib import Path
 
+from jaxtok.configuration import load_config
 from jaxtok.studies.growth import ARMS
 
-quickstart = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["config"]
+quickstart = load_config(Path(__file__).with_name("quickstart.py"))
 config = dataclasses.replace(quickstart, arms=tuple(ARMS), seeds=(0, 1, 2), workdir="runs/growth_study")

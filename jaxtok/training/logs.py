@@ -87,13 +87,13 @@ class Display:
         if split == "train":
             self._progress.update(self._bar, numbers=text)
             if self.enabled and not self.live:
-                self.console.print(f"{self.title} {step}/{self.total} {text}", highlight=False)
+                self.say(f"{self.title} {step}/{self.total} {text}")
         else:
             self.say(f"{self.title} {step}/{self.total} {split}: {text}")
 
     def say(self, text: str) -> None:
         if self.enabled:
-            self.console.print(text, highlight=False)
+            self.console.print(text, highlight=False, soft_wrap=True)
 
 
 _SHOWN = {  # name of a metric -> how it is shown
