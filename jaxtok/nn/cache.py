@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -20,8 +18,8 @@ class KVCache:
 
     @classmethod
     def init(cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype=jnp.float32) -> KVCache:
-        empty = jnp.zeros((layers, batch, slots, heads, head_dim), dtype)
-        return cls(keys=empty, values=empty, length=jnp.zeros(batch, jnp.int32))
+        shape = (layers, batch, slots, heads, head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
 
     @property
     def slots(self) -> int:
@@ -31,17 +29,14 @@ class KVCache:
         """Writes one layer's new keys and values [batch, new, heads, head_dim] behind each row's length.
 
         The length stays: all layers write first, then `advance` counts the new slots. The caller sees to it that
-        length + new <= slots; beyond, the last slots are overwritten.
+        length + new <= slots; what is beyond is lost.
         """
-
-        def write(buffer, new):  # buffer [layers, slots, ...] and new [new, ...] of one row
-            return jax.vmap(
-                lambda row, update, start: jax.lax.dynamic_update_slice(row, update[None], (layer, start, 0, 0)),
-                in_axes=(1, 0, 0),
-                out_axes=1,
-            )(buffer, new.astype(buffer.dtype), self.length)
-
-        return self.replace(keys=write(self.keys, keys), values=write(self.values, values))
+        batch, new = keys.shape[:2]
+        place = (layer, jnp.arange(batch)[:, None], self.length[:, None] + jnp.arange(new))
+        return self.replace(
+            keys=self.keys.at[place].set(keys.astype(self.keys.dtype), mode="drop"),
+            values=self.values.at[place].set(values.astype(self.values.dtype), mode="drop"),
+        )
 
     def advance(self, new: int | Array) -> KVCache:
         return self.replace(length=self.length + new)
@@ -54,4 +49,4 @@ class KVCache:
         """Keeps the slots `index` of each row, in that order; `length` of them count (default: all of them)."""
         take = jax.vmap(lambda row, i: row[:, i], in_axes=(1, 0), out_axes=1)
         kept = jnp.full_like(self.length, index.shape[1]) if length is None else length
-        return dataclasses.replace(self, keys=take(self.keys, index), values=take(self.values, index), length=kept)
+        return self.replace(keys=take(self.keys, index), values=take(self.values, index), length=kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -79,5 +80,6 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch features"]:
         cfg = self.config
         y = cfg.linear(cfg.mlp_dim, ("d_model", "mlp"), cfg.init_std, "up")(x)
-        y = jax.nn.gelu(y, approximate=False)
+        gelu = functools.partial(jax.nn.gelu, approximate=False)
+        y = jax.checkpoint(gelu, prevent_cse=False)(y)  # as in ParameterAttention: keeps its input and output only
         return cfg.linear(self.features, ("mlp", "d_model"), cfg.output_init_std, "down")(y)

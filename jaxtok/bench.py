@@ -1,0 +1,414 @@
+"""How fast this machine trains and decodes, as fractions of what it can do: `jaxtok bench`.
+
+Times are medians. On a CPU, float32 matrix products of 2048 x 2048 are timed in front of every sample, and a sample's
+fraction is of the rate measured there: so a machine that is busy with other work slows both down. On an accelerator
+the fraction is of the published peak (`jaxtok.training.peak`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.box
+import rich.console
+import rich.progress
+import rich.table
+from jax.experimental.compilation_cache import compilation_cache
+
+from jaxtok.data.text import TextData
+from jaxtok.decoding.sampling import Sampling, generate
+from jaxtok.lm.decoder import DecoderConfig
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.tokenformer import PUBLISHED, TokenFormerConfig, uniform_counts
+from jaxtok.lm.transformer import matched_transformer
+from jaxtok.training.experiment import TrainConfig
+from jaxtok.training.loop import initial_state, make_train_step
+from jaxtok.training.peak import matmul_rate, peak_flops
+
+Row = dict[str, Any]
+"""One line of results; `part` says which measurement it is of."""
+
+PARTS = ("train", "compile", "decode", "loader")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model and the batch it is trained on."""
+
+    model: TokenFormerConfig
+    batch_size: int
+    length: int
+
+
+def _small(attention: int, ffn: int, d_model: int = 128) -> TokenFormerConfig:
+    tokens = uniform_counts(attention, ffn)
+    return TokenFormerConfig(
+        num_layers=4, d_model=d_model, num_heads=4, tokens=tokens, vocab_size=384, max_length=512, rotary_fraction=0.5
+    )
+
+
+CASES = {
+    "tiny": Case(_small(16, 64, d_model=32), 2, 32),
+    "small": Case(_small(48, 144), 16, 128),  # configs/lm/quickstart.py, before and
+    "grown": Case(_small(192, 576), 16, 128),  # behind its growth
+    "124m": Case(PUBLISHED["124m"], 1, 512),
+}
+
+
+def bench(
+    what: tuple[Literal["train", "compile", "decode", "loader", "profile"], ...] = PARTS,
+    models: tuple[Literal["tiny", "small", "grown", "124m"], ...] = ("small", "grown", "124m"),
+    output: Path | None = None,
+    seconds: float = 5.0,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    batch_size: int = 0,
+    quiet: bool = False,
+) -> list[Row]:
+    """Measures speed and prints tables.
+
+    Args:
+      what: train: a step of each model and of the Transformer of its size; compile: a step of 4 and of 24 layers;
+        decode: tokens with the cache; loader: batches, against the first model's steps; profile: where the time of
+        each model's step goes.
+      models: small and grown are the quickstart's; 124m is the published size, on one row of 512 tokens.
+      output: also write the rows and the machine's description into this JSON file.
+      seconds: for each measurement (at least three samples are taken).
+      dtype: of activations; auto: float32 on a CPU, else bfloat16.
+      batch_size: rows of a training batch; 0: as each model has it (16, and 1 for 124m).
+      quiet: no tables and no progress bar.
+    """
+    if seconds <= 0 or batch_size < 0 or not what or not models:
+        raise ValueError(f"seconds is {seconds}; give a positive number of them, a part to measure and a model.")
+    if dtype == "auto":
+        dtype = "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
+    cases = {
+        name: dataclasses.replace(
+            CASES[name],
+            model=dataclasses.replace(CASES[name].model, dtype=dtype),
+            batch_size=batch_size or CASES[name].batch_size,
+        )
+        for name in models
+    }
+    first = models[0]
+    work: list[tuple[str, str, Callable[[], Iterator[Row]]]] = []
+    for part in what:
+        match part:
+            case "train" | "profile" | "decode":
+                function = {"train": train, "profile": profile, "decode": decode}[part]
+                work += [(part, name, functools.partial(function, case, seconds)) for name, case in cases.items()]
+            case "compile":
+                work.append((part, first, functools.partial(compilation, cases[first])))
+            case "loader":
+                work.append((part, first, functools.partial(loader, cases[first], seconds)))
+
+    console = rich.console.Console(quiet=quiet)
+    rows: list[Row] = []
+    with rich.progress.Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
+        bar = progress.add_task("", total=len(work))
+        for part, name, function in work:
+            progress.update(bar, description=f"{part} {name}")
+            with _no_compilation_cache():
+                rows += [{"part": part, "model": name} | row for row in function()]
+            progress.advance(bar)
+    description = machine() | {"dtype": dtype}
+    for part in what:
+        console.print(_table(part, [row for row in rows if row["part"] == part]))
+    console.print(", ".join(f"{name.replace('_', ' ')}: {_text(value)}" for name, value in description.items()))
+    if output:
+        output.write_text(json.dumps({"machine": description, "rows": rows}, indent=2) + "\n")
+    return rows
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """Compiles anew, whatever was compiled before, in this process or (as the `jaxtok` command keeps it) on disk."""
+    enabled = jax.config.jax_enable_compilation_cache
+    make_train_step.cache_clear()
+    jax.clear_caches()
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
+
+
+class TrainStep:
+    """A compiled train step with its state and one batch of random tokens; a call is an update."""
+
+    def __init__(self, model: DecoderConfig, batch_size: int, length: int):
+        self.task = LanguageModeling(model=model)
+        self.batch = random_batch(model.vocab_size, batch_size, length)
+        self.flops = self.task.flops(self.batch)
+        self.state = initial_state(self.task, TrainConfig(), TextData(batch_size=batch_size, length=length))
+        start = time.perf_counter()
+        self.compiled = make_train_step(self.task, TrainConfig(), 1000).lower(self.state, self.batch).compile()
+        self.compile_seconds = time.perf_counter() - start
+
+    def __call__(self) -> Any:
+        self.state, metrics = self.compiled(self.state, self.batch)
+        return metrics
+
+
+def train(case: Case, seconds: float) -> Iterator[Row]:
+    """A train step of TokenFormer and of the Transformer of its size, timed in turns."""
+    systems = {"TokenFormer": case.model, "Transformer": matched_transformer(case.model)}
+    steps = {name: TrainStep(model, case.batch_size, case.length) for name, model in systems.items()}
+    samples = measure(steps, seconds)
+    for name, step in steps.items():
+        median = _median(samples[name].seconds)
+        yield {
+            "system": name,
+            "seconds": median,
+            "tokens_per_second": case.batch_size * case.length / median,
+            "fraction_of_peak": samples[name].fraction(step.flops),
+            "times_transformer": _median(samples[name].seconds / samples["Transformer"].seconds),
+            "compile_seconds": step.compile_seconds,
+            "planned_gigabytes": _planned_memory(step.compiled) / 1e9,
+            "peak_gigabytes": _peak_memory()[0] / 1e9,
+        }
+
+
+def compilation(case: Case) -> Iterator[Row]:
+    """Seconds to trace and compile the train step of a shallow and of a deep model."""
+    for layers in (4, 24):
+        step = TrainStep(dataclasses.replace(case.model, num_layers=layers), case.batch_size, case.length)
+        yield {"layers": layers, "compile_seconds": step.compile_seconds}
+
+
+def decode(case: Case, seconds: float, new_tokens: int = 24, chunk: int = 8) -> Iterator[Row]:
+    """Greedy decoding with the cache, without the prefill and the first tokens. Each token reads all parameters once,
+    whatever the batch: the rate of these reads, beside that of a product of a 256 MB matrix and a vector."""
+    task = LanguageModeling(model=case.model)
+    params = jax.jit(task.init)(jax.random.key(0), random_batch(case.model.vocab_size, 1, 8))
+    read = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    matrix = jnp.ones((8192, 8192))
+    product = jax.jit(jnp.matmul)
+    for batch in (1, 8):
+        times: list[float] = []
+
+        def decoded(times=times, batch=batch):
+            clock: list[float] = []
+            generate(
+                task.module(),
+                params,
+                [[1]] * batch,
+                max_new_tokens=new_tokens,
+                sampling=Sampling(temperature=0),
+                on_tokens=lambda _: clock.append(time.perf_counter()),
+                chunk=chunk,
+            )
+            times.extend(np.diff(clock) / chunk)
+
+        samples = measure({"decode": decoded, "read": lambda: product(matrix, matrix[0])}, seconds / 2)
+        median, rate = _median(times), matrix.nbytes / _median(samples["read"].seconds)
+        yield {
+            "rows": batch,
+            "tokens_per_second": batch / median,
+            "parameter_gigabytes_per_second": read / median / 1e9,
+            "fraction_of_read_rate": read / median / rate,
+        }
+
+
+def loader(case: Case, seconds: float) -> Iterator[Row]:
+    """Batches of the default corpus as bytes, and how many of them are ready in the time of one train step."""
+    data = TextData(batch_size=case.batch_size, length=case.length)
+    step = TrainStep(case.model, case.batch_size, case.length)
+    batches = data.train_batches()
+    for _ in range(10 + data.prefetch):
+        next(batches)
+    samples = measure({"step": step, "batch": lambda: next(batches)}, seconds)
+    step_seconds, batch_seconds = (_median(samples[name].seconds) for name in ("step", "batch"))
+    yield {
+        "corpus": data.corpus,
+        "tokenizer": data.tokenizer,
+        "batches_per_second": 1 / batch_seconds,
+        "steps_per_second": 1 / step_seconds,
+        "batches_per_step": step_seconds / batch_seconds,
+    }
+
+
+def profile(case: Case, seconds: float) -> Iterator[Row]:
+    """The step's parts timed alone: their shares say what bounds it. `matrix products` are those of the gradient, each
+    shape by itself on fresh operands, times how often it occurs: no step can be faster than these."""
+    step = TrainStep(case.model, case.batch_size, case.length)
+    rng, params = jax.random.key(0), step.state.params
+
+    def loss(params):
+        return step.task.loss(params, step.batch, rng, jnp.zeros((), jnp.int32))[0]
+
+    forward, gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
+    products = matrix_products(jax.value_and_grad(loss), params)
+    runs = {
+        "step": step,
+        "forward": lambda: forward(step.state.params),
+        "gradient": lambda: gradient(step.state.params),
+    }
+    samples = measure(runs, seconds)
+    alone = {key: _product_seconds(*key) for key in products}
+    times = {name: _median(sample.seconds) for name, sample in samples.items()}
+    parts = {
+        "forward": times["forward"],
+        "backward": times["gradient"] - times["forward"],
+        "optimizer": times["step"] - times["gradient"],
+        "step": times["step"],
+        "matrix products": sum(count * alone[key] for key, count in products.items()),
+    }
+    for name, value in parts.items():
+        yield {"time_of": name, "seconds": value, "share_of_step": value / parts["step"]}
+
+
+def matrix_products(function: Callable, *args: Any) -> Counter:
+    """How often `function(*args)` makes each matrix product, a key being (shapes and dtypes of both operands, dimension
+    numbers of `jax.lax.dot_general`). Layers of a scan count each."""
+    found: Counter = Counter()
+
+    def walk(jaxpr, times):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                operands = tuple((x.aval.shape, x.aval.dtype) for x in equation.invars)
+                found[operands, equation.params["dimension_numbers"]] += times
+            repeat = equation.params["length"] if equation.primitive.name == "scan" else 1
+            for value in equation.params.values():
+                for item in value if isinstance(value, tuple | list) else [value]:
+                    inner = getattr(item, "jaxpr", item)
+                    if hasattr(inner, "eqns"):
+                        walk(inner, times * repeat)
+
+    walk(jax.make_jaxpr(function)(*args).jaxpr, 1)
+    return found
+
+
+def product_flops(operands: Any, dimension_numbers: Any) -> int:
+    """Of one product, by its key in `matrix_products`."""
+    (left, _), (right, _) = operands
+    (_, contracting), (_, batch) = dimension_numbers
+    return 2 * math.prod(left) * math.prod(n for axis, n in enumerate(right) if axis not in (*contracting, *batch))
+
+
+def _product_seconds(operands: Any, dimension_numbers: Any, calls: int = 8) -> float:
+    """The median over five times so many calls in a row, lest the time between calls counts."""
+    left, right = (jnp.ones(shape, dtype) for shape, dtype in operands)
+    product = jax.jit(lambda a, b: jax.lax.dot_general(a, b, dimension_numbers))
+    times = []
+    for _ in range(6):  # the first is for warm-up
+        start = time.perf_counter()
+        jax.block_until_ready([product(left, right) for _ in range(calls)])
+        times.append((time.perf_counter() - start) / calls)
+    return _median(times[1:])
+
+
+@dataclasses.dataclass
+class Samples:
+    """Seconds of one call, and FLOP/s of matrix products measured in front of it."""
+
+    seconds: np.ndarray
+    rates: np.ndarray
+
+    def fraction(self, flops: float) -> float:
+        return _median(flops / self.seconds / self.rates)
+
+
+def measure(runs: dict[Any, Callable[[], Any]], seconds: float, least: int = 3) -> dict[Any, Samples]:
+    """Times functions in turns, behind a call of each for warm-up; a sample is the mean over a fifth of a second."""
+    for run in runs.values():
+        jax.block_until_ready(run())
+    samples: dict[Any, list[tuple[float, float]]] = {name: [] for name in runs}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or time.perf_counter() < end:
+        for name, run in runs.items():
+            rate = _rate()
+            start, calls = time.perf_counter(), 0
+            while not calls or time.perf_counter() - start < min(0.2, seconds / 10):
+                jax.block_until_ready(run())
+                calls += 1
+            samples[name].append(((time.perf_counter() - start) / calls, rate))
+        rounds += 1
+    return {name: Samples(*np.array(pairs).T) for name, pairs in samples.items()}
+
+
+_rates: list[float] = []
+"""Of all matrix products that this process has timed."""
+
+
+def _rate() -> float:
+    on_cpu = jax.devices()[0].platform == "cpu"
+    _rates.append((None if on_cpu else peak_flops()) or matmul_rate(seconds=0.1))
+    return _rates[-1]
+
+
+def machine() -> Row:
+    """What the numbers were measured on, and the matmul rate over the whole run."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
+        "jax": jax.__version__,
+        "peak_memory_of": _peak_memory()[1],
+        "peak_median_gigaflops": _median(_rates) / 1e9 if _rates else None,
+        "peak_best_gigaflops": max(_rates) / 1e9 if _rates else None,
+    }
+
+
+def random_batch(vocab_size: int, rows: int, length: int) -> dict[str, np.ndarray]:
+    """A batch of random tokens, each row one document."""
+    tokens = np.random.default_rng(0).integers(vocab_size, size=(rows, length + 1), dtype=np.int32)
+    ones = np.ones((rows, length), np.int32)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length)),
+        "segments": ones,
+        "mask": ones.astype(np.float32),
+        "bytes": ones,
+    }
+
+
+def _planned_memory(compiled: Any) -> float:
+    """Bytes of a step's arguments and temporary arrays, by the compiler's plan."""
+    plan = compiled.memory_analysis()
+    return plan.argument_size_in_bytes + plan.temp_size_in_bytes if plan else math.nan
+
+
+def _peak_memory() -> tuple[int, str]:
+    """The most bytes ever in use, and where: on the device if it counts them, else in the process."""
+    if peak := (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
+        return peak, "device"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"  # in kilobytes on Linux
+
+
+def _median(values: Any) -> float:
+    return float(np.median(values))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return str(value)
+
+
+def _table(part: str, rows: list[Row]) -> rich.table.Table:
+    table = rich.table.Table(title=part, box=rich.box.SIMPLE, title_justify="left")
+    for name in list(rows[0])[1:]:
+        table.add_column(name.replace("_", " "), justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_text(value) for value in list(row.values())[1:]))
+    return table

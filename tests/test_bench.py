@@ -1,0 +1,87 @@
+"""The benchmark on a tiny model, and the FLOPs of its models against the matrix products that they really make."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxtok.bench import CASES, bench, matrix_products, measure, product_flops, random_batch
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.transformer import matched_transformer
+from jaxtok.training.peak import matmul_rate
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bench") / "bench.json"
+    small_products = functools.partial(matmul_rate, n=512)  # in less time
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxtok.bench.matmul_rate", small_products)
+        rows = bench(
+            what=("train", "decode", "loader", "profile"), models=("tiny",), output=path, seconds=0.2, quiet=True
+        )
+    return rows, json.loads(path.read_text())
+
+
+def test_rows_are_complete_and_round_trip(report):
+    rows, written = report
+    assert written["rows"] == rows
+    assert written["machine"]["platform"] == jax.devices()[0].platform
+    assert written["machine"]["peak_best_gigaflops"] >= written["machine"]["peak_median_gigaflops"] > 0
+    assert [row["part"] for row in rows] == ["train"] * 2 + ["decode"] * 2 + ["loader"] + ["profile"] * 5
+    for part in ("train", "decode", "loader", "profile"):
+        keys = [set(row) for row in rows if row["part"] == part]
+        assert all(k == keys[0] for k in keys)
+
+
+def test_numbers_are_plausible(report):
+    rows, _ = report
+    train = {row["system"]: row for row in rows if row["part"] == "train"}
+    assert set(train) == {"TokenFormer", "Transformer"} and train["Transformer"]["times_transformer"] == 1
+    for row in train.values():
+        assert 0 < row["fraction_of_peak"] < 1.5
+        assert row["compile_seconds"] > 0 and row["planned_gigabytes"] > 0 and row["peak_gigabytes"] > 0
+        assert row["tokens_per_second"] * row["seconds"] == pytest.approx(
+            CASES["tiny"].batch_size * CASES["tiny"].length
+        )
+    assert all(row["tokens_per_second"] > 0 for row in rows if row["part"] == "decode")
+    assert all(row["batches_per_second"] > 0 for row in rows if row["part"] == "loader")
+    shares = {row["time_of"]: row["share_of_step"] for row in rows if row["part"] == "profile"}
+    assert shares["forward"] + shares["backward"] + shares["optimizer"] == pytest.approx(shares["step"]) == 1
+
+
+def test_measure_takes_turns(monkeypatch):
+    monkeypatch.setattr("jaxtok.bench.matmul_rate", lambda seconds: 1e9)
+    order = []
+    samples = measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=1e-3)
+    turns = "".join(order)
+    assert turns.startswith("ab") and {len(s.seconds) for s in samples.values()} == {len(samples["a"].rates)}
+    assert "ba" in turns and all((s.seconds > 0).all() for s in samples.values())
+
+
+@pytest.mark.parametrize("system", ["TokenFormer", "Transformer"])
+def test_flops_are_those_of_the_matrix_products(system):
+    """Exact, but for the products with the constant matrix of the rotary embedding, which are no model FLOPs."""
+    model = CASES["tiny"].model if system == "TokenFormer" else matched_transformer(CASES["tiny"].model)
+    task, batch = LanguageModeling(model=model), random_batch(model.vocab_size, rows=2, length=32)
+    params = jax.eval_shape(task.init, jax.random.key(0), batch)
+
+    def flops(function):
+        return sum(count * product_flops(*key) for key, count in matrix_products(function, params).items())
+
+    def loss(params):
+        return task.loss(params, batch, jax.random.key(0), jnp.zeros((), jnp.int32))[0]
+
+    tokens = batch["tokens"].size
+    rotary = model.num_layers * tokens * 2 * 2 * model.d_model * model.head_dim  # of queries and keys
+    assert flops(loss) - rotary == tokens * model.flops(32)
+    # The gradient makes each product's two, and those of query and key a second time (`jaxtok.nn.attention.attend`).
+    again = model.num_layers * tokens * 2 * 32 * model.d_model
+    assert flops(jax.value_and_grad(loss)) - 2 * rotary - again == task.flops(batch)
+
+
+def test_impossible_arguments():
+    with pytest.raises(ValueError, match="seconds"):
+        bench(seconds=0)
