@@ -69,8 +69,8 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Result:
     experiment = resolve(experiment)
     directory = experiment.directory
     with Checkpoints(directory, experiment.train.keep_checkpoints) as checkpoints, _Interrupt() as interrupt:
-        if checkpoints.latest_step():
-            _check_config(directory, experiment)
+        if checkpoints.latest_step() is not None:
+            _check_config(directory, experiment, started=checkpoints.latest_step() > 0)
         write_config(directory, experiment)
         run = _start(experiment, checkpoints)
         log = MetricsLog(directory, run.meta.step, experiment.train.tensorboard)
@@ -135,14 +135,19 @@ def _start(experiment: Experiment, checkpoints: Checkpoints) -> _Run:
     if step is None:
         meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
         return _Run(meta, initial_state(experiment.task, experiment.train, experiment.data), data)
-    meta = dataclasses.replace(checkpoints.meta(step), experiment=experiment)
+    stored = checkpoints.meta(step)
+    meta = dataclasses.replace(stored, experiment=experiment)
     params = checkpoints.params(step, abstract_params(meta.task, experiment.data))
-    optimizer = make_optimizer(experiment.train.optimizer)
-    opt_state = checkpoints.opt_state(step, jax.eval_shape(optimizer.init, params))
+    optimizer, old = (make_optimizer(e.train.optimizer) for e in (experiment, stored.experiment))
+    abstract = jax.eval_shape(optimizer.init, params)
+    same_kind = jax.tree.structure(abstract) == jax.tree.structure(jax.eval_shape(old.init, params))
+    opt_state = checkpoints.opt_state(step, abstract) if same_kind else None
     if opt_state is None:
         opt_state = optimizer.init(params)
+    if stored.experiment.data == experiment.data:
+        data = checkpoints.data(step, data)
     state = _state(step, meta.stage_start, params, opt_state, jax.random.key(experiment.train.seed))
-    return _Run(meta, state, checkpoints.data(step, data))
+    return _Run(meta, state, data)
 
 
 def _grow(run: _Run, growth: Growth, seed: int) -> _Run:
@@ -278,9 +283,10 @@ def batch_items(batch: dict[str, np.ndarray]) -> int:
     return batch["tokens"].size if "tokens" in batch else len(next(iter(batch.values())))
 
 
-def _check_config(directory: Path, experiment: Experiment) -> None:
+def _check_config(directory: Path, experiment: Experiment, started: bool) -> None:
+    """A run that has made a step keeps its config; one that was forked and has made none, only its task."""
     changed = [d for d in differences(experiment, read_config(directory)) if not d.startswith(MAY_CHANGE)]
-    if changed:
+    if changed := [d for d in changed if started or d.startswith("task")]:
         raise ValueError(
             f"{directory} holds a run of another config: {'; '.join(changed)}. "
             "Choose another --workdir (or remove that folder) to start anew."

@@ -7,7 +7,7 @@ import pytest
 
 from jaxtok.lm.growth import Growth
 from jaxtok.lm.tokenformer import uniform_counts
-from jaxtok.training.checkpoints import fork, load
+from jaxtok.training.checkpoints import Checkpoints, fork, load
 from jaxtok.training.loop import train
 
 
@@ -21,8 +21,6 @@ def test_a_fork_goes_on_where_the_run_was(short, tmp_path):
     assert (new.meta.step, new.meta.flops) == (0, old.meta.flops)
     batches = short.data.train_batches()
     seen = [next(batches) for _ in range(7)]
-    from jaxtok.training.checkpoints import Checkpoints
-
     with Checkpoints(tmp_path / "fork") as checkpoints:
         following = next(checkpoints.data(0, short.data.train_batches()))
     np.testing.assert_array_equal(following["tokens"], seen[6]["tokens"])
@@ -30,6 +28,21 @@ def test_a_fork_goes_on_where_the_run_was(short, tmp_path):
     assert result.step == 3 and result.flops == pytest.approx(1.5 * old.meta.flops)
     with pytest.raises(FileExistsError, match="fork"):
         fork(short.workdir, tmp_path / "fork")
+
+
+def test_a_fork_may_have_other_data_and_another_optimizer_but_not_another_model(short, tmp_path):
+    train(short, quiet=True)
+    new = load(fork(short.workdir, tmp_path / "fork", steps=2)).experiment
+    wider = dataclasses.replace(new.task, model=dataclasses.replace(new.task.model, d_model=32))
+    with pytest.raises(ValueError, match=r"task\.model\.d_model: 32, not 16"):
+        train(dataclasses.replace(new, task=wider), quiet=True)
+    optimizer = dataclasses.replace(new.train.optimizer, name="lion")
+    changed = dataclasses.replace(
+        new,
+        data=dataclasses.replace(new.data, seed=3, length=8),
+        train=dataclasses.replace(new.train, optimizer=optimizer),
+    )
+    assert train(changed, quiet=True).step == 2
 
 
 def test_a_grown_fork_has_the_same_function(short, tmp_path):
