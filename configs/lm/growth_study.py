@@ -2,8 +2,8 @@
 
     jaxtok study configs/lm/growth_study.py
 
-About 40 minutes on two cores. The README has the table and the plot that it makes. The models and the training are
-those of configs/lm/quickstart.py, in which the grown model, the released recipe and scratch are compared once.
+About an hour on two cores. The README has the table and the plot that it makes. The models and the training are
+those of configs/lm/quickstart.py, which compares one growth with scratch.
 """
 
 import dataclasses

@@ -220,7 +220,7 @@ def key(arm: str, seed: int) -> str:
 
 
 def summarize(results: dict[str, Any], arms: tuple[str, ...], seeds: tuple[int, ...]) -> list[dict[str, str]]:
-    """A row an arm: bits per byte are means over the seeds, +- half of the range."""
+    """A row an arm: bits per byte are means over the seeds that have been run, +- half of the range."""
 
     def spread(values: list[float]) -> str:
         mean = f"{statistics.mean(values):.3f}"
@@ -228,11 +228,14 @@ def summarize(results: dict[str, Any], arms: tuple[str, ...], seeds: tuple[int, 
 
     rows = []
     for arm in (a for a in ARMS if a in arms):
-        found = [results[key(arm, s)] for s in seeds]
+        found = [results[key(arm, s)] for s in seeds if key(arm, s) in results]
+        if not found:
+            continue
         firsts = [r["first_bits_per_byte"] for r in found if r["first_bits_per_byte"] is not None]
         rows.append(
             {
                 "model": ARMS[arm].label,
+                "seeds": f"{len(found)}",
                 "steps": ARMS[arm].steps,
                 "params": f"{found[0]['parameters'] / 1e6:.2f}M",
                 "TFLOP": f"{found[0]['train_flops'] / 1e12:.2f}",
@@ -261,7 +264,7 @@ def plot_curves(study: GrowthStudy, results: dict[str, Any], path: Path) -> Path
     colors = plt.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
     for arm, color in zip(arms, colors):
         spec = ARMS[arm]
-        for seed in study.seeds:
+        for seed in (s for s in study.seeds if key(arm, s) in results):
             rows = read_metrics(study.folder(arm, seed), "validation")
             points = [(row["train_flops"], row["bits_per_byte"]) for row in rows]
             if spec.fork:  # from where the base ended, with the loss that the growth left
