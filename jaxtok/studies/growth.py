@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import rich.box
 import rich.console
 import rich.table
@@ -48,12 +49,14 @@ ARMS = {
     "continued": Arm("base, trained on (schedule restarted)", "M", fork=True),
     "longer": Arm("base, one longer schedule", "N+M"),
     "zero_keys": Arm("grown, zero keys, fixed tau", "M", fork=True, growth={}),
-    "zero_keys_keep": Arm("the same, old moments kept", "M", fork=True, growth={"optimizer": "keep"}),
-    "zero_keys_new": Arm("the same, only new tokens trained", "M", fork=True, growth={"train": "new"}),
+    "zero_keys_keep": Arm("grown, zero keys, old moments kept", "M", fork=True, growth={"optimizer": "keep"}),
+    "zero_keys_new": Arm("grown, zero keys, only new tokens trained", "M", fork=True, growth={"train": "new"}),
     "zero_keys_current": Arm("grown, zero keys, current tau", "M", fork=True, growth={"scale": "current"}),
     "copy": Arm("grown, copied keys", "M", fork=True, growth={"init": "copy"}),
     "random": Arm("grown, random keys (released recipe)", "M", fork=True, growth={"init": "random"}),
-    "random_new": Arm("the same, only new tokens trained", "M", fork=True, growth={"init": "random", "train": "new"}),
+    "random_new": Arm(
+        "grown, random keys, only new tokens trained", "M", fork=True, growth={"init": "random", "train": "new"}
+    ),
     "scratch_short": Arm("final size from scratch", "M", final_size=True),
     "scratch": Arm("final size from scratch", "N+M", final_size=True),
     "transformer": Arm("Transformer of the base's size", transformer=True),
@@ -253,7 +256,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def plot_curves(study: GrowthStudy, results: dict[str, Any], path: Path) -> Path:
-    """Validation bits per byte against training compute spent so far, a line an arm and seed."""
+    """Validation bits per byte against training compute so far: a line an arm, the mean of its seeds in their range."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -263,23 +266,21 @@ def plot_curves(study: GrowthStudy, results: dict[str, Any], path: Path) -> Path
     arms = [a for a in ARMS if a in study.arms]
     colors = plt.get_cmap("tab10" if len(arms) <= 10 else "tab20").colors
     for arm, color in zip(arms, colors):
-        spec = ARMS[arm]
+        spec, lines = ARMS[arm], []
         for seed in (s for s in study.seeds if key(arm, s) in results):
             rows = read_metrics(study.folder(arm, seed), "validation")
             points = [(row["train_flops"], row["bits_per_byte"]) for row in rows]
             if spec.fork:  # from where the base ended, with the loss that the growth left
-                points.insert(
-                    0, (results[key("base", seed)]["train_flops"], results[key(arm, seed)]["first_bits_per_byte"])
-                )
-            axes.plot(
-                *zip(*((flops / 1e12, bits) for flops, bits in points)),
-                color=color,
-                linestyle="--" if spec.fork else "-",
-                marker="o",
-                markersize=3,
-                alpha=1.0 if seed == study.seeds[0] else 0.35,
-                label=f"{spec.label}, {spec.steps} steps" if seed == study.seeds[0] else None,
-            )
+                first = results[key(arm, seed)]["first_bits_per_byte"]
+                points.insert(0, (results[key("base", seed)]["train_flops"], first))
+            lines.append(points)
+        if not lines:
+            continue
+        curves = np.array(lines)  # [seeds, evaluations, 2]
+        flops, bits = curves[0, :, 0] / 1e12, curves[..., 1]
+        style = {"color": color, "linestyle": "--" if spec.fork else "-", "marker": "o", "markersize": 3}
+        axes.plot(flops, bits.mean(0), label=f"{spec.label}, {spec.steps} steps", **style)
+        axes.fill_between(flops, bits.min(0), bits.max(0), color=color, alpha=0.08)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("training compute so far, that of the base included (TFLOP)")
