@@ -194,7 +194,7 @@ class GrowthStudy:
         console.print(self._sample(grown), highlight=False, markup=False)
         seeds = f", mean of {len(self.seeds)} seeds ± half their range" if len(self.seeds) > 1 else ""
         console.rule(f"bits per byte: at the first step, on validation and on test files{seeds}")
-        table = rich.table.Table(*rows[0], box=rich.box.SIMPLE_HEAD)
+        table = rich.table.Table(*rows[0], box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for row in rows:
             table.add_row(*row.values())
         console.print(table)
@@ -238,7 +238,7 @@ def summarize(results: dict[str, Any], arms: tuple[str, ...], seeds: tuple[int, 
         rows.append(
             {
                 "model": ARMS[arm].label,
-                "seeds": f"{len(found)}",
+                **({"seeds": f"{len(found)}"} if len(seeds) > 1 else {}),
                 "steps": ARMS[arm].steps,
                 "params": f"{found[0]['parameters'] / 1e6:.2f}M",
                 "TFLOP": f"{found[0]['train_flops'] / 1e12:.2f}",
