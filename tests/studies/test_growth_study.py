@@ -72,7 +72,7 @@ def test_unknown_arms_are_named(study):
 
 @pytest.mark.slow
 def test_growing_takes_less_compute_than_scratch(tmp_path):
-    """The paper's claim at the quickstart's size, on Python's standard library (about five minutes)."""
+    """The paper's claim at the quickstart's size, on Python's standard library (about seven minutes)."""
     study = load_config(Path(__file__).parents[2] / "configs" / "lm" / "quickstart.py")
     study = dataclasses.replace(study, arms=("base", "copy", "random", "scratch"), workdir=str(tmp_path))
     assert study.run()
