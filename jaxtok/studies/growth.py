@@ -12,22 +12,20 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import rich.box
 import rich.console
 import rich.table
 
 from jaxtok.configuration import differences, from_json, to_json
-from jaxtok.decoding.sampling import Sampling, generate
 from jaxtok.lm.growth import Growth
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.nn.parameter_attention import TokenCounts
-from jaxtok.tokenizers import load_tokenizer
 from jaxtok.training.checkpoints import fork, load
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import count, train
+from jaxtok.verbs import generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,21 +198,9 @@ class GrowthStudy:
         console.print(table)
         console.print(f"table: {folder / 'results.md'}\nplot:  {plot}", highlight=False)
 
-    def _sample(self, arm: str, tokens: int = 200) -> str:
-        loaded = load(self.folder(arm, self.seeds[0]))
-        tokenizer = load_tokenizer(loaded.experiment.data.tokenizer)
-        room = loaded.task.model.max_length - len(tokenizer.encode(self.prompt)) - 1
-        (row,) = generate(
-            loaded.task.module(),
-            loaded.params,
-            [[tokenizer.eod_id, *tokenizer.encode(self.prompt)]],
-            max_new_tokens=min(tokens, room),
-            sampling=Sampling(temperature=0.7, top_p=0.95),
-            rng=jax.random.key(0),
-            stop_tokens=[tokenizer.eod_id],
-            num_ids=tokenizer.vocab_size,
-        )
-        text = b"".join(tokenizer.token_bytes(i) for i in row)
+    def _sample(self, arm: str) -> str:
+        """The prompt, continued by an arm's model."""
+        (text,) = generate(self.folder(arm, self.seeds[0]), prompt=(self.prompt,), temperature=0.7, stream=False)
         return self.prompt + text.decode(errors="replace")
 
 
