@@ -37,6 +37,7 @@ from jaxtok.lm.tokenformer import PUBLISHED, TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.loop import initial_state, make_train_step
+from jaxtok.training.mesh import one_device, unboxed
 from jaxtok.training.peak import matmul_rate, peak_flops
 
 Row = dict[str, Any]
@@ -155,9 +156,11 @@ class TrainStep:
         self.task = LanguageModeling(model=model)
         self.batch = random_batch(model.vocab_size, batch_size, length)
         self.flops = self.task.flops(self.batch)
-        self.state = initial_state(self.task, TrainConfig(), TextData(batch_size=batch_size, length=length))
+        data, layout = TextData(batch_size=batch_size, length=length), one_device()
+        self.state = initial_state(self.task, TrainConfig(), data, layout)
         start = time.perf_counter()
-        self.compiled = make_train_step(self.task, TrainConfig(), 1000).lower(self.state, self.batch).compile()
+        step = make_train_step(self.task, TrainConfig(), 1000, data, layout)
+        self.compiled = step.lower(self.state, self.batch).compile()
         self.compile_seconds = time.perf_counter() - start
 
     def __call__(self) -> Any:
@@ -195,7 +198,7 @@ def decode(case: Case, seconds: float, new_tokens: int = 24, chunk: int = 8) -> 
     """Greedy decoding with the cache, without the prefill and the first tokens. Each token reads all parameters once,
     whatever the batch: the rate of these reads, beside that of a product of a 256 MB matrix and a vector."""
     task = LanguageModeling(model=case.model)
-    params = jax.jit(task.init)(jax.random.key(0), random_batch(case.model.vocab_size, 1, 8))
+    params = unboxed(jax.jit(task.init)(jax.random.key(0), random_batch(case.model.vocab_size, 1, 8)))
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     matrix = jnp.ones((8192, 8192))
     product = jax.jit(jnp.matmul)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import sys
@@ -31,6 +32,14 @@ jaxtok {version}: systems about tokens, in JAX
   jaxtok train configs/lm/tokenformer_small.py --train.steps 100 --task.model.d-model 256
 """
 
+PROCESSES = """
+Of a run of several processes, each is started with the same command. They find each other by what Slurm or a TPU pod
+sets, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by
+  --coordinator HOST:PORT --num-processes N --process-id I
+  --distributed     ask the TPU VM (where it sets no variables, as in a shell on a Cloud TPU)
+SIGTERM on any of them saves and ends all with exit code 75: start the same command again. See tpu_scripts/.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a verb.
@@ -54,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _cache_compilations()
     try:
         return VERBS[verb](rest)
-    except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("JAXTOK_TRACEBACK"):
             raise
         return _fail(str(error))
@@ -75,6 +84,7 @@ def _fail(message: str) -> int:
 
 
 def _train(arguments: list[str]) -> int:
+    arguments = _join_processes(arguments)
     experiment = _config(arguments, "train")
     if experiment is None:
         return 0
@@ -83,6 +93,21 @@ def _train(arguments: list[str]) -> int:
     result = train(experiment)
     _show({"run": result.directory, "step": result.step, "parameters": count(result.params)} | result.metrics)
     return INTERRUPTED if result.interrupted else 0
+
+
+def _join_processes(arguments: list[str]) -> list[str]:
+    """Joins the other processes of the run; returns the arguments without those that say which they are."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--distributed", action="store_true")
+    parser.add_argument("--coordinator", default="")
+    parser.add_argument("--num-processes", type=int)
+    parser.add_argument("--process-id", type=int)
+    ours, rest = parser.parse_known_args(arguments)
+    if not {"-h", "--help"} & set(rest):
+        from jaxtok.training.distributed import initialize
+
+        initialize(ours.coordinator, ours.num_processes, ours.process_id, ours.distributed)
+    return rest
 
 
 def _study(arguments: list[str]) -> int:
@@ -100,6 +125,8 @@ def _config(arguments: list[str], verb: str) -> Any:
         known = "".join(f"\n  {path}" for path in sorted(Path("configs").rglob("*.py")))
         print(f"usage: jaxtok {verb} CONFIG|RUN [--FIELD VALUE ...]\n\nConfigs here:{known or ' none'}\n")
         print(f"`jaxtok {verb} CONFIG --help` lists the fields of one and their values.")
+        if verb == "train":
+            print(PROCESSES, end="")
         return None
     from jaxtok.configuration import load_config, override
     from jaxtok.training.checkpoints import read_config

@@ -77,7 +77,9 @@ class CausalLM(Protocol):
 class Task(Protocol):
     """Something that learns: what the one training loop trains."""
 
-    def init(self, rng: jax.Array, batch: Batch) -> Params: ...
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        """New parameters, in Linen's boxes where they have logical axes (`flax.linen.meta`; the loop unboxes them)."""
+        ...
 
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array

@@ -37,7 +37,7 @@ class TextData:
     length: int = 256
     """Tokens a row."""
     batch_size: int = 32
-    """Rows a batch, over all processes."""
+    """Rows a batch, over all devices and processes."""
     seed: int = 0
     """Of the order of the training documents and rows."""
     text_field: str = "text"
@@ -46,8 +46,11 @@ class TextData:
     """No attention across documents; if not, a row is one segment with positions 0..length-1 (GPT-NeoX's recipe)."""
     mask_eod: bool = False
     """Leave positions whose input is the end-of-document token out of the loss (GPT-NeoX's `eod_mask_loss`)."""
+    streams: int = 1
+    """Shares of the training documents, each of which fills its part of every batch. A process reads those of its rows
+    only: on a pod, choose a multiple of the number of processes. The batches depend on it."""
     shuffle_window: int = 1024
-    """Training rows shuffled among each other, lest a batch be neighbouring rows of one document; 1: none."""
+    """Training rows of a stream that are shuffled, lest a batch be neighbouring rows of one document; 1: none."""
     prefetch: int = 4
     """Batches made ahead by a thread."""
     workers: int = 0
@@ -56,52 +59,54 @@ class TextData:
     """Batches in an evaluation, of rows from all over the split; 0: the whole split."""
 
     def __post_init__(self):
-        least = dict(length=1, batch_size=1, seed=0, shuffle_window=1, prefetch=0, workers=0, eval_limit=0)
+        least = dict(length=1, batch_size=1, seed=0, streams=1, shuffle_window=1, prefetch=0, workers=0, eval_limit=0)
         for field, low in least.items():
             if (value := getattr(self, field)) < low:
                 raise ValueError(f"{field}={value}: choose at least {low}")
+        if self.batch_size % self.streams:
+            raise ValueError(f"streams={self.streams} does not divide batch_size={self.batch_size}: choose a divisor")
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed}: choose one below 2**32")
 
-    def train_batches(self, *, process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator[Batch]:
-        """Batches without end, in a new order each epoch, of this process's share of the documents.
+    def train_batches(self, rows: range | None = None) -> TextBatches:
+        """Batches without end, in a new order each epoch, or these rows of each (for a process that needs no others).
 
-        `get_state` and `set_state` (a JSON value) resume at exactly the next batch.
+        Only the streams that have some of the rows are read, and the rows are the same however they are divided.
 
         Raises:
-            ValueError: the batch does not divide among the processes, or there are fewer documents than processes.
+            ValueError: there are fewer documents than streams.
         """
-        rows = self._process_rows(process_index, process_count)
         documents = self._documents("train")
-        if len(documents) < process_count:
+        if len(documents) < self.streams:
             raise ValueError(
-                f"the train split of {self.corpus} has fewer documents ({len(documents)}) than there are processes "
-                f"({process_count}): give more documents"
+                f"the train split of {self.corpus} has fewer documents ({len(documents)}) than data.streams = "
+                f"{self.streams}: give more documents, or choose fewer streams"
             )
-        documents = documents[process_index::process_count].shuffle(self.seed).repeat()
-        packed = self._pack(documents, self.workers)
-        if self.shuffle_window > 1:
-            packed = grain.experimental.WindowShuffleIterDataset(
-                packed, window_size=self.shuffle_window, seed=self.seed
-            )
-        return iter(self._batch(packed, len(rows), range(len(rows))))
+        rows = range(self.batch_size) if rows is None else rows
+        size = self.batch_size // self.streams
+        streams = {}
+        for stream in range(rows.start // size, -(-rows.stop // size)):
+            first = stream * size
+            part = range(max(rows.start - first, 0), min(rows.stop - first, size))
+            share = documents[stream :: self.streams].shuffle(self.seed).repeat()
+            packed = self._pack(share, -(-self.workers * len(part) // len(rows)))
+            if self.shuffle_window > 1:
+                packed = grain.experimental.WindowShuffleIterDataset(
+                    packed, window_size=self.shuffle_window, seed=self.seed
+                )
+            streams[stream] = iter(self._batch(packed, size, part))
+        return TextBatches(streams)
 
-    def eval_batches(
-        self, split: str = "validation", *, process_index: int = 0, process_count: int = 1
-    ) -> Iterable[Batch]:
+    def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
         """One pass over a split in the order of the corpus (under `eval_limit`: over shuffled rows), anew each `iter`.
 
-        Each process gets its rows of every batch, so all get as many and together they get the same batches as one
-        process does. The last batch is filled up with padding.
-
-        Raises:
-            ValueError: as `train_batches`.
+        With `rows`, these of each batch; the whole split is read for them. The last batch is filled up with padding.
         """
-        rows = self._process_rows(process_index, process_count)
         documents = self._documents(split)
         packed = self._pack(documents.shuffle(0) if self.eval_limit else documents)
         if self.eval_limit:  # a fair sample, the same for all seeds: rows of many documents
             packed = grain.experimental.WindowShuffleIterDataset(packed, window_size=_SAMPLED_ROWS, seed=0)
+        rows = range(self.batch_size) if rows is None else rows
         return self._batch(packed, self.batch_size, rows, self.eval_limit)
 
     def batch_spec(self) -> dict[str, tuple[tuple[int, int], type]]:
@@ -109,17 +114,6 @@ class TextData:
         names = ("tokens", "targets", "positions", "segments", "mask", "bytes")
         shape = (self.batch_size, self.length)
         return {name: (shape, np.float32 if name == "mask" else np.int32) for name in names}
-
-    def _process_rows(self, process_index: int, process_count: int) -> range:
-        """Where this process's rows are in a batch of all processes."""
-        if not 0 <= process_index < process_count:
-            raise ValueError(f"process_index={process_index}: choose 0 to process_count - 1 = {process_count - 1}")
-        if self.batch_size % process_count:
-            raise ValueError(
-                f"batch_size={self.batch_size} does not divide among {process_count} processes: choose a multiple"
-            )
-        rows = self.batch_size // process_count
-        return range(process_index * rows, (process_index + 1) * rows)
 
     def _documents(self, split: str) -> grain.MapDataset[str | bytes]:
         return grain.MapDataset.source(open_corpus(self.corpus, split, text_field=self.text_field))
@@ -147,6 +141,34 @@ class TextData:
         if limit:
             batches = grain.experimental.LimitIterDataset(batches, limit)
         return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=self.prefetch)
+
+
+class TextBatches:
+    """An iterator of batches, joined from streams. Its state is a JSON value: {stream: state}."""
+
+    def __init__(self, streams: dict[int, grain.DatasetIterator[Batch]]):
+        self._streams = streams
+
+    def __iter__(self) -> TextBatches:
+        return self
+
+    def __next__(self) -> Batch:
+        parts = [next(stream) for stream in self._streams.values()]
+        if len(parts) == 1:
+            return parts[0]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def get_state(self) -> dict[str, Any]:
+        return {str(number): stream.get_state() for number, stream in self._streams.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to where an iterator was whose state this is, or one with more streams."""
+        for number, stream in self._streams.items():
+            stream.set_state(state[str(number)])
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            stream.close()
 
 
 def _example(document: str | bytes, tokenizer: Tokenizer, byte_lengths: np.ndarray) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtok.nn.axes import constrain
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.norms import NORMS, Norm
 from jaxtok.nn.transformer import Stack, StackConfig
@@ -87,8 +88,8 @@ class Decoder(nn.Module):
 
     def embed(self, tokens, *, deterministic: bool = True) -> Float[Array, "batch length d_model"]:
         """The input embeddings."""
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
-        return self.embedding_dropout(x, deterministic)
+        x = jnp.take(self.embedding.astype(self.config.dtype), tokens, axis=0)
+        return self.embedding_dropout(constrain(x, "d_model"), deterministic)
 
     def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
         """Hidden states [batch, length, d_model] behind the final norm, from input embeddings; and the cache."""
@@ -108,7 +109,8 @@ class Decoder(nn.Module):
     def head(self, x) -> Float[Array, "batch length vocab"]:
         """Logits in float32, from hidden states behind the final norm."""
         matrix = self.head_matrix.astype(x.dtype)
-        return jnp.einsum("bld,vd->blv", x, matrix, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bld,vd->blv", x, matrix, preferred_element_type=jnp.float32)
+        return constrain(logits, "vocab")
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         cfg = self.config
@@ -116,5 +118,5 @@ class Decoder(nn.Module):
 
 
 def init_params(model: nn.Module, rng: jax.Array, *inputs: Any) -> Any:
-    """The parameters as plain arrays (without the logical axis names that Linen keeps beside them)."""
+    """The parameters as plain arrays (without the boxes in which Linen keeps their logical axis names)."""
     return nn.meta.unbox(model.init(rng, *inputs)["params"])

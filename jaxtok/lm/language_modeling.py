@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtok.lm.decoder import Decoder, DecoderConfig, init_params
+from jaxtok.lm.decoder import Decoder, DecoderConfig
 from jaxtok.lm.growth import Growth, grow_task, new_token_mask
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.parameter_attention import TokenCounts
@@ -29,7 +29,7 @@ class LanguageModeling:
         return Decoder(self.model)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        return init_params(self.module(), rng, batch["tokens"])
+        return self.module().init(rng, batch["tokens"])["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Mean cross entropy in nats a token; also logs bits per byte of text."""

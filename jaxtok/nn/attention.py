@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxtok.nn.axes import constrain
+
 
 def attend(
     q: Float[Array, "batch length heads head_dim"],
@@ -29,6 +31,7 @@ def attend(
       segments: no query sees a key of another segment.
       start: with a cache, the slot of each row's first query; query i then sees the slots up to start + i.
     """
+    k, v = (constrain(x, "batch", None, "heads", "head_dim") for x in (k, v))  # whole rows, where queries are divided
     if start is None and segments is None:
         attention = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
     else:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxtok.nn.axes import constrain
 from jaxtok.nn.transformer import StackConfig
 
 
@@ -18,7 +19,7 @@ class Linear(nn.Module):
     """x W (+ b), with W [d_in, features]."""
 
     features: int
-    axes: tuple[str, str] = ("d_model", "d_model")
+    axes: tuple[str, str] = ("d_model", "heads")
     use_bias: bool = True
     kernel_init: nn.initializers.Initializer = nn.initializers.normal(0.02)
     dtype: Any = jnp.float32
@@ -33,7 +34,8 @@ class Linear(nn.Module):
 
         y = x.astype(self.dtype) @ param("kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         if self.use_bias:
-            y = y + param("bias", nn.initializers.zeros, (self.features,), self.axes[1:])
+            axis = "channels" if self.axes[1] == "d_model" else self.axes[1]
+            y = y + param("bias", nn.initializers.zeros, (self.features,), (axis,))
         return y
 
 
@@ -63,8 +65,9 @@ class LinearStack(StackConfig):
     def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
         if group == "ffn":
             return MLP(self, features, name=name)
-        std = self.output_init_std if group == "output" else self.init_std
-        return self.linear(features, ("d_model", "d_model"), std, name)
+        if group == "output":
+            return self.linear(features, ("heads", "d_model"), self.output_init_std, name)
+        return self.linear(features, ("d_model", "heads"), self.init_std, name)
 
     def projection_params(self) -> int:
         return 4 * self.d_model**2 + 2 * self.d_model * self.mlp_dim
@@ -79,7 +82,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch features"]:
         cfg = self.config
-        y = cfg.linear(cfg.mlp_dim, ("d_model", "mlp"), cfg.init_std, "up")(x)
+        y = constrain(cfg.linear(cfg.mlp_dim, ("d_model", "mlp"), cfg.init_std, "up")(x), "mlp")
         gelu = functools.partial(jax.nn.gelu, approximate=False)
         y = jax.checkpoint(gelu, prevent_cse=False)(y)  # as in ParameterAttention: keeps its input and output only
         return cfg.linear(self.features, ("mlp", "d_model"), cfg.output_init_std, "down")(y)

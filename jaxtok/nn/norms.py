@@ -38,10 +38,10 @@ class Norm(nn.Module):
                 y = y - y.mean(-1, keepdims=True)
                 y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + 1e-5)
                 if self.kind == "layernorm":
-                    y = y * param("scale", ones, width, ("d_model",)) + param("bias", zeros, width, ("d_model",))
+                    y = y * param("scale", ones, width, ("channels",)) + param("bias", zeros, width, ("channels",))
             case "rmsnorm":
                 rms = jnp.sqrt(jnp.mean(jnp.square(y), -1, keepdims=True))
-                y = y / (rms + 1e-8) * param("scale", ones, width, ("d_model",))
+                y = y / (rms + 1e-8) * param("scale", ones, width, ("channels",))
             case "scalenorm":
                 length = jnp.sqrt(jnp.sum(jnp.square(y), -1, keepdims=True))
                 y = y / jnp.maximum(length, 1e-8) * param("scale", ones, (1,), (None,))

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxtok.nn.axes import constrain
 from jaxtok.nn.transformer import StackConfig
 
 NORMALIZATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax", "gelu", "l2_norm", "gelu_layer_norm")
@@ -110,6 +111,7 @@ class ParameterAttention(nn.Module):
 
         x = x.astype(self.dtype)
         scores = jnp.einsum("...d,nd->...n", x, keys.astype(self.dtype), preferred_element_type=jnp.float32)
+        scores = constrain(scores, "param_tokens")
         if self.scale != 1.0:
             scores = scores * self.scale
         if mask is not None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtok.nn.attention import attend
+from jaxtok.nn.axes import constrain
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.norms import NORMS, Norm
 from jaxtok.nn.rotary import apply_rotary, rotary_dim
@@ -108,7 +109,7 @@ class SelfAttention(nn.Module):
 
         def heads(group):
             y = cfg.projection(group, cfg.d_model, name=group)(x, deterministic=deterministic)
-            return y.reshape(*y.shape[:-1], cfg.num_heads, cfg.head_dim)
+            return constrain(y.reshape(*y.shape[:-1], cfg.num_heads, cfg.head_dim), "heads", "head_dim")
 
         q, k, v = heads("query"), heads("key"), heads("value")
         if cfg.rotary_fraction:
@@ -119,7 +120,7 @@ class SelfAttention(nn.Module):
         else:
             cache = cache.append(layer, k, v)
             y = attend(q, cache.keys[layer].astype(q.dtype), cache.values[layer].astype(q.dtype), start=cache.length)
-        y = y.reshape(*y.shape[:-2], cfg.d_model)
+        y = constrain(y, "heads", "head_dim").reshape(*y.shape[:-2], cfg.d_model)
         return cfg.projection("output", cfg.d_model, name="output")(y, deterministic=deterministic), cache
 
 
@@ -137,7 +138,7 @@ class Block(nn.Module):
             return Norm(cfg.norm, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name)
 
         def dropout(y):
-            return nn.Dropout(cfg.dropout)(y, deterministic)
+            return nn.Dropout(cfg.dropout)(constrain(y, "d_model"), deterministic)
 
         y, cache = SelfAttention(cfg, name="attention")(
             norm("norm_attention")(x), positions, segments, cache, layer, deterministic

@@ -5,21 +5,31 @@ A run's folder holds config.json and checkpoints/STEP/{params, opt_state, data, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import hashlib
 import json
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import grain
 import jax
 import jax.numpy as jnp
+import optax
 import orbax.checkpoint as ocp
 
 from jaxtok.configuration import from_json, to_json
 from jaxtok.lm.growth import Growth
+from jaxtok.training.distributed import barrier, gather, is_main
 from jaxtok.training.experiment import Experiment
+from jaxtok.training.logs import write_whole
+from jaxtok.training.mesh import Layout, one_device, unboxed
 from jaxtok.training.optimizer import make_optimizer
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,64 +49,238 @@ class Meta:
     """Seconds of training so far."""
     flops: float = 0.0
     """Model FLOPs spent on training so far."""
+    evaluated: int = -1
+    """The step of the last evaluation."""
+
+
+class Damaged(ValueError):
+    """A checkpoint, or a part of one, that is not what was saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one run; use as a context manager, which waits for what is still being written."""
+    """The checkpoints of one run; use as a context manager, which waits for what is still being written.
+
+    What is restored is compared with checksums of what was saved. The checksums are of values, so they hold for any
+    number of processes and any mesh.
+    """
 
     def __init__(self, directory: str | Path, keep: int = 2):
         self.directory = Path(directory).absolute() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._keep = keep
+        self._open()
+
+    def _open(self) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.close()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            if kind is None:  # else, that is what matters
+                raise _disk_error(error) from error
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
-    def save(self, meta: Meta, params: Any, opt_state: Any = None, data: grain.DatasetIterator | None = None) -> None:
+    def steps(self) -> list[int]:
+        """The newest first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def save(self, meta: Meta, params: Any, opt_state: Any = None, data: dict[str, Any] | None = None) -> None:
         """Copies the state to the host and writes it in the background; it appears under its step once it is whole.
 
-        Without `opt_state` or `data`, training starts these afresh from here.
+        Args:
+          meta, params: what a model is.
+          opt_state: without it, training starts with a fresh one.
+          data: the state of the training batches, of all processes; without it, training starts at the first batch.
+
+        Raises:
+          OSError: it could not be written, or the one before it; the earlier checkpoints are as they were.
         """
-        items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "meta": ocp.args.JsonSave(to_json(meta))}
-        if opt_state is not None:
-            items["opt_state"] = ocp.args.StandardSave(opt_state)
-        if data is not None:
-            items["data"] = grain.checkpoint.CheckpointSave(data)
-        self._manager.save(meta.step, args=ocp.args.Composite(**items))
+        arrays = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
+        document = {"meta": to_json(meta), "data": data, "sums": checksums(arrays)}
+        document = json.loads(json.dumps(document))
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items["meta"] = ocp.args.JsonSave(document | {"digest": _digest(document)})
+        try:
+            self._manager.save(meta.step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            self._reopen()
+            raise _disk_error(error) from error
 
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until nothing is being written.
+
+        Raises:
+          OSError: as `save`.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._reopen()
+            raise _disk_error(error) from error
+
+    def _reopen(self) -> None:
+        """Behind a failed save, whose half-written folder goes."""
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        self._open()
 
     def meta(self, step: int) -> Meta:
-        return from_json(self._restore(step, meta=ocp.args.JsonRestore()))
+        try:
+            return from_json(self._document(step)["meta"])
+        except Damaged:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise Damaged(f"its metadata cannot be read ({error})") from error
 
     def params(self, step: int, abstract: Any) -> Any:
-        return self._restore(step, params=ocp.args.StandardRestore(abstract))
+        """In the shapes and shardings of `abstract`. Raises `Damaged`."""
+        return self._arrays(step, "params", abstract)
 
     def opt_state(self, step: int, abstract: Any) -> Any | None:
-        """None if the checkpoint has none."""
-        return self._restore(step, opt_state=ocp.args.StandardRestore(abstract))
+        """None if none was saved. Raises `Damaged`."""
+        return self._arrays(step, "opt_state", abstract)
 
-    def data(self, step: int, iterator: grain.DatasetIterator) -> grain.DatasetIterator:
-        """The iterator, moved to where it was, if the checkpoint says so."""
-        return self._restore(step, data=grain.checkpoint.CheckpointRestore(iterator)) or iterator
+    def data(self, step: int) -> dict[str, Any] | None:
+        """The state of the training batches, if it was saved. Raises `Damaged`."""
+        return self._document(step)["data"]
 
-    def _restore(self, step: int, **item: Any) -> Any | None:
+    def newest(self, read: Callable[[int], T]) -> tuple[T | None, dict[int, str]]:
+        """What `read` returns for the newest step for which no process finds a damage, and the damaged ones before it.
+
+        None if there is no checkpoint.
+
+        Raises:
+          Damaged: there are some, and none is whole.
+        """
+        damaged: dict[int, str] = {}
+        for step in self.steps():
+            value, error = None, ""
+            try:
+                value = read(step)
+            except Damaged as found:
+                error = str(found)
+            error = next((e for e in gather(error) if e), "")
+            if not error:
+                return value, damaged
+            damaged[step] = error
+        if damaged:
+            listed = "; ".join(f"{step}: {error}" for step, error in damaged.items())
+            raise Damaged(
+                f"none of the checkpoints in {self.directory} is whole ({listed}). "
+                "Restore one of them from a copy, or remove the run's folder to start anew."
+            )
+        return None, {}
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a damaged checkpoint to the run's folder `damaged`."""
+        target = self.directory.parent / "damaged" / str(step)
+        while target.exists():
+            target = target.with_name(target.name + "_")
+        barrier("set aside")
+        if is_main():
+            target.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(target)
+        barrier("was set aside")
+        self._manager.reload()
+        return target
+
+    def _document(self, step: int) -> dict[str, Any]:
+        document = dict(self._restore(step, meta=ocp.args.JsonRestore()))
+        if document.pop("digest", None) != _digest(document):
+            raise Damaged("its metadata is not what was saved")
+        return document
+
+    def _arrays(self, step: int, item: str, abstract: Any) -> Any | None:
+        sums = {name: n for name, n in self._document(step)["sums"].items() if name.split("/")[0] == item}
+        if not sums:
+            return None
+        tree = self._restore(step, **{item: ocp.args.StandardRestore(abstract)})
+        found = checksums({item: tree})
+        if changed := [name for name in sums if found.get(name) != sums[name]]:
+            raise Damaged(f"{changed[0]} is not what was saved")
+        return tree
+
+    def _restore(self, step: int, **item: Any) -> Any:
         (name,) = item
         if not (self.directory / str(step) / name).is_dir():
-            return None
-        return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+            raise Damaged(f"its folder {name} is missing")
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+        except Exception as error:  # Orbax and TensorStore have no error of their own for it
+            raise Damaged(f"its {name} cannot be read ({_first_line(error)})") from error
 
 
-def abstract_params(task: Any, data: Any) -> Any:
-    """Shapes and dtypes of a task's parameters, without making them."""
-    return jax.eval_shape(lambda: task.init(jax.random.key(0), example_batch(data)))
+def checksums(tree: Any) -> dict[str, int]:
+    """A number for each array, by its path: the sum of the bits of its entries times odd numbers, modulo 2^32."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    return dict(zip(names, map(int, jax.device_get(_sums([leaf for _, leaf in leaves])))))
+
+
+@jax.jit
+def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
+    def one(x):
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
+        place = jnp.zeros(x.shape, jnp.uint32)
+        for axis, size in enumerate(x.shape):
+            place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+    return [one(x) for x in leaves]
+
+
+def _digest(document: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _disk_error(error: Exception) -> OSError:
+    """What went wrong in writing, as Orbax and TensorStore report it in many ways."""
+    cause: BaseException | None = error
+    texts = []
+    while cause is not None:
+        texts.append(str(cause))
+        cause = cause.__cause__ or cause.__context__
+    text = "\n".join(texts)
+    if "No space left" in text or "ENOSPC" in text or "Disk quota" in text:
+        return OSError(errno.ENOSPC, "the disk is full")
+    return error if isinstance(error, OSError) else OSError(f"a checkpoint could not be written: {_first_line(error)}")
+
+
+def abstract_params(task: Any, data: Any, layout: Layout | None = None) -> Any:
+    """Shapes, dtypes and shardings of a task's parameters, without making them; by default on one device."""
+    layout = layout or one_device()
+    boxed = jax.eval_shape(lambda: task.init(jax.random.key(0), example_batch(data)))
+    return with_shardings(unboxed(boxed), layout.params(boxed))
+
+
+def abstract_opt_state(optimizer: optax.GradientTransformation, params: Any, layout: Layout | None = None) -> Any:
+    """The same of an optimizer's state; what has the shape of a parameter lives where that lives."""
+    layout = layout or one_device()
+    by_path = dict(jax.tree_util.tree_leaves_with_path(params))
+
+    def sharding(path, leaf):  # a moment's path ends with its parameter's
+        owners = (by_path.get(path[start:]) for start in range(len(path)))
+        owner = next((p for p in owners if p is not None), None)
+        return owner.sharding if owner is not None and owner.shape == leaf.shape else layout.replicated
+
+    state = jax.eval_shape(optimizer.init, params)
+    return with_shardings(state, jax.tree_util.tree_map_with_path(sharding, state))
+
+
+def with_shardings(abstract: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
 def example_batch(data: Any) -> dict[str, jax.Array]:
@@ -122,7 +306,8 @@ class Loaded:
 
     def opt_state(self) -> Any | None:
         """The optimizer's state, if the checkpoint has it."""
-        abstract = jax.eval_shape(make_optimizer(self.experiment.train.optimizer).init, self.params)
+        optimizer = make_optimizer(self.experiment.train.optimizer)
+        abstract = abstract_opt_state(optimizer, abstract_params(self.task, self.experiment.data))
         with Checkpoints(self.directory) as checkpoints:
             return checkpoints.opt_state(self.meta.step, abstract)
 
@@ -138,27 +323,48 @@ def find_run(path: str | Path) -> tuple[Path, int | None]:
 def load(path: str | Path) -> Loaded:
     """The newest checkpoint of a run's folder, or the one at RUN/checkpoints/STEP.
 
+    Of a run's folder, damaged ones are passed over with a warning.
+
     Raises:
       FileNotFoundError: there is none.
+      Damaged: the one asked for, or all of them.
     """
     run, step = find_run(path)
     if not (run / "checkpoints").is_dir():
         raise FileNotFoundError(f"{path} is not a run: it has no folder `checkpoints`; give what `jaxtok train` made.")
-    with Checkpoints(run) as checkpoints:
-        step = checkpoints.latest_step() if step is None else step
-        if step is None or not (checkpoints.directory / str(step)).is_dir():
-            raise FileNotFoundError(f"{run} holds no finished checkpoint{'' if step is None else f' of step {step}'}.")
+
+    def read(step: int) -> Loaded:
         meta = checkpoints.meta(step)
         return Loaded(meta, checkpoints.params(step, abstract_params(meta.task, meta.experiment.data)), run)
+
+    with Checkpoints(run) as checkpoints:
+        if step is None:
+            loaded, damaged = checkpoints.newest(read)
+            for number, error in damaged.items():
+                print(f"{run}/checkpoints/{number} is damaged: {error}; using {loaded.meta.step}", file=sys.stderr)
+            if loaded is None:
+                raise FileNotFoundError(f"{run} holds no finished checkpoint.")
+            return loaded
+        if not (checkpoints.directory / str(step)).is_dir():
+            raise FileNotFoundError(f"{run} holds no finished checkpoint of step {step}.")
+        try:
+            return read(step)
+        except Damaged as error:
+            others = [str(s) for s in checkpoints.steps() if s != step]
+            raise Damaged(f"{path} is damaged: {error}. Other steps here: {', '.join(others) or 'none'}.") from error
 
 
 def write_config(directory: Path, experiment: Experiment) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(to_json(experiment), indent=2) + "\n")
+    write_whole(directory / "config.json", json.dumps(to_json(experiment), indent=2) + "\n")
 
 
 def read_config(directory: Path) -> Experiment:
-    return from_json(json.loads((directory / "config.json").read_text()))
+    path = directory / "config.json"
+    try:
+        return from_json(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no JSON ({error}); restore it, or choose another --workdir.") from error
 
 
 def fork(
@@ -200,9 +406,7 @@ def fork(
     meta = dataclasses.replace(loaded.meta, step=0, stage=0, stage_start=0, task=task, experiment=experiment)
     write_config(half_done, experiment)
     with Checkpoints(loaded.directory) as old, Checkpoints(half_done) as new:
-        data = old.data(loaded.meta.step, experiment.data.train_batches())
-        new.save(meta, params, opt_state, data)
-    data.close()
+        new.save(meta, params, opt_state, old.data(loaded.meta.step))
     half_done.rename(output)
     return output
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxtok.data.text import TextData
 from jaxtok.lm.growth import Growth
 from jaxtok.tokenizers import load_tokenizer
+from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
 
 
@@ -27,6 +28,10 @@ class TrainConfig:
     """Also evaluates at the end of every stage; 0: only there."""
     checkpoint_every: int = 250
     """Also saves at the end of every stage and when interrupted."""
+    save_deadline: float = 0.0
+    """Seconds that SIGTERM leaves for saving, behind which the process leaves without; 0: as long as it takes."""
+    on_full_disk: Literal["stop", "continue"] = "stop"
+    """Where a checkpoint does not fit; the one at the end of a stage has to."""
     keep_checkpoints: int = 2
     tensorboard: bool = True
 
@@ -34,18 +39,24 @@ class TrainConfig:
         for field in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, field) < 1:
                 raise ValueError(f"train.{field} is {getattr(self, field)}; it must be at least 1.")
-        if self.eval_every < 0:
-            raise ValueError(f"train.eval_every is {self.eval_every}; it must be 0 or more.")
+        for field in ("eval_every", "save_deadline"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"train.{field} is {getattr(self, field)}; it must be 0 or more.")
+        if self.on_full_disk not in ("stop", "continue"):
+            raise ValueError(f"train.on_full_disk is {self.on_full_disk!r}; it can be stop, continue.")
 
 
 MAY_CHANGE = (
     "name",
     "workdir",
+    "mesh",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
     "train.keep",
     "train.tensorboard",
+    "train.save_deadline",
+    "train.on_full_disk",
 )
 """Beginnings of the names of fields that may differ when a run is resumed."""
 
@@ -58,6 +69,8 @@ class Experiment:
     """Fills the Task waist (`jaxtok.protocols.Task`)."""
     data: TextData = TextData()
     train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    """How the devices divide the work; a run can be resumed on another mesh."""
     growth: tuple[Growth, ...] = ()
     """Growths of the model inside the run, one after the other."""
     name: str = "run"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ class MetricsLog:
         self.path = directory / "metrics.jsonl"
         if self.path.exists():
             kept = [row for row in read_metrics(directory) if row["step"] <= step]
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        self._file = self.path.open("a")
+            write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("ab", buffering=0)
+        self._pending = b""
         self._writer = None
         if tensorboard:
             from tensorboardX import SummaryWriter
@@ -28,8 +31,9 @@ class MetricsLog:
             self._writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, "split": split} | values) + "\n")
-        self._file.flush()
+        self._pending += (json.dumps({"step": step, "split": split} | values) + "\n").encode()
+        with contextlib.suppress(OSError):  # the disk is full: with a later line
+            self._pending = self._pending[self._file.write(self._pending) :]
         if self._writer:
             for name, value in values.items():
                 self._writer.add_scalar(f"{split}/{name}", value, step)
@@ -38,6 +42,23 @@ class MetricsLog:
         self._file.close()
         if self._writer:
             self._writer.close()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """All of it or nothing, also if the process dies in between."""
+    half = path.with_name(path.name + ".part")
+    half.write_text(text)
+    os.replace(half, path)
+
+
+class NoLog:
+    """Of the processes that write none."""
+
+    def write(self, step: int, split: str, values: dict[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
 
 def read_metrics(directory: str | Path, split: str | None = None) -> list[dict[str, Any]]:

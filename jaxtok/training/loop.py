@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
+import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
@@ -16,12 +20,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 
 from jaxtok.configuration import differences
 from jaxtok.lm.growth import Growth
-from jaxtok.training.checkpoints import Checkpoints, Meta, abstract_params, example_batch, read_config, write_config
+from jaxtok.training.checkpoints import (
+    Checkpoints,
+    Meta,
+    abstract_opt_state,
+    abstract_params,
+    example_batch,
+    read_config,
+    with_shardings,
+    write_config,
+)
+from jaxtok.training.distributed import barrier, gather, is_main
 from jaxtok.training.experiment import MAY_CHANGE, Experiment, TrainConfig, resolve
-from jaxtok.training.logs import Display, MetricsLog
+from jaxtok.training.logs import Display, MetricsLog, NoLog
+from jaxtok.training.mesh import Layout, make_layout, one_device, unboxed
 from jaxtok.training.optimizer import learning_rate, make_optimizer
 from jaxtok.training.peak import peak_flops
 
@@ -67,26 +83,34 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Result:
       FloatingPointError: the loss or a gradient is not finite; the batch is saved beside the checkpoints.
     """
     experiment = resolve(experiment)
-    directory = experiment.directory
-    with Checkpoints(directory, experiment.train.keep_checkpoints) as checkpoints, _Interrupt() as interrupt:
-        if checkpoints.latest_step() is not None:
-            _check_config(directory, experiment, started=checkpoints.latest_step() > 0)
-        write_config(directory, experiment)
-        run = _start(experiment, checkpoints)
-        log = MetricsLog(directory, run.meta.step, experiment.train.tensorboard)
+    directory, config = experiment.directory, experiment.train
+    layout = make_layout(experiment.mesh)
+    _check_config(directory, experiment)
+    with (
+        layout.active(),
+        Checkpoints(directory, config.keep_checkpoints) as checkpoints,
+        _Interrupt(config.save_deadline) as interrupt,
+    ):
+        run, said = _start(experiment, checkpoints, layout)
+        if is_main():
+            write_config(directory, experiment)
+        log = MetricsLog(directory, run.meta.step, config.tensorboard) if is_main() else NoLog()
         total = experiment.total_steps
         try:
-            with Display(experiment.name, total, run.meta.step, enabled=not quiet) as display:
+            with Display(experiment.name, total, run.meta.step, enabled=is_main() and not quiet) as display:
+                for text in said:
+                    display.say(text)
                 if run.meta.step:
                     display.say(f"resuming {directory} at step {run.meta.step} of {total}")
-                for stage, steps in enumerate([experiment.train.steps, *(g.steps for g in experiment.growth)]):
+                for stage, steps in enumerate([config.steps, *(g.steps for g in experiment.growth)]):
                     if stage < run.meta.stage:
                         continue
                     if stage > run.meta.stage:
-                        run = _grow(run, experiment.growth[stage - 1], experiment.train.seed)
+                        run = _grow(run, experiment.growth[stage - 1], layout)
                         size = count(run.state.params)
                         display.say(f"{experiment.name} {run.meta.step}/{total}: grown to {size:,} parameters")
-                    run = _fit(run, run.meta.stage_start + steps, experiment, checkpoints, log, display, interrupt)
+                    end = run.meta.stage_start + steps
+                    run = _fit(run, end, experiment, layout, checkpoints, log, display, interrupt)
                     if interrupt.received:
                         display.say(f"interrupted: saved step {run.meta.step} in {directory}; the same command resumes")
                         break
@@ -112,60 +136,110 @@ class _Run:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def initial_state(task: Any, train_config: TrainConfig, data: Any) -> TrainState:
-    """Step 0: fresh parameters and optimizer state."""
-    rng = jax.random.key(train_config.seed)
-    params = _init(task, rng, example_batch(data))
-    return _state(0, 0, params, make_optimizer(train_config.optimizer).init(params), rng)
+def initial_state(task: Any, train_config: TrainConfig, data: Any, layout: Layout | None = None) -> TrainState:
+    """Step 0: fresh parameters and optimizer state, made where they live (default: on one device)."""
+    layout = layout or one_device()
+    optimizer = make_optimizer(train_config.optimizer)
+
+    def make() -> TrainState:
+        rng = jax.random.key(train_config.seed)
+        params = unboxed(task.init(rng, example_batch(data)))
+        return _state(0, 0, params, optimizer.init(params), rng)
+
+    with layout.active():
+        return jax.jit(make, out_shardings=_shardings(abstract_state(task, train_config, data, layout)))()
+
+
+def abstract_state(task: Any, train_config: TrainConfig, data: Any, layout: Layout) -> TrainState:
+    """Shapes, dtypes and shardings of the state of a run."""
+    params = abstract_params(task, data, layout)
+    optimizer = abstract_opt_state(make_optimizer(train_config.optimizer), params, layout)
+    state = jax.eval_shape(lambda: _state(0, 0, None, None, jax.random.key(0)))
+    state = with_shardings(state, jax.tree.map(lambda _: layout.replicated, state))
+    return state.replace(params=params, opt_state=optimizer)
+
+
+def _shardings(abstract: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, abstract)
 
 
 def _state(step: int, stage_start: int, params: Any, opt_state: Any, rng: jax.Array) -> TrainState:
     return TrainState(jnp.asarray(step, jnp.int32), jnp.asarray(stage_start, jnp.int32), params, opt_state, rng)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _init(task: Any, rng: jax.Array, batch: Any) -> Any:
-    return task.init(rng, batch)
+def _start(experiment: Experiment, checkpoints: Checkpoints, layout: Layout) -> tuple[_Run, list[str]]:
+    """The newest whole checkpoint, or step 0; and what there is to say about it."""
+    optimizer = make_optimizer(experiment.train.optimizer)
 
+    def read(step: int) -> tuple[Meta, TrainState, dict[str, Any] | None]:
+        stored = checkpoints.meta(step)
+        params = abstract_params(stored.task, experiment.data, layout)
+        abstract = abstract_opt_state(optimizer, params, layout)
+        old = jax.eval_shape(make_optimizer(stored.experiment.train.optimizer).init, params)
+        same_kind = jax.tree.structure(abstract) == jax.tree.structure(old)
+        params = checkpoints.params(step, params)
+        opt_state = checkpoints.opt_state(step, abstract) if same_kind else None
+        if opt_state is None:
+            opt_state = jax.jit(optimizer.init, out_shardings=_shardings(abstract))(params)
+        same_data = stored.experiment.data == experiment.data
+        make = jax.jit(
+            lambda: _state(step, stored.stage_start, None, None, jax.random.key(experiment.train.seed)),
+            out_shardings=layout.replicated,
+        )
+        state = make().replace(params=params, opt_state=opt_state)
+        return stored, state, checkpoints.data(step) if same_data else None
 
-def _start(experiment: Experiment, checkpoints: Checkpoints) -> _Run:
-    """The newest checkpoint, or step 0."""
-    data = experiment.data.train_batches()
-    step = checkpoints.latest_step()
-    if step is None:
+    found, damaged = checkpoints.newest(read)
+    data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
+    if found is None:
         meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
-        return _Run(meta, initial_state(experiment.task, experiment.train, experiment.data), data)
-    stored = checkpoints.meta(step)
-    meta = dataclasses.replace(stored, experiment=experiment)
-    params = checkpoints.params(step, abstract_params(meta.task, experiment.data))
-    optimizer, old = (make_optimizer(e.train.optimizer) for e in (experiment, stored.experiment))
-    abstract = jax.eval_shape(optimizer.init, params)
-    same_kind = jax.tree.structure(abstract) == jax.tree.structure(jax.eval_shape(old.init, params))
-    opt_state = checkpoints.opt_state(step, abstract) if same_kind else None
-    if opt_state is None:
-        opt_state = optimizer.init(params)
-    if stored.experiment.data == experiment.data:
-        data = checkpoints.data(step, data)
-    state = _state(step, meta.stage_start, params, opt_state, jax.random.key(experiment.train.seed))
-    return _Run(meta, state, data)
+        return _Run(meta, initial_state(experiment.task, experiment.train, experiment.data, layout), data), []
+    stored, state, place = found
+    said = [
+        f"checkpoint {step} is damaged: {e}; it is now {checkpoints.set_aside(step)}" for step, e in damaged.items()
+    ]
+    if place is not None:
+        data.set_state(place)
+    return _Run(dataclasses.replace(stored, experiment=experiment), state, data), said
 
 
-def _grow(run: _Run, growth: Growth, seed: int) -> _Run:
+def _grow(run: _Run, growth: Growth, layout: Layout) -> _Run:
     """The run behind a growth: a new stage, whose learning-rate schedule starts anew."""
-    meta = run.meta
-    rng = jax.random.fold_in(jax.random.key(seed), 2**31 - 1 - meta.stage)
+    meta, config = run.meta, run.meta.experiment.train
     if not hasattr(meta.task, "grow"):
         raise ValueError(f"the task {type(meta.task).__name__} cannot grow; leave `growth` empty.")
     kept = run.state.opt_state if growth.optimizer == "keep" else None
-    task, params, opt_state = meta.task.grow(growth, run.state.params, kept, rng)
-    if opt_state is None:
-        opt_state = make_optimizer(meta.experiment.train.optimizer).init(params)
+    rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1 - meta.stage)
+    task, params, opt_state = grow_on(layout, meta.task, growth, run.state.params, kept, rng, meta.experiment)
+    start = jax.jit(lambda step: step + 0, out_shardings=layout.replicated)(run.state.step)
+    state = run.state.replace(stage_start=start, params=params, opt_state=opt_state)
     meta = dataclasses.replace(meta, task=task, stage=meta.stage + 1, stage_start=meta.step)
-    return _Run(meta, _state(meta.step, meta.step, params, opt_state, run.state.rng), run.data)
+    return _Run(meta, state, run.data)
+
+
+def grow_on(
+    layout: Layout, task: Any, growth: Growth, params: Any, opt_state: Any, rng: jax.Array, experiment: Experiment
+) -> tuple[Any, Any, Any]:
+    """Task, parameters and optimizer state (fresh, if None is given) behind a growth; all arrays stay on their mesh."""
+    optimizer = make_optimizer(experiment.train.optimizer)
+    seed = np.asarray(jax.random.key_data(rng))
+    tasks = []
+
+    def grow(params, opt_state):
+        grown, params, opt_state = task.grow(growth, params, opt_state, jax.random.wrap_key_data(seed))
+        tasks.append(grown)
+        return params, optimizer.init(params) if opt_state is None else opt_state
+
+    jax.eval_shape(grow, params, opt_state)
+    (grown,) = tasks
+    abstract = abstract_params(grown, experiment.data, layout)
+    out = _shardings((abstract, abstract_opt_state(optimizer, abstract, layout)))
+    with layout.active():
+        return grown, *jax.jit(grow, out_shardings=out)(params, opt_state)
 
 
 @functools.lru_cache(maxsize=16)
-def make_train_step(task: Any, train_config: TrainConfig, steps: int):
+def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any, layout: Layout):
     """The compiled update `(state, batch) -> (state, metrics)` of a stage of `steps`."""
     optimizer = make_optimizer(train_config.optimizer)
     parts = train_config.accumulate
@@ -184,7 +258,6 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int):
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
         return jax.lax.scan(add, zeros, (batches, jnp.arange(parts)))[0]
 
-    @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(state.rng, state.step)
         (loss, metrics), grads = (gradients if parts == 1 else accumulated)(state.params, batch, rng, state.step)
@@ -200,16 +273,18 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int):
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads), "learning_rate": rate} | metrics
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
-    return train_step
+    state = _shardings(abstract_state(task, train_config, data, layout))
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(state, layout.replicated))
 
 
-def _fit(run: _Run, end: int, experiment: Experiment, checkpoints, log, display, interrupt) -> _Run:
+def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoints, log, display, interrupt) -> _Run:
     """Trains one stage up to step `end`, or until interrupted."""
     config, task = experiment.train, run.meta.task
     step, state = run.meta.step, run.state
-    train_step = make_train_step(task, config, end - run.meta.stage_start)
+    train_step = make_train_step(task, config, end - run.meta.stage_start, experiment.data, layout)
     flops = task.flops(example_batch(experiment.data))
     peak = peak_flops()
+    rows, batch_size = layout.rows(experiment.data.batch_size), experiment.data.batch_size
     pending: deque = deque()  # (step, batch, metrics) of updates whose numbers have not been looked at
     values: dict[str, float] = {}  # the numbers of the newest update that was looked at
     meta, evaluation, saved = run.meta, run.metrics, step if step == checkpoints.latest_step() else -1
@@ -224,7 +299,8 @@ def _fit(run: _Run, end: int, experiment: Experiment, checkpoints, log, display,
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             if not np.isfinite([values["loss"], values["gradient_norm"]]).all():
                 checkpoints.wait()
-                path = experiment.directory / f"nonfinite_step_{number}.npz"
+                part = f"_process_{jax.process_index()}" if jax.process_count() > 1 else ""
+                path = experiment.directory / f"nonfinite_step_{number}{part}.npz"
                 np.savez(path, **batch)
                 raise FloatingPointError(
                     f"the loss is {values['loss']} and the gradient norm {values['gradient_norm']} at step {number}; "
@@ -235,20 +311,39 @@ def _fit(run: _Run, end: int, experiment: Experiment, checkpoints, log, display,
     def save() -> None:
         nonlocal saved
         look(0)
-        checkpoints.save(meta, state.params, state.opt_state, run.data)
-        saved = step
+        place = {stream: at for part in gather(run.data.get_state()) for stream, at in part.items()}
+        try:
+            checkpoints.save(meta, state.params, state.opt_state, place)
+            if step == end or interrupt.received:
+                checkpoints.wait()
+        except OSError as error:
+            last = checkpoints.latest_step()
+            kept = "there is no earlier one" if last is None else f"the last whole one is of step {last}"
+            if config.on_full_disk == "stop" or error.errno != errno.ENOSPC or step == end or interrupt.received:
+                raise OSError(f"a checkpoint could not be saved at step {step}: {error}; {kept}.") from error
+            display.say(f"step {step}: a checkpoint could not be saved: {error}; {kept}, and training goes on")
+        else:
+            saved = step
 
     def evaluate() -> None:
-        nonlocal evaluation
+        """If it is interrupted, the run that is resumed does it."""
+        nonlocal evaluation, meta
         look(0)
-        evaluation = task.evaluate(state.params, experiment.data.eval_batches("validation"))
-        row = evaluation | {"train_flops": meta.flops, "train_seconds": meta.elapsed}
-        log.write(step, "validation", row)
-        display.numbers(step, "validation", evaluation)
+        numbers = _evaluate(task, state.params, experiment, layout, rows, interrupt)
+        if numbers is not None:
+            evaluation, meta = numbers, dataclasses.replace(meta, evaluated=step)
+            log.write(step, "validation", evaluation | {"train_flops": meta.flops, "train_seconds": meta.elapsed})
+            display.numbers(step, "validation", evaluation)
 
-    while step < end and not interrupt.received:
+    def due(number: int) -> bool:
+        return number == end or bool(config.eval_every and number % config.eval_every == 0)
+
+    if run.meta.stage_start < step and due(step) and meta.evaluated != step:
+        evaluate()
+        saved = -1
+    while step < end and not interrupt.check():
         batch = next(run.data)
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, layout.put(batch, rows, batch_size))
         step += 1
         pending.append((step, batch, metrics))
         look(1)  # one update stays in flight while the host goes on
@@ -259,14 +354,14 @@ def _fit(run: _Run, end: int, experiment: Experiment, checkpoints, log, display,
             seconds = time.perf_counter() - clock - idle
             meta = dataclasses.replace(meta, elapsed=meta.elapsed + seconds)
             speed = (step - logged) / seconds
-            row = values | {"seconds_per_step": 1 / speed, "tokens_per_second": speed * batch_items(batch)}
+            row = values | {"seconds_per_step": 1 / speed, "tokens_per_second": speed * batch_items(experiment.data)}
             if peak:
                 row["fraction_of_peak"] = speed * flops / (peak * jax.device_count())
             log.write(step, "train", row)
             display.numbers(step, "train", row)
             clock, logged, idle = time.perf_counter(), step, 0.0
         pause = time.perf_counter()
-        if step == end or (config.eval_every and step % config.eval_every == 0):
+        if due(step):
             evaluate()
         if step == end or step % config.checkpoint_every == 0:
             save()
@@ -274,41 +369,107 @@ def _fit(run: _Run, end: int, experiment: Experiment, checkpoints, log, display,
     if step != saved:
         save()
     if not evaluation and not interrupt.received:
-        evaluation = task.evaluate(state.params, experiment.data.eval_batches("validation"))
+        evaluation = _evaluate(task, state.params, experiment, layout, rows, interrupt) or {}
     return _Run(meta, state, run.data, evaluation)
 
 
-def batch_items(batch: dict[str, np.ndarray]) -> int:
+class _Stop(Exception):
+    """Leaves an evaluation."""
+
+
+def _evaluate(task, params, experiment, layout, rows, interrupt) -> dict[str, float] | None:
+    """On the validation split; None if interrupted."""
+
+    def batches():
+        for batch in experiment.data.eval_batches("validation", rows):
+            if interrupt.check():
+                raise _Stop
+            yield layout.put(batch, rows, experiment.data.batch_size)
+
+    try:
+        return task.evaluate(params, batches())
+    except _Stop:
+        return None
+
+
+def batch_items(data: Any) -> int:
     """Tokens in a batch of text; elsewhere, its rows."""
-    return batch["tokens"].size if "tokens" in batch else len(next(iter(batch.values())))
+    spec = data.batch_spec()
+    return math.prod(spec["tokens"][0]) if "tokens" in spec else data.batch_size
 
 
-def _check_config(directory: Path, experiment: Experiment, started: bool) -> None:
+def _check_config(directory: Path, experiment: Experiment) -> None:
     """A run that has made a step keeps its config; one that was forked and has made none, only its task."""
-    changed = [d for d in differences(experiment, read_config(directory)) if not d.startswith(MAY_CHANGE)]
-    if changed := [d for d in changed if started or d.startswith("task")]:
-        raise ValueError(
-            f"{directory} holds a run of another config: {'; '.join(changed)}. "
-            "Choose another --workdir (or remove that folder) to start anew."
-        )
+    steps = [int(p.name) for p in (directory / "checkpoints").glob("*") if p.name.isdigit()]
+    if steps:
+        changed = [d for d in differences(experiment, read_config(directory)) if not d.startswith(MAY_CHANGE)]
+        if changed := [d for d in changed if max(steps) > 0 or d.startswith("task")]:
+            raise ValueError(
+                f"{directory} holds a run of another config: {'; '.join(changed)}. "
+                "Choose another --workdir (or remove that folder) to start anew."
+            )
+    barrier("config")
 
 
 class _Interrupt:
-    """Notes SIGTERM and Ctrl-C in `received` instead of obeying; a second Ctrl-C is obeyed."""
+    """Notes SIGTERM and Ctrl-C in `received` instead of obeying; a second Ctrl-C is obeyed.
 
-    received = False
+    Of several processes, the one that gets the signal tells the others, and all see it at the same call of `check`.
+    From then on, the process has `deadline` seconds to save and leave; behind them it leaves without.
+    """
+
+    def __init__(self, deadline: float = 0.0):
+        self.received = False
+        self._deadline = deadline
+        self._signalled = False
+        self._calls = 0
+        self._timer: threading.Timer | None = None
+        self._many = jax.process_count() > 1
 
     def __enter__(self) -> _Interrupt:
         self._previous = {}
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+            # With several processes, JAX listens for SIGTERM itself: it makes all of them stop at the same step.
+            signals = (signal.SIGINT,) if self._many else (signal.SIGTERM, signal.SIGINT)
+            self._previous = {s: signal.signal(s, self._receive) for s in signals}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+        if self._timer:
+            self._timer.cancel()
+
+    def check(self) -> bool:
+        """Whether to save and leave; to be called by all processes, equally often."""
+        self._calls += 1
+        if not self.received and (
+            multihost_utils.reached_preemption_sync_point(self._calls) if self._many else self._signalled
+        ):
+            self.received = True
+            self._start_timer()
+        return self.received
 
     def _receive(self, number, frame) -> None:
-        if self.received and number == signal.SIGINT:
+        if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = True
+        self._signalled = True
+        if self._many:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            self._start_timer()
+
+    def _start_timer(self) -> None:
+        if self._deadline and self._timer is None:
+            self._timer = threading.Timer(self._deadline, self._leave)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _leave(self) -> None:
+        print(
+            f"not saved within train.save_deadline = {self._deadline:g} s of the signal; "
+            "leaving without: the same command resumes from the checkpoint before.",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(INTERRUPTED)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtok.lm.decoder import init_params
 from jaxtok.lm.growth import Growth, grow_task, new_token_mask
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.parameter_attention import TokenCounts
@@ -41,7 +40,7 @@ class ImageClassification:
         return ViT(self.model)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        return init_params(self.module(), rng, batch["images"])
+        return self.module().init(rng, batch["images"])["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Mean cross entropy in nats with smoothed labels; also logs the accuracy."""

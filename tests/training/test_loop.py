@@ -37,8 +37,8 @@ def train_killed_at(experiment, steps, monkeypatch):
     for step in steps:
         original = loop.make_train_step
 
-        def dying(task, config, n, step=step, original=original):
-            inner = original(task, config, n)
+        def dying(*args, step=step, original=original):
+            inner = original(*args)
 
             def train_step(state, batch):
                 if int(state.step) == step:

@@ -1,0 +1,52 @@
+"""Logical axes: names for the dimensions of arrays, which a table of rules maps to the axes of a mesh of devices.
+
+Parameters carry their names from `nn.with_logical_partitioning`, activations get theirs from `constrain`. The rules and
+the mesh are in force inside `jaxtok.training.mesh.Layout.active`; outside of it, the names mean nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import flax.linen as nn
+import jax
+from jax.sharding import PartitionSpec
+
+Rules = Sequence[tuple[str, tuple[str, ...]]]
+"""(logical axis, mesh axes): for each array, the first rule that holds and whose mesh axes are still free is taken."""
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x, with its last dimensions named `axes` and the ones in front of them ("batch", "length").
+
+    Raises:
+      ValueError: the mesh does not divide one of them.
+    """
+    rules = nn.get_logical_axis_rules()
+    if not rules:
+        return x
+    names = (*("batch", "length")[: x.ndim - len(axes)], *axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, rules, mesh.shape, "an activation"))
+
+
+def partition_spec(
+    names: Sequence[str | None], shape: Sequence[int], rules: Rules, mesh: Mapping[str, int], what: str
+) -> PartitionSpec:
+    """The mesh axes of each dimension of an array. An axis without a rule is not divided.
+
+    Raises:
+      ValueError: the mesh does not divide an axis; the message names it, its size and the mesh.
+    """
+    spec = nn.logical_to_mesh_axes(tuple(names), rules)
+    for name, size, place in zip(names, shape, spec):
+        places = (place,) if isinstance(place, str) else place or ()
+        parts = math.prod(mesh[axis] for axis in places)
+        if size % parts:
+            raise ValueError(
+                f"the axis {name} of {what} has size {size}, which mesh axes {' x '.join(places)} = {parts} do not "
+                f"divide (mesh: {', '.join(f'{axis} {n}' for axis, n in mesh.items())}); "
+                f"choose another size or mesh, or another rule for {name}."
+            )
+    return spec

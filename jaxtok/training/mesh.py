@@ -1,0 +1,195 @@
+"""Where arrays live on many devices: a mesh, and one table of rules from logical axes to its axes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtok.nn.axes import partition_spec
+from jaxtok.protocols import Batch
+
+MESH_AXES = ("data", "fsdp", "sequence", "tensor")
+"""From the slowest connection to the fastest: neighbours in `tensor` are neighbours in the hardware."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AxisRules:
+    """The mesh axes that divide each logical axis, the largest free part of them for each array.
+
+    Earlier fields come first: as `batch` takes `fsdp` in the activations, their `d_model` stays whole there, while that
+    of the parameters is divided. A logical axis that is not listed is never divided.
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    length: tuple[str, ...] = ("sequence",)
+    vocab: tuple[str, ...] = ("tensor",)
+    param_tokens: tuple[str, ...] = ("tensor", "fsdp")
+    mlp: tuple[str, ...] = ("tensor",)
+    heads: tuple[str, ...] = ("tensor",)
+    d_model: tuple[str, ...] = ("fsdp",)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            places = getattr(self, field.name)
+            if unknown := [axis for axis in places if axis not in MESH_AXES]:
+                raise ValueError(
+                    f"rules.{field.name} names {unknown[0]!r}, which is no mesh axis; use {', '.join(MESH_AXES)}."
+                )
+            if len(set(places)) < len(places):
+                raise ValueError(f"rules.{field.name} names a mesh axis twice: {', '.join(places)}.")
+
+    def pairs(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """As `jaxtok.nn.axes.Rules`: for (a, b), the rules a and b, a alone, and b alone."""
+        pairs = []
+        for field in dataclasses.fields(self):
+            places = getattr(self, field.name)
+            choices = [places[:n] for n in range(len(places), 0, -1)] + [(axis,) for axis in places[1:]]
+            pairs += [(field.name, choice) for choice in choices]
+        return tuple(pairs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many ways devices divide the work; one of the numbers may be -1, for the rest of them."""
+
+    data: int = -1
+    """Batches: each device has all parameters."""
+    fsdp: int = 1
+    """Batches, parameters and optimizer state: each layer's parameters are gathered when they are used."""
+    sequence: int = 1
+    """The length of rows, for long contexts: keys and values are gathered."""
+    tensor: int = 1
+    """Parameter tokens, hidden units, heads and vocabulary: results are summed."""
+    rules: AxisRules = AxisRules()
+
+    def __post_init__(self):
+        for axis in MESH_AXES:
+            if (n := getattr(self, axis)) < 1 and n != -1:
+                raise ValueError(f"mesh.{axis} is {n}; it must be at least 1 (or -1 for the rest of the devices).")
+        if sum(getattr(self, axis) == -1 for axis in MESH_AXES) > 1:
+            raise ValueError("two mesh axes are -1; only one can be the rest of the devices.")
+
+    def shape(self, devices: int) -> dict[str, int]:
+        """The size of each axis.
+
+        Raises:
+          ValueError: the axes do not multiply to the number of devices.
+        """
+        sizes = {axis: getattr(self, axis) for axis in MESH_AXES}
+        known = math.prod(n for n in sizes.values() if n > 0)
+        sizes = {axis: n if n > 0 else devices // known for axis, n in sizes.items()}
+        if math.prod(sizes.values()) != devices:
+            given = ", ".join(f"{axis} {getattr(self, axis)}" for axis in MESH_AXES)
+            raise ValueError(f"the mesh ({given}) does not fit {devices} devices; its axes must multiply to that.")
+        return sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh of devices and the rules in force on it."""
+
+    mesh: Mesh
+    rules: AxisRules = AxisRules()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside, the names of activations (`jaxtok.nn.axes.constrain`) mean places on this mesh."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules.pairs()):
+            yield
+
+    @property
+    def replicated(self) -> NamedSharding:
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def sharding(self, names: Sequence[str | None], shape: Sequence[int], what: str = "an array") -> NamedSharding:
+        """Of an array whose axes have these names.
+
+        Raises:
+          ValueError: the mesh does not divide it.
+        """
+        spec = partition_spec(names, shape, self.rules.pairs(), dict(self.mesh.shape), what)
+        return NamedSharding(self.mesh, spec)
+
+    def params(self, boxed: Any) -> Any:
+        """The sharding of each parameter, from parameters (or their shapes) in Linen's boxes.
+
+        Raises:
+          ValueError: the mesh does not divide one of them.
+        """
+
+        def one(path, leaf):
+            if not is_box(leaf):
+                return self.replicated
+            return self.sharding(leaf.names, leaf.value.shape, jax.tree_util.keystr(path, simple=True, separator="/"))
+
+        return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+
+    def batch(self, spec: dict[str, tuple[tuple[int, ...], Any]]) -> dict[str, NamedSharding]:
+        """Of each array in a batch: the first axis is the batch's, and the second of text its length.
+
+        Raises:
+          ValueError: the mesh does not divide one of them.
+        """
+        names = {name: ("batch", "length") if len(shape) == 2 else ("batch",) for name, (shape, _) in spec.items()}
+        return {
+            name: self.sharding((*names[name], *[None] * (len(shape) - len(names[name]))), shape, f"the batch's {name}")
+            for name, (shape, _) in spec.items()
+        }
+
+    def rows(self, batch_size: int) -> range:
+        """The rows of a batch that this process's devices need."""
+        places = self.sharding(("batch",), (batch_size,), "the batch").addressable_devices_indices_map((batch_size,))
+        bounds = [place[0].indices(batch_size) for place in places.values()]
+        return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
+
+    def put(self, batch: Batch, rows: range, batch_size: int) -> dict[str, jax.Array]:
+        """A batch on the devices of all processes, each of which has `rows` of it."""
+
+        def one(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+            def part(index):
+                start, stop, _ = index[0].indices(batch_size)
+                return array[(slice(start - rows.start, stop - rows.start), *index[1:])]
+
+            return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+
+        spec = {name: ((batch_size, *array.shape[1:]), array.dtype) for name, array in batch.items()}
+        shardings = self.batch(spec)
+        return {name: one(array, shardings[name]) for name, array in batch.items()}
+
+
+def unboxed(boxed: Any) -> Any:
+    """The parameters in Linen's boxes."""
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
+
+
+def is_box(x: Any) -> bool:
+    return isinstance(x, nn.meta.Partitioned)
+
+
+def make_layout(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Layout:
+    """The layout on these devices (default: all there are), arranged along their connections.
+
+    Raises:
+      ValueError: the mesh does not fit them.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = tuple(config.shape(len(devices)).values())
+    try:
+        array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    except (NotImplementedError, ValueError, AssertionError):  # a shape that the torus cannot be cut into
+        array = np.asarray(devices).reshape(shape)
+    return Layout(Mesh(array, MESH_AXES), config.rules)
+
+
+def one_device() -> Layout:
+    """Everything on the first device."""
+    return make_layout(MeshConfig(data=1), jax.local_devices()[:1])
