@@ -26,6 +26,7 @@ jaxtok {version}: systems about tokens, in JAX
   jaxtok convert FROM TO      checkpoints from and to the authors' layout
   jaxtok tokenizer FILE       train a SentencePiece tokenizer on a corpus
   jaxtok study CONFIG         an experiment with its baselines: table and plot
+  jaxtok plan CONFIG          memory and time on a TPU slice, without one
   jaxtok bench                speed, as a fraction of this machine's own matmul rate
 
 `jaxtok VERB --help` tells the rest. Fields of a config are set by their dotted names:
@@ -38,6 +39,15 @@ sets, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by
   --coordinator HOST:PORT --num-processes N --process-id I
   --distributed     ask the TPU VM (where it sets no variables, as in a shell on a Cloud TPU)
 SIGTERM on any of them saves and ends all with exit code 75: start the same command again. See tpu_scripts/.
+"""
+
+PLANNING = """
+Options of its own:
+  --topology T      CHIP:AxB or CHIP:AxBxC with v4, v5e, v5p or v6e, such as v5e:16x16, or v5e-256, v5p-512, v6e-256
+  --sweep           try meshes and remat policies, and print the best first
+  --output FILE     also write the numbers as JSON
+The step is compiled by the TPU compiler (pip install libtpu), which needs no TPU. For GPUs there is no such way: JAX
+compiles for a GPU only where there is one. Exit code 1: it does not fit.
 """
 
 
@@ -117,6 +127,22 @@ def _study(arguments: list[str]) -> int:
     from jaxtok.training.loop import INTERRUPTED
 
     return 0 if study.run() else INTERRUPTED
+
+
+def _plan(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("jaxtok plan CONFIG", add_help=False, allow_abbrev=False)
+    parser.add_argument("--topology", default="v5e-256")
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--output", type=Path)
+    ours, rest = parser.parse_known_args(arguments)
+    experiment = _config(rest, "plan")
+    if experiment is None:
+        print(PLANNING, end="")
+        return 0
+    from jaxtok.plan import plan
+
+    rows = plan(experiment, ours.topology, sweep=ours.sweep, output=ours.output)
+    return 0 if rows[0]["fits"] else 1
 
 
 def _config(arguments: list[str], verb: str) -> Any:
@@ -203,6 +229,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "convert": _convert,
     "tokenizer": _tokenizer,
     "study": _study,
+    "plan": _plan,
     "bench": _bench,
 }
 

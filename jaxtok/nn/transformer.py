@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtok.kernels.attention import IMPLEMENTATIONS, Implementation
 from jaxtok.nn.attention import attend
 from jaxtok.nn.axes import constrain
 from jaxtok.nn.cache import KVCache
@@ -49,6 +50,8 @@ class StackConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
     """What the backward pass finds stored in a block: everything, only its input, or its matrix products."""
+    attention: Implementation = "auto"
+    """See `jaxtok.kernels.attention`."""
     unroll: int = 1
     """Layers in one iteration of the scan over layers: more compile longer and may run faster."""
 
@@ -73,6 +76,8 @@ class StackConfig:
         for field, allowed in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it can be {', '.join(allowed)}.")
+        if self.attention not in IMPLEMENTATIONS:
+            raise ValueError(f"attention is {self.attention!r}; it can be {', '.join(IMPLEMENTATIONS)}.")
         if self.remat not in REMAT_POLICIES:
             raise ValueError(f"remat is {self.remat!r}; it can be {', '.join(REMAT_POLICIES)}.")
 
@@ -116,7 +121,7 @@ class SelfAttention(nn.Module):
             rotate = functools.partial(apply_rotary, fraction=cfg.rotary_fraction, base=cfg.rotary_base)
             q, k = rotate(q, positions), rotate(k, positions)
         if cache is None:
-            y = attend(q, k, v, causal=cfg.causal, segments=segments)
+            y = attend(q, k, v, causal=cfg.causal, segments=segments, implementation=cfg.attention)
         else:
             cache = cache.append(layer, k, v)
             y = attend(q, cache.keys[layer].astype(q.dtype), cache.values[layer].astype(q.dtype), start=cache.length)

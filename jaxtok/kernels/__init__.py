@@ -1,0 +1,1 @@
+"""Kernels, each beside the plain definition of its result: one function with `implementation=`."""

@@ -1,0 +1,117 @@
+"""Attention between the tokens of whole rows: the plain definition, and JAX's flash attention for TPUs.
+
+The plain one writes the weights [batch, heads, length, length] to memory, which on a TPU takes longer than the
+products. The other (`jax.experimental.pallas.ops.tpu.splash_attention`) keeps a block of them on the chip, and skips
+the blocks that the causal mask empties.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxtok.nn.axes import partition_spec
+
+Implementation = Literal["auto", "xla", "splash", "splash_interpreted"]
+IMPLEMENTATIONS = ("auto", "xla", "splash", "splash_interpreted")
+_LANES = 128
+
+
+def dot_product_attention(
+    q: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length heads head_dim"],
+    v: Float[Array, "batch length heads head_dim"],
+    *,
+    causal: bool = True,
+    segments: Int[Array, "batch length"] | None = None,
+    implementation: Implementation = "auto",
+) -> Float[Array, "batch length heads head_dim"]:
+    """softmax(q k^T / sqrt(head_dim)) v within segments, with the softmax in float32.
+
+    Args:
+      implementation: xla: as XLA compiles the definition; splash: the kernel (TPU); splash_interpreted: the kernel as
+        plain operations, for tests; auto: splash where it is compiled for a TPU and takes the length, else xla.
+
+    Raises:
+      ValueError: the kernel was asked for by name, and does not take these arrays.
+    """
+    plain = functools.partial(attention_reference, causal=causal)
+    why_not = _why_not_splash(q.shape[1])
+    if implementation == "xla" or (implementation == "auto" and why_not):
+        return plain(q, k, v, segments)
+    if why_not:
+        raise ValueError(f"implementation is {implementation}, but {why_not}; use auto or xla.")
+    kernel = functools.partial(_splash, causal=causal, interpret=implementation == "splash_interpreted")
+    if implementation == "auto":
+        return jax.lax.platform_dependent(q, k, v, segments, tpu=kernel, default=plain)
+    return kernel(q, k, v, segments)
+
+
+def attention_reference(q: Array, k: Array, v: Array, segments: Array | None, *, causal: bool) -> Array:
+    """The definition. The backward pass computes the weights again: storing them takes longer than the products."""
+    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+    attention = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=causal)
+    return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
+
+
+def _why_not_splash(length: int) -> str:
+    if length % _LANES:
+        return f"the length {length} is no multiple of {_LANES}"
+    if jax.sharding.get_abstract_mesh().shape.get("sequence", 1) > 1 and nn.get_logical_axis_rules():
+        return "the mesh divides the length"
+    return ""
+
+
+def _splash(q: Array, k: Array, v: Array, segments: Array | None, *, causal: bool, interpret: bool) -> Array:
+    """On a mesh, each device has rows and heads of its own."""
+    call = functools.partial(_splash_local, causal=causal, interpret=interpret)
+    rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
+    if not rules or mesh.empty or mesh.size == 1:
+        return call(q, k, v, segments)
+    spec = partition_spec(("batch", None, "heads", None), q.shape, rules, mesh.shape, "the queries")
+    specs = (spec, spec, spec, None if segments is None else PartitionSpec(spec[0], None))
+    return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, segments)
+
+
+def _splash_local(q: Array, k: Array, v: Array, segments: Array | None, *, causal: bool, interpret: bool) -> Array:
+    length, heads, head_dim = q.shape[1:]
+    block, whole = math.gcd(length, 512), math.gcd(length, 2048)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=whole,  # a sum over length / whole parts of dq follows
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    one = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
+    kernel = splash.make_splash_mha(
+        masks.MultiHeadMask([one] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+    )
+    ids = None if segments is None else splash.SegmentIds(segments, segments)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * head_dim**-0.5, k, v))
+    in_axes = (0, 0, 0, None if ids is None else 0)
+    return jnp.swapaxes(jax.vmap(kernel, in_axes=in_axes)(q, k, v, ids), 1, 2)
+
+
+def kernel_flops(name: str, shapes: list[tuple[int, ...]]) -> float:
+    """What the kernel computes in one call, by its name in a compiled program and the shapes of its operands.
+
+    Causal rows count half, and heads as wide as the chip's lanes. 0 for kernels of others.
+    """
+    queries = next((shape for shape in shapes if len(shape) == 4), None)
+    if "splash_mha" not in name or queries is None:
+        return 0.0
+    batch, heads, length, head_dim = queries
+    products = 2 if "fwd" in name else 5  # q k^T and w v; backward: both again, and the gradients of q, k, v
+    return products * 2 * batch * heads * length * length / 2 * (-(-head_dim // _LANES) * _LANES)

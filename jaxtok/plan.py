@@ -1,0 +1,439 @@
+"""How an experiment would run on a TPU slice that is not there: `jaxtok plan`.
+
+The real training step is compiled ahead of time by the TPU compiler (libtpu), which needs no TPU. What it says of
+memory and of the time of each operation is taken as it is; the rest is an estimate of this module, and is called so:
+
+- collectives: bytes sent round a ring, over the published bandwidth of the links. One that the compiler runs beside
+  other work counts only where it would take longer than all of that work.
+- kernels written by hand (attention): their FLOPs, at half of the published peak.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+import rich.table
+
+from jaxtok.kernels.attention import kernel_flops
+from jaxtok.training.checkpoints import example_batch
+from jaxtok.training.compiled import Collective, Operation, Program, read_program, shapes
+from jaxtok.training.experiment import Experiment, resolve
+from jaxtok.training.loop import abstract_state, batch_items, make_train_step
+from jaxtok.training.mesh import Layout, make_layout, unboxed
+from jaxtok.training.peak import PEAK_FLOPS
+
+SLICES = {
+    "v5e-256": "v5e:16x16",
+    "v5p-512": "v5p:8x8x4",  # its name counts the two cores of each chip
+    "v6e-256": "v6e:16x16",
+}
+"""Some slices by the name under which they are rented."""
+
+KERNEL_EFFICIENCY = 0.5
+"""The part of the peak that is assumed for kernels written by hand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What is published of a chip (or of one of its cores, if these are devices of their own)."""
+
+    hbm: float
+    """Bytes of memory."""
+    links: float
+    """Bytes a second that it sends to its neighbours, over all links."""
+    cycle_flops: int
+    """FLOPs of its matrix units in a cycle. The clock is that at which they reach the published peak."""
+    peak: float = 0.0
+    """FLOP/s of bfloat16."""
+    torus: tuple[int, ...] = ()
+    """Chips of the slice along each of its directions."""
+
+    def seconds(self, operation: Operation) -> float:
+        """Of an operation, all times that it runs."""
+        if operation.cycles:
+            return operation.times * operation.cycles * self.cycle_flops / self.peak
+        call = operation.text.split("custom-call(")
+        return operation.times * kernel_flops(call[0], shapes(call[-1])) / (self.peak * KERNEL_EFFICIENCY)
+
+    def collective_seconds(self, collective: Collective) -> float:
+        """A group that is as long as one direction of the torus is taken to use the links of that direction only."""
+        directions = len(self.torus) or 1
+        used = directions if collective.group > max(self.torus, default=1) else 1
+        return collective.sent / (self.links * used / directions)
+
+
+GIB = 2**30
+CHIPS = {
+    "TPU v4": Chip(32 * GIB, 300e9, 262_144),
+    "TPU v5 lite": Chip(16 * GIB, 200e9, 131_072),
+    "TPU v5": Chip(95 * GIB, 600e9, 262_144),
+    "TPU v6 lite": Chip(32 * GIB, 448e9, 524_288),
+}
+
+
+def _chip(devices: list[Any]) -> Chip:
+    """What one of these devices is."""
+    kind = devices[0].device_kind
+    if kind not in CHIPS:
+        raise ValueError(f"chips of the kind {kind!r} are not known here; use v4, v5e, v5p or v6e.")
+    places = np.array([d.coords for d in devices])
+    part = len(np.unique(places, axis=0)) / len(devices)  # of a chip: on v4, a half
+    torus = tuple(int(n) for n in places.max(0) - places.min(0) + 1 if n > 1)
+    chip = CHIPS[kind]
+    return Chip(chip.hbm * part, chip.links * part, int(chip.cycle_flops * part), PEAK_FLOPS[kind] * part, torus)
+
+
+Row = dict[str, Any]
+
+
+def plan(
+    experiment: Experiment,
+    topology: str = "v5e-256",
+    *,
+    sweep: bool = False,
+    output: Path | None = None,
+    quiet: bool = False,
+) -> list[Row]:
+    """Compiles the training step for a TPU slice, prints what it would need and take, and returns it.
+
+    Args:
+      experiment: with its mesh, which has to fit the slice.
+      topology: CHIP:AxB or CHIP:AxBxC, such as v5e:16x16 or v5p:8x8x4, or one of `SLICES`.
+      sweep: try other meshes and remat policies too, and print the best first.
+      output: also write the rows into this JSON file.
+      quiet: print nothing.
+
+    Raises:
+      ValueError: the topology is unknown, the mesh does not fit it, or libtpu is not installed.
+    """
+    devices = topology_devices(topology)
+    experiment = experiment if getattr(_model(experiment), "vocab_size", 1) else resolve(experiment)
+    console = rich.console.Console(quiet=quiet, soft_wrap=True)
+    cases = list(variants(experiment, len(devices))) if sweep else [experiment]
+    rows: list[Row] = []
+    with rich.progress.Progress(
+        rich.progress.TextColumn("[bold]{task.description}"),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=quiet or not console.is_terminal,
+    ) as progress:
+        bar = progress.add_task("compiling", total=len(cases))
+        for case in cases:
+            progress.update(bar, description=f"compiling {_describe(case, len(devices))}")
+            try:
+                rows.append(plan_one(case, topology, devices))
+            except ValueError as error:
+                if not sweep:
+                    raise
+                rows.append(_head(case, topology, devices) | {"fits": False, "error": str(error)})
+            progress.advance(bar)
+    rows.sort(key=lambda row: (not row["fits"], row.get("step_seconds", math.inf)))
+    if output:
+        output.write_text(json.dumps(rows, indent=2) + "\n")
+    if sweep:
+        console.print(_sweep_table(rows))
+    if not sweep or rows[0]["fits"]:
+        console.print(_table(rows[0]))
+    console.print(NOTE, highlight=False)
+    return rows
+
+
+NOTE = """\
+Memory, FLOPs and the time of operations are the TPU compiler's own; the time of collectives (from published link
+bandwidth) and of hand-written kernels (half of peak) are estimates, and so is the step. Nothing was run."""
+
+
+def topology_devices(topology: str) -> list[Any]:
+    """The devices of a TPU slice that need not be there.
+
+    Raises:
+      ValueError: the topology is unknown, or libtpu is not installed.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    for name, value in {
+        "TPU_ACCELERATOR_TYPE": "v5e-16",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+    }.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise ValueError("planning needs the TPU compiler: pip install libtpu (Linux on x86-64).") from None
+    name = SLICES.get(topology, topology)
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as error:
+        raise ValueError(
+            f"the topology {topology!r} is unknown to the TPU compiler ({str(error).splitlines()[0][:120]}); use "
+            f"CHIP:AxB or CHIP:AxBxC with v4, v5e, v5p or v6e, such as v5e:4x4 or v5p:2x2x4, or {', '.join(SLICES)}."
+        ) from error
+
+
+def compile_step(experiment: Experiment, layout: Layout) -> Any:
+    """The training step of an experiment's first stage, compiled for the devices of the layout."""
+    task, config, data = experiment.task, experiment.train, experiment.data
+    shardings = layout.batch(data.batch_spec())
+    batch = {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
+        for name, (shape, dtype) in data.batch_spec().items()
+    }
+    with layout.active():
+        step = make_train_step(task, config, config.steps, data, layout)
+        return step.lower(abstract_state(task, config, data, layout), batch).compile()
+
+
+def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
+    """Memory, time and collectives of one training step on each device.
+
+    Raises:
+      ValueError: the mesh does not fit.
+    """
+    chip = _chip(devices)
+    layout = make_layout(experiment.mesh, devices)
+    row = _head(experiment, topology, devices)
+    start = time.perf_counter()
+    try:
+        compiled = compile_step(experiment, layout)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
+        size = float(needed[1]) * (GIB if needed[2] == "G" else 2**20) if needed else math.nan
+        row |= {"fits": False, "hbm_gigabytes": size / 1e9, "hbm_of_chip_gigabytes": chip.hbm / 1e9}
+        return row | {"advice": advice(experiment, layout, chip)}
+    memory = compiled.memory_analysis()
+    program = read_program(compiled.as_text())
+    seconds = Counter()
+    for operation in program.operations:
+        seconds["operations" if operation.cycles else "kernels"] += chip.seconds(operation)
+    for collective in program.collectives:
+        beside = "overlapped_collectives" if collective.overlapped else "exposed_collectives"
+        seconds[beside] += chip.collective_seconds(collective)
+    work = seconds["operations"] + seconds["kernels"]
+    step = max(work, seconds["overlapped_collectives"]) + seconds["exposed_collectives"]
+    spec = experiment.data.batch_spec()
+    flops = experiment.task.flops({name: np.broadcast_to(0, shape) for name, (shape, _) in spec.items()}) / len(devices)
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    row |= {
+        "fits": needed <= chip.hbm,
+        "hbm_gigabytes": needed / 1e9,
+        "hbm_of_chip_gigabytes": chip.hbm / 1e9,
+        "arguments_gigabytes": memory.argument_size_in_bytes / 1e9,
+        "temporaries_gigabytes": memory.temp_size_in_bytes / 1e9,
+        "model_teraflops": flops / 1e12,
+        "seconds": dict(seconds),
+        "step_seconds": step,
+        "tokens_per_second": batch_items(experiment.data) / step,
+        "fraction_of_peak": flops / step / chip.peak,
+        "largest_costs": largest_costs(program, chip),
+        "collectives": collectives(program, chip),
+        "compile_seconds": time.perf_counter() - start,
+    }
+    if row["fits"]:
+        return row
+    return row | {"advice": advice(experiment, layout, chip)}
+
+
+def largest_costs(program: Program, chip: Chip, most: int = 8) -> dict[str, float]:
+    """Seconds of a step by what they are spent on, the largest first; collectives apart."""
+    seconds: Counter = Counter()
+    for operation in program.operations:
+        seconds[place(operation.source)] += chip.seconds(operation)
+    return dict(seconds.most_common(most))
+
+
+def place(source: str) -> str:
+    """An operation's part of the model and of the step, from the name that JAX gave it.
+
+    >>> place("jit(train_step)/transpose(jvp(Decoder))/Decoder.hidden/stack/while/body/blocks/ffn/dot_general")
+    'backward: ffn'
+    """
+    direction = (
+        "recomputed" if "rematted_computation" in source else "backward" if "transpose(" in source else "forward"
+    )
+    found = re.findall(r"blocks/(attention/(?:query|key|value|output)|attention|\w+)", source)
+    if found:
+        part = "attention between tokens" if found[-1] == "attention" else found[-1]
+    elif "jvp" in source:
+        match = re.search(r"Decoder\.(\w+)", source)
+        part = match[1] if match else "loss"
+    else:
+        direction, part = "update", "optimizer"
+    return f"{direction}: {part}"
+
+
+def collectives(program: Program, chip: Chip) -> list[Row]:
+    """By kind, size of group, and whether they overlap: how many, the bytes that a device sends, and their time."""
+    found: dict[tuple, Row] = {}
+    for c in program.collectives:
+        row = found.setdefault(
+            (c.kind, c.group, c.overlapped),
+            {
+                "kind": c.kind,
+                "devices": c.group,
+                "overlapped": c.overlapped,
+                "count": 0,
+                "gigabytes": 0.0,
+                "seconds": 0.0,
+            },
+        )
+        row["count"] += c.times
+        row["gigabytes"] += c.sent / 1e9
+        row["seconds"] += chip.collective_seconds(c)
+    return sorted(found.values(), key=lambda row: -row["seconds"])
+
+
+def advice(experiment: Experiment, layout: Layout, chip: Chip) -> list[str]:
+    """What to change where the step does not fit."""
+    model, train, mesh = _model(experiment), experiment.train, layout.mesh.shape
+    state = abstract_state(experiment.task, train, experiment.data, layout)
+    held = sum(_local_bytes(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state)))
+    texts = []
+    if held > 0.4 * chip.hbm:
+        texts.append(
+            f"parameters and optimizer state take {held / 1e9:.1f} GB on each device: raise mesh.fsdp (now "
+            f"{mesh['fsdp']}) or mesh.tensor (now {mesh['tensor']})"
+        )
+    if getattr(model, "remat", "full") != "full":
+        texts.append(f"task.model.remat = full (now {model.remat}) keeps only the input of each block")
+    rows = experiment.data.batch_size // (mesh["data"] * mesh["fsdp"] * train.accumulate)
+    if rows > 1:
+        texts.append(
+            f"each device has {rows} rows at once: train.accumulate = {2 * train.accumulate} halves that without "
+            "changing the update, a smaller data.batch_size changes it"
+        )
+    if not texts or (rows <= 1 and mesh["tensor"] == 1):
+        texts.append("mesh.tensor divides each row's activations and its logits; mesh.sequence divides its length")
+    return texts
+
+
+def variants(experiment: Experiment, devices: int) -> Iterator[Experiment]:
+    """The experiment on every mesh of powers of two that divides it, with each remat policy; no `sequence`."""
+    model = _model(experiment)
+    policies = ("full", "dots") if hasattr(model, "remat") else (None,)
+    for tensor in (1, 2, 4, 8):
+        for fsdp in (2**i for i in range(devices.bit_length())):
+            data = devices // (fsdp * tensor)
+            if not data or data * fsdp * tensor != devices or experiment.data.batch_size % (data * fsdp):
+                continue
+            if fsdp < 8 or data * fsdp < devices // 8:
+                continue
+            for remat in policies:
+                case = dataclasses.replace(
+                    experiment,
+                    mesh=dataclasses.replace(experiment.mesh, data=data, fsdp=fsdp, tensor=tensor, sequence=1),
+                )
+                yield case if remat is None else with_model(case, remat=remat)
+
+
+def with_model(experiment: Experiment, **fields: Any) -> Experiment:
+    """The experiment with other fields of its model."""
+    model = dataclasses.replace(experiment.task.model, **fields)
+    return dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, model=model))
+
+
+def _model(experiment: Experiment) -> Any:
+    return getattr(experiment.task, "model", None)
+
+
+def _local_bytes(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _head(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
+    model = _model(experiment)
+    params = jax.eval_shape(lambda: unboxed(experiment.task.init(jax.random.key(0), example_batch(experiment.data))))
+    return {
+        "name": experiment.name,
+        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+        "topology": topology,
+        "devices": len(devices),
+        "chip": devices[0].device_kind,
+        "mesh": experiment.mesh.shape(len(devices)),
+        "remat": getattr(model, "remat", None),
+        "batch_size": experiment.data.batch_size,
+        "accumulate": experiment.train.accumulate,
+    }
+
+
+def _describe(experiment: Experiment, devices: int) -> str:
+    mesh = " ".join(f"{axis} {n}" for axis, n in experiment.mesh.shape(devices).items() if n > 1)
+    return f"{experiment.name}: {mesh or 'one device'}, remat {getattr(_model(experiment), 'remat', '')}"
+
+
+def _table(row: Row) -> rich.table.Table:
+    table = rich.table.Table(
+        show_header=False, box=None, title=f"{row['name']} on {row['topology']}", title_justify="left"
+    )
+    mesh = ", ".join(f"{axis} {n}" for axis, n in row["mesh"].items() if n > 1) or "one device"
+
+    def add(name: str, value: str) -> None:
+        table.add_row(name, value)
+
+    add("model", f"{row['parameters'] / 1e6:,.0f}M parameters, {row['batch_size']} rows a step")
+    add("mesh", f"{row['devices']} x {row['chip']}: {mesh}; remat {row['remat']}, accumulate {row['accumulate']}")
+    verdict = "fits" if row["fits"] else "does not fit"
+    add("memory", f"{row['hbm_gigabytes']:.2f} of {row['hbm_of_chip_gigabytes']:.1f} GB on each device: {verdict}")
+    if "arguments_gigabytes" in row:
+        add("", f"{row['arguments_gigabytes']:.2f} state and batch, {row['temporaries_gigabytes']:.2f} temporaries")
+    for text in row.get("advice", ()):
+        add("to change", text)
+    if "seconds" in row:
+        seconds = row["seconds"]
+        add("step", f"{row['step_seconds']:.3f} s (estimate), {row['tokens_per_second']:,.0f} tokens/s")
+        add(
+            "of peak", f"{row['fraction_of_peak']:.2f} ({row['model_teraflops']:.1f} TFLOP of the model on each device)"
+        )
+        add("", f"{seconds.get('operations', 0):.3f} s operations (the compiler's estimate)")
+        add("", f"{seconds.get('kernels', 0):.3f} s attention kernels (estimate)")
+        add("", f"{seconds.get('exposed_collectives', 0):.3f} s collectives, alone (estimate)")
+        add("", f"{seconds.get('overlapped_collectives', 0):.3f} s collectives, beside operations (estimate)")
+        for number, (name, value) in enumerate(row["largest_costs"].items()):
+            add("" if number else "largest costs", f"{value:.4f} s {name}")
+        for number, c in enumerate(row["collectives"]):
+            beside = "beside operations" if c["overlapped"] else "alone"
+            size = f"{c['gigabytes']:.3f} GB, {c['seconds']:.4f} s {beside}"
+            add("" if number else "collectives", f"{c['count']} {c['kind']} of {c['devices']} devices, {size}")
+    return table
+
+
+def _sweep_table(rows: list[Row]) -> rich.table.Table:
+    table = rich.table.Table(
+        "mesh", "remat", "memory, GB", "step, s", "of peak", "collectives, s", "", title_justify="left"
+    )
+    for row in rows:
+        mesh = " ".join(f"{axis} {n}" for axis, n in row["mesh"].items() if n > 1) or "one device"
+        if "seconds" in row:
+            apart = row["seconds"].get("exposed_collectives", 0), row["seconds"].get("overlapped_collectives", 0)
+            numbers = [
+                f"{row['step_seconds']:.3f}",
+                f"{row['fraction_of_peak']:.2f}",
+                f"{apart[0]:.3f} + {apart[1]:.3f}",
+            ]
+        else:
+            numbers = ["", "", ""]
+        memory = f"{row['hbm_gigabytes']:.1f}" if "hbm_gigabytes" in row else ""
+        table.add_row(
+            mesh, str(row["remat"]), memory, *numbers, "" if row["fits"] else row.get("error", "does not fit")
+        )
+    return table

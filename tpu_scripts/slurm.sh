@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Trains in a Slurm job, one process a GPU; when interrupted, saves and queues itself again.
+#
+#   sbatch [OPTIONS OF sbatch] tpu_scripts/slurm.sh CONFIG [ARGUMENTS OF jaxtok train ...]
+#   sbatch --nodes=2 --gpus-per-node=8 tpu_scripts/slurm.sh configs/lm/tokenformer_pile_150m.py --workdir runs/150m \
+#       --train.save-deadline 100
+#
+# Machines with another number of GPUs: --gpus-per-node=4 --ntasks-per-node=4, always both. Without GPUs:
+# --gpus-per-node=0 --ntasks-per-node=1. Other variables: JAXTOK, the command (jaxtok).
+# `bash tpu_scripts/slurm.sh --dry-run CONFIG ...` prints the commands and runs nothing.
+#
+# Slurm sends SIGTERM to the processes 120 seconds before the time limit; they save and end with exit code 75, and the
+# job is queued again. Any other code ends it. scancel ends it for good. Where Slurm preempts jobs, how long they are
+# given is its GraceTime.
+
+#SBATCH --job-name=jaxtok
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --requeue
+#SBATCH --signal=TERM@120
+#SBATCH --open-mode=append
+
+# Slurm runs a copy of this file, from where common.sh cannot be found.
+set -euo pipefail
+
+fail() {
+  printf 'slurm.sh: %s\n' "$*" >&2
+  exit 2
+}
+
+quoted() {
+  local word line=""
+  for word; do
+    [[ $word =~ ^[A-Za-z0-9_./:=@%+,-]+$ ]] || word=${word@Q}
+    line+="$word "
+  done
+  printf '%s\n' "${line% }"
+}
+
+dry_run=""
+while [[ ${1-} == -* ]]; do
+  case $1 in
+    -h | --help) awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"; exit 0 ;;
+    --dry-run) dry_run=1; shift ;;
+    *) fail "there is no option $1 in front of CONFIG; see --help." ;;
+  esac
+done
+[[ $# -gt 0 ]] || fail "say what to train: sbatch slurm.sh CONFIG ..."
+gpus=${SLURM_GPUS_ON_NODE:-} tasks=${SLURM_NTASKS_PER_NODE:-}
+[[ ! $gpus || ! $tasks || $gpus == "$tasks" || $gpus == 0 ]] ||
+  fail "a node has $gpus GPUs and $tasks tasks; JAX wants one task a GPU: sbatch --ntasks-per-node=$gpus."
+
+read -ra jaxtok <<<"${JAXTOK:-jaxtok}"
+# --wait: when one process has ended, the others have a minute; the exit code is the highest of all.
+srun=(srun --kill-on-bad-exit=0 --wait=60 ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}
+  "${jaxtok[@]}" train "$@")
+
+if [[ $dry_run ]]; then
+  quoted "${srun[@]}"
+  echo "# if the exit code is 75:"
+  quoted scontrol requeue "${SLURM_JOB_ID:-JOB_ID}"
+  exit 0
+fi
+[[ ${SLURM_JOB_ID:-} ]] || fail "this runs in a Slurm job: start it with sbatch, or add --dry-run."
+code=0
+"${srun[@]}" || code=$?
+[[ $code != 75 ]] || scontrol requeue "$SLURM_JOB_ID"
+exit "$code"
