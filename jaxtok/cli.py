@@ -27,6 +27,7 @@ jaxtok {version}: systems about tokens, in JAX
   jaxtok tokenizer FILE       train a SentencePiece tokenizer on a corpus
   jaxtok study CONFIG         an experiment with its baselines: table and plot
   jaxtok plan CONFIG          memory and time on a TPU slice, without one
+  jaxtok recovery             does a run survive being killed? 50 times, and compared bit for bit
   jaxtok bench                speed, as a fraction of this machine's own matmul rate
 
 `jaxtok VERB --help` tells the rest. Fields of a config are set by their dotted names:
@@ -98,9 +99,12 @@ def _train(arguments: list[str]) -> int:
     experiment = _config(arguments, "train")
     if experiment is None:
         return 0
+    from jaxtok.training.distributed import is_main
     from jaxtok.training.loop import INTERRUPTED, count, train
 
     result = train(experiment)
+    if not is_main():
+        return INTERRUPTED if result.interrupted else 0
     _show({"run": result.directory, "step": result.step, "parameters": count(result.params)} | result.metrics)
     return INTERRUPTED if result.interrupted else 0
 
@@ -127,6 +131,13 @@ def _study(arguments: list[str]) -> int:
     from jaxtok.training.loop import INTERRUPTED
 
     return 0 if study.run() else INTERRUPTED
+
+
+def _recovery(arguments: list[str]) -> int:
+    from jaxtok.studies.recovery import recovery
+
+    _show(_call(recovery, "recovery", arguments))
+    return 0
 
 
 def _plan(arguments: list[str]) -> int:
@@ -230,6 +241,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "tokenizer": _tokenizer,
     "study": _study,
     "plan": _plan,
+    "recovery": _recovery,
     "bench": _bench,
 }
 

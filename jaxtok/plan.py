@@ -330,7 +330,7 @@ def advice(experiment: Experiment, layout: Layout, chip: Chip) -> list[str]:
 def variants(experiment: Experiment, devices: int) -> Iterator[Experiment]:
     """The experiment on every mesh of powers of two that divides it, with each remat policy; no `sequence`."""
     model = _model(experiment)
-    policies = ("full", "dots") if hasattr(model, "remat") else (None,)
+    policies = ("full", "projections", "dots") if hasattr(model, "remat") else (None,)
     for tensor in (1, 2, 4, 8):
         for fsdp in (2**i for i in range(devices.bit_length())):
             data = devices // (fsdp * tensor)

@@ -14,6 +14,7 @@ from typing import Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec
@@ -60,7 +61,7 @@ def attention_reference(q: Array, k: Array, v: Array, segments: Array | None, *,
     """The definition. The backward pass computes the weights again: storing them takes longer than the products."""
     mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
     attention = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=causal)
-    return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
+    return checkpoint_name(jax.checkpoint(attention, prevent_cse=False)(q, k, v), "attention")
 
 
 def _why_not_splash(length: int) -> str:
@@ -96,7 +97,12 @@ def _splash_local(q: Array, k: Array, v: Array, segments: Array | None, *, causa
     )
     one = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
     kernel = splash.make_splash_mha(
-        masks.MultiHeadMask([one] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        masks.MultiHeadMask([one] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+        residual_checkpoint_name="attention",
     )
     ids = None if segments is None else splash.SegmentIds(segments, segments)
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * head_dim**-0.5, k, v))

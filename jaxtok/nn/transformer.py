@@ -10,6 +10,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from jaxtok.kernels.attention import IMPLEMENTATIONS, Implementation
@@ -22,6 +23,7 @@ from jaxtok.nn.rotary import apply_rotary, rotary_dim
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "projections": jax.checkpoint_policies.save_only_these_names("projection", "attention"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
@@ -48,8 +50,9 @@ class StackConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of activations and matmul operands; norms, softmax and losses are float32 in any case."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
-    """What the backward pass finds stored in a block: everything, only its input, or its matrix products."""
+    remat: Literal["none", "full", "projections", "dots"] = "none"
+    """What the backward pass finds stored in a block: everything; only its input; also what attention takes and gives;
+    or all its matrix products."""
     attention: Implementation = "auto"
     """See `jaxtok.kernels.attention`."""
     unroll: int = 1
@@ -114,6 +117,7 @@ class SelfAttention(nn.Module):
 
         def heads(group):
             y = cfg.projection(group, cfg.d_model, name=group)(x, deterministic=deterministic)
+            y = checkpoint_name(y, "projection")
             return constrain(y.reshape(*y.shape[:-1], cfg.num_heads, cfg.head_dim), "heads", "head_dim")
 
         q, k, v = heads("query"), heads("key"), heads("value")
@@ -126,7 +130,8 @@ class SelfAttention(nn.Module):
             cache = cache.append(layer, k, v)
             y = attend(q, cache.keys[layer].astype(q.dtype), cache.values[layer].astype(q.dtype), start=cache.length)
         y = constrain(y, "heads", "head_dim").reshape(*y.shape[:-2], cfg.d_model)
-        return cfg.projection("output", cfg.d_model, name="output")(y, deterministic=deterministic), cache
+        y = cfg.projection("output", cfg.d_model, name="output")(y, deterministic=deterministic)
+        return checkpoint_name(y, "projection"), cache
 
 
 class Block(nn.Module):

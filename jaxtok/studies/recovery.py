@@ -1,0 +1,200 @@
+"""Does a run survive being killed? `jaxtok recovery` kills one again and again and compares it with one left in peace.
+
+SIGKILL comes at random moments: while the program starts, between and in steps, and inside the writing of a checkpoint.
+Afterwards parameters, optimizer state, place in the data and logged numbers have to be the same, bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+import rich.progress
+from tyro.conf import Positional
+
+from jaxtok.configuration import load_config
+from jaxtok.training.checkpoints import Checkpoints, load, must_be_free
+from jaxtok.training.logs import read_metrics
+
+CLOCK = ("seconds_per_step", "tokens_per_second", "fraction_of_peak", "train_seconds")
+"""The logged numbers that depend on the time it took."""
+
+
+def recovery(
+    config: Positional[Path] = Path("configs/lm/recovery.py"),
+    kills: int = 50,
+    processes: int = 1,
+    workdir: Path = Path("runs/recovery"),
+    seed: int = 0,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Kills a run so many times, lets it end, and compares it with an undisturbed one.
+
+    Args:
+      config: of the run; it should log every step and save often.
+      kills: how many times; each time the run is started again.
+      processes: of the run. One of them is killed, and then the others, as a launcher does.
+      workdir: an empty place for both runs.
+      seed: of the moments.
+      quiet: no progress bar.
+
+    Raises:
+      ValueError: a run could not be started again, or ended differently; the message says in what.
+    """
+    must_be_free(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    total = load_config(config).total_steps
+    peace, war = workdir / "undisturbed", workdir / "killed"
+    console = rich.console.Console(stderr=True)
+    with rich.progress.Progress(console=console, disable=quiet or not console.is_terminal) as progress:
+        bar = progress.add_task("undisturbed run", total=kills)
+        _end(_Job(config, peace, processes))
+        moments = random.Random(seed)
+        killed: Counter = Counter()
+        for number in range(kills):
+            phase = moments.choice(["start", "step", "step", "checkpoint", "checkpoint"])
+            # Later and later in the run, so that all of it is visited and the last life is not the first step's.
+            target = int((number + moments.random()) / kills * (total - 4))
+            job = _Job(config, war, processes)
+            progress.update(bar, description=f"kill {number + 1} of {kills}, in a {phase}, at step {target}")
+            if job.kill_in(phase, target, moments):
+                killed[phase] += 1
+            else:
+                raise ValueError(f"the run ended before kill {number + 1}; give it more steps. {job.last_words()}")
+            progress.advance(bar)
+        progress.update(bar, description="the last life")
+        _end(_Job(config, war, processes))
+    differences = compare(peace, war)
+    if differences:
+        raise ValueError(f"the killed run ended differently in: {', '.join(differences)}; both are in {workdir}.")
+    return {
+        "kills": kills,
+        "processes": processes,
+        **{f"in a {phase}": n for phase, n in sorted(killed.items())},
+        "steps": total,
+        "lost": 0,
+        "same bits": "parameters, optimizer state, place in the data, logged numbers",
+    }
+
+
+def compare(one: Path, other: Path) -> list[str]:
+    """In what two finished runs differ."""
+    different = []
+    a, b = load(one), load(other)
+    if a.meta.step != b.meta.step:
+        different.append(f"steps ({a.meta.step} and {b.meta.step})")
+    for name, x, y in (("parameters", a.params, b.params), ("optimizer state", a.opt_state(), b.opt_state())):
+        same = jax.tree.structure(x) == jax.tree.structure(y) and jax.tree.all(jax.tree.map(_same_bits, x, y))
+        if not same:
+            different.append(name)
+    places = []
+    for run in (a, b):
+        with Checkpoints(run.directory) as checkpoints:
+            places.append(checkpoints.data(run.meta.step))
+    if places[0] != places[1]:
+        different.append("place in the data")
+    if numbers(one) != numbers(other):
+        different.append("logged numbers")
+    return different
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """What a run has logged, without what depends on the clock."""
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)]
+
+
+def _same_bits(x: Any, y: Any) -> bool:
+    x, y = np.asarray(x), np.asarray(y)
+    return x.shape == y.shape and x.dtype == y.dtype and x.tobytes() == y.tobytes()
+
+
+class _Job:
+    """A run in processes of its own."""
+
+    def __init__(self, config: Path, workdir: Path, processes: int):
+        self.workdir = workdir
+        self._log = (workdir.parent / f"{workdir.name}.log").open("ab")
+        command = [sys.executable, "-m", "jaxtok.cli", "train", str(config), "--workdir", str(workdir)]
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self._processes = []
+        for i in range(processes):
+            env = dict(os.environ)
+            if processes > 1:
+                env |= {
+                    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                    "JAX_NUM_PROCESSES": str(processes),
+                    "JAX_PROCESS_ID": str(i),
+                }
+            self._processes.append(subprocess.Popen(command, env=env, stdout=self._log, stderr=self._log))
+
+    def kill_in(self, phase: str, target: int, moments: random.Random) -> bool:
+        """Kills it in the phase; False if it ended before."""
+        if phase == "start":
+            end = time.monotonic() + moments.uniform(0.0, 8.0)
+            return self._kill(lambda: time.monotonic() >= end, 0.0, moments)
+        wait = moments.uniform(0.0, 0.1 if phase == "step" else 0.05)
+        if phase == "step":
+            return self._kill(lambda: self._step() >= target, wait, moments)
+        return self._kill(lambda: self._step() >= target and self._is_saving(), wait, moments)
+
+    def _kill(self, moment: Any, wait: float, moments: random.Random) -> bool:
+        while not moment():
+            if any(p.poll() is not None for p in self._processes):
+                self.end(0)
+                return False
+            time.sleep(0.001)
+        time.sleep(wait)
+        moments.choice(self._processes).send_signal(signal.SIGKILL)
+        time.sleep(moments.uniform(0.0, 0.2) if len(self._processes) > 1 else 0.0)
+        self.end(0)
+        return True
+
+    def _step(self) -> int:
+        """The newest step that was logged."""
+        try:
+            with (self.workdir / "metrics.jsonl").open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - 2000))
+                return json.loads(file.read().split(b"\n")[-2])["step"]
+        except (OSError, ValueError, IndexError):
+            return -1
+
+    def _is_saving(self) -> bool:
+        try:
+            return any("tmp" in name for name in os.listdir(self.workdir / "checkpoints"))
+        except OSError:
+            return False
+
+    def end(self, seconds: float) -> int:
+        """Waits so long, then kills what is left; the first exit code that is not 0."""
+        codes = []
+        for process in self._processes:
+            try:
+                codes.append(process.wait(seconds or None) if seconds else process.wait(0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                codes.append(process.wait())
+        self._log.close()
+        return next((code for code in codes if code), 0)
+
+    def last_words(self) -> str:
+        text = Path(self._log.name).read_text(errors="replace").strip().splitlines()
+        return "Its last lines: " + " / ".join(text[-3:])
+
+
+def _end(job: _Job) -> None:
+    if code := job.end(3600):
+        raise ValueError(f"the run ended with {code}. {job.last_words()}")
