@@ -61,6 +61,7 @@ def attention_reference(q: Array, k: Array, v: Array, segments: Array | None, *,
     """The definition. The backward pass computes the weights again: storing them takes longer than the products."""
     mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
     attention = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=causal)
+    q, k, v = (checkpoint_name(x, "attention") for x in (q, k, v))
     return checkpoint_name(jax.checkpoint(attention, prevent_cse=False)(q, k, v), "attention")
 
 
@@ -105,7 +106,8 @@ def _splash_local(q: Array, k: Array, v: Array, segments: Array | None, *, causa
         residual_checkpoint_name="attention",
     )
     ids = None if segments is None else splash.SegmentIds(segments, segments)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * head_dim**-0.5, k, v))
+    # What is kept for the backward pass is kept as the kernel takes it.
+    q, k, v = (checkpoint_name(jnp.swapaxes(x, 1, 2), "attention") for x in (q * head_dim**-0.5, k, v))
     in_axes = (0, 0, 0, None if ids is None else 0)
     return jnp.swapaxes(jax.vmap(kernel, in_axes=in_axes)(q, k, v, ids), 1, 2)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxtok.nn.axes import constrain
+from jaxtok.nn.axes import constrain, gather
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.norms import NORMS, Norm
 from jaxtok.nn.transformer import Stack, StackConfig
@@ -88,7 +88,8 @@ class Decoder(nn.Module):
 
     def embed(self, tokens, *, deterministic: bool = True) -> Float[Array, "batch length d_model"]:
         """The input embeddings."""
-        x = jnp.take(self.embedding.astype(self.config.dtype), tokens, axis=0)
+        table = gather(self.embedding.astype(self.config.dtype), "vocab", "d_model")
+        x = jnp.take(table, tokens, axis=0)
         return self.embedding_dropout(constrain(x, "d_model"), deterministic)
 
     def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
@@ -108,7 +109,7 @@ class Decoder(nn.Module):
 
     def head(self, x) -> Float[Array, "batch length vocab"]:
         """Logits in float32, from hidden states behind the final norm."""
-        matrix = self.head_matrix.astype(x.dtype)
+        matrix = gather(self.head_matrix.astype(x.dtype), "vocab", "d_model")
         logits = jnp.einsum("bld,vd->blv", x, matrix, preferred_element_type=jnp.float32)
         return constrain(logits, "vocab")
 

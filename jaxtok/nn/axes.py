@@ -31,6 +31,15 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, rules, mesh.shape, "an activation"))
 
 
+def gather(x: jax.Array, *axes: str | None) -> jax.Array:
+    """A parameter as activations meet it: whole along the mesh axes that divide the batch, else as its names say."""
+    rules = nn.get_logical_axis_rules()
+    if not rules:
+        return x
+    taken = nn.logical_to_mesh_axes(("batch", *axes), rules)[1:]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*taken))
+
+
 def partition_spec(
     names: Sequence[str | None], shape: Sequence[int], rules: Rules, mesh: Mapping[str, int], what: str
 ) -> PartitionSpec:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxtok.nn.axes import constrain
+from jaxtok.nn.axes import constrain, gather
 from jaxtok.nn.transformer import StackConfig
 
 
@@ -28,9 +28,8 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch features"]:
         def param(name, init, shape, axes):
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype).astype(
-                self.dtype
-            )
+            value = self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype)
+            return gather(value.astype(self.dtype), *axes)
 
         y = x.astype(self.dtype) @ param("kernel", self.kernel_init, (x.shape[-1], self.features), self.axes)
         if self.use_bias:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from jaxtok.nn.axes import constrain
+from jaxtok.nn.axes import constrain, gather
 from jaxtok.nn.transformer import StackConfig
 
 NORMALIZATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax", "gelu", "l2_norm", "gelu_layer_norm")
@@ -76,6 +76,52 @@ def normalize_scores(
             raise ValueError(f"normalization {kind!r} is unknown; it can be {', '.join(NORMALIZATIONS)}.")
 
 
+def attention_weights(
+    scores: Float[Array, "*batch param_tokens"], *, kind: str, norm_tokens: int, eps: float, tanh_gelu: bool, dtype: Any
+) -> Float[Array, "*batch param_tokens"]:
+    """`normalize_scores` in `dtype`. The backward pass keeps the scores, and nothing of what is behind them."""
+    if kind == "l2_norm_gelu":
+        return _l2_norm_gelu(scores, math.sqrt(norm_tokens or scores.shape[-1]), eps, tanh_gelu, dtype)
+
+    def theta(scores):
+        weights = normalize_scores(scores, kind, norm_tokens=norm_tokens, eps=eps, tanh_gelu=tanh_gelu)
+        return weights.astype(dtype)
+
+    return jax.checkpoint(theta, prevent_cse=False)(scores)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def _l2_norm_gelu(scores: Array, tau: float, eps: float, tanh_gelu: bool, dtype: Any) -> Array:
+    """GELU(s) with s = tau A / (|A| + eps)."""
+    return _l2_norm_gelu_forward(scores, tau, eps, tanh_gelu, dtype)[0]
+
+
+def _l2_norm_gelu_forward(scores, tau, eps, tanh_gelu, dtype):
+    square = jnp.sum(jnp.square(scores), -1, keepdims=True)
+    some = square > 0  # else the weights and the gradient are 0
+    norm = jnp.sqrt(jnp.where(some, square, 1.0))
+    factor = jnp.where(some, tau / (norm + eps), 0.0)
+    return jax.nn.gelu(scores * factor, approximate=tanh_gelu).astype(dtype), (scores, norm, factor)
+
+
+def _l2_norm_gelu_backward(tau, eps, tanh_gelu, dtype, kept, gradient):
+    """With u the gradient of s, dA = tau u / (|A| + eps) - s (s . u) / (tau |A|).
+
+    GELU' costs more than the rest together. It is computed once, for u, which is written to memory: else TPUs compute
+    it again in each of the three products that u takes part in.
+    """
+    scores, norm, factor = kept
+    s = scores * factor
+    slope = jax.jvp(lambda x: jax.nn.gelu(x, approximate=tanh_gelu), (s,), (jnp.ones_like(s),))[1]
+    u = gradient.astype(jnp.float32) * slope
+    dot = jnp.sum(s * u, -1, keepdims=True)
+    u, dot = jax.lax.optimization_barrier((u.astype(dtype), dot))
+    return (factor * u.astype(jnp.float32) - s * jnp.where(factor > 0, dot / (tau * norm), 0.0),)
+
+
+_l2_norm_gelu.defvjp(_l2_norm_gelu_forward, _l2_norm_gelu_backward)
+
+
 class ParameterAttention(nn.Module):
     """Y = Theta(c X K^T) V, for X [..., d_in], K [param_tokens, d_in] and V [param_tokens, features].
 
@@ -109,24 +155,24 @@ class ParameterAttention(nn.Module):
         keys = self.param("keys", key_init, shape, self.param_dtype)
         values = self.param("values", value_init, (self.num_tokens, self.features), self.param_dtype)
 
+        keys, values = (gather(p.astype(self.dtype), "param_tokens", None) for p in (keys, values))
         x = x.astype(self.dtype)
-        scores = jnp.einsum("...d,nd->...n", x, keys.astype(self.dtype), preferred_element_type=jnp.float32)
+        scores = jnp.einsum("...d,nd->...n", x, keys, preferred_element_type=jnp.float32)
         scores = constrain(scores, "param_tokens")
         if self.scale != 1.0:
             scores = scores * self.scale
         if mask is not None:
             scores = scores * mask
-        theta = functools.partial(
-            normalize_scores,
+        weights = attention_weights(
+            scores,
             kind=self.normalization,
             norm_tokens=self.norm_tokens,
             eps=self.eps,
             tanh_gelu=self.tanh_gelu,
+            dtype=self.dtype,
         )
-        # The backward pass keeps the scores and the weights, and nothing of what is between them.
-        weights = jax.checkpoint(theta, prevent_cse=False)(scores)
         weights = nn.Dropout(self.dropout)(weights, deterministic)
-        return jnp.einsum("...n,nd->...d", weights.astype(self.dtype), values.astype(self.dtype))
+        return jnp.einsum("...n,nd->...d", weights, values)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

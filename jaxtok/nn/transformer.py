@@ -117,7 +117,6 @@ class SelfAttention(nn.Module):
 
         def heads(group):
             y = cfg.projection(group, cfg.d_model, name=group)(x, deterministic=deterministic)
-            y = checkpoint_name(y, "projection")
             return constrain(y.reshape(*y.shape[:-1], cfg.num_heads, cfg.head_dim), "heads", "head_dim")
 
         q, k, v = heads("query"), heads("key"), heads("value")

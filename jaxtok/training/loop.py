@@ -221,6 +221,14 @@ def grow_on(
     layout: Layout, task: Any, growth: Growth, params: Any, opt_state: Any, rng: jax.Array, experiment: Experiment
 ) -> tuple[Any, Any, Any]:
     """Task, parameters and optimizer state (fresh, if None is given) behind a growth; all arrays stay on their mesh."""
+    grown, compiled = compile_growth(layout, task, growth, params, opt_state, rng, experiment)
+    return grown, *compiled(params, opt_state)
+
+
+def compile_growth(
+    layout: Layout, task: Any, growth: Growth, params: Any, opt_state: Any, rng: jax.Array, experiment: Experiment
+) -> tuple[Any, Any]:
+    """The task behind a growth, and the compiled program for its arrays."""
     optimizer = make_optimizer(experiment.train.optimizer)
     seed = np.asarray(jax.random.key_data(rng))
     tasks = []
@@ -235,7 +243,7 @@ def grow_on(
     abstract = abstract_params(grown, experiment.data, layout)
     out = _shardings((abstract, abstract_opt_state(optimizer, abstract, layout)))
     with layout.active():
-        return grown, *jax.jit(grow, out_shardings=out)(params, opt_state)
+        return grown, jax.jit(grow, out_shardings=out).lower(params, opt_state).compile()
 
 
 @functools.lru_cache(maxsize=16)
