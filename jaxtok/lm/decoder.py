@@ -54,7 +54,8 @@ class Decoder(nn.Module):
 
         def matrix(name):
             init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), ("vocab", "d_model"))
-            return self.param(name, init, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+            value = self.param(name, init, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+            return gather(value.astype(cfg.dtype), "vocab", "d_model")
 
         self.embedding = matrix("embedding")
         self.stack = Stack(cfg)
@@ -88,8 +89,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens, *, deterministic: bool = True) -> Float[Array, "batch length d_model"]:
         """The input embeddings."""
-        table = gather(self.embedding.astype(self.config.dtype), "vocab", "d_model")
-        x = jnp.take(table, tokens, axis=0)
+        x = jnp.take(self.embedding, tokens, axis=0)
         return self.embedding_dropout(constrain(x, "d_model"), deterministic)
 
     def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
@@ -109,8 +109,7 @@ class Decoder(nn.Module):
 
     def head(self, x) -> Float[Array, "batch length vocab"]:
         """Logits in float32, from hidden states behind the final norm."""
-        matrix = gather(self.head_matrix.astype(x.dtype), "vocab", "d_model")
-        logits = jnp.einsum("bld,vd->blv", x, matrix, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bld,vd->blv", x, self.head_matrix, preferred_element_type=jnp.float32)
         return constrain(logits, "vocab")
 
     def init_cache(self, batch: int, length: int) -> KVCache:

@@ -50,7 +50,7 @@ def partition_spec(
     """
     spec = nn.logical_to_mesh_axes(tuple(names), rules)
     for name, size, place in zip(names, shape, spec):
-        places = (place,) if isinstance(place, str) else place or ()
+        places = [axis for axis in ((place,) if isinstance(place, str) else place or ()) if mesh[axis] > 1]
         parts = math.prod(mesh[axis] for axis in places)
         if size % parts:
             raise ValueError(

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -261,7 +262,8 @@ def _disk_error(error: Exception) -> OSError:
 def abstract_params(task: Any, data: Any, layout: Layout | None = None) -> Any:
     """Shapes, dtypes and shardings of a task's parameters, without making them; by default on one device."""
     layout = layout or one_device()
-    boxed = jax.eval_shape(lambda: task.init(jax.random.key(0), example_batch(data)))
+    with nn.logical_axis_rules(()):  # lest a mesh that does not divide be found in an activation first
+        boxed = jax.eval_shape(lambda: task.init(jax.random.key(0), example_batch(data)))
     return with_shardings(unboxed(boxed), layout.params(boxed))
 
 

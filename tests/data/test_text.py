@@ -170,23 +170,43 @@ def test_seed_and_window_set_the_order(data):
     assert any((a["tokens"] != b["tokens"]).any() for a, b in zip(first, unshuffled))
 
 
-def test_processes_share_the_training_documents(data):
-    text = data(shuffle_window=1)
+def test_streams_have_documents_of_their_own(data):
+    text = data(shuffle_window=1, streams=2)
     train = [t.encode() for t in open_corpus(text.corpus)]
-    shares = []
-    for index in range(2):
-        batches = take(text.train_batches(process_index=index, process_count=2), 150)
+    for stream, rows in enumerate((range(0, 2), range(2, 4))):
+        batches = take(text.train_batches(rows), 150)
         assert batches[0]["tokens"].shape == (2, 16)
-        share = train[index::2]
+        share = train[stream::2]
         assert sorted(documents_of(batches, load_tokenizer("bytes"))[: len(share)]) == sorted(share)
-        shares.append(share)
-    assert sorted(itertools.chain(*shares)) == sorted(train)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+@pytest.mark.parametrize("parts", [[range(0, 2), range(2, 4)], [range(i, i + 1) for i in range(4)], [range(1, 3)]])
+def test_rows_are_the_same_however_they_are_divided(data, streams, parts):
+    text = data(streams=streams)
+    whole = take(text.train_batches(), 12)
+    for rows in parts:
+        wanted = [{name: array[rows.start : rows.stop] for name, array in batch.items()} for batch in whole]
+        assert_equal(take(text.train_batches(rows), 12), wanted)
+
+
+def test_a_state_of_all_streams_resumes_those_that_are_needed(data):
+    text = data(streams=4)
+    running = text.train_batches()
+    for _ in range(5):
+        next(running)
+    state = json.loads(json.dumps(running.get_state()))
+    assert sorted(state) == ["0", "1", "2", "3"]
+    following = take(running, 3)
+    resumed = text.train_batches(range(1, 3))
+    resumed.set_state(state)
+    assert_equal(take(resumed, 3), [{name: array[1:3] for name, array in batch.items()} for batch in following])
 
 
 def test_processes_share_the_rows_of_an_evaluation(data):
     text = data()
     alone = list(text.eval_batches("train"))
-    parts = [list(text.eval_batches("train", process_index=index, process_count=4)) for index in range(4)]
+    parts = [list(text.eval_batches("train", range(i, i + 1))) for i in range(4)]
     together = [{name: np.concatenate([part[name] for part in batch]) for name in batch[0]} for batch in zip(*parts)]
     assert all(len(part) == len(alone) for part in parts)
     assert_equal(together, alone)
@@ -219,11 +239,9 @@ def test_errors_say_what_to_change(data, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             data(**options)
-    with pytest.raises(ValueError, match="batch_size=4 does not divide among 3 processes"):
-        data().train_batches(process_count=3)
-    with pytest.raises(ValueError, match="process_index=2: choose 0 to"):
-        data().eval_batches(process_index=2, process_count=2)
-    with pytest.raises(ValueError, match="fewer documents"):
-        data(batch_size=128).train_batches(process_count=128)
+    with pytest.raises(ValueError, match="streams=3 does not divide batch_size=4"):
+        data(streams=3)
+    with pytest.raises(ValueError, match=r"fewer documents .* than data.streams = 128"):
+        data(batch_size=128, streams=128).train_batches()
     with pytest.raises(FileNotFoundError, match="missing"):
         data(tokenizer=str(tmp_path / "missing")).train_batches()

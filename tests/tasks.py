@@ -1,0 +1,100 @@
+"""Every Task in a tiny size that eight devices divide. Registered here, it is tested on every mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxtok.data.text import TextData
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
+from jaxtok.lm.transformer import matched_transformer
+from jaxtok.training.experiment import Experiment
+from jaxtok.vision.classification import ImageClassification
+from jaxtok.vision.vit import TokenFormerViTConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    task: Any
+    data: Any
+    batch: dict[str, np.ndarray]
+    unfit: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Meshes that it does not fit, with the reason."""
+
+    @property
+    def experiment(self) -> Experiment:
+        return Experiment(task=self.task, data=self.data)
+
+
+TOKENFORMER = TokenFormerConfig(
+    num_layers=2,
+    d_model=16,
+    num_heads=8,
+    rotary_fraction=1.0,
+    tokens=uniform_counts(16, 32),
+    vocab_size=64,
+    max_length=32,
+)
+
+
+def text(model) -> Case:
+    """Two documents in most rows, and padding at the end of some."""
+    data = TextData(length=16, batch_size=8)
+    rng = np.random.default_rng(0)
+    shape = (data.batch_size, data.length)
+    ends = rng.integers(3, 20, (data.batch_size, 1))
+    place = np.broadcast_to(np.arange(data.length), shape)
+    segments = np.where(place < ends, 1, 2) * (place < ends + 10)
+    batch = {
+        "tokens": rng.integers(0, model.vocab_size, shape),
+        "targets": rng.integers(0, model.vocab_size, shape),
+        "positions": np.where(place < ends, place, place - ends),
+        "segments": segments,
+        "mask": segments > 0,
+        "bytes": np.ones(shape),
+    }
+    return Case(
+        LanguageModeling(model=model),
+        data,
+        {name: batch[name].astype(dtype) for name, (_, dtype) in data.batch_spec().items()},
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Stands for an image data set: the shapes of its batches."""
+
+    batch_size: int
+    size: int
+
+    def batch_spec(self):
+        return {
+            "images": ((self.batch_size, self.size, self.size, 3), np.float32),
+            "labels": ((self.batch_size,), np.int32),
+            "mask": ((self.batch_size,), np.float32),
+        }
+
+
+def images() -> Case:
+    model = TokenFormerViTConfig(
+        image_size=8, patch_size=4, num_classes=4, num_layers=2, d_model=16, num_heads=8, tokens=uniform_counts(16, 32)
+    )
+    rng = np.random.default_rng(0)
+    batch = {
+        "images": rng.normal(size=(8, 8, 8, 3)).astype(np.float32),
+        "labels": rng.integers(0, 4, 8).astype(np.int32),
+        "mask": np.ones(8, np.float32),
+    }
+    return Case(
+        ImageClassification(model=model), Images(8, 8), batch, {"sequence": "an image is 4 patches and a token"}
+    )
+
+
+TASKS = {
+    "tokenformer": lambda: text(TOKENFORMER),
+    "transformer": lambda: text(matched_transformer(TOKENFORMER)),
+    "tokenformer_vit": images,
+}

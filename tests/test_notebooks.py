@@ -1,0 +1,81 @@
+"""The notebooks in colab/: kept without outputs, and every cell runs at a tiny setting."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
+FIGURES = {"sharding_on_eight_devices": 5, "train_and_grow": 4}
+SAYS = {  # parts of what must have been printed
+    "sharding_on_eight_devices": ["8 devices", "all-reduce of f32[8, 16]\n", "all-reduce of f32[8, 16, 32]\n"],
+    "train_and_grow": ["bits per byte on validation files", "random keys (the released recipe)", "def "],
+}
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def path(request) -> Path:
+    return request.param
+
+
+@pytest.fixture
+def kernel(tmp_path, monkeypatch) -> str:
+    """The name of a kernel that is this Python, with jaxtok from this checkout and the notebooks' tiny setting."""
+    spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "language": "python"}
+    folder = tmp_path / "jupyter" / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text(json.dumps(spec | {"display_name": "this Python"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))  # comes before all other places of kernels
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setenv("JAXTOK_NOTEBOOK_TINY", "1")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles faster
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # plots go into the notebook
+    return "python3"
+
+
+def test_there_are_notebooks():
+    assert {path.stem for path in NOTEBOOKS} == FIGURES.keys() == SAYS.keys()
+
+
+def test_is_stripped(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None, cell.source
+
+
+def test_badge_opens_this_notebook(path):
+    first = nbformat.read(path, as_version=4).cells[0].source
+    image = "https://colab.research.google.com/assets/colab-badge.svg"
+    target = f"https://colab.research.google.com/github/jaxtok/jaxtok/blob/main/colab/{path.name}"
+    assert f"[![Open In Colab]({image})]({target})" in first
+
+
+def test_runs(path, kernel, tmp_path):
+    work = tmp_path / "work"
+    work.mkdir()
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(work)}}
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name=kernel, resources=resources).execute()
+
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [output for output in outputs if output.output_type == "error"]
+    figures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(figures) == FIGURES[path.stem]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    for part in SAYS[path.stem]:
+        assert part in printed
+    assert list(work.glob("runs/*/*/metrics.jsonl"))

@@ -1,0 +1,248 @@
+"""Meshes: rules, errors, and that a Task on eight devices does what it does on one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+from tasks import TASKS
+
+from jaxtok.lm.growth import Growth
+from jaxtok.lm.tokenformer import uniform_counts
+from jaxtok.training.compiled import read_program
+from jaxtok.training.experiment import TrainConfig
+from jaxtok.training.loop import compile_growth, initial_state, make_train_step, train
+from jaxtok.training.mesh import AxisRules, MeshConfig, make_layout, one_device
+
+MESHES = {
+    "data 8": MeshConfig(data=8),
+    "fsdp 8": MeshConfig(data=1, fsdp=8),
+    "tensor 8": MeshConfig(data=1, tensor=8),
+    "2 x 2 x 2": MeshConfig(data=2, fsdp=2, tensor=2),
+    "sequence": MeshConfig(data=2, sequence=2, tensor=2),
+}
+
+needs_eight = pytest.mark.skipif(
+    jax.device_count() < 8, reason="needs eight devices (tests/conftest.py simulates them)"
+)
+
+
+def steps(case, layout, count=2):
+    """The state and the numbers of each step, from one batch of random inputs."""
+    config, size = TrainConfig(), case.data.batch_size
+    state = initial_state(case.task, config, case.data, layout)
+    step = make_train_step(case.task, config, 10, case.data, layout)
+    batch = layout.put(case.batch, range(size), size)
+    numbers = []
+    with layout.active():
+        for _ in range(count):
+            state, metrics = step(state, batch)
+            numbers.append(jax.device_get(metrics))
+    return state, numbers
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    """What each task does there, computed once."""
+    cache = {}
+
+    def run(name):
+        if name not in cache:
+            cache[name] = steps(TASKS[name](), one_device())
+        return cache[name]
+
+    return run
+
+
+@needs_eight
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_the_same_on_every_mesh(name, mesh, on_one_device):
+    """Loss, gradient norm, and the parameters behind two updates. (One learns nothing: its rate is 0.)"""
+    case = TASKS[name]()
+    if reason := case.unfit.get(mesh):
+        pytest.skip(reason)
+    layout = make_layout(MESHES[mesh])
+    state, numbers = steps(case, layout)
+    alone, expected = on_one_device(name)
+    for ours, theirs in zip(numbers, expected):
+        for key in theirs:
+            np.testing.assert_allclose(ours[key], theirs[key], rtol=2e-5, atol=1e-7, err_msg=key)
+    moments = lambda s: jax.tree.leaves(s.opt_state)  # noqa: E731
+    for ours, theirs in zip(moments(state), moments(alone)):  # the first is the gradient but for a factor
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(np.abs(theirs).max(), 1e-12))
+    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params)):
+        assert len(ours.sharding.device_set) == 8
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def started(case, layout):
+    """A state whose moments are not zero."""
+    state = initial_state(case.task, TrainConfig(), case.data, layout)
+    count = iter(range(1000))
+    moments = jax.tree.map(lambda x: x + next(count) * jnp.ones_like(x), state.opt_state)
+    return state.replace(opt_state=moments)
+
+
+@needs_eight
+@pytest.mark.parametrize("mesh", MESHES)
+def test_growth_happens_where_the_parameters_are(mesh):
+    """Sharded before and after, equal to growth on one device, and no device gets a whole parameter on the way."""
+    case, results = TASKS["tokenformer"](), []
+    growth = Growth(to=uniform_counts(32, 64), init="random", optimizer="keep")
+    rng = jax.random.key(3)
+    for layout in (one_device(), make_layout(MESHES[mesh])):
+        state = started(case, layout)
+        task, program = compile_growth(layout, case.task, growth, state.params, state.opt_state, rng, case.experiment)
+        results.append((task, program(state.params, state.opt_state)))
+    (alone, expected), (task, grown) = results
+    assert task == alone
+    for ours, theirs in zip(jax.tree.leaves(grown), jax.tree.leaves(expected)):
+        np.testing.assert_array_equal(ours, theirs)
+        assert len(ours.sharding.device_set) == 8
+    keys = grown[0]["stack"]["blocks"]["ffn"]["keys"]
+    assert keys.shape == (2, 64, 16) and keys.sharding == layout.sharding(("layers", "param_tokens", None), keys.shape)
+    # Rows that move to a neighbour are exchanged; nothing is gathered.
+    kinds = {collective.kind for collective in read_program(program.as_text()).collectives}
+    assert kinds <= {"all-to-all", "collective-permute"}
+
+
+@needs_eight
+def test_a_run_goes_on_on_another_mesh(short, tmp_path):
+    short = dataclasses.replace(short, data=dataclasses.replace(short.data, batch_size=8))
+    alone = dataclasses.replace(short, mesh=MeshConfig(data=8), workdir=str(tmp_path / "alone"))
+    whole = train(alone, quiet=True)
+    first = dataclasses.replace(short, mesh=MeshConfig(data=4, fsdp=2))
+    with pytest.MonkeyPatch.context() as patch:
+        from jaxtok.training import loop
+
+        original = loop.make_train_step
+
+        def dying(*args):
+            inner = original(*args)
+
+            def train_step(state, batch):
+                if int(state.step) == 4:
+                    raise KeyboardInterrupt
+                return inner(state, batch)
+
+            return train_step
+
+        patch.setattr(loop, "make_train_step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            train(first, quiet=True)
+    rest = train(dataclasses.replace(short, mesh=MeshConfig(data=1, fsdp=4, tensor=2)), quiet=True)
+    assert rest.step == 6
+    for ours, theirs in zip(jax.tree.leaves(rest.params), jax.tree.leaves(whole.params)):
+        np.testing.assert_allclose(ours, theirs, atol=2e-4)
+    assert rest.metrics["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-4)
+
+
+@needs_eight
+def test_collectives_of_a_tensor_mesh():
+    """The normalisation needs one number a row, the output one sum; heads and vocabulary the rest."""
+    case = TASKS["tokenformer"]()
+    layout = make_layout(MESHES["tensor 8"])
+    rows, length, width = case.data.batch_size, case.data.length, case.task.model.d_model
+    found = collectives(case, layout)
+    row, hidden = rows * length * 4, rows * length * width * 4  # bytes: a number a token, a vector a token
+    blocks = [c for c in found if c.times == case.task.model.num_layers]
+    other = [c for c in found if c.times == 1]
+    assert len(blocks) + len(other) == len(found)
+    # Of five parameter attentions: forward, a norm and an output; backward, a number for the norm's gradient and
+    # the gradient of the input. (XLA joins sums that are ready together, so bytes are counted.)
+    sums = [c for c in blocks if c.kind == "all-reduce"]
+    assert sum(c.bytes for c in sums) == 10 * row + 10 * hidden, [(c.kind, c.bytes, c.source) for c in sums]
+    # The heads are gathered in front of `output`, there again in the backward pass, and for the gradients of q, k, v.
+    gathers = [c for c in blocks if c.kind == "all-gather"]
+    assert sum(c.bytes for c in gathers) == 5 * hidden, [(c.kind, c.bytes, c.source) for c in gathers]
+    assert {c.kind for c in blocks} == {"all-reduce", "all-gather"}
+    assert {c.kind for c in other} == {"all-reduce"}
+    assert max(c.bytes for c in other) <= hidden
+
+
+@needs_eight
+def test_collectives_of_an_fsdp_mesh_are_gathers_of_parameters_and_sums_of_gradients():
+    case = TASKS["tokenformer"]()
+    found = collectives(case, make_layout(MESHES["fsdp 8"]))
+    params = jax.tree.leaves(initial_state(case.task, TrainConfig(), case.data, one_device()).params)
+    sizes = {leaf.nbytes // (leaf.shape[0] if leaf.ndim == 3 else 1) for leaf in params}
+    for c in found:
+        if c.kind == "all-gather":
+            assert c.bytes in sizes, c
+    assert {c.kind for c in found} == {"all-gather", "all-reduce"}
+    gathered = sum(c.bytes * c.times for c in found if c.kind == "all-gather")
+    assert gathered == sum(leaf.nbytes for leaf in params if leaf.ndim > 1)  # each once: kept for the backward pass
+    sums = sum(c.bytes * c.times for c in found if c.kind == "all-reduce")
+    assert sums < 1.1 * (sum(leaf.nbytes for leaf in params) + params[0].nbytes), sums
+
+
+@needs_eight
+def test_collectives_of_a_data_mesh_are_sums_of_gradients():
+    case = TASKS["tokenformer"]()
+    found = collectives(case, make_layout(MESHES["data 8"]))
+    assert {c.kind for c in found} == {"all-reduce"}
+    params = initial_state(case.task, TrainConfig(), case.data, one_device()).params
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) + params["embedding"].nbytes  # that of each of its uses
+    assert size <= sum(c.bytes * c.times for c in found) <= size + 64
+
+
+def collectives(case, layout):
+    size = case.data.batch_size
+    state = initial_state(case.task, TrainConfig(), case.data, layout)
+    batch = layout.put(case.batch, range(size), size)
+    with layout.active():
+        step = make_train_step(case.task, TrainConfig(), 10, case.data, layout)
+        return read_program(step.lower(state, batch).compile().as_text()).collectives
+
+
+@needs_eight
+def test_what_a_mesh_does_not_divide_is_named(short):
+    def on(batch_size=8, model=(), **mesh):
+        task = dataclasses.replace(short.task, model=dataclasses.replace(short.task.model, **dict(model)))
+        data = dataclasses.replace(short.data, batch_size=batch_size)
+        return train(dataclasses.replace(short, task=task, data=data, mesh=MeshConfig(**mesh)), quiet=True)
+
+    with pytest.raises(ValueError, match=r"axis batch of the batch.* has size 6, which mesh axes data = 8.*tensor 1"):
+        on(batch_size=6)
+    with pytest.raises(ValueError, match=r"axis param_tokens of .*ffn/keys has size 20.* tensor = 8"):
+        on(data=1, tensor=8, model={"num_heads": 8, "rotary_fraction": 1.0, "tokens": uniform_counts(8, 20)})
+    with pytest.raises(ValueError, match=r"axis heads of an activation has size 2, which mesh axes tensor = 8"):
+        on(data=1, tensor=8, model={"tokens": uniform_counts(8, 16)})
+    with pytest.raises(ValueError, match=r"mesh \(data 3, fsdp 1.*does not fit 8 devices"):
+        on(data=3)
+
+
+def test_meshes_and_rules_that_cannot_be():
+    with pytest.raises(ValueError, match=r"mesh\.tensor is 0"):
+        MeshConfig(tensor=0)
+    with pytest.raises(ValueError, match="two mesh axes are -1"):
+        MeshConfig(fsdp=-1)
+    with pytest.raises(ValueError, match=r"rules\.mlp names 'model'"):
+        AxisRules(mlp=("model",))
+    with pytest.raises(ValueError, match=r"rules\.vocab names a mesh axis twice"):
+        AxisRules(vocab=("tensor", "tensor"))
+    assert MeshConfig(data=-1, tensor=4).shape(8) == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 4}
+
+
+@needs_eight
+def test_rules_are_chosen_in_the_config():
+    """With `heads` whole, attention is computed on each device, and only sums are left between them."""
+    rules = AxisRules(heads=())
+    layout = make_layout(dataclasses.replace(MESHES["tensor 8"], rules=rules))
+    assert layout.sharding(("batch", "length", "heads", None), (8, 8, 8, 2)).spec == P(
+        ("data", "fsdp"), ("sequence",), None, None
+    )
+    found = collectives(TASKS["tokenformer"](), layout)
+    assert {c.kind for c in found} == {"all-reduce"}
+
+
+def test_rows_of_a_process_and_their_place():
+    layout = one_device()
+    assert layout.rows(6) == range(6)
+    batch = {"tokens": np.arange(12).reshape(6, 2)}
+    np.testing.assert_array_equal(layout.put(batch, range(6), 6)["tokens"], batch["tokens"])

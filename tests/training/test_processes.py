@@ -1,0 +1,170 @@
+"""Several real processes under jax.distributed, started by tpu_scripts/local.sh as a user would start them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtok.training import distributed
+from jaxtok.training.checkpoints import load, write_config
+from jaxtok.training.experiment import resolve
+from jaxtok.training.logs import read_metrics
+from jaxtok.training.loop import train
+from jaxtok.training.mesh import MeshConfig
+
+LOCAL = Path(__file__).parents[2] / "tpu_scripts" / "local.sh"
+
+
+def start(processes, experiment, *options):
+    """Starts `jaxtok train` in so many processes, with the config read from the run's folder."""
+    write_config(Path(experiment.workdir), resolve(experiment))
+    env = os.environ | {
+        "JAXTOK": f"{sys.executable} -m jaxtok.cli",
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "PYTHONPATH": os.pathsep.join([str(LOCAL.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    command = [str(LOCAL), *options, str(processes), "train", experiment.workdir]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(job, code=0):
+    output, _ = job.communicate(timeout=400)
+    assert job.returncode == code, output
+    return output
+
+
+def losses(directory):
+    return {(row["step"], row["split"]): row["loss"] for row in read_metrics(directory)}
+
+
+def assert_same(run, reference):
+    """The losses of all steps, and the parameters at the end."""
+    ours, theirs = losses(run), losses(reference)
+    assert ours.keys() == theirs.keys()
+    for key, loss in theirs.items():
+        assert ours[key] == pytest.approx(loss, rel=1e-5), key
+    for a, b in zip(jax.tree.leaves(load(run).params), jax.tree.leaves(load(reference).params)):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_path):
+    """With a growth, on three meshes, and with a preemption of one process of two."""
+    model = dataclasses.replace(experiment.task.model, num_heads=4)
+    experiment = dataclasses.replace(
+        experiment,
+        task=dataclasses.replace(experiment.task, model=model),
+        data=dataclasses.replace(experiment.data, batch_size=8, streams=4),
+        mesh=MeshConfig(data=1),
+        workdir=str(tmp_path / "one"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *args, devices=jax.devices(): devices[:1])
+        alone = train(experiment, quiet=True).directory
+
+    def on(name, **mesh):
+        return dataclasses.replace(experiment, mesh=MeshConfig(**mesh), workdir=str(tmp_path / name))
+
+    four = on("four", data=1, fsdp=2, tensor=2)
+    finish(start(4, four))
+    assert_same(four.workdir, alone)
+    processes = [part.name for part in Path(four.workdir, "checkpoints", "10", "params").glob("ocdbt.process_*")]
+    assert len(processes) >= 2, "each process writes what it holds"
+
+    def resumed(name, **mesh):
+        """What four processes saved up to step 4, in front of the growth."""
+        run = on(name, **mesh)
+        shutil.copytree(four.workdir, run.workdir)
+        for step in Path(run.workdir, "checkpoints").iterdir():
+            if int(step.name) > 4:
+                shutil.rmtree(step)
+        return run
+
+    two = resumed("two", data=2)
+    job = start(2, two, "--restarts", "1")
+    preempt_one(job, two.workdir)
+    output = finish(job)
+    assert "interrupted: saved step" in output and "resuming" in output
+    assert_same(two.workdir, alone)
+
+    one = resumed("rest", data=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda *args, devices=jax.devices(): devices[:1])
+        train(one, quiet=True)
+    assert_same(one.workdir, alone)
+
+
+def preempt_one(job, workdir):
+    """SIGTERM to the second process, as soon as a step was made."""
+    path = Path(workdir, "metrics.jsonl")
+    before = path.read_text()
+    deadline = time.monotonic() + 200
+    while not (path.exists() and path.read_text() != before and '"step": 5,' in path.read_text()):
+        assert job.poll() is None, job.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True).stdout.split()
+    for child in map(int, children):
+        environ = Path(f"/proc/{child}/environ").read_bytes()
+        if b"JAX_PROCESS_ID=1\0" in environ:
+            os.kill(child, signal.SIGTERM)
+            return
+    raise AssertionError(f"process 1 is not among {children}")
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """The arguments with which JAX was told to join the others."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "JAX_COORDINATOR", "JAX_NUM_PROC", "JAX_PROCESS", "TPU_WORKER", "MEGASCALE")):
+            monkeypatch.delenv(name)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("environment", "arguments", "expected"),
+    [
+        ({}, {}, None),
+        ({}, {"coordinator": "a:1", "num_processes": 2, "process_id": 1}, ("a:1", 2, 1)),
+        ({"JAX_COORDINATOR_ADDRESS": "b:2", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "0"}, {}, ("b:2", 4, 0)),
+        ({"SLURM_STEP_NUM_TASKS": "16", "SLURM_PROCID": "3"}, {}, ()),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, {}, None),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}, {"coordinator": "c:3"}, ("c:3", 2, 1)),
+        ({"TPU_WORKER_HOSTNAMES": "h0,h1"}, {}, ()),
+        ({"TPU_WORKER_HOSTNAMES": "h0"}, {}, None),
+        ({"MEGASCALE_COORDINATOR_ADDRESS": "d"}, {}, ()),
+        ({}, {"detect": True}, ()),
+    ],
+)
+def test_processes_find_each_other(joined, monkeypatch, environment, arguments, expected):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.initialize(**arguments) == (expected is not None)
+    assert joined == ([] if expected is None else [expected])
+
+
+def test_a_coordinator_alone_is_not_enough(joined):
+    with pytest.raises(ValueError, match="num-processes and --process-id"):
+        distributed.initialize("a:1")
+    with pytest.raises(ValueError, match="process-id is 2"):
+        distributed.initialize("a:1", 2, 2)
+    assert not joined
+
+
+def test_one_process_agrees_with_itself():
+    distributed.barrier("here")
+    assert distributed.is_main() and distributed.gather({"a": 1}) == [{"a": 1}]
+    assert json.dumps(distributed.gather("")) == '[""]'
