@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -120,6 +121,7 @@ def plan(
       ValueError: the topology is unknown, the mesh does not fit it, or libtpu is not installed.
     """
     devices = topology_devices(topology)
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot keep programs for devices that are not there
     experiment = experiment if getattr(_model(experiment), "vocab_size", 1) else resolve(experiment)
     console = rich.console.Console(quiet=quiet, soft_wrap=True)
     cases = list(variants(experiment, len(devices))) if sweep else [experiment]
@@ -169,6 +171,7 @@ def topology_devices(topology: str) -> list[Any]:
     for name, value in {
         "TPU_ACCELERATOR_TYPE": "v5e-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU here, so several plans can be made at once
         "TPU_STDERR_LOG_LEVEL": "3",
         "TPU_MIN_LOG_LEVEL": "3",
     }.items():
@@ -189,8 +192,11 @@ def topology_devices(topology: str) -> list[Any]:
         ) from error
 
 
-def compile_step(experiment: Experiment, layout: Layout) -> Any:
-    """The training step of an experiment's first stage, compiled for the devices of the layout."""
+def compile_step(experiment: Experiment, layout: Layout) -> tuple[Any, str]:
+    """The training step of an experiment's first stage, compiled for the TPUs of the layout, and its program's text.
+
+    The text is what the compiler writes down itself: JAX cannot print every program of a newer compiler.
+    """
     task, config, data = experiment.task, experiment.train, experiment.data
     shardings = layout.batch(data.batch_spec())
     batch = {
@@ -199,7 +205,10 @@ def compile_step(experiment: Experiment, layout: Layout) -> Any:
     }
     with layout.active():
         step = make_train_step(task, config, config.steps, data, layout)
-        return step.lower(abstract_state(task, config, data, layout), batch).compile()
+        lowered = step.lower(abstract_state(task, config, data, layout), batch)
+        with tempfile.TemporaryDirectory() as folder:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+            return compiled, next(Path(folder).glob("*after_codegen.txt")).read_text()
 
 
 def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
@@ -213,7 +222,7 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
     row = _head(experiment, topology, devices)
     start = time.perf_counter()
     try:
-        compiled = compile_step(experiment, layout)
+        compiled, text = compile_step(experiment, layout)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -222,7 +231,7 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         row |= {"fits": False, "hbm_gigabytes": size / 1e9, "hbm_of_chip_gigabytes": chip.hbm / 1e9}
         return row | {"advice": advice(experiment, layout, chip)}
     memory = compiled.memory_analysis()
-    program = read_program(compiled.as_text())
+    program = read_program(text)
     seconds = Counter()
     for operation in program.operations:
         seconds["operations" if operation.cycles else "kernels"] += chip.seconds(operation)

@@ -88,8 +88,9 @@ def read_program(text: str) -> Program:
                 collectives.append(Collective(kind, size, _group(line), times, overlapped, source))
             elif 'custom_call_target="tpu_custom_call"' in line:
                 operations.append(Operation(0, times, source, line.strip()))
-            if not inside and (cycles := _first(r'"estimated_cycles":"(\d+)"', line)):
-                operations.append(Operation(int(cycles), times, source, line.strip()))
+            cycles = int(_first(r'"estimated_cycles":"(\d{1,15})"', line) or 0)  # a longer number stands for: unknown
+            if cycles and not inside:
+                operations.append(Operation(cycles, times, source, line.strip()))
             if opcode == "while":
                 turns = _turns(line, computations)
                 visit(_first(r"body=%?([\w.\-]+)", line), times * turns, inside)

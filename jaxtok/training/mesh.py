@@ -59,7 +59,7 @@ class AxisRules:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many ways devices divide the work; one of the numbers may be -1, for the rest of them."""
+    """How many ways devices divide the work; one of the numbers may be -1, for the rest of the devices."""
 
     data: int = -1
     """Batches: each device has all parameters."""
@@ -176,12 +176,18 @@ def is_box(x: Any) -> bool:
 
 
 def make_layout(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Layout:
-    """The layout on these devices (default: all there are), arranged along their connections.
+    """The layout on these devices, arranged along their connections.
+
+    By default on all there are; of a single process, on as many as the mesh says.
 
     Raises:
       ValueError: the mesh does not fit them.
     """
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.devices()
+        asked = math.prod(getattr(config, axis) for axis in MESH_AXES)
+        if 0 < asked < len(devices) and jax.process_count() == 1:
+            devices = devices[:asked]
     shape = tuple(config.shape(len(devices)).values())
     try:
         array = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

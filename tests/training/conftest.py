@@ -9,6 +9,8 @@ from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.training.experiment import Experiment, TrainConfig
+from jaxtok.training.loop import train
+from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
 
 
@@ -24,6 +26,10 @@ def corpus(tmp_path_factory):
 @pytest.fixture
 def experiment(corpus, tmp_path):
     """Six steps, a growth, four steps."""
+    return tiny(corpus, tmp_path / "run")
+
+
+def tiny(corpus, workdir):
     return Experiment(
         name="tiny",
         task=LanguageModeling(
@@ -41,8 +47,9 @@ def experiment(corpus, tmp_path):
             optimizer=OptimizerConfig(learning_rate=1e-2, min_learning_rate=1e-3),
             tensorboard=False,
         ),
+        mesh=MeshConfig(data=1),
         growth=(Growth(to=uniform_counts(12, 24), steps=4, optimizer="keep"),),
-        workdir=str(tmp_path / "run"),
+        workdir=str(workdir),
     )
 
 
@@ -50,3 +57,11 @@ def experiment(corpus, tmp_path):
 def short(experiment):
     """The same without growth."""
     return dataclasses.replace(experiment, growth=())
+
+
+@pytest.fixture(scope="session")
+def finished(corpus, tmp_path_factory):
+    """A run of six steps, saved at 2, 4 and 6; to be copied."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(dataclasses.replace(tiny(corpus, folder), growth=()), quiet=True)
+    return folder

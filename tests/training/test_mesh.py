@@ -213,8 +213,8 @@ def test_what_a_mesh_does_not_divide_is_named(short):
         on(data=1, tensor=8, model={"num_heads": 8, "rotary_fraction": 1.0, "tokens": uniform_counts(8, 20)})
     with pytest.raises(ValueError, match=r"axis heads of an activation has size 2, which mesh axes tensor = 8"):
         on(data=1, tensor=8, model={"tokens": uniform_counts(8, 16)})
-    with pytest.raises(ValueError, match=r"mesh \(data 3, fsdp 1.*does not fit 8 devices"):
-        on(data=3)
+    with pytest.raises(ValueError, match=r"mesh \(data -1, fsdp 3.*does not fit 8 devices"):
+        on(fsdp=3)
 
 
 def test_meshes_and_rules_that_cannot_be():

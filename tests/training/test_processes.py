@@ -69,9 +69,7 @@ def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_pa
         mesh=MeshConfig(data=1),
         workdir=str(tmp_path / "one"),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *args, devices=jax.devices(): devices[:1])
-        alone = train(experiment, quiet=True).directory
+    alone = train(experiment, quiet=True).directory
 
     def on(name, **mesh):
         return dataclasses.replace(experiment, mesh=MeshConfig(**mesh), workdir=str(tmp_path / name))
@@ -99,9 +97,7 @@ def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_pa
     assert_same(two.workdir, alone)
 
     one = resumed("rest", data=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "devices", lambda *args, devices=jax.devices(): devices[:1])
-        train(one, quiet=True)
+    train(one, quiet=True)
     assert_same(one.workdir, alone)
 
 
