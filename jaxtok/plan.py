@@ -226,9 +226,9 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = re.search(r"Used ([\d.]+)([GM]) of", str(error))
-        size = float(needed[1]) * (GIB if needed[2] == "G" else 2**20) if needed else math.nan
-        row |= {"fits": False, "hbm_gigabytes": size / 1e9, "hbm_of_chip_gigabytes": chip.hbm / 1e9}
+        found = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+        needed, there = (float(n) * GIB for n in found.groups()) if found else (math.nan, chip.hbm)
+        row |= {"fits": False, "hbm_gigabytes": needed / 1e9, "hbm_of_chip_gigabytes": there / 1e9}
         return row | {"advice": advice(experiment, layout, chip)}
     memory = compiled.memory_analysis()
     program = read_program(text)
@@ -345,7 +345,7 @@ def variants(experiment: Experiment, devices: int) -> Iterator[Experiment]:
             data = devices // (fsdp * tensor)
             if not data or data * fsdp * tensor != devices or experiment.data.batch_size % (data * fsdp):
                 continue
-            if fsdp < 8 or data * fsdp < devices // 8:
+            if fsdp < min(8, devices):
                 continue
             for remat in policies:
                 case = dataclasses.replace(

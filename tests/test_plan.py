@@ -1,0 +1,143 @@
+"""`jaxtok plan`: real compilations for small TPU slices, none of which is here."""
+
+from __future__ import annotations
+
+import builtins
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from jaxtok.data.text import TextData
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
+from jaxtok.plan import SLICES, advice, place, plan, topology_devices, variants
+from jaxtok.training.experiment import Experiment
+from jaxtok.training.mesh import MeshConfig, make_layout
+
+EXPERIMENT = Experiment(
+    name="tiny",
+    task=LanguageModeling(
+        model=TokenFormerConfig(
+            num_layers=3,
+            d_model=128,
+            num_heads=2,
+            tokens=uniform_counts(128, 512),
+            vocab_size=256,
+            max_length=256,
+            dtype="bfloat16",
+            remat="projections",
+        )
+    ),
+    data=TextData(length=256, batch_size=8),
+    mesh=MeshConfig(fsdp=2, data=2),
+)
+
+libtpu = pytest.mark.skipif(
+    sys.platform != "linux" or pytest.importorskip("libtpu") is None, reason="needs the TPU compiler"
+)
+
+
+@libtpu
+def test_a_step_for_a_slice_that_is_not_there(tmp_path, capsys):
+    (row,) = plan(EXPERIMENT, "v5e:2x2", output=tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == [row]
+    assert row["fits"] and row["devices"] == 4 and row["chip"] == "TPU v5 lite"
+    assert row["hbm_of_chip_gigabytes"] == pytest.approx(17.18, abs=0.01)
+    flops = EXPERIMENT.task.flops({"tokens": np.zeros((8, 256))}) / 4
+    assert row["model_teraflops"] == pytest.approx(flops / 1e12)
+    assert row["fraction_of_peak"] == pytest.approx(flops / row["step_seconds"] / 197e12)
+    assert row["tokens_per_second"] == pytest.approx(8 * 256 / row["step_seconds"])
+    assert 0 < row["arguments_gigabytes"] < row["hbm_gigabytes"]
+    seconds = row["seconds"]
+    assert seconds["operations"] > flops / 197e12, "no operation is faster than the peak"
+    assert seconds["kernels"] > 0, "attention is the kernel's"
+    assert sum(row["largest_costs"].values()) <= seconds["operations"] + seconds["kernels"]
+    gathers = sum(c["gigabytes"] for c in row["collectives"] if c["kind"] == "all-gather")
+    # forward and again in the backward pass, in bfloat16, half of it from the other device
+    assert gathers == pytest.approx(2 * 2 * (row["parameters"] - 256) / 2 / 1e9, rel=0.5)
+    said = capsys.readouterr().out
+    assert "fits" in said and "(estimate)" in said and "the compiler's estimate" in said and "Nothing was run" in said
+
+
+@libtpu
+def test_a_step_that_does_not_fit_says_what_to_change(capsys):
+    big = dataclasses.replace(
+        EXPERIMENT,
+        task=dataclasses.replace(EXPERIMENT.task, model=dataclasses.replace(EXPERIMENT.task.model, vocab_size=2**17)),
+        data=dataclasses.replace(EXPERIMENT.data, batch_size=1024),
+    )
+    (row,) = plan(big, "v5e:2x2")
+    assert not row["fits"] and row["hbm_gigabytes"] > row["hbm_of_chip_gigabytes"]
+    said = capsys.readouterr().out
+    assert "does not fit" in said and "train.accumulate = 2" in said
+
+
+@libtpu
+def test_a_sweep_ranks_meshes_and_policies(capsys):
+    devices = topology_devices("v5e:2x2")
+    cases = list(variants(EXPERIMENT, len(devices)))
+    assert {c.mesh.tensor for c in cases} == {1} and {c.task.model.remat for c in cases} == {
+        "full",
+        "projections",
+        "dots",
+    }
+    rows = plan(EXPERIMENT, "v5e:2x2", sweep=True)
+    assert len(rows) == len(cases) == 3
+    assert [row["step_seconds"] for row in rows] == sorted(row["step_seconds"] for row in rows)
+    assert rows[0]["remat"] != "full", "that computes more"
+    assert capsys.readouterr().out.count("fsdp 4") >= 3
+
+
+@libtpu
+def test_advice_for_parameters_that_are_too_many():
+    layout = make_layout(MeshConfig(data=4), topology_devices("v5e:2x2"))
+    from jaxtok.plan import CHIPS
+
+    chip = dataclasses.replace(CHIPS["TPU v5 lite"], hbm=1e6)
+    full = dataclasses.replace(EXPERIMENT.task.model, remat="dots")
+    experiment = dataclasses.replace(EXPERIMENT, task=dataclasses.replace(EXPERIMENT.task, model=full))
+    texts = advice(experiment, layout, chip)
+    assert "raise mesh.fsdp (now 1)" in texts[0] and "remat = full (now dots)" in texts[1]
+
+
+@libtpu
+def test_what_cannot_be_planned():
+    with pytest.raises(ValueError, match=r"topology 'v5e:3x5' is unknown.*CHIP:AxB"):
+        plan(EXPERIMENT, "v5e:3x5")
+    with pytest.raises(ValueError, match=r"mesh .* does not fit 4 devices"):
+        plan(dataclasses.replace(EXPERIMENT, mesh=MeshConfig(fsdp=8)), "v5e:2x2")
+    assert len(topology_devices("v5p-512")) == len(topology_devices(SLICES["v6e-256"])) == 256
+
+
+def test_without_the_compiler(monkeypatch):
+    original = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name == "libtpu":
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(ValueError, match="pip install libtpu"):
+        plan(EXPERIMENT, "v5e:2x2")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("jit(train_step)/transpose(jvp(Decoder))/while/body/checkpoint/blocks/ffn/d,nd->n", "backward: ffn"),
+        (
+            "jit(train_step)/transpose(jvp(D))/checkpoint/rematted_computation/blocks/attention/query/x",
+            "recomputed: attention/query",
+        ),
+        ("jit(train_step)/jvp(Decoder)/while/blocks/attention/blhd,de->blhe", "forward: attention between tokens"),
+        ("jit(train_step)/jvp(Decoder)/Decoder.head/dot_general", "forward: head"),
+        ("jit(train_step)/jvp()/reduce_sum", "forward: loss"),
+        ("jit(train_step)/mul", "update: optimizer"),
+    ],
+)
+def test_places(source, expected):
+    assert place(source) == expected
