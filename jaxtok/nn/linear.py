@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxtok.nn.activations import gelu
 from jaxtok.nn.axes import constrain, gather
 from jaxtok.nn.transformer import StackConfig
 
@@ -82,6 +82,5 @@ class MLP(nn.Module):
     def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch features"]:
         cfg = self.config
         y = constrain(cfg.linear(cfg.mlp_dim, ("d_model", "mlp"), cfg.init_std, "up")(x), "mlp")
-        gelu = functools.partial(jax.nn.gelu, approximate=False)
         y = jax.checkpoint(gelu, prevent_cse=False)(y)  # as in ParameterAttention: keeps its input and output only
         return cfg.linear(self.features, ("mlp", "d_model"), cfg.output_init_std, "down")(y)

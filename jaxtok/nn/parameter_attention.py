@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxtok.nn.activations import gelu
 from jaxtok.nn.axes import constrain, gather
 from jaxtok.nn.transformer import StackConfig
 
@@ -49,9 +50,6 @@ def normalize_scores(
     a = scores.astype(jnp.float32)
     tau = math.sqrt(norm_tokens or a.shape[-1])
 
-    def gelu(x):
-        return jax.nn.gelu(x, approximate=tanh_gelu)
-
     def l2(x):
         square = jnp.sum(jnp.square(x), -1, keepdims=True)
         some = square > 0
@@ -61,17 +59,17 @@ def normalize_scores(
 
     match kind:
         case "l2_norm_gelu":
-            return gelu(l2(a))
+            return gelu(l2(a), tanh_gelu)
         case "gelu_l2_norm":
-            return l2(gelu(a))
+            return l2(gelu(a, tanh_gelu))
         case "softmax":
             return a.shape[-1] * jax.nn.softmax(a, -1)
         case "gelu":
-            return gelu(a)
+            return gelu(a, tanh_gelu)
         case "l2_norm":
             return l2(a)
         case "gelu_layer_norm":
-            return jax.nn.standardize(gelu(a), -1, epsilon=1e-6)
+            return jax.nn.standardize(gelu(a, tanh_gelu), -1, epsilon=1e-6)
         case _:
             raise ValueError(f"normalization {kind!r} is unknown; it can be {', '.join(NORMALIZATIONS)}.")
 
@@ -101,7 +99,7 @@ def _l2_norm_gelu_forward(scores, tau, eps, tanh_gelu, dtype):
     some = square > 0  # else the weights and the gradient are 0
     norm = jnp.sqrt(jnp.where(some, square, 1.0))
     factor = jnp.where(some, tau / (norm + eps), 0.0)
-    return jax.nn.gelu(scores * factor, approximate=tanh_gelu).astype(dtype), (scores, norm, factor)
+    return gelu(scores * factor, tanh_gelu).astype(dtype), (scores, norm, factor)
 
 
 def _l2_norm_gelu_backward(tau, eps, tanh_gelu, dtype, kept, gradient):
@@ -112,7 +110,7 @@ def _l2_norm_gelu_backward(tau, eps, tanh_gelu, dtype, kept, gradient):
     """
     scores, norm, factor = kept
     s = scores * factor
-    slope = jax.jvp(lambda x: jax.nn.gelu(x, approximate=tanh_gelu), (s,), (jnp.ones_like(s),))[1]
+    slope = jax.jvp(lambda x: gelu(x, tanh_gelu), (s,), (jnp.ones_like(s),))[1]
     u = gradient.astype(jnp.float32) * slope
     dot = jnp.sum(s * u, -1, keepdims=True)
     u, dot = jax.lax.optimization_barrier((u.astype(dtype), dot))
