@@ -26,7 +26,7 @@ jaxtok {version}: systems about tokens, in JAX
   jaxtok convert FROM TO      checkpoints from and to the authors' layout
   jaxtok tokenizer FILE       train a SentencePiece tokenizer on a corpus
   jaxtok study CONFIG         an experiment with its baselines: table and plot
-  jaxtok plan CONFIG          memory and time on a TPU slice, without one
+  jaxtok plan CONFIG          memory and time on a TPU slice (memory on GPUs), without one
   jaxtok recovery             does a run survive being killed? 50 times, and compared bit for bit
   jaxtok bench                speed, as a fraction of this machine's own matmul rate
 
@@ -44,11 +44,13 @@ SIGTERM on any of them saves and ends all with exit code 75: start the same comm
 
 PLANNING = """
 Options of its own:
-  --topology T      CHIP:AxB or CHIP:AxBxC with v4, v5e, v5p or v6e, such as v5e:16x16, or v5e-256, v5p-512, v6e-256
-  --sweep           try meshes and remat policies, and print the best first
+  --topology T      CHIP:AxB or CHIP:AxBxC with v4, v5e, v5p or v6e, such as v5e:16x16, or v5e-256, v5p-512, v6e-256;
+                    or GPU:N or GPU:HOSTSxN with a100, h100 or h200, such as h100:8
+  --sweep           try meshes and remat policies (fifteen compilations for 256 chips), and print the best first
   --output FILE     also write the numbers as JSON
-The step is compiled by the TPU compiler (pip install libtpu), which needs no TPU. For GPUs there is no such way: JAX
-compiles for a GPU only where there is one. Exit code 1: it does not fit.
+The step is compiled by the TPU compiler (pip install libtpu), or by XLA for a GPU (pip install jax-cuda12-plugin);
+neither needs the device. The GPU's says what memory is needed and what is exchanged, and nothing of time.
+Exit code 1: it does not fit.
 """
 
 

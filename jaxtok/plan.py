@@ -1,4 +1,4 @@
-"""How an experiment would run on a TPU slice that is not there: `jaxtok plan`.
+"""How an experiment would run on a TPU slice, or on GPUs, that are not there: `jaxtok plan`.
 
 The real training step is compiled ahead of time by the TPU compiler (libtpu), which needs no TPU. What it says of
 memory and of the time of each operation is taken as it is; the rest is an estimate of this module, and is called so:
@@ -6,6 +6,9 @@ memory and of the time of each operation is taken as it is; the rest is an estim
 - collectives: bytes sent round a ring, over the published bandwidth of the links. One that the compiler runs beside
   other work counts only where it would take longer than all of that work.
 - kernels written by hand (attention): their FLOPs, at half of the published peak.
+
+XLA compiles for GPUs that are not there too, from a description of their kind. It says what memory a step needs and
+what the devices exchange, and nothing of time.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +77,8 @@ class Chip:
         """A group that is as long as one direction of the torus is taken to use the links of that direction only."""
         directions = len(self.torus) or 1
         used = directions if collective.group > max(self.torus, default=1) else 1
+        if not self.links:
+            return math.nan
         return collective.sent / (self.links * used / directions)
 
 
@@ -85,9 +91,54 @@ CHIPS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """What is published of a GPU, as far as XLA asks for it."""
+
+    name: str
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Of the memory, bytes a second."""
+    capability: int
+    cores: int
+    fpus: int
+    shared_memory: int
+    """Of a core, bytes."""
+    l2: int
+    clock: float
+    """GHz."""
+
+    def description(self) -> str:
+        """As XLA reads it (GpuTargetConfigProto)."""
+        return f"""
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {self.capability} minor: 0 }}
+              core_count: {self.cores} fpus_per_core: {self.fpus} clock_rate_ghz: {self.clock}
+              device_memory_size: {int(self.memory)} memory_bandwidth: {int(self.bandwidth)} l2_cache_size: {self.l2}
+              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+              shared_memory_per_block: 49152 shared_memory_per_core: {self.shared_memory}
+              shared_memory_per_block_optin: {self.shared_memory - 1024}
+              registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+            }}
+            platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 }} device_description_str: "{self.name}"
+        """
+
+
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 80 * GIB, 2039e9, 8, 108, 64, 167_936, 40 * 2**20, 1.41),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 80 * GIB, 3352e9, 9, 132, 128, 233_472, 50 * 2**20, 1.98),
+    "h200": Gpu("NVIDIA H200", 141e9, 4800e9, 9, 132, 128, 233_472, 50 * 2**20, 1.98),
+}
+
+
 def _chip(devices: list[Any]) -> Chip:
     """What one of these devices is."""
     kind = devices[0].device_kind
+    for gpu in GPUS.values():
+        if gpu.name == kind:
+            return Chip(gpu.memory, 0.0, 0)
     if kind not in CHIPS:
         raise ValueError(f"chips of the kind {kind!r} are not known here; use v4, v5e, v5p or v6e.")
     places = np.array([d.coords for d in devices])
@@ -108,17 +159,18 @@ def plan(
     output: Path | None = None,
     quiet: bool = False,
 ) -> list[Row]:
-    """Compiles the training step for a TPU slice, prints what it would need and take, and returns it.
+    """Compiles the training step for devices that are not there, prints what it would need and take, and returns it.
 
     Args:
-      experiment: with its mesh, which has to fit the slice.
-      topology: CHIP:AxB or CHIP:AxBxC, such as v5e:16x16 or v5p:8x8x4, or one of `SLICES`.
+      experiment: with its mesh, which has to fit them.
+      topology: CHIP:AxB or CHIP:AxBxC, such as v5e:16x16 or v5p:8x8x4, or one of `SLICES`; or GPU:N or GPU:HOSTSxN,
+        such as h100:8.
       sweep: try other meshes and remat policies too, and print the best first.
       output: also write the rows into this JSON file.
       quiet: print nothing.
 
     Raises:
-      ValueError: the topology is unknown, the mesh does not fit it, or libtpu is not installed.
+      ValueError: the topology is unknown, the mesh does not fit it, or the compiler is not installed.
     """
     devices = topology_devices(topology)
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot keep programs for devices that are not there
@@ -152,7 +204,7 @@ def plan(
         console.print(_sweep_table(rows))
     if not sweep or rows[0]["fits"]:
         console.print(_table(rows[0]))
-    console.print(NOTE, highlight=False)
+    console.print(NOTE if "seconds" in rows[0] else NOTE_GPU, highlight=False)
     return rows
 
 
@@ -161,12 +213,37 @@ Memory, FLOPs and the time of operations are the TPU compiler's own; the time of
 bandwidth) and of hand-written kernels (half of peak) are estimates, and so is the step. Nothing was run."""
 
 
+NOTE_GPU = """\
+Memory and collectives are the GPU compiler's own; it says nothing of time. Nothing was run."""
+
+
 def topology_devices(topology: str) -> list[Any]:
-    """The devices of a TPU slice that need not be there.
+    """Devices that need not be there.
 
     Raises:
-      ValueError: the topology is unknown, or libtpu is not installed.
+      ValueError: the topology is unknown, or its compiler is not installed.
     """
+    gpu = topology.split(":")[0]
+    return _gpus(topology) if gpu in GPUS else _tpus(topology)
+
+
+def _gpus(topology: str) -> list[Any]:
+    kind, _, size = topology.partition(":")
+    if not re.fullmatch(r"(\d+x)?\d+", size):
+        raise ValueError(f"the topology {topology!r} is none; use {kind}:N for N GPUs, or {kind}:HOSTSxN.")
+    if not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
+        raise ValueError("planning for GPUs needs their compiler: pip install jax-cuda12-plugin.")
+    from jax.experimental import topologies
+
+    jax.devices()  # JAX finds the plugin when it looks for devices
+    hosts = size if "x" in size else f"1x{size}"
+    description = GPUS[kind].description()
+    return topologies.get_topology_desc(
+        platform="cuda", topology_name=kind, target_config=description, topology=f"1x{hosts}"
+    ).devices
+
+
+def _tpus(topology: str) -> list[Any]:
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     for name, value in {
         "TPU_ACCELERATOR_TYPE": "v5e-16",
@@ -188,7 +265,8 @@ def topology_devices(topology: str) -> list[Any]:
     except Exception as error:
         raise ValueError(
             f"the topology {topology!r} is unknown to the TPU compiler ({str(error).splitlines()[0][:120]}); use "
-            f"CHIP:AxB or CHIP:AxBxC with v4, v5e, v5p or v6e, such as v5e:4x4 or v5p:2x2x4, or {', '.join(SLICES)}."
+            f"CHIP:AxB or CHIP:AxBxC with v4, v5e, v5p or v6e, such as v5e:4x4 or v5p:2x2x4, or {', '.join(SLICES)}; "
+            f"or GPU:N with {', '.join(GPUS)}."
         ) from error
 
 
@@ -206,6 +284,9 @@ def compile_step(experiment: Experiment, layout: Layout) -> tuple[Any, str]:
     with layout.active():
         step = make_train_step(task, config, config.steps, data, layout)
         lowered = step.lower(abstract_state(task, config, data, layout), batch)
+        if layout.mesh.devices.flat[0].platform != "tpu":
+            compiled = lowered.compile()
+            return compiled, compiled.as_text()
         with tempfile.TemporaryDirectory() as folder:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
             return compiled, next(Path(folder).glob("*after_codegen.txt")).read_text()
@@ -232,14 +313,12 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         return row | {"advice": advice(experiment, layout, chip)}
     memory = compiled.memory_analysis()
     program = read_program(text)
-    seconds = Counter()
+    seconds: Counter = Counter()
     for operation in program.operations:
         seconds["operations" if operation.cycles else "kernels"] += chip.seconds(operation)
     for collective in program.collectives:
         beside = "overlapped_collectives" if collective.overlapped else "exposed_collectives"
         seconds[beside] += chip.collective_seconds(collective)
-    work = seconds["operations"] + seconds["kernels"]
-    step = max(work, seconds["overlapped_collectives"]) + seconds["exposed_collectives"]
     spec = experiment.data.batch_spec()
     flops = experiment.task.flops({name: np.broadcast_to(0, shape) for name, (shape, _) in spec.items()}) / len(devices)
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -250,14 +329,19 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         "arguments_gigabytes": memory.argument_size_in_bytes / 1e9,
         "temporaries_gigabytes": memory.temp_size_in_bytes / 1e9,
         "model_teraflops": flops / 1e12,
-        "seconds": dict(seconds),
-        "step_seconds": step,
-        "tokens_per_second": batch_items(experiment.data) / step,
-        "fraction_of_peak": flops / step / chip.peak,
-        "largest_costs": largest_costs(program, chip),
         "collectives": collectives(program, chip),
         "compile_seconds": time.perf_counter() - start,
     }
+    if chip.peak:
+        work = seconds["operations"] + seconds["kernels"]
+        step = max(work, seconds["overlapped_collectives"]) + seconds["exposed_collectives"]
+        row |= {
+            "seconds": dict(seconds),
+            "step_seconds": step,
+            "tokens_per_second": batch_items(experiment.data) / step,
+            "fraction_of_peak": flops / step / chip.peak,
+            "largest_costs": largest_costs(program, chip),
+        }
     if row["fits"]:
         return row
     return row | {"advice": advice(experiment, layout, chip)}
@@ -309,7 +393,7 @@ def collectives(program: Program, chip: Chip) -> list[Row]:
         row["count"] += c.times
         row["gigabytes"] += c.sent / 1e9
         row["seconds"] += chip.collective_seconds(c)
-    return sorted(found.values(), key=lambda row: -row["seconds"])
+    return sorted(found.values(), key=lambda row: -row["gigabytes"])
 
 
 def advice(experiment: Experiment, layout: Layout, chip: Chip) -> list[str]:
@@ -337,21 +421,19 @@ def advice(experiment: Experiment, layout: Layout, chip: Chip) -> list[str]:
 
 
 def variants(experiment: Experiment, devices: int) -> Iterator[Experiment]:
-    """The experiment on every mesh of powers of two that divides it, with each remat policy; no `sequence`."""
-    model = _model(experiment)
-    policies = ("full", "projections", "dots") if hasattr(model, "remat") else (None,)
-    for tensor in (1, 2, 4, 8):
-        for fsdp in (2**i for i in range(devices.bit_length())):
-            data = devices // (fsdp * tensor)
-            if not data or data * fsdp * tensor != devices or experiment.data.batch_size % (data * fsdp):
+    """The experiment with parameters divided 16, 64 and 256 ways (as far as there are devices), parameter tokens not or
+    4 ways, and each remat policy but `none`."""
+    policies = ("full", "projections", "dots") if hasattr(_model(experiment), "remat") else (None,)
+    for tensor in (1, 4):
+        rest = devices // tensor
+        if rest < 4 or rest * tensor != devices:
+            continue
+        for fsdp in sorted({min(n, rest) for n in (16, 64, 256)}):
+            if rest % fsdp or experiment.data.batch_size % rest:
                 continue
-            if fsdp < min(8, devices):
-                continue
+            mesh = dataclasses.replace(experiment.mesh, data=rest // fsdp, fsdp=fsdp, tensor=tensor, sequence=1)
+            case = dataclasses.replace(experiment, mesh=mesh)
             for remat in policies:
-                case = dataclasses.replace(
-                    experiment,
-                    mesh=dataclasses.replace(experiment.mesh, data=data, fsdp=fsdp, tensor=tensor, sequence=1),
-                )
                 yield case if remat is None else with_model(case, remat=remat)
 
 
@@ -419,10 +501,10 @@ def _table(row: Row) -> rich.table.Table:
         add("", f"{seconds.get('overlapped_collectives', 0):.3f} s collectives, beside operations (estimate)")
         for number, (name, value) in enumerate(row["largest_costs"].items()):
             add("" if number else "largest costs", f"{value:.4f} s {name}")
-        for number, c in enumerate(row["collectives"]):
-            beside = "beside operations" if c["overlapped"] else "alone"
-            size = f"{c['gigabytes']:.3f} GB, {c['seconds']:.4f} s {beside}"
-            add("" if number else "collectives", f"{c['count']} {c['kind']} of {c['devices']} devices, {size}")
+    for number, c in enumerate(row.get("collectives", ())):
+        how = "beside operations" if c["overlapped"] else "alone"
+        size = f"{c['gigabytes']:.3f} GB" + ("" if math.isnan(c["seconds"]) else f", {c['seconds']:.4f} s") + f" {how}"
+        add("" if number else "collectives", f"{c['count']} {c['kind']} of {c['devices']} devices, {size}")
     return table
 
 

@@ -92,7 +92,10 @@ def generate(
         return b"".join(tokenizer.token_bytes(token) for token in tokens)
 
     def write(text: bytes) -> None:
-        sys.stdout.buffer.write(text)
+        if hasattr(sys.stdout, "buffer"):
+            sys.stdout.buffer.write(text)
+        else:  # a notebook's
+            sys.stdout.write(text.decode(errors="replace"))
         sys.stdout.flush()
 
     ids = [[tokenizer.eod_id, *tokenizer.encode(text)] for text in prompts]

@@ -13,12 +13,14 @@ from jaxtok.data.text import TextData
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.training.experiment import Experiment, TrainConfig
+from jaxtok.training.mesh import MeshConfig
 
 config = Experiment(
     task=LanguageModeling(model=TokenFormerConfig(
         num_layers=2, d_model=16, num_heads=2, rotary_fraction=0.5, tokens=uniform_counts(8, 16), max_length=128)),
     data=TextData(corpus=CORPUS, length=16, batch_size=4, shuffle_window=8, eval_limit=2),
     train=TrainConfig(steps=3, checkpoint_every=2, tensorboard=False),
+    mesh=MeshConfig(data=1),
     workdir=WORKDIR,
 )
 """
@@ -124,8 +126,9 @@ def test_help(capsys):
     text = capsys.readouterr().out
     assert all(f"jaxtok {verb} " in text or f"jaxtok {verb}\n" in text for verb in VERBS)
     assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == __version__
-    for verb in set(VERBS) - {"train", "study"}:
+    for verb in set(VERBS) - {"train", "study", "plan"}:
         with pytest.raises(SystemExit) as end:
             main([verb, "--help"])
         assert end.value.code == 0 and f"usage: jaxtok {verb}" in capsys.readouterr().out
-    assert main(["train", "--help"]) == 0
+    for verb in ("train", "study", "plan"):
+        assert main([verb, "--help"]) == 0

@@ -6,6 +6,7 @@ import builtins
 import dataclasses
 import json
 import sys
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -141,3 +142,19 @@ def test_without_the_compiler(monkeypatch):
 )
 def test_places(source, expected):
     assert place(source) == expected
+
+
+@pytest.mark.skipif(find_spec("jax_cuda12_plugin") is None, reason="needs the GPU compiler, jax-cuda12-plugin")
+def test_gpus_that_are_not_there(capsys):
+    (row,) = plan(EXPERIMENT, "h100:2x2")
+    assert row["fits"] and row["devices"] == 4 and "H100" in row["chip"] and "step_seconds" not in row
+    assert row["temporaries_gigabytes"] > 0 and {c["kind"] for c in row["collectives"]} >= {"all-gather"}
+    assert "nothing of time" in capsys.readouterr().out
+
+
+def test_gpus_by_another_name_or_without_their_compiler(monkeypatch):
+    with pytest.raises(ValueError, match="use h100:N for N GPUs"):
+        plan(EXPERIMENT, "h100")
+    monkeypatch.setattr("jaxtok.plan.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install jax-cuda12-plugin"):
+        plan(EXPERIMENT, "h100:4")

@@ -20,7 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxtok.nn.axes import partition_spec
+from jaxtok.axes import partition_spec
 
 Implementation = Literal["auto", "xla", "splash", "splash_interpreted"]
 IMPLEMENTATIONS = ("auto", "xla", "splash", "splash_interpreted")

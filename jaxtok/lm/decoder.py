@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxtok.nn.axes import constrain, gather
+from jaxtok.axes import constrain, gather
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.norms import NORMS, Norm
 from jaxtok.nn.transformer import Stack, StackConfig

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxtok.axes import constrain
 from jaxtok.kernels.attention import Implementation, dot_product_attention
-from jaxtok.nn.axes import constrain
 
 
 def attend(

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxtok.axes import constrain, gather
 from jaxtok.nn.activations import gelu
-from jaxtok.nn.axes import constrain, gather
 from jaxtok.nn.transformer import StackConfig
 
 

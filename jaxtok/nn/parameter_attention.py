@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxtok.axes import constrain, gather
 from jaxtok.nn.activations import gelu
-from jaxtok.nn.axes import constrain, gather
 from jaxtok.nn.transformer import StackConfig
 
 NORMALIZATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax", "gelu", "l2_norm", "gelu_layer_norm")

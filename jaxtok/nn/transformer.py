@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from jaxtok.axes import constrain
 from jaxtok.kernels.attention import IMPLEMENTATIONS, Implementation
 from jaxtok.nn.attention import attend
-from jaxtok.nn.axes import constrain
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.norms import NORMS, Norm
 from jaxtok.nn.rotary import apply_rotary, rotary_dim

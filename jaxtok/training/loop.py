@@ -292,6 +292,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
     train_step = make_train_step(task, config, end - run.meta.stage_start, experiment.data, layout)
     flops = task.flops(example_batch(experiment.data))
     peak = peak_flops()
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()  # of CPUs there is one, whatever is simulated
     rows, batch_size = layout.rows(experiment.data.batch_size), experiment.data.batch_size
     pending: deque = deque()  # (step, batch, metrics) of updates whose numbers have not been looked at
     values: dict[str, float] = {}  # the numbers of the newest update that was looked at
@@ -364,7 +365,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
             speed = (step - logged) / seconds
             row = values | {"seconds_per_step": 1 / speed, "tokens_per_second": speed * batch_items(experiment.data)}
             if peak:
-                row["fraction_of_peak"] = speed * flops / (peak * jax.device_count())
+                row["fraction_of_peak"] = speed * flops / (peak * devices)
             log.write(step, "train", row)
             display.numbers(step, "train", row)
             clock, logged, idle = time.perf_counter(), step, 0.0

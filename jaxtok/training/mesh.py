@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtok.nn.axes import partition_spec
+from jaxtok.axes import partition_spec
 from jaxtok.protocols import Batch
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
@@ -48,7 +48,7 @@ class AxisRules:
                 raise ValueError(f"rules.{field.name} names a mesh axis twice: {', '.join(places)}.")
 
     def pairs(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """As `jaxtok.nn.axes.Rules`: for (a, b), the rules a and b, a alone, and b alone."""
+        """As `jaxtok.axes.Rules`: for (a, b), the rules a and b, a alone, and b alone."""
         pairs = []
         for field in dataclasses.fields(self):
             places = getattr(self, field.name)
@@ -102,7 +102,7 @@ class Layout:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the names of activations (`jaxtok.nn.axes.constrain`) mean places on this mesh."""
+        """Inside, the names of activations (`jaxtok.axes.constrain`) mean places on this mesh."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules.pairs()):
             yield
 

@@ -13,6 +13,7 @@ from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.studies.growth import ARMS, GrowthStudy
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.logs import read_metrics
+from jaxtok.training.mesh import MeshConfig
 
 
 @pytest.fixture
@@ -28,6 +29,7 @@ def study(tmp_path):
         task=LanguageModeling(model=model),
         data=TextData(corpus=str(corpus), length=16, batch_size=4, shuffle_window=8, eval_limit=2),
         train=TrainConfig(steps=2, log_every=1, eval_every=1, checkpoint_every=1, tensorboard=False),
+        mesh=MeshConfig(data=1),
     )
     return GrowthStudy(base=base, to=uniform_counts(24, 24), steps=1, workdir=str(tmp_path / "study"))
 
