@@ -49,7 +49,7 @@ def test_dotted_overrides_reach_every_depth():
     [
         ("--task.model.num-head 2", "--task.model.num-heads"),
         ("--task.model.num-heads 7", "does not divide d_model"),
-        ("--task.model.remat half", "'none', 'full', 'dots'"),
+        ("--task.model.remat half", "'none', 'full', 'projections', 'dots'"),
         ("--train.steps many", "--train.steps"),
         ("--task.model.normalization l2", "gelu_l2_norm"),
     ],
