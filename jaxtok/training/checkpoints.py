@@ -192,8 +192,12 @@ class Checkpoints:
         return target
 
     def _document(self, step: int) -> dict[str, Any]:
-        document = dict(self._restore(step, meta=ocp.args.JsonRestore()))
-        if document.pop("digest", None) != _digest(document):
+        try:
+            document = json.loads((self.directory / str(step) / "meta" / "metadata").read_text())
+            digest = document.pop("digest")
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise Damaged(f"its metadata cannot be read ({_first_line(error)})") from error
+        if digest != _digest(document):
             raise Damaged("its metadata is not what was saved")
         return document
 
@@ -201,20 +205,29 @@ class Checkpoints:
         sums = {name: n for name, n in self._document(step)["sums"].items() if name.split("/")[0] == item}
         if not sums:
             return None
-        tree = self._restore(step, **{item: ocp.args.StandardRestore(abstract)})
+        tree, said = None, ""
+        try:
+            tree = _read(self.directory / str(step) / item, abstract)
+        except Exception as error:  # Orbax and TensorStore have no error of their own for it
+            said = _first_line(error)
+        if said := next((text for text in gather(said) if text), ""):  # each process reads other parts
+            raise Damaged(f"its {item} cannot be read ({said})")
         found = checksums({item: tree})
         if changed := [name for name in sums if found.get(name) != sums[name]]:
             raise Damaged(f"{changed[0]} is not what was saved")
         return tree
 
-    def _restore(self, step: int, **item: Any) -> Any:
-        (name,) = item
-        if not (self.directory / str(step) / name).is_dir():
-            raise Damaged(f"its folder {name} is missing")
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
-        except Exception as error:  # Orbax and TensorStore have no error of their own for it
-            raise Damaged(f"its {name} cannot be read ({_first_line(error)})") from error
+
+def _read(folder: Path, abstract: Any) -> Any:
+    """What this process needs of the arrays in a folder; it waits for no other, as that one may find an error."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        return reader.restore(folder, args=ocp.args.StandardRestore(abstract))
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -243,7 +256,8 @@ def _digest(document: dict[str, Any]) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line.split(". See full")[0][:200]
 
 
 def _disk_error(error: Exception) -> OSError:

@@ -31,7 +31,7 @@ class TrainConfig:
     save_deadline: float = 0.0
     """Seconds that SIGTERM leaves for saving, behind which the process leaves without; 0: as long as it takes."""
     on_full_disk: Literal["stop", "continue"] = "stop"
-    """Where a checkpoint does not fit; the one at the end of a stage has to."""
+    """Where a checkpoint does not fit; the one at the end of a stage has to. Several processes always stop."""
     keep_checkpoints: int = 2
     tensorboard: bool = True
 

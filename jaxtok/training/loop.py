@@ -328,7 +328,8 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
         except OSError as error:
             last = checkpoints.latest_step()
             kept = "there is no earlier one" if last is None else f"the last whole one is of step {last}"
-            if config.on_full_disk == "stop" or error.errno != errno.ENOSPC or step == end or interrupt.received:
+            must = step == end or interrupt.received or jax.process_count() > 1
+            if must or config.on_full_disk == "stop" or error.errno != errno.ENOSPC:
                 raise OSError(f"a checkpoint could not be saved at step {step}: {error}; {kept}.") from error
             display.say(f"step {step}: a checkpoint could not be saved: {error}; {kept}, and training goes on")
         else:
