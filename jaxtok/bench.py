@@ -117,6 +117,8 @@ def bench(
                 work.append((part, first, functools.partial(loader, cases[first], seconds)))
 
     console = rich.console.Console(quiet=quiet)
+    if not console.is_terminal:
+        console = rich.console.Console(quiet=quiet, width=132)
     rows: list[Row] = []
     with rich.progress.Progress(console=console, transient=True, disable=quiet or not console.is_terminal) as progress:
         bar = progress.add_task("", total=len(work))
