@@ -1,4 +1,4 @@
-# make quickstart  trains, grows and compares a small TokenFormer on the Python standard library (about 7 minutes)
+# make quickstart  trains, grows and compares a small TokenFormer on the Python standard library (about 6 minutes)
 # make test        runs the tests
 # Both make their own environment in .venv first. Another Python: make PYTHON=python3.12 ...
 VENV := .venv
