@@ -29,8 +29,8 @@ _LANES = 128
 
 def dot_product_attention(
     q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch length heads head_dim"],
-    v: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
     *,
     causal: bool = True,
     segments: Int[Array, "batch length"] | None = None,
@@ -75,6 +75,9 @@ def _why_not_splash(length: int) -> str:
 
 def _splash(q: Array, k: Array, v: Array, segments: Array | None, *, causal: bool, interpret: bool) -> Array:
     """On a mesh, each device has rows and heads of its own."""
+    k, v = (
+        jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v)
+    )  # the kernel has a key head for each query's
     call = functools.partial(_splash_local, causal=causal, interpret=interpret)
     rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
     if not rules or mesh.empty or mesh.size == 1:

@@ -27,6 +27,10 @@ class DecoderConfig(StackConfig):
     final_norm: str = ""
     """Of the hidden states in front of the head; empty: as `norm`."""
     tie_embeddings: bool = True
+    learned_positions: bool = False
+    """A learned vector for each of the `max_length` positions, added to the embedding."""
+    scale_embeddings: bool = False
+    """The embedding times sqrt(d_model), a factor that is rounded to `dtype` (Gemma)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,7 +63,12 @@ class Decoder(nn.Module):
 
         self.embedding = matrix("embedding")
         self.stack = Stack(cfg)
-        self.final_norm = Norm(cfg.final_norm or cfg.norm, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        if cfg.learned_positions:
+            init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), (None, "d_model"))
+            self.positions = self.param("positions", init, (cfg.max_length, cfg.d_model), cfg.param_dtype)
+        self.final_norm = Norm(
+            cfg.final_norm or cfg.norm, eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype
+        )
         self.head_matrix = self.embedding if cfg.tie_embeddings else matrix("head_matrix")
         self.embedding_dropout = nn.Dropout(cfg.dropout)
 
@@ -83,14 +92,16 @@ class Decoder(nn.Module):
         Raises:
           ValueError: more tokens than max_length, or segments together with a cache.
         """
-        x = self.embed(tokens, deterministic=deterministic)
+        x = self.embed(tokens)
         x, cache = self.hidden(x, positions=positions, segments=segments, cache=cache, deterministic=deterministic)
         return self.head(x), cache
 
-    def embed(self, tokens, *, deterministic: bool = True) -> Float[Array, "batch length d_model"]:
+    def embed(self, tokens) -> Float[Array, "batch length d_model"]:
         """The input embeddings."""
         x = jnp.take(self.embedding, tokens, axis=0)
-        return self.embedding_dropout(constrain(x, "d_model"), deterministic)
+        if self.config.scale_embeddings:
+            x = x * jnp.asarray(self.config.d_model**0.5, x.dtype)
+        return constrain(x, "d_model")
 
     def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
         """Hidden states [batch, length, d_model] behind the final norm, from input embeddings; and the cache."""
@@ -104,6 +115,9 @@ class Decoder(nn.Module):
         if positions is None:
             start = jnp.zeros((batch, 1), jnp.int32) if cache is None else cache.length[:, None]
             positions = start + jnp.arange(length)
+        if self.config.learned_positions:
+            x = x + jnp.take(self.positions.astype(x.dtype), jnp.broadcast_to(positions, (batch, length)), axis=0)
+        x = self.embedding_dropout(x, deterministic)
         x, cache = self.stack(x, positions, segments, cache, deterministic)
         return self.final_norm(x), cache
 
@@ -114,7 +128,7 @@ class Decoder(nn.Module):
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         cfg = self.config
-        return KVCache.init(cfg.num_layers, batch, length, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
+        return KVCache.init(cfg.num_layers, batch, length, cfg.kv_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
 
 
 def init_params(model: nn.Module, rng: jax.Array, *inputs: Any) -> Any:

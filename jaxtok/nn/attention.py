@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -12,10 +14,11 @@ from jaxtok.kernels.attention import Implementation, dot_product_attention
 
 def attend(
     q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch slots heads head_dim"],
-    v: Float[Array, "batch slots heads head_dim"],
+    k: Float[Array, "batch slots kv_heads head_dim"],
+    v: Float[Array, "batch slots kv_heads head_dim"],
     *,
     causal: bool = True,
+    window: Int[Array, ""] | None = None,
     segments: Int[Array, "batch length"] | None = None,
     start: Int[Array, " batch"] | None = None,
     implementation: Implementation = "auto",
@@ -23,15 +26,26 @@ def attend(
     """softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
 
     Args:
-      q, k, v: queries, keys and values; without a cache there are as many slots as queries.
+      q, k, v: queries, keys and values; without a cache there are as many slots as queries. With fewer key-value heads
+        than heads, neighbouring queries share one (grouped-query attention, arXiv 2305.13245).
+      window: query i sees the last `window` slots up to its own only (a number or, in a scan over layers, an array).
       causal: query i sees the keys up to its own place.
       segments: no query sees a key of another segment.
       implementation: without a cache; see `jaxtok.kernels.attention`.
       start: with a cache, the slot of each row's first query; query i then sees the slots up to start + i.
     """
-    k, v = (constrain(x, "batch", None, "heads", "head_dim") for x in (k, v))  # whole rows, where queries are divided
-    if start is None:
+    heads = "heads" if k.shape[2] == q.shape[2] else "kv_heads"
+    k, v = (constrain(x, "batch", None, heads, "head_dim") for x in (k, v))  # whole rows, where queries are divided
+    if start is None and window is None:
         return dot_product_attention(q, k, v, causal=causal, segments=segments, implementation=implementation)
     slots = jnp.arange(k.shape[1])
-    visible = slots <= (start[:, None] + jnp.arange(q.shape[1]))[..., None]  # [batch, length, slots]
-    return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
+    place = jnp.arange(q.shape[1]) + (jnp.zeros((1, 1), jnp.int32) if start is None else start[:, None])
+    visible = (
+        slots <= place[..., None] if causal else jnp.ones((1, q.shape[1], k.shape[1]), bool)
+    )  # [batch, length, slots]
+    if window is not None:
+        visible &= slots > place[..., None] - window
+    if segments is not None:
+        visible &= segments[:, :, None] == segments[:, None, :]
+    attention = functools.partial(jax.nn.dot_product_attention, mask=visible[:, None])
+    return jax.checkpoint(attention, prevent_cse=False)(q, k, v)

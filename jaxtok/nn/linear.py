@@ -1,9 +1,10 @@
-"""Ordinary projections for the transformer stack: matrices and a GELU MLP."""
+"""Ordinary projections for the transformer stack: matrices and an MLP."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -38,23 +39,40 @@ class Linear(nn.Module):
         return y
 
 
+ACTIVATIONS = {
+    "gelu": gelu,
+    "gelu_tanh": functools.partial(gelu, tanh=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearStack(StackConfig):
-    """A transformer stack with linear projections and a GELU MLP."""
+    """A transformer stack with linear projections and an MLP of one hidden layer."""
 
     mlp_dim: int = 3072
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
+    gated: bool = False
+    """down(activation(gate x) * up x) instead of down(activation(up x)) (arXiv 2002.05202)."""
     use_bias: bool = True
+    qkv_bias: bool | None = None
+    """Of queries, keys and values; None: as `use_bias`."""
+    mlp_bias: bool | None = None
+    """Of the MLP; None: as `use_bias`."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.mlp_dim < 1:
             raise ValueError(f"mlp_dim is {self.mlp_dim}; it must be at least 1.")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation is {self.activation!r}; it can be {', '.join(ACTIVATIONS)}.")
 
-    def linear(self, features: int, axes: tuple[str, str], std: float, name: str | None) -> Linear:
+    def linear(self, features: int, axes: tuple[str, str], std: float, bias: bool | None, name: str | None) -> Linear:
         return Linear(
             features=features,
             axes=axes,
-            use_bias=self.use_bias,
+            use_bias=self.use_bias if bias is None else bias,
             kernel_init=nn.initializers.normal(std),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
@@ -65,15 +83,17 @@ class LinearStack(StackConfig):
         if group == "ffn":
             return MLP(self, features, name=name)
         if group == "output":
-            return self.linear(features, ("heads", "d_model"), self.output_init_std, name)
-        return self.linear(features, ("d_model", "heads"), self.init_std, name)
+            return self.linear(features, ("heads", "d_model"), self.output_init_std, None, name)
+        axis = "heads" if group == "query" or self.kv_heads == self.num_heads else "kv_heads"
+        return self.linear(features, ("d_model", axis), self.init_std, self.qkv_bias, name)
 
     def projection_params(self) -> int:
-        return 4 * self.d_model**2 + 2 * self.d_model * self.mlp_dim
+        heads = 2 * (self.num_heads + self.kv_heads) * self.head_dim
+        return self.d_model * (heads + (3 if self.gated else 2) * self.mlp_dim)
 
 
 class MLP(nn.Module):
-    """W2 GELU(W1 x), with the exact GELU."""
+    """down(activation(up x)), or down(activation(gate x) * up x)."""
 
     config: LinearStack
     features: int
@@ -81,6 +101,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch d_in"], deterministic: bool = True) -> Float[Array, "*batch features"]:
         cfg = self.config
-        y = constrain(cfg.linear(cfg.mlp_dim, ("d_model", "mlp"), cfg.init_std, "up")(x), "mlp")
-        y = jax.checkpoint(gelu, prevent_cse=False)(y)  # as in ParameterAttention: keeps its input and output only
-        return cfg.linear(self.features, ("mlp", "d_model"), cfg.output_init_std, "down")(y)
+
+        def hidden(name):
+            layer = cfg.linear(cfg.mlp_dim, ("d_model", "mlp"), cfg.init_std, cfg.mlp_bias, name)
+            return constrain(layer(x), "mlp")
+
+        # As in ParameterAttention, what is between the products is computed again in the backward pass.
+        activation = jax.checkpoint(ACTIVATIONS[cfg.activation], prevent_cse=False)
+        y = activation(hidden("gate")) * hidden("up") if cfg.gated else activation(hidden("up"))
+        return cfg.linear(self.features, ("mlp", "d_model"), cfg.output_init_std, cfg.mlp_bias, "down")(y)

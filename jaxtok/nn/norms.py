@@ -9,19 +9,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-NORMS = ("layernorm", "layernorm_nonparam", "rmsnorm", "scalenorm")
+NORMS = {
+    "layernorm": 1e-5,
+    "layernorm_nonparam": 1e-5,
+    "rmsnorm": 1e-8,
+    "scalenorm": 1e-8,
+    "rms": 1e-6,
+    "rms_plus_one": 1e-6,
+}
+"""Kinds, and the epsilon of each where none is given."""
 
 
 class Norm(nn.Module):
-    """One of `NORMS`, as GPT-NeoX defines them.
+    """One of `NORMS`, in float32, then rounded to `dtype`.
 
-    layernorm           (x - mean) / sqrt(var + 1e-5) * scale + bias
+    layernorm           (x - mean) / sqrt(var + eps) * scale + bias
     layernorm_nonparam  the same without scale and bias (TokenFormer's blocks)
-    rmsnorm             x / (rms(x) + 1e-8) * scale; epsilon is added to the root, not under it
-    scalenorm           x / max(|x|, 1e-8) * g, with one number g
+    rmsnorm             x / (rms(x) + eps) * scale; epsilon is added to the root, not under it (GPT-NeoX)
+    scalenorm           x / max(|x|, eps) * g, with one number g (GPT-NeoX)
+    rms                 x / sqrt(mean(x^2) + eps), rounded, then * scale (Llama, T5)
+    rms_plus_one        x / sqrt(mean(x^2) + eps) * (1 + scale) (Gemma)
     """
 
     kind: str = "layernorm"
+    eps: float = 0.0
+    """0: that of `NORMS`."""
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -32,19 +44,25 @@ class Norm(nn.Module):
 
         width = (x.shape[-1],)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        eps = self.eps or NORMS.get(self.kind, 0.0)
         y = x.astype(jnp.float32)
         match self.kind:
             case "layernorm" | "layernorm_nonparam":
                 y = y - y.mean(-1, keepdims=True)
-                y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + 1e-5)
+                y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
                 if self.kind == "layernorm":
                     y = y * param("scale", ones, width, ("channels",)) + param("bias", zeros, width, ("channels",))
             case "rmsnorm":
                 rms = jnp.sqrt(jnp.mean(jnp.square(y), -1, keepdims=True))
-                y = y / (rms + 1e-8) * param("scale", ones, width, ("channels",))
+                y = y / (rms + eps) * param("scale", ones, width, ("channels",))
             case "scalenorm":
                 length = jnp.sqrt(jnp.sum(jnp.square(y), -1, keepdims=True))
-                y = y / jnp.maximum(length, 1e-8) * param("scale", ones, (1,), (None,))
+                y = y / jnp.maximum(length, eps) * param("scale", ones, (1,), (None,))
+            case "rms" | "rms_plus_one":
+                y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+                if self.kind == "rms":
+                    return y.astype(self.dtype) * param("scale", ones, width, ("channels",)).astype(self.dtype)
+                y = y * (1 + param("scale", zeros, width, ("channels",)))
             case _:
                 raise ValueError(f"norm {self.kind!r} is unknown; it can be {', '.join(NORMS)}.")
         return y.astype(self.dtype)

@@ -18,7 +18,7 @@ from jaxtok.kernels.attention import IMPLEMENTATIONS, Implementation
 from jaxtok.nn.attention import attend
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.norms import NORMS, Norm
-from jaxtok.nn.rotary import apply_rotary, rotary_dim
+from jaxtok.nn.rotary import RopeScaling, apply_rotary, rotary_dim
 
 REMAT_POLICIES = {
     "none": None,
@@ -39,11 +39,26 @@ class StackConfig:
     num_layers: int = 12
     d_model: int = 768
     num_heads: int = 12
+    num_kv_heads: int = 0
+    """Heads of keys and values, each shared by as many queries; 0: as many as heads."""
+    head_size: int = 0
+    """Channels of a head; 0: d_model / num_heads."""
     norm: str = "layernorm"
+    norm_eps: float = 0.0
+    """0: the norm's own (`jaxtok.nn.norms.NORMS`)."""
     causal: bool = True
+    window: int = 0
+    """A token sees so many at most, itself included; 0: all."""
+    full_layers: tuple[int, ...] = ()
+    """Layers without the window."""
+    scale_scores: bool = True
+    """Divide attention scores by sqrt(head_dim)."""
+    scale_by_layer: bool = False
+    """Divide them also by 1, 2, ... in the first, second, ... layer."""
     rotary_fraction: float = 0.25
     """The part of each head that is rotated; 0: no position embedding in the stack."""
     rotary_base: float = 10000.0
+    rotary_scaling: RopeScaling | None = None
     dropout: float = 0.0
     """On the embeddings and on what each half of a block adds to the residual stream."""
     init_std: float = 0.02
@@ -62,8 +77,17 @@ class StackConfig:
         for field in ("num_layers", "d_model", "num_heads", "unroll"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
-        if self.d_model % self.num_heads:
-            raise ValueError(f"num_heads is {self.num_heads}, which does not divide d_model = {self.d_model}.")
+        for field in ("num_kv_heads", "head_size", "window", "norm_eps"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
+        if self.d_model % self.num_heads and not self.head_size:
+            raise ValueError(
+                f"num_heads is {self.num_heads}, which does not divide d_model = {self.d_model}; set head_size too."
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads = {self.num_heads}."
+            )
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}, which is unknown; it can be {', '.join(NORMS)}.")
         if not 0 <= self.dropout < 1:
@@ -86,7 +110,11 @@ class StackConfig:
 
     @property
     def head_dim(self) -> int:
-        return self.d_model // self.num_heads
+        return self.head_size or self.d_model // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
 
     @property
     def output_init_std(self) -> float:
@@ -103,7 +131,7 @@ class StackConfig:
 
     def stack_flops(self, length: int) -> float:
         """Forward FLOPs of one token in the stack, at a context of `length` (counted whole, masked or not)."""
-        return self.num_layers * (2 * self.projection_params() + 4 * self.d_model * length)
+        return self.num_layers * (2 * self.projection_params() + 4 * self.num_heads * self.head_dim * length)
 
 
 class SelfAttention(nn.Module):
@@ -115,20 +143,37 @@ class SelfAttention(nn.Module):
     def __call__(self, x, positions, segments, cache: KVCache | None, layer, deterministic):
         cfg = self.config
 
-        def heads(group):
-            y = cfg.projection(group, cfg.d_model, name=group)(x, deterministic=deterministic)
-            return constrain(y.reshape(*y.shape[:-1], cfg.num_heads, cfg.head_dim), "heads", "head_dim")
+        def heads(group, count):
+            y = cfg.projection(group, count * cfg.head_dim, name=group)(x, deterministic=deterministic)
+            axis = "heads" if count == cfg.num_heads else "kv_heads"
+            return constrain(y.reshape(*y.shape[:-1], count, cfg.head_dim), axis, "head_dim")
 
-        q, k, v = heads("query"), heads("key"), heads("value")
+        q, k, v = heads("query", cfg.num_heads), heads("key", cfg.kv_heads), heads("value", cfg.kv_heads)
         if cfg.rotary_fraction:
-            rotate = functools.partial(apply_rotary, fraction=cfg.rotary_fraction, base=cfg.rotary_base)
+            rotate = functools.partial(
+                apply_rotary, fraction=cfg.rotary_fraction, base=cfg.rotary_base, scaling=cfg.rotary_scaling
+            )
             q, k = rotate(q, positions), rotate(k, positions)
+        if not cfg.scale_scores:
+            q = q * math.sqrt(cfg.head_dim)
+        if cfg.scale_by_layer:
+            q = q / (layer + 1).astype(q.dtype)
+        window = None
+        if cfg.window:
+            full = jnp.isin(layer, jnp.array(cfg.full_layers, jnp.int32))
+            window = jnp.where(full, jnp.iinfo(jnp.int32).max // 2, cfg.window)
         if cache is None:
-            y = attend(q, k, v, causal=cfg.causal, segments=segments, implementation=cfg.attention)
+            y = attend(q, k, v, causal=cfg.causal, segments=segments, window=window, implementation=cfg.attention)
         else:
             cache = cache.append(layer, k, v)
-            y = attend(q, cache.keys[layer].astype(q.dtype), cache.values[layer].astype(q.dtype), start=cache.length)
-        y = constrain(y, "heads", "head_dim").reshape(*y.shape[:-2], cfg.d_model)
+            y = attend(
+                q,
+                cache.keys[layer].astype(q.dtype),
+                cache.values[layer].astype(q.dtype),
+                start=cache.length,
+                window=window,
+            )
+        y = constrain(y, "heads", "head_dim").reshape(*y.shape[:-2], cfg.num_heads * cfg.head_dim)
         y = cfg.projection("output", cfg.d_model, name="output")(y, deterministic=deterministic)
         return checkpoint_name(y, "projection"), cache
 
@@ -144,7 +189,7 @@ class Block(nn.Module):
         x, cache = carry
 
         def norm(name):
-            return Norm(cfg.norm, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name)
+            return Norm(cfg.norm, eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name)
 
         def dropout(y):
             return nn.Dropout(cfg.dropout)(constrain(y, "d_model"), deterministic)

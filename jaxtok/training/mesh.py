@@ -35,6 +35,8 @@ class AxisRules:
     param_tokens: tuple[str, ...] = ("tensor", "fsdp")
     mlp: tuple[str, ...] = ("tensor",)
     heads: tuple[str, ...] = ("tensor",)
+    kv_heads: tuple[str, ...] = ()
+    """Where several queries share a key: these are fewer than devices, as a rule."""
     d_model: tuple[str, ...] = ("fsdp",)
 
     def __post_init__(self):
