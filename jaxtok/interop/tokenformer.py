@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from jaxtok.interop.tensors import expected_shapes, read_tensors, torch_for
+from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
 
@@ -133,8 +135,6 @@ def params_from_official(config: TokenFormerConfig, tensors: Mapping[str, np.nda
     Raises:
       ValueError: tensors are missing, unknown or of another shape; the message names them.
     """
-    from jaxtok.lm.decoder import Decoder  # only for the shapes that are expected
-
     shapes = expected_shapes(Decoder(config))
     left = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     tree: dict[str, Any] = {}
@@ -178,18 +178,6 @@ def params_to_official(config: TokenFormerConfig, params: Mapping[str, Any]) -> 
         else:
             tensors[pattern] = array
     return tensors
-
-
-def expected_shapes(model) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Parameter paths of a language model to shapes, without making any array."""
-    import flax.traverse_util
-    import jax
-    import jax.numpy as jnp
-
-    from jaxtok.lm.decoder import init_params
-
-    tree = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
 
 
 def official_config(config: TokenFormerConfig) -> dict[str, Any]:
@@ -243,7 +231,7 @@ def read_official(folder: str | Path, **overrides) -> tuple[TokenFormerConfig, d
     options = folder / "config.json"
     if not options.is_file():
         raise FileNotFoundError(f"{options} does not exist; give a folder with config.json and the weights.")
-    tensors = _read_tensors(folder)
+    tensors = read_tensors(folder)
     config = config_from_official(json.loads(options.read_text()), tensors, **overrides)
     return config, params_from_official(config, tensors)
 
@@ -256,7 +244,7 @@ def write_official(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = params_to_official(config, params)
     if torch_bin:
-        torch = _torch("writing pytorch_model.bin")
+        torch = torch_for("writing pytorch_model.bin")
         torch.save(
             {k: torch.from_numpy(np.array(v, np.float32)) for k, v in tensors.items()}, folder / "pytorch_model.bin"
         )
@@ -264,27 +252,6 @@ def write_official(
         safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(official_config(config), indent=2) + "\n")
     return folder
-
-
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    if (path := folder / "model.safetensors").is_file():
-        return safetensors.numpy.load_file(path)
-    for name in ("pytorch_model.bin", "mp_rank_00_model_states.pt"):
-        if (path := folder / name).is_file():
-            state = _torch(f"reading {name}").load(path, map_location="cpu", weights_only=True)
-            state = state.get("module", state)  # DeepSpeed keeps the model under this key
-            return {name: tensor.float().numpy() for name, tensor in state.items()}
-    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
-
-
-def _torch(purpose: str):
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(
-            f"{purpose} needs PyTorch; pip install torch, or convert the file to model.safetensors first."
-        ) from None
-    return torch
 
 
 assert set(_SITES) == set(GROUPS)

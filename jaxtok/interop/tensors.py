@@ -1,0 +1,93 @@
+"""Tensors by name from a folder of weights: safetensors, in one file or in shards with an index, or PyTorch's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from jaxtok.lm.decoder import init_params
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of safetensors files; each is read when it is asked for."""
+
+    def __init__(self, files: dict[str, Path]):
+        self._files = files
+        self._open: dict[Path, Any] = {}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.asarray(self._file(self._files[name]).get_tensor(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def _file(self, path: Path) -> Any:
+        if path not in self._open:
+            self._open[path] = open_safetensors(path)
+        return self._open[path]
+
+
+def open_safetensors(path: Path) -> Any:
+    """A file of tensors, open.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    try:
+        return safetensors.safe_open(path, framework="flax")  # unlike "numpy", it knows bfloat16
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}); fetch it again.") from error
+
+
+def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
+    """The tensors in model.safetensors, in the shards of its index, or in pytorch_model.bin (needs PyTorch).
+
+    Raises:
+      FileNotFoundError: there are no weights, or a shard is missing.
+      ValueError: a file is damaged, or a shard has not what the index says.
+    """
+    if (path := folder / "model.safetensors").is_file():
+        return Tensors(dict.fromkeys(open_safetensors(path).keys(), path))
+    if (path := folder / "model.safetensors.index.json").is_file():
+        places = json.loads(path.read_text())["weight_map"]
+        for shard in sorted(set(places.values())):
+            if not (folder / shard).is_file():
+                raise FileNotFoundError(f"{folder / shard} does not exist, but {path.name} names it; fetch it too.")
+            found = set(open_safetensors(folder / shard).keys())
+            if missing := [name for name, place in places.items() if place == shard and name not in found]:
+                raise ValueError(f"{folder / shard} has no tensor {missing[0]}, which {path.name} says it has.")
+        return Tensors({name: folder / shard for name, shard in places.items()})
+    for name in ("pytorch_model.bin", "mp_rank_00_model_states.pt"):
+        if (path := folder / name).is_file():
+            state = torch_for(f"reading {name}").load(path, map_location="cpu", weights_only=True)
+            state = state.get("module", state)  # DeepSpeed keeps the model under this key
+            return {name: tensor.float().numpy() for name, tensor in state.items()}
+    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
+
+
+def torch_for(purpose: str) -> Any:
+    """PyTorch, which only this needs."""
+    try:
+        import torch
+    except ImportError:
+        raise ImportError(
+            f"{purpose} needs PyTorch; pip install torch, or convert the file to model.safetensors first."
+        ) from None
+    return torch
+
+
+def expected_shapes(model: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Parameter paths of a language model to shapes, without making any array."""
+    tree = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
