@@ -7,7 +7,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 from tyro.conf import Positional
@@ -16,13 +16,45 @@ from jaxtok.data.corpora import open_corpus
 from jaxtok.data.text import TextData
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.decoding.sampling import generate as generate_tokens
+from jaxtok.interop import huggingface
 from jaxtok.interop.tokenformer import read_official, write_official
 from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
+from jaxtok.protocols import Tokenizer
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.training.checkpoints import Checkpoints, Meta, fork, load, must_be_free, write_config
 from jaxtok.training.experiment import Experiment, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model to work with: a run's, or a Hugging Face folder's."""
+
+    task: LanguageModeling
+    params: Any
+    data: TextData
+    tokenizer: Tokenizer
+    prefix: list[int]
+    """Ids in front of every text."""
+    stops: list[int]
+    """Ids behind which a text ends."""
+    step: int = 0
+
+
+def open_model(path: Path) -> Opened:
+    """A run's newest checkpoint, the one at RUN/checkpoints/STEP, or a Hugging Face folder."""
+    if huggingface.is_folder(path):
+        model, params = huggingface.read_folder(path)
+        tokenizer, prefix, stops = huggingface.read_tokenizer(path)
+        data = TextData(tokenizer=str(path), length=min(1024, model.max_length), batch_size=8)
+        return Opened(LanguageModeling(model=model), params, data, tokenizer, prefix, stops)
+    loaded = load(path)
+    data = loaded.experiment.data
+    tokenizer = load_tokenizer(data.tokenizer)
+    end = [tokenizer.eod_id]
+    return Opened(loaded.task, loaded.params, data, tokenizer, end, end, loaded.meta.step)
 
 
 def evaluate(
@@ -35,18 +67,18 @@ def evaluate(
     """Loss, perplexity and bits per byte of a checkpoint on a corpus.
 
     Args:
-      checkpoint: a run's folder, or RUN/checkpoints/STEP.
+      checkpoint: a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder.
       corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN; default: what the run was trained on.
       split: of the corpus; files are split by a hash of their path.
       batches: evaluate only so many; 0: all.
       output: also write the numbers into this JSON file.
     """
-    loaded = load(checkpoint)
-    data = dataclasses.replace(loaded.experiment.data, eval_limit=batches)
+    loaded = open_model(checkpoint)
+    data = dataclasses.replace(loaded.data, eval_limit=batches)
     if corpus:
         data = dataclasses.replace(data, corpus=corpus)
     metrics = loaded.task.evaluate(loaded.params, data.eval_batches(split))
-    row = {"checkpoint": str(checkpoint), "corpus": data.corpus, "split": split, "step": loaded.meta.step} | metrics
+    row = {"checkpoint": str(checkpoint), "corpus": data.corpus, "split": split, "step": loaded.step} | metrics
     if output:
         output.write_text(json.dumps(row, indent=2) + "\n")
     return row
@@ -68,7 +100,7 @@ def generate(
     """Continues prompts: a single one token by token on the terminal, several as a batch.
 
     Args:
-      checkpoint: a run's folder, or RUN/checkpoints/STEP.
+      checkpoint: a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder.
       prompt: one or several texts to continue; an empty one starts a new document.
       prompt_file: a file with one prompt a line, instead.
       max_new_tokens: at most so many for each prompt; 0: 200, or what the model's context has room for.
@@ -80,8 +112,8 @@ def generate(
       stop_at_end: stop where the model ends the document.
       stream: write the texts to the standard output.
     """
-    loaded = load(checkpoint)
-    tokenizer = load_tokenizer(loaded.experiment.data.tokenizer)
+    loaded = open_model(checkpoint)
+    tokenizer = loaded.tokenizer
     prompts = tuple(prompt_file.read_text().splitlines()) if prompt_file else prompt
 
     stops = [tokenizer.encode(text) for text in stop]
@@ -98,7 +130,7 @@ def generate(
             sys.stdout.write(text.decode(errors="replace"))
         sys.stdout.flush()
 
-    ids = [[tokenizer.eod_id, *tokenizer.encode(text)] for text in prompts]
+    ids = [[*loaded.prefix, *tokenizer.encode(text)] for text in prompts]
     room = loaded.task.model.max_length - max(map(len, ids), default=0)
     live = stream and len(prompts) == 1
     if live:
@@ -110,7 +142,7 @@ def generate(
         max_new_tokens=max_new_tokens or max(1, min(200, room)),
         sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
         rng=jax.random.key(seed),
-        stop_tokens=[*(token for (token,) in stops), *([tokenizer.eod_id] if stop_at_end else [])],
+        stop_tokens=[*(token for (token,) in stops), *(loaded.stops if stop_at_end else [])],
         num_ids=tokenizer.vocab_size,
         on_tokens=(lambda new: write(text_of(new[0]))) if live else None,
         chunk=4,
@@ -167,25 +199,28 @@ def convert(
     target: Positional[Path],
     torch_bin: bool = False,
 ) -> Path:
-    """Checkpoints between jaxtok and the authors' TokenFormer layout, in the direction that the source asks for.
+    """Checkpoints between jaxtok and other layouts, in the direction that the source asks for.
 
-    A folder with config.json and pytorch_model.bin or model.safetensors becomes a run that every verb takes; a run
-    becomes such a folder.
+    A Hugging Face folder (GPT-2, Llama, Mistral, Qwen2, Gemma), or one of the authors of TokenFormer, becomes a run
+    that every verb takes; a run becomes such a folder, by its kind of model.
 
     Args:
-      source: the authors' folder, or a run.
+      source: the folder, with config.json and model.safetensors, its shards or pytorch_model.bin; or a run.
       target: the folder to write, which must not exist.
       torch_bin: write pytorch_model.bin (needs PyTorch) instead of model.safetensors.
     """
     must_be_free(target)
     if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
         loaded = load(source)
-        write_official(target, loaded.task.model, loaded.params, torch_bin=torch_bin)
+        if isinstance(loaded.task.model, TokenFormerConfig):
+            write_official(target, loaded.task.model, loaded.params, torch_bin=torch_bin)
+        else:
+            huggingface.write_folder(target, loaded.task.model, loaded.params)
         tokenizer = Path(loaded.experiment.data.tokenizer)
         if tokenizer.is_file():
             shutil.copy(tokenizer, target)
         return target
-    model, params = read_official(source)
+    model, params = (huggingface.read_folder if huggingface.is_folder(source) else read_official)(source)
     has_tokenizer = (source / "tokenizer.json").is_file()
     target.mkdir(parents=True)
     if has_tokenizer:

@@ -1,6 +1,8 @@
 """Every system that fills the CausalLM waist, in a tiny size. Registered here, it runs through the contract tests."""
 
 from jaxtok.lm.decoder import Decoder
+from jaxtok.lm.gpt2 import GPT2Config
+from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import TransformerConfig
 
@@ -15,7 +17,12 @@ SIZES = {
     "tie_embeddings": False,
 }
 
+LLAMA = SIZES | {"rotary_fraction": 1.0, "num_heads": 4}
+
 CAUSAL_LMS = {
     "tokenformer": lambda: Decoder(TokenFormerConfig(**SIZES, tokens=uniform_counts(attention=12, ffn=20, output=9))),
+    "gpt2": lambda: Decoder(GPT2Config(**SIZES | {"rotary_fraction": 0.0}, mlp_dim=24)),
+    "llama": lambda: Decoder(LlamaConfig(**LLAMA, num_kv_heads=2, mlp_dim=24)),
+    "mistral": lambda: Decoder(LlamaConfig(**LLAMA, mlp_dim=24, window=16)),
     "transformer": lambda: Decoder(TransformerConfig(**SIZES, mlp_dim=24)),
 }

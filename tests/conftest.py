@@ -42,8 +42,9 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_generate_tests(metafunc):
     if "golden" in metafunc.fixturenames:
-        pattern = metafunc.definition.get_closest_marker("parity").args[0]
-        files = sorted(metafunc.config.getoption("--goldens").glob(pattern))
+        patterns = metafunc.definition.get_closest_marker("parity").args
+        folder = metafunc.config.getoption("--goldens")
+        files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         metafunc.parametrize("golden", files, ids=[file.stem for file in files], indirect=True)
 
 
@@ -67,7 +68,7 @@ class Golden:
 def golden(request) -> Golden:
     with np.load(request.param) as file:
         arrays = dict(file)
-    config = json.loads(str(arrays.pop("config")))
+    config = json.loads(str(arrays.pop("config", "{}")))
     return Golden(f"{request.param.parent.name}/{request.param.stem}", config, arrays)
 
 

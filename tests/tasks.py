@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from jaxtok.data.text import TextData
+from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.training.experiment import Experiment
@@ -93,8 +95,12 @@ def images() -> Case:
     )
 
 
+SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 8, "vocab_size": 64, "max_length": 32}
+
 TASKS = {
     "tokenformer": lambda: text(TOKENFORMER),
     "transformer": lambda: text(matched_transformer(TOKENFORMER)),
+    "gpt2": lambda: text(GPT2Config(**SIZES, mlp_dim=32)),
+    "llama": lambda: text(LlamaConfig(**SIZES, num_kv_heads=2, mlp_dim=32, window=9)),
     "tokenformer_vit": images,
 }

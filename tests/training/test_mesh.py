@@ -74,7 +74,7 @@ def test_every_task_is_the_same_on_every_mesh(name, mesh, on_one_device):
             np.testing.assert_allclose(ours[key], theirs[key], rtol=2e-5, atol=1e-7, err_msg=key)
     moments = lambda s: jax.tree.leaves(s.opt_state)  # noqa: E731
     for ours, theirs in zip(moments(state), moments(alone)):  # the first is the gradient but for a factor
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(np.abs(theirs).max(), 1e-12))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * max(np.abs(theirs).max(), 1e-7))
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params)):
         assert len(ours.sharding.device_set) == 8
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
