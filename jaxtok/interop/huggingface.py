@@ -1,6 +1,7 @@
-"""Hugging Face folders of decoders, in and out: config.json and safetensors (one file, or shards with an index).
+"""Hugging Face folders, in and out: config.json and safetensors (one file, or shards with an index).
 
-GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma. No code of a folder is run, and PyTorch is needed for .bin files only.
+Decoders: GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma. Encoders: BERT, RoBERTa and XLM-R. No code of a folder is run,
+and PyTorch is needed for .bin files only.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ import safetensors.numpy
 import tokenizers
 
 from jaxtok.interop.tensors import expected_shapes, read_tensors
-from jaxtok.lm.decoder import Decoder, DecoderConfig
+from jaxtok.lm.bert import BertConfig
+from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.nn.rotary import RopeScaling
 from jaxtok.tokenizers import HuggingFaceTokenizer
 
-MODEL_TYPES = ("gpt2", "llama", "mistral", "qwen2", "gemma")
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "gemma")
+ENCODERS = ("bert", "roberta", "xlm-roberta")
 
 _ACTIVATIONS = {  # theirs -> ours
     "gelu": "gelu",
@@ -35,7 +38,12 @@ _ACTIVATIONS = {  # theirs -> ours
     "swish": "silu",
     "relu": "relu",
 }
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$")
+_IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.position_ids$")
+_COPIES = {
+    "lm_head.weight",
+    *(f"{head}.decoder.{leaf}" for head in ("lm_head", "cls.predictions") for leaf in ("weight", "bias")),
+}
+"""Of a head that is the embedding."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +57,10 @@ class Source:
     """Which third of the last axis it is, of GPT-2's joint queries, keys and values."""
 
 
-def sources(config: DecoderConfig) -> dict[tuple[str, ...], Source]:
+def sources(config: DecoderConfig | BertConfig) -> dict[tuple[str, ...], Source]:
     """Our parameter paths to their tensors."""
+    if isinstance(config, BertConfig):
+        return _encoder_sources(config)
     block = ("stack", "blocks")
     if isinstance(config, GPT2Config):
         h = "transformer.h.{layer}."
@@ -84,6 +94,79 @@ def sources(config: DecoderConfig) -> dict[tuple[str, ...], Source]:
     return found
 
 
+def _encoder_sources(config: BertConfig) -> dict[tuple[str, ...], Source]:
+    base, block = "roberta" if config.positions_from_ids else "bert", ("stack", "blocks")
+    found = {
+        ("embedding",): Source(f"{base}.embeddings.word_embeddings.weight"),
+        ("position_embedding",): Source(f"{base}.embeddings.position_embeddings.weight"),
+        ("type_embedding",): Source(f"{base}.embeddings.token_type_embeddings.weight"),
+    }
+    h = f"{base}.encoder.layer.{{layer}}."
+    linears = {(*block, "attention", g): f"{h}attention.self.{g}" for g in ("query", "key", "value")}
+    linears[*block, "attention", "output"] = f"{h}attention.output.dense"
+    linears[*block, "ffn", "up"] = f"{h}intermediate.dense"
+    linears[*block, "ffn", "down"] = f"{h}output.dense"
+    norms = {("embedding_norm",): f"{base}.embeddings.LayerNorm"}
+    norms[*block, "norm_attention"] = f"{h}attention.output.LayerNorm"
+    norms[*block, "norm_ffn"] = f"{h}output.LayerNorm"
+    if config.mask_head:
+        head = "lm_head" if config.positions_from_ids else "cls.predictions.transform"
+        linears[("head_dense",)] = f"{head}.dense"
+        norms[("head_norm",)] = f"{head}.{'layer_norm' if config.positions_from_ids else 'LayerNorm'}"
+        found[("head_bias",)] = Source("lm_head.bias" if config.positions_from_ids else "cls.predictions.bias")
+    if config.pooler:
+        linears[("pooler",)] = f"{base}.pooler.dense"
+    if config.next_sentence:
+        linears[("next_sentence_head",)] = "cls.seq_relationship"
+    if config.num_classes:
+        linears |= {("classifier_dense",): "classifier.dense", ("classifier",): "classifier.out_proj"}
+    for path, theirs in linears.items():
+        found[*path, "kernel"] = Source(f"{theirs}.weight", transpose=True)
+        found[*path, "bias"] = Source(f"{theirs}.bias")
+    for path, theirs in norms.items():
+        found[*path, "scale"], found[*path, "bias"] = Source(f"{theirs}.weight"), Source(f"{theirs}.bias")
+    return found
+
+
+def read_encoder_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> BertConfig:
+    """Our config from a config.json, with the heads that there are tensors of.
+
+    Raises:
+      ValueError: an option that the models here do not have.
+    """
+    if (kind := options.get("position_embedding_type") or "absolute") != "absolute":
+        raise ValueError(f"position_embedding_type is {kind!r}; only absolute can be read.")
+    roberta = options["model_type"] != "bert"
+
+    def get(name: str, default: Any) -> Any:
+        value = options.get(name)
+        return default if value is None else value
+
+    def there(name: str) -> bool:
+        return any(key.endswith(name) for key in tensors)
+
+    classes = tensors["classifier.out_proj.weight"].shape[0] if there("classifier.out_proj.weight") else 0
+    return BertConfig(
+        num_layers=get("num_hidden_layers", 12),
+        d_model=get("hidden_size", 768),
+        num_heads=get("num_attention_heads", 12),
+        mlp_dim=get("intermediate_size", 3072),
+        activation=_activation(get("hidden_act", "gelu")),
+        vocab_size=get("vocab_size", 50265 if options["model_type"] == "roberta" else 30522),
+        max_positions=get("max_position_embeddings", 512),
+        type_vocab_size=get("type_vocab_size", 2),
+        pad_id=get("pad_token_id", 1 if roberta else 0),
+        positions_from_ids=roberta,
+        norm_eps=float(get("layer_norm_eps", 1e-12)),
+        init_std=float(get("initializer_range", 0.02)),
+        mask_head=there("lm_head.dense.weight") or there("cls.predictions.transform.dense.weight"),
+        pooler=there("pooler.dense.weight"),
+        next_sentence=there("cls.seq_relationship.weight"),
+        num_classes=classes,
+        param_dtype="bfloat16" if get("torch_dtype", get("dtype", "float32")) == "bfloat16" else "float32",
+    )
+
+
 def has_bias(config: LlamaConfig, path: tuple[str, str]) -> bool:
     """Whether the projection at this place of a block has a bias."""
     own = config.mlp_bias if path[0] == "ffn" else config.qkv_bias if path[1] != "output" else None
@@ -101,8 +184,8 @@ def read_config(options: Mapping[str, Any], tied: bool | None = None) -> Decoder
       ValueError: an unknown kind of model, or an option that the models here do not have.
     """
     kind = options.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise ValueError(f"model_type is {kind!r}; the kinds that can be read are {', '.join(MODEL_TYPES)}.")
+    if kind not in DECODERS:
+        raise ValueError(f"model_type is {kind!r}; the kinds that can be read are {', '.join(DECODERS + ENCODERS)}.")
 
     def get(name: str, default: Any = None) -> Any:
         value = options.get(name)
@@ -237,11 +320,32 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
     """
     common = {
         "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
+        "tie_word_embeddings": getattr(config, "tie_embeddings", True),
         "initializer_range": config.init_std,
         "torch_dtype": config.param_dtype,
     }
     theirs = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
+    if isinstance(config, BertConfig):
+        kind = "roberta" if config.positions_from_ids else "bert"
+        head = "ForMaskedLM" if config.mask_head else "ForSequenceClassification" if config.num_classes else "Model"
+        head = "ForPreTraining" if config.next_sentence else head
+        return (
+            common
+            | {
+                "architectures": [("Roberta" if kind == "roberta" else "Bert") + head],
+                "model_type": kind,
+                "num_hidden_layers": config.num_layers,
+                "hidden_size": config.d_model,
+                "num_attention_heads": config.num_heads,
+                "intermediate_size": config.mlp_dim,
+                "hidden_act": theirs[config.activation],
+                "max_position_embeddings": config.max_positions,
+                "type_vocab_size": config.type_vocab_size,
+                "pad_token_id": config.pad_id,
+                "layer_norm_eps": config.norm_eps,
+            }
+            | ({"num_labels": config.num_classes} if config.num_classes else {})
+        )
     if isinstance(config, GPT2Config):
         return common | {
             "architectures": ["GPT2LMHeadModel"],
@@ -331,7 +435,7 @@ def params_from(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> dic
     Raises:
       ValueError: tensors are missing, unknown or of another shape; the message names them.
     """
-    shapes = expected_shapes(Decoder(config))
+    shapes = expected_shapes(config)
     left = {name for name in tensors if not _IGNORED.search(name)}
     tree: dict[str, Any] = {}
     problems: list[str] = []
@@ -361,8 +465,8 @@ def params_from(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> dic
         for key in path[:-1]:
             node = node.setdefault(key, {})
         node[path[-1]] = array
-    if config.tie_embeddings:
-        left.discard("lm_head.weight")  # a copy
+    if getattr(config, "tie_embeddings", True):
+        left -= _COPIES
     problems += [f"{name} is unknown" for name in sorted(left)]
     if problems:
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
@@ -390,12 +494,13 @@ def params_to(config: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.
 
 
 def _present(name: str, tensors: Mapping[str, np.ndarray]) -> str:
-    """The name, or the one without the model's prefix, as files of base models have it."""
-    short = name.split(".", 1)[1]
-    return short if name not in tensors and short in tensors else name
+    """The name, the one without the model's prefix, as files of base models have it, or an old one."""
+    old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+    names = [name, name.split(".", 1)[1], old, old.split(".", 1)[1]]
+    return next((n for n in names if n in tensors), name)
 
 
-def read_folder(folder: str | Path) -> tuple[DecoderConfig, dict[str, Any]]:
+def read_folder(folder: str | Path) -> tuple[DecoderConfig | BertConfig, dict[str, Any]]:
     """Config and parameters from a Hugging Face folder.
 
     Raises:
@@ -407,6 +512,10 @@ def read_folder(folder: str | Path) -> tuple[DecoderConfig, dict[str, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a folder with config.json and the weights.")
     options = json.loads(path.read_text())
+    if options.get("model_type") in ENCODERS:
+        tensors = read_tensors(folder)
+        config = read_encoder_config(options, tensors)
+        return config, params_from(config, tensors)
     config = read_config(options)
     tensors = read_tensors(folder)
     embedding = _present(sources(config)[("embedding",)].name, tensors)

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from jaxtok.lm.decoder import init_params
+from jaxtok.lm import bert
+from jaxtok.lm.bert import BertConfig
+from jaxtok.lm.decoder import Decoder, init_params
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -87,7 +89,11 @@ def torch_for(purpose: str) -> Any:
     return torch
 
 
-def expected_shapes(model: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Parameter paths of a language model to shapes, without making any array."""
-    tree = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+def expected_shapes(config: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
+    """Parameter paths of a model to shapes, from its config, without making any array."""
+    rng = jax.random.key(0)
+    if isinstance(config, BertConfig):
+        tree = jax.eval_shape(lambda: bert.init_params(config, rng))
+    else:
+        tree = jax.eval_shape(lambda: init_params(Decoder(config), rng, jnp.zeros((1, 1), jnp.int32)))
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}

@@ -18,7 +18,6 @@ import numpy as np
 import safetensors.numpy
 
 from jaxtok.interop.tensors import expected_shapes, read_tensors, torch_for
-from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
 
@@ -135,7 +134,7 @@ def params_from_official(config: TokenFormerConfig, tensors: Mapping[str, np.nda
     Raises:
       ValueError: tensors are missing, unknown or of another shape; the message names them.
     """
-    shapes = expected_shapes(Decoder(config))
+    shapes = expected_shapes(config)
     left = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
     tree: dict[str, Any] = {}
     problems = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -25,6 +25,7 @@ from jaxtok.axes import partition_spec
 Implementation = Literal["auto", "xla", "splash", "splash_interpreted"]
 IMPLEMENTATIONS = ("auto", "xla", "splash", "splash_interpreted")
 _LANES = 128
+Segments = Int[Array, "batch length"] | tuple[Int[Array, "batch length"], Int[Array, "batch length"]]
 
 
 def dot_product_attention(
@@ -33,18 +34,21 @@ def dot_product_attention(
     v: Float[Array, "batch length kv_heads head_dim"],
     *,
     causal: bool = True,
-    segments: Int[Array, "batch length"] | None = None,
+    segments: Segments | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "batch length heads head_dim"]:
     """softmax(q k^T / sqrt(head_dim)) v within segments, with the softmax in float32.
 
     Args:
+      segments: numbers; a query sees the keys of its own number. Or a pair, of the queries' and of the keys' numbers.
       implementation: xla: as XLA compiles the definition; splash: the kernel (TPU); splash_interpreted: the kernel as
         plain operations, for tests; auto: splash where it is compiled for a TPU and takes the length, else xla.
 
     Raises:
       ValueError: the kernel was asked for by name, and does not take these arrays.
     """
+    if segments is not None and not isinstance(segments, tuple):
+        segments = (segments, segments)
     plain = functools.partial(attention_reference, causal=causal)
     why_not = _why_not_splash(q.shape[1])
     if implementation == "xla" or (implementation == "auto" and why_not):
@@ -57,9 +61,9 @@ def dot_product_attention(
     return kernel(q, k, v, segments)
 
 
-def attention_reference(q: Array, k: Array, v: Array, segments: Array | None, *, causal: bool) -> Array:
+def attention_reference(q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None, *, causal: bool) -> Array:
     """The definition. The backward pass computes the weights again: storing them takes longer than the products."""
-    mask = None if segments is None else (segments[:, :, None] == segments[:, None, :])[:, None]
+    mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     attention = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=causal)
     q, k, v = (checkpoint_name(x, "attention") for x in (q, k, v))
     return checkpoint_name(jax.checkpoint(attention, prevent_cse=False)(q, k, v), "attention")
@@ -73,7 +77,7 @@ def _why_not_splash(length: int) -> str:
     return ""
 
 
-def _splash(q: Array, k: Array, v: Array, segments: Array | None, *, causal: bool, interpret: bool) -> Array:
+def _splash(q: Array, k: Array, v: Array, segments: Any, *, causal: bool, interpret: bool) -> Array:
     """On a mesh, each device has rows and heads of its own."""
     k, v = (
         jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v)
@@ -83,11 +87,12 @@ def _splash(q: Array, k: Array, v: Array, segments: Array | None, *, causal: boo
     if not rules or mesh.empty or mesh.size == 1:
         return call(q, k, v, segments)
     spec = partition_spec(("batch", None, "heads", None), q.shape, rules, mesh.shape, "the queries")
-    specs = (spec, spec, spec, None if segments is None else PartitionSpec(spec[0], None))
+    rows = PartitionSpec(spec[0], None)
+    specs = (spec, spec, spec, None if segments is None else (rows, rows))
     return jax.shard_map(call, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)(q, k, v, segments)
 
 
-def _splash_local(q: Array, k: Array, v: Array, segments: Array | None, *, causal: bool, interpret: bool) -> Array:
+def _splash_local(q: Array, k: Array, v: Array, segments: Any, *, causal: bool, interpret: bool) -> Array:
     length, heads, head_dim = q.shape[1:]
     block, whole = math.gcd(length, 512), math.gcd(length, 2048)
     sizes = splash.BlockSizes(
@@ -108,7 +113,7 @@ def _splash_local(q: Array, k: Array, v: Array, segments: Array | None, *, causa
         interpret=interpret,
         residual_checkpoint_name="attention",
     )
-    ids = None if segments is None else splash.SegmentIds(segments, segments)
+    ids = None if segments is None else splash.SegmentIds(*segments)
     # What is kept for the backward pass is kept as the kernel takes it.
     q, k, v = (checkpoint_name(jnp.swapaxes(x, 1, 2), "attention") for x in (q * head_dim**-0.5, k, v))
     in_axes = (0, 0, 0, None if ids is None else 0)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain
-from jaxtok.kernels.attention import Implementation, dot_product_attention
+from jaxtok.kernels.attention import Implementation, Segments, dot_product_attention
 
 
 def attend(
@@ -19,7 +19,7 @@ def attend(
     *,
     causal: bool = True,
     window: Int[Array, ""] | None = None,
-    segments: Int[Array, "batch length"] | None = None,
+    segments: Segments | None = None,
     start: Int[Array, " batch"] | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "batch length heads head_dim"]:
@@ -30,7 +30,7 @@ def attend(
         than heads, neighbouring queries share one (grouped-query attention, arXiv 2305.13245).
       window: query i sees the last `window` slots up to its own only (a number or, in a scan over layers, an array).
       causal: query i sees the keys up to its own place.
-      segments: no query sees a key of another segment.
+      segments: no query sees a key of another segment; see `jaxtok.kernels.attention`.
       implementation: without a cache; see `jaxtok.kernels.attention`.
       start: with a cache, the slot of each row's first query; query i then sees the slots up to start + i.
     """
@@ -46,6 +46,7 @@ def attend(
     if window is not None:
         visible &= slots > place[..., None] - window
     if segments is not None:
-        visible &= segments[:, :, None] == segments[:, None, :]
+        of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
+        visible &= of_queries[:, :, None] == of_keys[:, None, :]
     attention = functools.partial(jax.nn.dot_product_attention, mask=visible[:, None])
     return jax.checkpoint(attention, prevent_cse=False)(q, k, v)

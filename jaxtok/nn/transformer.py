@@ -46,7 +46,11 @@ class StackConfig:
     norm: str = "layernorm"
     norm_eps: float = 0.0
     """0: the norm's own (`jaxtok.nn.norms.NORMS`)."""
+    post_norm: bool = False
+    """norm(x + f(x)) (BERT) instead of x + f(norm(x))."""
     causal: bool = True
+    mask_keys: bool = False
+    """Segments are 1 for real tokens and 0 for padding, and padding sees the real ones (encoders of Hugging Face)."""
     window: int = 0
     """A token sees so many at most, itself included; 0: all."""
     full_layers: tuple[int, ...] = ()
@@ -162,6 +166,8 @@ class SelfAttention(nn.Module):
         if cfg.window:
             full = jnp.isin(layer, jnp.array(cfg.full_layers, jnp.int32))
             window = jnp.where(full, jnp.iinfo(jnp.int32).max // 2, cfg.window)
+        if cfg.mask_keys and segments is not None:
+            segments = (jnp.ones_like(segments), segments)
         if cache is None:
             y = attend(q, k, v, causal=cfg.causal, segments=segments, window=window, implementation=cfg.attention)
         else:
@@ -179,7 +185,7 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x))."""
+    """x + attention(norm(x)), then x + ffn(norm(x)); or with the norms behind the sums."""
 
     config: StackConfig
 
@@ -194,12 +200,15 @@ class Block(nn.Module):
         def dropout(y):
             return nn.Dropout(cfg.dropout)(constrain(y, "d_model"), deterministic)
 
-        y, cache = SelfAttention(cfg, name="attention")(
-            norm("norm_attention")(x), positions, segments, cache, layer, deterministic
-        )
+        norm_attention, norm_ffn = norm("norm_attention"), norm("norm_ffn")
+        y = x if cfg.post_norm else norm_attention(x)
+        y, cache = SelfAttention(cfg, name="attention")(y, positions, segments, cache, layer, deterministic)
         x = x + dropout(y)
-        y = cfg.projection("ffn", cfg.d_model, name="ffn")(norm("norm_ffn")(x), deterministic=deterministic)
+        x = norm_attention(x) if cfg.post_norm else x
+        y = x if cfg.post_norm else norm_ffn(x)
+        y = cfg.projection("ffn", cfg.d_model, name="ffn")(y, deterministic=deterministic)
         x = x + dropout(y)
+        x = norm_ffn(x) if cfg.post_norm else x
         self.sow("intermediates", "hidden", x)
         return (x, cache), None
 

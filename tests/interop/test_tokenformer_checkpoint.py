@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from jaxtok.interop.tensors import expected_shapes
 from jaxtok.interop.tokenformer import (
     config_from_official,
-    expected_shapes,
     official_config,
     params_from_official,
     params_to_official,
     read_official,
     write_official,
 )
-from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.growth import grow
 from jaxtok.lm.tokenformer import TokenCounts, TokenFormerConfig, tpu_variant, uniform_counts
 
@@ -42,7 +41,7 @@ def random_params(config, seed=0):
     """Every tensor with values of its own, so that none can be taken for another."""
     rng = np.random.default_rng(seed)
     tree = {}
-    for path, shape in expected_shapes(Decoder(config)).items():
+    for path, shape in expected_shapes(config).items():
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
