@@ -111,13 +111,9 @@ ROBERTA = BertConfig(**TINY, type_vocab_size=1, pad_id=1, positions_from_ids=Tru
 CONFIGS = {
     "bert": BertConfig(**TINY),
     "bert without heads": BertConfig(**TINY, mask_head=False, next_sentence=False, pooler=False),
-    "roberta": BertConfig(
-        **TINY, type_vocab_size=1, pad_id=1, positions_from_ids=True, pooler=False, next_sentence=False
-    ),
+    "roberta": ROBERTA,
+    "roberta classifier": dataclasses.replace(ROBERTA, mask_head=False, num_classes=3),
 }
-CONFIGS["roberta classifier"] = BertConfig(
-    **{f: getattr(CONFIGS["roberta"], f) for f in vars(CONFIGS["roberta"])} | {"mask_head": False, "num_classes": 3}
-)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
