@@ -13,7 +13,7 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest $(PYTEST)
+	$(VENV)/bin/python -m pytest -n 2 $(PYTEST)
 
 slow: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest --slow -m slow $(PYTEST)

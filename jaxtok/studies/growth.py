@@ -98,7 +98,7 @@ class GrowthStudy:
             (seed, arm) for seed in self.seeds for arm in ARMS if arm in self.arms and key(arm, seed) not in results
         ]
         if not todo:
-            console.print(f"{folder} is complete; remove the folder to run the study again.")
+            console.print(f"{folder} is complete; remove the folder to run the study again.", soft_wrap=True)
         for number, (seed, arm) in enumerate(todo, 1):
             console.rule(f"{number} of {len(todo)}: {ARMS[arm].label}, {ARMS[arm].steps} steps, seed {seed}")
             result = self._run_arm(arm, seed)
@@ -196,7 +196,7 @@ class GrowthStudy:
         for row in rows:
             table.add_row(*row.values())
         console.print(table)
-        console.print(f"table: {folder / 'results.md'}\nplot:  {plot}", highlight=False)
+        console.print(f"table: {folder / 'results.md'}\nplot:  {plot}", highlight=False, soft_wrap=True)
 
     def _sample(self, arm: str) -> str:
         """The prompt, continued by an arm's model."""
