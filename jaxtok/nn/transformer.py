@@ -1,4 +1,4 @@
-"""The pre-norm transformer stack that systems share; what a projection is, each of them says."""
+"""The transformer stack that systems share; what a projection is, each of them says."""
 
 from __future__ import annotations
 
