@@ -33,11 +33,11 @@ import rich.progress
 import rich.table
 
 from jaxtok.kernels.attention import kernel_flops
-from jaxtok.training.checkpoints import example_batch
+from jaxtok.training.checkpoints import abstract_params
 from jaxtok.training.compiled import Collective, Operation, Program, read_program, shapes
 from jaxtok.training.experiment import Experiment, resolve
-from jaxtok.training.loop import abstract_state, batch_items, make_train_step
-from jaxtok.training.mesh import Layout, make_layout, unboxed
+from jaxtok.training.loop import abstract_state, batch_items, count, make_train_step
+from jaxtok.training.mesh import Layout, make_layout
 from jaxtok.training.peak import PEAK_FLOPS
 
 SLICES = {
@@ -77,8 +77,6 @@ class Chip:
         """A group that is as long as one direction of the torus is taken to use the links of that direction only."""
         directions = len(self.torus) or 1
         used = directions if collective.group > max(self.torus, default=1) else 1
-        if not self.links:
-            return math.nan
         return collective.sent / (self.links * used / directions)
 
 
@@ -244,8 +242,8 @@ def _gpus(topology: str) -> list[Any]:
 
 
 def _tpus(topology: str) -> list[Any]:
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5e-16",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing runs on a TPU here, so several plans can be made at once
@@ -271,9 +269,9 @@ def _tpus(topology: str) -> list[Any]:
 
 
 def compile_step(experiment: Experiment, layout: Layout) -> tuple[Any, str]:
-    """The training step of an experiment's first stage, compiled for the TPUs of the layout, and its program's text.
+    """The training step of an experiment's first stage, compiled for the layout's devices, and its program's text.
 
-    The text is what the compiler writes down itself: JAX cannot print every program of a newer compiler.
+    For TPUs, the text is what the compiler writes down itself: JAX cannot print every program of a newer compiler.
     """
     task, config, data = experiment.task, experiment.train, experiment.data
     shardings = layout.batch(data.batch_spec())
@@ -313,12 +311,6 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         return row | {"advice": advice(experiment, layout, chip)}
     memory = compiled.memory_analysis()
     program = read_program(text)
-    seconds: Counter = Counter()
-    for operation in program.operations:
-        seconds["operations" if operation.cycles else "kernels"] += chip.seconds(operation)
-    for collective in program.collectives:
-        beside = "overlapped_collectives" if collective.overlapped else "exposed_collectives"
-        seconds[beside] += chip.collective_seconds(collective)
     spec = experiment.data.batch_spec()
     flops = experiment.task.flops({name: np.broadcast_to(0, shape) for name, (shape, _) in spec.items()}) / len(devices)
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -333,6 +325,12 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         "compile_seconds": time.perf_counter() - start,
     }
     if chip.peak:
+        seconds: Counter = Counter()
+        for operation in program.operations:
+            seconds["operations" if operation.cycles else "kernels"] += chip.seconds(operation)
+        for collective in program.collectives:
+            beside = "overlapped_collectives" if collective.overlapped else "exposed_collectives"
+            seconds[beside] += chip.collective_seconds(collective)
         work = seconds["operations"] + seconds["kernels"]
         step = max(work, seconds["overlapped_collectives"]) + seconds["exposed_collectives"]
         row |= {
@@ -376,7 +374,7 @@ def place(source: str) -> str:
 
 
 def collectives(program: Program, chip: Chip) -> list[Row]:
-    """By kind, size of group, and whether they overlap: how many, the bytes that a device sends, and their time."""
+    """By kind, group and whether they overlap: how many, the bytes that a device sends and, on TPUs, their time."""
     found: dict[tuple, Row] = {}
     for c in program.collectives:
         row = found.setdefault(
@@ -387,12 +385,12 @@ def collectives(program: Program, chip: Chip) -> list[Row]:
                 "overlapped": c.overlapped,
                 "count": 0,
                 "gigabytes": 0.0,
-                "seconds": 0.0,
             },
         )
         row["count"] += c.times
         row["gigabytes"] += c.sent / 1e9
-        row["seconds"] += chip.collective_seconds(c)
+        if chip.links:
+            row["seconds"] = row.get("seconds", 0.0) + chip.collective_seconds(c)
     return sorted(found.values(), key=lambda row: -row["gigabytes"])
 
 
@@ -453,10 +451,9 @@ def _local_bytes(leaf: Any) -> int:
 
 def _head(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
     model = _model(experiment)
-    params = jax.eval_shape(lambda: unboxed(experiment.task.init(jax.random.key(0), example_batch(experiment.data))))
     return {
         "name": experiment.name,
-        "parameters": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+        "parameters": count(abstract_params(experiment.task, experiment.data)),
         "topology": topology,
         "devices": len(devices),
         "chip": devices[0].device_kind,
@@ -503,7 +500,7 @@ def _table(row: Row) -> rich.table.Table:
             add("" if number else "largest costs", f"{value:.4f} s {name}")
     for number, c in enumerate(row.get("collectives", ())):
         how = "beside operations" if c["overlapped"] else "alone"
-        size = f"{c['gigabytes']:.3f} GB" + ("" if math.isnan(c["seconds"]) else f", {c['seconds']:.4f} s") + f" {how}"
+        size = f"{c['gigabytes']:.3f} GB" + (f", {c['seconds']:.4f} s" if "seconds" in c else "") + f" {how}"
         add("" if number else "collectives", f"{c['count']} {c['kind']} of {c['devices']} devices, {size}")
     return table
 
