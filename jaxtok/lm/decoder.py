@@ -1,4 +1,7 @@
-"""A decoder-only language model around any stack: embedding, blocks, final norm, head. Fills the CausalLM waist."""
+"""A decoder-only language model around any stack: embedding, blocks, final norm, head. Fills the CausalLM waist.
+
+Its middle, from input embeddings to hidden states, is a module of its own, for systems that embed something else.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain, gather
 from jaxtok.nn.cache import KVCache
-from jaxtok.nn.norms import NORMS, Norm
+from jaxtok.nn.norms import NORMS
+from jaxtok.nn.relative import RelativeBias, distance_buckets
 from jaxtok.nn.transformer import Stack, StackConfig
 
 
@@ -29,6 +33,10 @@ class DecoderConfig(StackConfig):
     tie_embeddings: bool = True
     learned_positions: bool = False
     """A learned vector for each of the `max_length` positions, added to the embedding."""
+    relative_buckets: int = 0
+    """Of a bias on attention scores by distance, which all layers share (T5); 0: none."""
+    relative_distance: int = 128
+    """From which on all distances are in the last bucket."""
     scale_embeddings: bool = False
     """The embedding times sqrt(d_model), a factor that is rounded to `dtype` (Gemma)."""
 
@@ -40,18 +48,70 @@ class DecoderConfig(StackConfig):
             raise ValueError(f"max_length is {self.max_length}; it must be at least 1.")
         if self.final_norm and self.final_norm not in NORMS:
             raise ValueError(f"final_norm is {self.final_norm!r}, which is unknown; it can be {', '.join(NORMS)}.")
+        if self.relative_buckets < 0:
+            raise ValueError(f"relative_buckets is {self.relative_buckets}; it must be positive (or 0, for no bias).")
+        if self.relative_buckets:
+            distance_buckets(self.relative_buckets, self.relative_distance)
 
     def flops(self, length: int) -> float:
         """Forward FLOPs of one token at a context of `length`: blocks and head."""
         return self.stack_flops(length) + 2 * self.vocab_size * self.d_model
 
 
-class Decoder(nn.Module):
-    """Tokens to next-token logits; see `jaxtok.protocols.CausalLM`."""
+class Backbone(nn.Module):
+    """Input embeddings to hidden states: positions, blocks, final norm. It has no vocabulary."""
 
     config: DecoderConfig
 
     def setup(self):
+        cfg = self.config
+        self.stack = Stack(cfg)
+        if cfg.learned_positions:
+            init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), (None, "d_model"))
+            self.positions = self.param("positions", init, (cfg.max_length, cfg.d_model), cfg.param_dtype)
+        if cfg.relative_buckets:
+            self.relative_bias = RelativeBias(
+                cfg.num_heads, cfg.relative_buckets, cfg.relative_distance, cfg.causal, param_dtype=cfg.param_dtype
+            )
+        self.final_norm = cfg.norm_module(kind=cfg.final_norm)
+        self.embedding_dropout = nn.Dropout(cfg.dropout)
+
+    def __call__(self, x: Float[Array, "batch length d_model"], **options: Any):
+        """As `hidden`."""
+        return self.hidden(x, **options)
+
+    def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
+        """Hidden states [batch, length, d_model] behind the final norm, from input embeddings; and the cache."""
+        batch, length = x.shape[:2]
+        if length > self.config.max_length:
+            raise ValueError(
+                f"there are {length} tokens in a row, but the model's max_length is {self.config.max_length}."
+            )
+        if cache is not None and segments is not None:
+            raise ValueError("segments and a cache were given together; a cached row is one segment.")
+        start = jnp.zeros((1, 1), jnp.int32) if cache is None else cache.length[:, None]
+        places = start + jnp.arange(length)
+        positions = jnp.broadcast_to(places if positions is None else positions, (batch, length))
+        if self.config.learned_positions:
+            x = x + jnp.take(self.positions.astype(x.dtype), positions, axis=0)
+        bias = ()
+        if self.config.relative_buckets:  # by places: within a segment they differ as positions do
+            slots = length if cache is None else cache.slots
+            bias = (self.relative_bias(places, jnp.arange(slots)[None]),)
+        x = self.embedding_dropout(x, deterministic)
+        x, cache = self.stack(x, positions, segments, cache, deterministic, bias=bias)
+        return self.final_norm(x), cache
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        cfg = self.config
+        return KVCache.init(cfg.num_layers, batch, length, cfg.kv_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
+
+
+class Decoder(Backbone):
+    """Tokens to next-token logits; see `jaxtok.protocols.CausalLM`."""
+
+    def setup(self):
+        super().setup()
         cfg = self.config
         if not cfg.vocab_size:
             raise ValueError("vocab_size is 0; set it to the number of rows of the embedding.")
@@ -62,15 +122,7 @@ class Decoder(nn.Module):
             return gather(value.astype(cfg.dtype), "vocab", "d_model")
 
         self.embedding = matrix("embedding")
-        self.stack = Stack(cfg)
-        if cfg.learned_positions:
-            init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), (None, "d_model"))
-            self.positions = self.param("positions", init, (cfg.max_length, cfg.d_model), cfg.param_dtype)
-        self.final_norm = Norm(
-            cfg.final_norm or cfg.norm, eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype
-        )
         self.head_matrix = self.embedding if cfg.tie_embeddings else matrix("head_matrix")
-        self.embedding_dropout = nn.Dropout(cfg.dropout)
 
     def __call__(
         self,
@@ -103,32 +155,10 @@ class Decoder(nn.Module):
             x = x * jnp.asarray(self.config.d_model**0.5, x.dtype)
         return constrain(x, "d_model")
 
-    def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
-        """Hidden states [batch, length, d_model] behind the final norm, from input embeddings; and the cache."""
-        batch, length = x.shape[:2]
-        if length > self.config.max_length:
-            raise ValueError(
-                f"there are {length} tokens in a row, but the model's max_length is {self.config.max_length}."
-            )
-        if cache is not None and segments is not None:
-            raise ValueError("segments and a cache were given together; a cached row is one segment.")
-        if positions is None:
-            start = jnp.zeros((batch, 1), jnp.int32) if cache is None else cache.length[:, None]
-            positions = start + jnp.arange(length)
-        if self.config.learned_positions:
-            x = x + jnp.take(self.positions.astype(x.dtype), jnp.broadcast_to(positions, (batch, length)), axis=0)
-        x = self.embedding_dropout(x, deterministic)
-        x, cache = self.stack(x, positions, segments, cache, deterministic)
-        return self.final_norm(x), cache
-
     def head(self, x) -> Float[Array, "batch length vocab"]:
         """Logits in float32, from hidden states behind the final norm."""
         logits = jnp.einsum("bld,vd->blv", x, self.head_matrix, preferred_element_type=jnp.float32)
         return constrain(logits, "vocab")
-
-    def init_cache(self, batch: int, length: int) -> KVCache:
-        cfg = self.config
-        return KVCache.init(cfg.num_layers, batch, length, cfg.kv_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
 
 
 def init_params(model: nn.Module, rng: jax.Array, *inputs: Any) -> Any:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain
 from jaxtok.kernels.attention import Implementation, Segments, dot_product_attention
@@ -21,6 +22,10 @@ def attend(
     window: Int[Array, ""] | None = None,
     segments: Segments | None = None,
     start: Int[Array, " batch"] | None = None,
+    bias: tuple[Array, ...] = (),
+    softmax1: bool = False,
+    dropout: float = 0.0,
+    rng: jax.Array | None = None,
     implementation: Implementation = "auto",
 ) -> Float[Array, "batch length heads head_dim"]:
     """softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
@@ -33,10 +38,15 @@ def attend(
       segments: no query sees a key of another segment; see `jaxtok.kernels.attention`.
       implementation: without a cache; see `jaxtok.kernels.attention`.
       start: with a cache, the slot of each row's first query; query i then sees the slots up to start + i.
+      bias: added to the scores, each of a shape that broadcasts to [batch, heads, length, slots]; a very negative
+        number hides a key.
+      softmax1: exp(s_i) / (1 + sum_j exp(s_j)), with which a query can attend to nothing.
+      dropout: of weights, with the key `rng`.
     """
     heads = "heads" if k.shape[2] == q.shape[2] else "kv_heads"
     k, v = (constrain(x, "batch", None, heads, "head_dim") for x in (k, v))  # whole rows, where queries are divided
-    if start is None and window is None:
+    plain = not bias and not softmax1 and not dropout
+    if start is None and window is None and plain:
         return dot_product_attention(q, k, v, causal=causal, segments=segments, implementation=implementation)
     slots = jnp.arange(k.shape[1])
     place = jnp.arange(q.shape[1]) + (jnp.zeros((1, 1), jnp.int32) if start is None else start[:, None])
@@ -48,5 +58,35 @@ def attend(
     if segments is not None:
         of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
         visible &= of_queries[:, :, None] == of_keys[:, None, :]
-    attention = functools.partial(jax.nn.dot_product_attention, mask=visible[:, None])
-    return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
+    if plain:
+        attention = functools.partial(jax.nn.dot_product_attention, mask=visible[:, None])
+        return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
+    attention = functools.partial(_biased_attention, softmax1=softmax1, dropout=dropout)
+    return jax.checkpoint(attention, prevent_cse=False)(q, k, v, visible[:, None], bias, rng)
+
+
+def _biased_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    visible: Bool[Array, "batch heads length slots"],
+    bias: tuple[Array, ...],
+    rng: jax.Array | None,
+    *,
+    softmax1: bool,
+    dropout: float,
+) -> Array:
+    """The definition with everything that `jax.nn.dot_product_attention` does not have."""
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("blhd,bshd->bhls", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
+    scores = jnp.where(visible, sum(bias, scores), jnp.finfo(jnp.float32).min)
+    if softmax1:
+        top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+        weights = jnp.exp(scores - top)
+        weights = weights / (weights.sum(-1, keepdims=True) + jnp.exp(-top))  # all hidden: exp(-top) is inf, weights 0
+    else:
+        weights = jax.nn.softmax(scores)
+    if dropout:
+        kept = jax.random.bernoulli(rng, 1 - dropout, weights.shape)
+        weights = jnp.where(kept, weights / (1 - dropout), 0)
+    return jnp.einsum("bhls,bshd->blhd", weights.astype(v.dtype), v)

@@ -15,11 +15,18 @@ class KVCache:
     keys: Float[Array, "layers batch slots heads head_dim"]
     values: Float[Array, "layers batch slots heads head_dim"]
     length: Int[Array, " batch"]
+    context: tuple[Array, Array] | None = None
+    """Keys and values of what cross-attention looks at, of the same layout; None: there is none (yet)."""
 
     @classmethod
-    def init(cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype=jnp.float32) -> KVCache:
-        shape = (layers, batch, slots, heads, head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+    def init(
+        cls, layers: int, batch: int, slots: int, heads: int, head_dim: int, dtype=jnp.float32, context_slots: int = 0
+    ) -> KVCache:
+        def empty(slots):
+            return jnp.zeros((layers, batch, slots, heads, head_dim), dtype)
+
+        context = (empty(context_slots), empty(context_slots)) if context_slots else None
+        return cls(empty(slots), empty(slots), jnp.zeros(batch, jnp.int32), context)
 
     @property
     def slots(self) -> int:

@@ -59,12 +59,20 @@ class StackConfig:
     """Divide attention scores by sqrt(head_dim)."""
     scale_by_layer: bool = False
     """Divide them also by 1, 2, ... in the first, second, ... layer."""
+    softmax1: bool = False
+    """Attention weights exp(s_i) / (1 + sum_j exp(s_j))."""
+    qk_norm: bool = False
+    """An RMS norm on each head's queries and keys, in front of the rotation."""
+    cross: bool = False
+    """Blocks also attend to a context (an encoder's states), between self-attention and MLP."""
     rotary_fraction: float = 0.25
     """The part of each head that is rotated; 0: no position embedding in the stack."""
     rotary_base: float = 10000.0
     rotary_scaling: RopeScaling | None = None
     dropout: float = 0.0
-    """On the embeddings and on what each half of a block adds to the residual stream."""
+    """On the embeddings and on what each part of a block adds to the residual stream."""
+    attention_dropout: float = 0.0
+    """On attention weights."""
     init_std: float = 0.02
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of activations and matmul operands; norms, softmax and losses are float32 in any case."""
@@ -94,8 +102,9 @@ class StackConfig:
             )
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}, which is unknown; it can be {', '.join(NORMS)}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1).")
+        for field in ("dropout", "attention_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be in [0, 1).")
         if not 0 <= self.rotary_fraction <= 1:
             raise ValueError(f"rotary_fraction is {self.rotary_fraction}; it must be in [0, 1].")
         rotated = rotary_dim(self.head_dim, self.rotary_fraction)
@@ -137,22 +146,47 @@ class StackConfig:
         """Forward FLOPs of one token in the stack, at a context of `length` (counted whole, masked or not)."""
         return self.num_layers * (2 * self.projection_params() + 4 * self.num_heads * self.head_dim * length)
 
+    def norm_module(self, name: str | None = None, kind: str = "") -> Norm:
+        """A norm of the stack's kind, or of another."""
+        return Norm(kind or self.norm, eps=self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
-class SelfAttention(nn.Module):
-    """Multi-head attention between tokens, between projections."""
+
+class _Attention(nn.Module):
+    """What self- and cross-attention have in common: projections to heads, and from them."""
 
     config: StackConfig
 
-    @nn.compact
-    def __call__(self, x, positions, segments, cache: KVCache | None, layer, deterministic):
+    def heads(self, x, group, count, deterministic):
         cfg = self.config
+        y = cfg.projection(group, count * cfg.head_dim, name=group)(x, deterministic=deterministic)
+        axis = "heads" if count == cfg.num_heads else "kv_heads"
+        y = constrain(y.reshape(*y.shape[:-1], count, cfg.head_dim), axis, "head_dim")
+        if cfg.qk_norm and group in ("query", "key"):
+            y = Norm("rms", eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=f"{group}_norm")(y)
+        return y
 
-        def heads(group, count):
-            y = cfg.projection(group, count * cfg.head_dim, name=group)(x, deterministic=deterministic)
-            axis = "heads" if count == cfg.num_heads else "kv_heads"
-            return constrain(y.reshape(*y.shape[:-1], count, cfg.head_dim), axis, "head_dim")
+    def options(self, deterministic):
+        cfg = self.config
+        options: dict[str, Any] = {"softmax1": cfg.softmax1}
+        if cfg.attention_dropout and not deterministic:
+            options |= {"dropout": cfg.attention_dropout, "rng": self.make_rng("dropout")}
+        return options
 
-        q, k, v = heads("query", cfg.num_heads), heads("key", cfg.kv_heads), heads("value", cfg.kv_heads)
+    def output(self, y, deterministic):
+        cfg = self.config
+        y = constrain(y, "heads", "head_dim").reshape(*y.shape[:-2], cfg.num_heads * cfg.head_dim)
+        y = cfg.projection("output", cfg.d_model, name="output")(y, deterministic=deterministic)
+        return checkpoint_name(y, "projection")
+
+
+class SelfAttention(_Attention):
+    """Multi-head attention between tokens, between projections."""
+
+    @nn.compact
+    def __call__(self, x, positions, segments, cache: KVCache | None, layer, deterministic, bias=()):
+        cfg = self.config
+        q = self.heads(x, "query", cfg.num_heads, deterministic)
+        k, v = (self.heads(x, group, cfg.kv_heads, deterministic) for group in ("key", "value"))
         if cfg.rotary_fraction:
             rotate = functools.partial(
                 apply_rotary, fraction=cfg.rotary_fraction, base=cfg.rotary_base, scaling=cfg.rotary_scaling
@@ -168,8 +202,9 @@ class SelfAttention(nn.Module):
             window = jnp.where(full, jnp.iinfo(jnp.int32).max // 2, cfg.window)
         if cfg.mask_keys and segments is not None:
             segments = (jnp.ones_like(segments), segments)
+        options = {"window": window, "bias": bias, **self.options(deterministic)}
         if cache is None:
-            y = attend(q, k, v, causal=cfg.causal, segments=segments, window=window, implementation=cfg.attention)
+            y = attend(q, k, v, causal=cfg.causal, segments=segments, implementation=cfg.attention, **options)
         else:
             cache = cache.append(layer, k, v)
             y = attend(
@@ -177,11 +212,34 @@ class SelfAttention(nn.Module):
                 cache.keys[layer].astype(q.dtype),
                 cache.values[layer].astype(q.dtype),
                 start=cache.length,
-                window=window,
+                **options,
             )
-        y = constrain(y, "heads", "head_dim").reshape(*y.shape[:-2], cfg.num_heads * cfg.head_dim)
-        y = cfg.projection("output", cfg.d_model, name="output")(y, deterministic=deterministic)
-        return checkpoint_name(y, "projection"), cache
+        return self.output(y, deterministic), cache
+
+
+class CrossAttention(_Attention):
+    """Multi-head attention from tokens to a context, whose keys and values a cache keeps from the first call on."""
+
+    @nn.compact
+    def __call__(self, x, context, bias, cache: KVCache | None, layer, deterministic):
+        cfg = self.config
+        q = self.heads(x, "query", cfg.num_heads, deterministic)
+        if not cfg.scale_scores:
+            q = q * math.sqrt(cfg.head_dim)
+        if context is None:
+            k, v = (stored[layer].astype(q.dtype) for stored in cache.context)
+        else:
+            k, v = (self.heads(context, group, cfg.kv_heads, deterministic) for group in ("key", "value"))
+            if cache is not None:
+                keys, values = cache.context
+                cache = cache.replace(
+                    context=(
+                        keys.at[layer].set(k.astype(keys.dtype)),
+                        values.at[layer].set(v.astype(values.dtype)),
+                    )
+                )
+        y = attend(q, k, v, causal=False, bias=bias, **self.options(deterministic))
+        return self.output(y, deterministic), cache
 
 
 class Block(nn.Module):
@@ -190,25 +248,36 @@ class Block(nn.Module):
     config: StackConfig
 
     @nn.compact
-    def __call__(self, carry, layer, positions, segments, deterministic):
+    def __call__(self, carry, layer, positions, segments, deterministic, bias=(), context=None, context_bias=()):
         cfg = self.config
         x, cache = carry
-
-        def norm(name):
-            return Norm(cfg.norm, eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=name)
 
         def dropout(y):
             return nn.Dropout(cfg.dropout)(constrain(y, "d_model"), deterministic)
 
-        norm_attention, norm_ffn = norm("norm_attention"), norm("norm_ffn")
-        y = x if cfg.post_norm else norm_attention(x)
-        y, cache = SelfAttention(cfg, name="attention")(y, positions, segments, cache, layer, deterministic)
-        x = x + dropout(y)
-        x = norm_attention(x) if cfg.post_norm else x
-        y = x if cfg.post_norm else norm_ffn(x)
-        y = cfg.projection("ffn", cfg.d_model, name="ffn")(y, deterministic=deterministic)
-        x = x + dropout(y)
-        x = norm_ffn(x) if cfg.post_norm else x
+        def around(part, name):  # residual and norm
+            norm = cfg.norm_module(f"norm_{name}")
+            y = part(x if cfg.post_norm else norm(x))
+            return norm(x + dropout(y)) if cfg.post_norm else x + dropout(y)
+
+        def attention(y):
+            nonlocal cache
+            module = SelfAttention(cfg, name="attention")
+            y, cache = module(y, positions, segments, cache, layer, deterministic, bias)
+            return y
+
+        def cross_attention(y):
+            nonlocal cache
+            y, cache = CrossAttention(cfg, name="cross")(y, context, context_bias, cache, layer, deterministic)
+            return y
+
+        def ffn(y):
+            return cfg.projection("ffn", cfg.d_model, name="ffn")(y, deterministic=deterministic)
+
+        x = around(attention, "attention")
+        if cfg.cross:
+            x = around(cross_attention, "cross")
+        x = around(ffn, "ffn")
         self.sow("intermediates", "hidden", x)
         return (x, cache), None
 
@@ -226,8 +295,18 @@ class Stack(nn.Module):
         segments: Int[Array, "batch length"] | None = None,
         cache: KVCache | None = None,
         deterministic: bool = True,
+        *,
+        bias: tuple[Array, ...] = (),
+        context: Float[Array, "batch slots d_context"] | None = None,
+        context_bias: tuple[Array, ...] = (),
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
-        """Returns the hidden states behind the last block and the cache with the new tokens counted."""
+        """Returns the hidden states behind the last block and the cache with the new tokens counted.
+
+        Args:
+          bias: added to the scores of self-attention in every layer; see `attend`.
+          context: what `cross` attends to. With a cache that holds its keys and values already, it can be None.
+          context_bias: as `bias`, for cross-attention.
+        """
         cfg = self.config
         block: Any = Block
         if cfg.remat != "none":
@@ -236,11 +315,13 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, *[nn.broadcast] * 6),
             length=cfg.num_layers,
             unroll=min(cfg.unroll, cfg.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = jnp.arange(cfg.num_layers)
-        (x, cache), _ = scan(cfg, name="blocks")((x, cache), layers, positions, segments, deterministic)
+        (x, cache), _ = scan(cfg, name="blocks")(
+            (x, cache), layers, positions, segments, deterministic, bias, context, context_bias
+        )
         return x, None if cache is None else cache.advance(x.shape[1])

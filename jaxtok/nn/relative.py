@@ -1,0 +1,63 @@
+"""T5's relative position bias (arXiv 1910.10683, section 2.1): a number for each head and bucket of distances."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxtok.axes import constrain
+
+
+def distance_buckets(buckets: int, longest: int) -> Int[np.ndarray, " distances"]:
+    """The bucket of each distance 0 ... longest; those beyond are in the last one.
+
+    Half of the buckets, h, are one distance wide, the others grow with the logarithm: for a distance n,
+    min(buckets - 1, h + floor(log(n / h) / log(longest / h) (buckets - h))), in float32 as the authors compute it.
+
+    Raises:
+      ValueError: no logarithmic bucket fits, as `longest` is not above half of `buckets`.
+    """
+    exact = buckets // 2
+    if exact < 1 or longest <= exact:
+        raise ValueError(
+            f"relative_buckets is {buckets} and relative_distance {longest}; choose 2 buckets or more, and a distance "
+            "above half of their number."
+        )
+    n = np.arange(longest + 1)
+    ratio = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(longest / exact))
+    far = exact + (ratio * np.float32(buckets - exact)).astype(np.int32)
+    return np.where(n < exact, n, np.minimum(far, buckets - 1)).astype(np.int32)
+
+
+class RelativeBias(nn.Module):
+    """The bias of attention scores, from the places of queries and keys."""
+
+    heads: int
+    buckets: int = 32
+    distance: int = 128
+    """Of the last bucket's beginning; one bias for all that is farther."""
+    causal: bool = True
+    """All buckets are for keys in the past; else half of them for keys in the future."""
+    init_std: float = 0.02
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, queries: Int[Array, "batch length"], keys: Int[Array, "batch slots"]
+    ) -> Float[Array, "batch heads length slots"]:
+        """Float32. The batch is 1 where all rows have the same places."""
+        init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), (None, "heads"))
+        table = self.param("table", init, (self.buckets, self.heads), self.param_dtype)
+        offset = keys[:, None, :] - queries[:, :, None]
+        side = self.buckets if self.causal else self.buckets // 2
+        distance = jnp.maximum(-offset, 0) if self.causal else jnp.abs(offset)
+        bucket = jnp.take(jnp.asarray(distance_buckets(side, self.distance)), jnp.minimum(distance, self.distance))
+        if not self.causal:
+            bucket = bucket + side * (offset > 0)
+        bias = jnp.moveaxis(jnp.take(table.astype(jnp.float32), bucket, axis=0), -1, 1)
+        return constrain(bias, "batch" if bias.shape[0] > 1 else None, "heads", "length", None)
