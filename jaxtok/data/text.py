@@ -10,6 +10,7 @@ from typing import Any
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Int
 
 from jaxtok.data.corpora import open_corpus
 from jaxtok.protocols import Batch, Tokenizer
@@ -25,6 +26,9 @@ class TextData:
 
     A document t1..tn has the inputs [eod, t1..tn] and the targets [t1..tn, eod]. Documents are laid end to end and cut
     into rows, so that a row that continues a document has the token before the cut as its first input.
+
+    Other layouts of text are subclasses: `items` says what of a document is packed, `layout` what a batch of rows of
+    these is, and `batch_spec` its shapes; order, packing, shares of processes and resumption are the same for all.
 
     Raises:
         ValueError: a number is out of range.
@@ -109,38 +113,98 @@ class TextData:
         rows = range(self.batch_size) if rows is None else rows
         return self._batch(packed, self.batch_size, rows, self.eval_limit)
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, int], type]]:
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Shape and dtype of each array in a batch of all processes."""
         names = ("tokens", "targets", "positions", "segments", "mask", "bytes")
         shape = (self.batch_size, self.length)
         return {name: (shape, np.float32 if name == "mask" else np.int32) for name in names}
 
+    @property
+    def row_items(self) -> int:
+        """Items a row is packed with."""
+        return self.length
+
+    def items(self, document: str | bytes) -> Int[np.ndarray, "items ..."]:
+        """A document as what rows are packed with; here of each place the input, the target and the target's bytes."""
+        tokenizer = self.loaded_tokenizer
+        ids = tokenizer.encode(document)
+        items = np.empty((len(ids) + 1, 3), np.int32)
+        inputs, targets, lengths = items.T
+        inputs[0] = targets[-1] = tokenizer.eod_id
+        inputs[1:] = targets[:-1] = ids
+        lengths[:] = self._byte_lengths[targets]
+        # Less the space that some tokenizers write in front of a text.
+        lengths[0] -= lengths.sum() - len(document if isinstance(document, bytes) else document.encode())
+        return items
+
+    def layout(
+        self,
+        rows: Int[np.ndarray, "batch items ..."],
+        segments: Int[np.ndarray, "batch items"],
+        positions: Int[np.ndarray, "batch items"],
+    ) -> Batch:
+        """The batch of some rows.
+
+        Args:
+          rows: packed items of documents; 0 in padding.
+          segments: 1, 2, ... for the documents in a row, 0 for padding.
+          positions: of an item in its document, as far as the row holds it.
+        """
+        tokens, targets, lengths = np.ascontiguousarray(np.moveaxis(rows, -1, 0))
+        mask = segments > 0
+        if not self.isolate_documents:
+            segments = mask.astype(np.int32)
+            positions = np.where(mask, np.arange(mask.shape[1], dtype=np.int32), 0)
+        if self.mask_eod:
+            mask &= tokens != self.loaded_tokenizer.eod_id
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "positions": positions,
+            "segments": segments,
+            "mask": mask.astype(np.float32),
+            "bytes": lengths,
+        }
+
     def _documents(self, split: str) -> grain.MapDataset[str | bytes]:
         return grain.MapDataset.source(open_corpus(self.corpus, split, text_field=self.text_field))
 
     def _pack(self, documents: grain.MapDataset[str | bytes], workers: int = 0) -> grain.IterDataset[dict[str, Any]]:
-        """Rows of `example`: int32 [length, 3], with the segment and position of each place."""
-        tokenizer = load_tokenizer(self.tokenizer)
-        tokenise = functools.partial(_example, tokenizer=tokenizer, byte_lengths=token_byte_lengths(tokenizer))
-        examples = documents.map(tokenise).to_iter_dataset(_READ)
+        """Rows of `example`: int32 [row_items, ...], with the segment and position of each item."""
+        self.loaded_tokenizer  # noqa: B018 (what is wrong with it is said here, not in a worker)
+        examples = documents.map(self._example).to_iter_dataset(_READ)
         if workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags before it starts processes
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=16)
             examples = examples.mp_prefetch(options)
-        return _Pack(examples, length_struct={"example": self.length})
+        return _Pack(examples, length_struct={"example": self.row_items})
 
     def _batch(
         self, packed: grain.IterDataset[dict[str, Any]], size: int, rows: range, limit: int = 0
     ) -> grain.IterDataset[Batch]:
         """Batches of `size` rows, of which `rows` are given out."""
         pad = functools.partial(grain.experimental.batch_and_pad, batch_size=size)
-        eod = load_tokenizer(self.tokenizer).eod_id if self.mask_eod else None
-        layout = functools.partial(_layout, isolate=self.isolate_documents, masked_input=eod, rows=rows)
-        batches = packed.batch(size, batch_fn=pad).map(layout)
+        batches = packed.batch(size, batch_fn=pad).map(functools.partial(self._layout, part=rows))
         if limit:
             batches = grain.experimental.LimitIterDataset(batches, limit)
         return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=self.prefetch)
+
+    @functools.cached_property
+    def loaded_tokenizer(self) -> Tokenizer:
+        """What `tokenizer` names."""
+        return load_tokenizer(self.tokenizer)
+
+    @functools.cached_property
+    def _byte_lengths(self) -> Int[np.ndarray, " vocab"]:
+        return token_byte_lengths(self.loaded_tokenizer)
+
+    def _example(self, document: str | bytes) -> dict[str, np.ndarray]:
+        return {"example": self.items(document)}
+
+    def _layout(self, packed: dict[str, np.ndarray], part: range) -> Batch:
+        names = ("example", "example_segment_ids", "example_positions")
+        return self.layout(*(packed[name][part.start : part.stop] for name in names))
 
 
 class TextBatches:
@@ -169,39 +233,6 @@ class TextBatches:
     def close(self) -> None:
         for stream in self._streams.values():
             stream.close()
-
-
-def _example(document: str | bytes, tokenizer: Tokenizer, byte_lengths: np.ndarray) -> dict[str, np.ndarray]:
-    """Inputs, targets and the targets' bytes: `example`, int32 [document length + 1, 3]."""
-    ids = tokenizer.encode(document)
-    example = np.empty((len(ids) + 1, 3), np.int32)
-    inputs, targets, lengths = example.T
-    inputs[0] = targets[-1] = tokenizer.eod_id
-    inputs[1:] = targets[:-1] = ids
-    lengths[:] = byte_lengths[targets]
-    # Less the space that some tokenizers write in front of a text.
-    lengths[0] -= lengths.sum() - len(document if isinstance(document, bytes) else document.encode())
-    return {"example": example}
-
-
-def _layout(packed: dict[str, np.ndarray], isolate: bool, masked_input: int | None, rows: range) -> Batch:
-    packed = {name: array[rows.start : rows.stop] for name, array in packed.items()}
-    tokens, targets, lengths = np.ascontiguousarray(np.moveaxis(packed["example"], -1, 0))
-    segments, positions = packed["example_segment_ids"], packed["example_positions"]
-    mask = segments > 0
-    if not isolate:
-        segments = mask.astype(np.int32)
-        positions = np.where(mask, np.arange(mask.shape[1], dtype=np.int32), 0)
-    if masked_input is not None:
-        mask &= tokens != masked_input
-    return {
-        "tokens": tokens,
-        "targets": targets,
-        "positions": positions,
-        "segments": segments,
-        "mask": mask.astype(np.float32),
-        "bytes": lengths,
-    }
 
 
 class _Pack(grain.experimental.ConcatThenSplitIterDataset):
