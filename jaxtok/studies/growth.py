@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.box
 import rich.console
-import rich.table
 
 from jaxtok.configuration import differences, from_json, to_json
 from jaxtok.lm.growth import Growth
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.nn.parameter_attention import TokenCounts
+from jaxtok.studies.comparison import key, markdown, print_table, spread
 from jaxtok.training.checkpoints import fork, load
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import read_metrics
@@ -192,10 +191,7 @@ class GrowthStudy:
         console.print(self._sample(grown), highlight=False, markup=False)
         seeds = f", mean of {len(self.seeds)} seeds ± half their range" if len(self.seeds) > 1 else ""
         console.rule(f"bits per byte: at the first step, on validation and on test files{seeds}")
-        table = rich.table.Table(*rows[0], box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table)
+        print_table(console, rows)
         console.print(f"table: {folder / 'results.md'}\nplot:  {plot}", highlight=False, soft_wrap=True)
 
     def _sample(self, arm: str) -> str:
@@ -204,16 +200,8 @@ class GrowthStudy:
         return self.prompt + text.decode(errors="replace")
 
 
-def key(arm: str, seed: int) -> str:
-    return f"{arm}/{seed}"
-
-
 def summarize(results: dict[str, Any], arms: tuple[str, ...], seeds: tuple[int, ...]) -> list[dict[str, str]]:
     """A row an arm: bits per byte are means over the seeds that have been run, +- half of the range."""
-
-    def spread(values: list[float]) -> str:
-        mean = f"{statistics.mean(values):.3f}"
-        return mean if len(values) == 1 else f"{mean} ±{(max(values) - min(values)) / 2:.3f}"
 
     rows = []
     for arm in (a for a in ARMS if a in arms):
@@ -234,11 +222,6 @@ def summarize(results: dict[str, Any], arms: tuple[str, ...], seeds: tuple[int, 
             }
         )
     return rows
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    lines = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def plot_curves(study: GrowthStudy, results: dict[str, Any], path: Path) -> Path:
