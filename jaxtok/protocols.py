@@ -8,7 +8,7 @@ Axis names, used in every shape of the package: batch, length, heads, head_dim, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -95,4 +95,15 @@ class Task(Protocol):
 
     def flops(self, batch: Batch) -> float:
         """Model FLOPs of one training step on the batch (forward and backward, no recomputation)."""
+        ...
+
+
+@runtime_checkable
+class TextGenerator(Protocol):
+    """A Task whose model continues text in a way of its own; those of causal language models need none."""
+
+    def continue_text(
+        self, params: Params, prompts: Sequence[bytes], *, max_bytes: int, sampling: Any, rng: jax.Array | None
+    ) -> list[bytes]:
+        """Up to `max_bytes` bytes behind each prompt; `sampling` is a `jaxtok.decoding.sampling.Sampling`."""
         ...

@@ -22,7 +22,7 @@ from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
-from jaxtok.protocols import Tokenizer
+from jaxtok.protocols import TextGenerator, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.training.checkpoints import Checkpoints, Meta, fork, load, must_be_free, write_config
 from jaxtok.training.experiment import Experiment, TrainConfig
@@ -103,7 +103,8 @@ def generate(
       checkpoint: a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder.
       prompt: one or several texts to continue; an empty one starts a new document.
       prompt_file: a file with one prompt a line, instead.
-      max_new_tokens: at most so many for each prompt; 0: 200, or what the model's context has room for.
+      max_new_tokens: at most so many for each prompt (bytes, for models that generate words); 0: 200, or what the
+        model's context has room for.
       temperature: below 1 is safer, above is wilder; 0: always the most likely token.
       top_k: only the k most likely tokens; 0: all.
       top_p: only the most likely tokens that together have this probability; 1: all.
@@ -115,6 +116,19 @@ def generate(
     loaded = open_model(checkpoint)
     tokenizer = loaded.tokenizer
     prompts = tuple(prompt_file.read_text().splitlines()) if prompt_file else prompt
+    sampling, rng = Sampling(temperature=temperature, top_k=top_k, top_p=top_p), jax.random.key(seed)
+    if isinstance(loaded.task, TextGenerator):
+        if stop:
+            raise ValueError(f"a {type(loaded.task).__name__} does not stop at texts; leave out stop.")
+        given = [text.encode() for text in prompts]
+        texts = loaded.task.continue_text(
+            loaded.params, given, max_bytes=max_new_tokens or 200, sampling=sampling, rng=rng
+        )
+        if stream:
+            _print_texts(given, texts)
+        return texts
+    if not hasattr(loaded.task, "module") or not hasattr(loaded.task.module(), "init_cache"):
+        raise ValueError(f"a {type(loaded.task).__name__} does not generate text; give a language model.")
 
     stops = [tokenizer.encode(text) for text in stop]
     if long := [text for text, tokens in zip(stop, stops) if len(tokens) != 1]:
@@ -123,37 +137,42 @@ def generate(
     def text_of(tokens: list[int]) -> bytes:
         return b"".join(tokenizer.token_bytes(token) for token in tokens)
 
-    def write(text: bytes) -> None:
-        if hasattr(sys.stdout, "buffer"):
-            sys.stdout.buffer.write(text)
-        else:  # a notebook's
-            sys.stdout.write(text.decode(errors="replace"))
-        sys.stdout.flush()
-
     ids = [[*loaded.prefix, *tokenizer.encode(text)] for text in prompts]
     room = loaded.task.model.max_length - max(map(len, ids), default=0)
     live = stream and len(prompts) == 1
     if live:
-        write(prompts[0].encode())
+        _write(prompts[0].encode())
     rows = generate_tokens(
         loaded.task.module(),
         loaded.params,
         ids,
         max_new_tokens=max_new_tokens or max(1, min(200, room)),
-        sampling=Sampling(temperature=temperature, top_k=top_k, top_p=top_p),
-        rng=jax.random.key(seed),
+        sampling=sampling,
+        rng=rng,
         stop_tokens=[*(token for (token,) in stops), *(loaded.stops if stop_at_end else [])],
         num_ids=tokenizer.vocab_size,
-        on_tokens=(lambda new: write(text_of(new[0]))) if live else None,
+        on_tokens=(lambda new: _write(text_of(new[0]))) if live else None,
         chunk=4,
     )
     texts = [text_of(row) for row in rows]
     if live:
-        write(b"\n")
+        _write(b"\n")
     elif stream:
-        for number, (text, continuation) in enumerate(zip(prompts, texts)):
-            write(f"--- {number} ---\n{text}".encode() + continuation + b"\n")
+        _print_texts([text.encode() for text in prompts], texts)
     return texts
+
+
+def _print_texts(prompts: list[bytes], texts: list[bytes]) -> None:
+    for number, (prompt, text) in enumerate(zip(prompts, texts)):
+        _write((f"--- {number} ---\n".encode() if len(prompts) > 1 else b"") + prompt + text + b"\n")
+
+
+def _write(text: bytes) -> None:
+    if hasattr(sys.stdout, "buffer"):
+        sys.stdout.buffer.write(text)
+    else:  # a notebook's
+        sys.stdout.write(text.decode(errors="replace"))
+    sys.stdout.flush()
 
 
 def grow(
