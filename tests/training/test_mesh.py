@@ -102,7 +102,7 @@ def test_growth_happens_where_the_parameters_are(mesh):
     (alone, expected), (task, grown) = results
     assert task == alone
     for ours, theirs in zip(jax.tree.leaves(grown), jax.tree.leaves(expected)):
-        np.testing.assert_array_equal(ours, theirs)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # two programs round the random rows each in their way
         assert len(ours.sharding.device_set) == 8
     keys = grown[0]["stack"]["blocks"]["ffn"]["keys"]
     assert keys.shape == (2, 64, 16) and keys.sharding == layout.sharding(("layers", "param_tokens", None), keys.shape)
