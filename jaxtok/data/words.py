@@ -1,0 +1,106 @@
+"""Text as packed rows of words, for models whose sequence is words and whose words are spelled in smaller units."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxtok.data.text import TextData
+from jaxtok.protocols import Batch, Tokenizer
+from jaxtok.tokenizers import load_tokenizer
+from jaxtok.tokenizers.words import WordSplitter, limited
+
+
+@dataclasses.dataclass(frozen=True)
+class WordText(TextData):
+    """Rows of words, each with the word that follows it. `length` counts words; a batch has
+
+        words           int32    [batch, length, max_units]  the input words' units, 0 behind their ends
+        lengths         int32    [batch, length]  units of each input word; 0: the start of a document
+        targets         int32    [batch, length, max_units]  the word that follows each
+        target_lengths  int32    [batch, length]  0: the end of the document
+        positions       int32    [batch, length]  the input's place in its document, as far as this row holds it, from 0
+        segments        int32    [batch, length]  1, 2, ... for the documents in a row, 0 for padding
+        mask            float32  [batch, length]  1 where the target counts, else 0
+        bytes           int32    [batch, length]  of text in the target word
+
+    A document w1..wn has the inputs [start, w1..wn] and the targets [w1..wn, end], so that every word is a target once
+    and a row that continues a document begins with the word before the cut.
+
+    Raises:
+        ValueError: a number is out of range, or there is an option that rows of words do not have.
+    """
+
+    tokenizer: str = "bytes"
+    """Makes the units of a word from its bytes; "bytes": they are the bytes."""
+    length: int = 64
+    splitter: WordSplitter = WordSplitter()
+    max_units: int = 16
+    """A longer word becomes several; of bytes, it is cut between characters."""
+    start: bool = True
+    """The first word of a document is a target, too, with the start as its input."""
+    end: bool = True
+    """The end of a document is a target, with its last word as its input."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.max_units < 1:
+            raise ValueError(f"max_units={self.max_units}: choose at least 1")
+        if not self.isolate_documents or self.mask_eod:
+            raise ValueError("isolate_documents=False and mask_eod=True are for rows of tokens: leave them out")
+
+    def words(self, document: str | bytes) -> list[tuple[Sequence[int], int]]:
+        """Each word's units (at least 1, at most max_units) and how many bytes of the text they stand for."""
+        found: list[tuple[Sequence[int], int]] = []
+        tokenizer = None if self.tokenizer == "bytes" else _tokenizer(self.tokenizer)
+        for word in self.splitter.split(document):
+            if tokenizer is None:
+                found += [(part, len(part)) for part in limited(word, self.max_units)]
+                continue
+            ids = tokenizer.encode(word)
+            parts = [ids[i : i + self.max_units] for i in range(0, len(ids), self.max_units)]
+            sizes = [sum(len(tokenizer.token_bytes(i)) for i in part) for part in parts[1:]]
+            found += zip(parts, [len(word) - sum(sizes), *sizes])
+        return found
+
+    def items(self, document: str | bytes) -> np.ndarray:
+        """An input's length and units, its target's, and the target's bytes: int32 [inputs, 2 max_units + 3]."""
+        words = self.words(document)
+        nothing: list[tuple[Sequence[int], int]] = [((), 0)]
+        words = nothing * self.start + words + nothing * self.end
+        table = np.zeros((len(words), 1 + self.max_units), np.int32)
+        for row, (units, _) in zip(table, words):
+            row[0] = len(units)
+            row[1 : 1 + len(units)] = list(units)
+        sizes = np.array([[size] for _, size in words[1:]], np.int32).reshape(-1, 1)
+        return np.concatenate([table[:-1], table[1:], sizes], axis=1)
+
+    def layout(self, rows: np.ndarray, segments: np.ndarray, positions: np.ndarray) -> Batch:
+        """A batch from packed items [batch, length, 2 max_units + 3]."""
+        m = self.max_units
+        return {
+            "words": np.ascontiguousarray(rows[..., 1 : 1 + m]),
+            "lengths": np.ascontiguousarray(rows[..., 0]),
+            "targets": np.ascontiguousarray(rows[..., 2 + m : 2 + 2 * m]),
+            "target_lengths": np.ascontiguousarray(rows[..., 1 + m]),
+            "positions": positions,
+            "segments": segments,
+            "mask": (segments > 0).astype(np.float32),
+            "bytes": np.ascontiguousarray(rows[..., -1]),
+        }
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and dtype of each array in a batch of all processes."""
+        row = (self.batch_size, self.length)
+        shapes = dict.fromkeys(("words", "lengths", "targets", "target_lengths"), row)
+        shapes |= dict.fromkeys(("positions", "segments", "mask", "bytes"), row)
+        shapes |= dict.fromkeys(("words", "targets"), (*row, self.max_units))
+        return {name: (shape, np.float32 if name == "mask" else np.int32) for name, shape in shapes.items()}
+
+
+@functools.lru_cache(maxsize=4)
+def _tokenizer(spec: str) -> Tokenizer:
+    return load_tokenizer(spec)
