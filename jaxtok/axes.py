@@ -6,8 +6,9 @@ the mesh are in force inside `jaxtok.training.mesh.Layout.active`; outside of it
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -38,6 +39,19 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     taken = nn.logical_to_mesh_axes(("batch", *axes), rules)[1:]
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*taken))
+
+
+@contextlib.contextmanager
+def rows_only() -> Iterator[None]:
+    """Inside, the first axis of activations is divided by all axes of the mesh, and nothing else is.
+
+    For many short rows, such as the words of a batch, in a part of a model that is small beside the rest.
+    """
+    if not nn.get_logical_axis_rules():
+        yield
+        return
+    with nn.logical_axis_rules([("batch", tuple(jax.sharding.get_abstract_mesh().axis_names))]):
+        yield
 
 
 def partition_spec(

@@ -1,0 +1,472 @@
+"""HAT: hierarchical autoregressive transformers (arXiv 2501.10322). Bytes in words, words in a text.
+
+A word's bytes become one vector (bidirectional, within the word), a causal transformer runs over these vectors, and a
+small causal transformer spells the next word from what comes out:
+
+    e_i = W_E encoder(C[W], C[c_1], ..., C[c_n])_0     p_i = W_D backbone(e_1, ..., e_i)_i
+    decoder(p_i, C[c_1], ..., C[c_n]) predicts c_1, ..., c_n, [W] of word i + 1
+
+The paper does not say whether its encoder and decoder end in a norm, nor the base of the rotation; here all three
+modules do, and it is 10,000. No code for training was published. The released models differ: `jaxtok.lm.hat_released`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.axes import constrain, gather, rows_only
+from jaxtok.decoding.sampling import Sampling, sample
+from jaxtok.nn.cache import KVCache
+from jaxtok.nn.linear import Linear, LinearStack
+from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.norms import Norm
+from jaxtok.nn.transformer import Stack
+from jaxtok.protocols import Batch, Params
+from jaxtok.tokenizers.words import WordSplitter
+
+_BUCKET = 16  # prompts are padded to a multiple of so many words
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaStack(LinearStack):
+    """Blocks as in Llama: RMS norms, rotary positions, SwiGLU, no biases."""
+
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    rotary_fraction: float = 1.0
+    activation: str = "silu"
+    gated: bool = True
+    use_bias: bool = False
+
+    @property
+    def output_init_std(self) -> float:
+        return self.init_std
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HATConfig:
+    """The three modules; defaults: a small model for a laptop."""
+
+    encoder: LlamaStack = LlamaStack(num_layers=1, d_model=64, num_heads=2, mlp_dim=176, causal=False)
+    backbone: LlamaStack = LlamaStack(num_layers=4, d_model=128, num_heads=4, mlp_dim=344)
+    decoder: LlamaStack = LlamaStack(num_layers=1, d_model=64, num_heads=2, mlp_dim=176)
+    max_units: int = 16
+    """Bytes of a word, at most."""
+    alphabet: int = 256
+    """Rows of the byte table. [W] and [S] are bytes that UTF-8 does not use; with 258 they can be 256 and 257, so that
+    bytes of every kind can be learned."""
+    w_id: int = 255
+    """[W]: the first input of the encoder, and what ends a word."""
+    s_id: int = 254
+    """[S]: what ends a document."""
+    start: bool = True
+    """A learned vector stands for the word in front of a document, so that its first word is predicted; the paper's
+    first word is not."""
+
+    def __post_init__(self):
+        if self.encoder.causal or not self.decoder.causal or not self.backbone.causal:
+            raise ValueError("encoder.causal has to be False, and that of backbone and decoder True.")
+        if self.encoder.d_model != self.decoder.d_model:
+            raise ValueError(
+                f"decoder.d_model is {self.decoder.d_model}, but encoder.d_model = {self.encoder.d_model}; they share "
+                "a table of bytes, so make them equal."
+            )
+        if self.max_units < 1:
+            raise ValueError(f"max_units is {self.max_units}; it must be at least 1.")
+        for field in ("w_id", "s_id"):
+            if not 0 <= getattr(self, field) < self.alphabet:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be below alphabet = {self.alphabet}.")
+        if self.w_id == self.s_id or self.alphabet < 256:
+            raise ValueError(
+                f"w_id is {self.w_id}, s_id {self.s_id} and alphabet {self.alphabet}; the ids must differ, and the "
+                "alphabet have the 256 bytes."
+            )
+
+    def flops(self, words: int) -> float:
+        """Forward FLOPs of one word in a row of `words`, with all its places, in use or not, counted."""
+        places, width = self.max_units + 1, self.encoder.d_model
+        place = self.encoder.stack_flops(places) + self.decoder.stack_flops(places) + 2 * self.alphabet * width
+        return places * place + self.backbone.stack_flops(words) + 4 * width * self.backbone.d_model
+
+
+def _size(heads: int, char_heads: int, **options: Any) -> HATConfig:
+    """The paper's shapes: heads of 128, as many layers as heads in the backbone and half as many in the others."""
+
+    def stack(heads: int, layers: int, **more: Any) -> LlamaStack:
+        width = 128 * heads
+        mlp = round(8 * width / 3 / 8) * 8
+        return LlamaStack(num_layers=layers, d_model=width, num_heads=heads, mlp_dim=mlp, **more | options)
+
+    return HATConfig(
+        encoder=stack(char_heads, char_heads // 2, causal=False),
+        backbone=stack(heads, heads),
+        decoder=stack(char_heads, char_heads // 2),
+        max_units=32,
+    )
+
+
+PUBLISHED = {"1b": _size(18, 6), "3b": _size(28, 6), "7b": _size(36, 8)}
+"""The paper's sizes, which are compared with Llama-style models of 1B, 3B and 7B on 64k subwords."""
+
+
+def everywhere(config: HATConfig, **options: Any) -> HATConfig:
+    """The config with options (dtype, remat, ...) of all three modules replaced."""
+    parts = {part: dataclasses.replace(getattr(config, part), **options) for part in ("encoder", "backbone", "decoder")}
+    return dataclasses.replace(config, **parts)
+
+
+class HAT(nn.Module):
+    """Words and the words that follow them to logits of the latter's bytes. The parts are methods."""
+
+    config: HATConfig
+
+    def setup(self):
+        cfg = self.config
+        char = cfg.encoder
+
+        def table(name):
+            init = nn.with_logical_partitioning(nn.initializers.normal(char.init_std), ("vocab", "d_model"))
+            return self.param(name, init, (cfg.alphabet, char.d_model), char.param_dtype)
+
+        def linear(features, of):
+            init = nn.initializers.normal(of.init_std)
+            return Linear(features, ("d_model", None), False, init, of.dtype, of.param_dtype)
+
+        def norm(of):
+            return Norm(of.norm, eps=of.norm_eps, dtype=of.dtype, param_dtype=of.param_dtype)
+
+        self.embedding, self.head_matrix = table("embedding"), table("head_matrix")
+        self.encoder, self.encoder_norm = Stack(cfg.encoder), norm(cfg.encoder)
+        self.backbone_stack, self.backbone_norm = Stack(cfg.backbone), norm(cfg.backbone)
+        self.decoder, self.decoder_norm = Stack(cfg.decoder), norm(cfg.decoder)
+        self.word_in, self.word_out = linear(cfg.backbone.d_model, char), linear(char.d_model, cfg.backbone)
+        if cfg.start:
+            init = nn.with_logical_partitioning(nn.initializers.normal(char.init_std), ("d_model",))
+            self.start = self.param("start", init, (cfg.backbone.d_model,), cfg.backbone.param_dtype)
+
+    def __call__(
+        self,
+        words: Int[Array, "batch words units"],
+        lengths: Int[Array, "batch words"],
+        targets: Int[Array, "batch words units"],
+        positions: Int[Array, "batch words"] | None = None,
+        segments: Int[Array, "batch words"] | None = None,
+    ) -> Float[Array, "batch words places alphabet"]:
+        """Logits of each target word's bytes, and of what ends it, in float32; there are units + 1 places.
+
+        Args:
+          words, lengths: the words that have been read; a word of length 0 is the start of a document.
+          targets: the word that follows each. Behind its end anything can stand.
+          positions, segments: of the words, for the backbone.
+        """
+        vectors = self.encode(words, lengths)
+        outputs, _ = self.backbone(vectors, positions=positions, segments=segments)
+        return self.spell(self.predictive(outputs), targets)
+
+    def encode(self, words, lengths) -> Float[Array, "batch words d_model"]:
+        """One vector for each word, from its bytes alone: e_i."""
+        cfg = self.config
+        with rows_only():
+            ids = words.reshape(-1, words.shape[-1])
+            first = jnp.full((len(ids), 1), cfg.w_id, ids.dtype)
+            x = self._letters(jnp.concatenate([first, ids], 1))
+            places = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+            real = (places <= lengths.reshape(-1, 1)).astype(jnp.int32)  # a place behind the end sees its like only
+            x, _ = self.encoder(x, places, real)
+            vectors = self.word_in(self.encoder_norm(x[:, 0]))
+        vectors = constrain(vectors.reshape(*lengths.shape, -1), "d_model")
+        if cfg.start:
+            start = gather(self.start.astype(vectors.dtype), "d_model")
+            vectors = jnp.where((lengths == 0)[..., None], start, vectors)
+        return vectors
+
+    def backbone(self, vectors, *, positions=None, segments=None, cache: KVCache | None = None):
+        """b_i [batch, words, d_model], and the cache with these words appended."""
+        if positions is None:
+            first = jnp.zeros((len(vectors), 1), jnp.int32) if cache is None else cache.length[:, None]
+            positions = first + jnp.arange(vectors.shape[1])
+        x, cache = self.backbone_stack(vectors, positions, segments, cache)
+        return self.backbone_norm(x), cache
+
+    def predictive(self, outputs) -> Float[Array, "batch words char_dim"]:
+        """p_i, all that the decoder of word i + 1 knows of the text."""
+        return self.word_out(outputs)
+
+    def spell(self, predictive, targets) -> Float[Array, "batch words places alphabet"]:
+        """Logits of each word's bytes and end, from its p and its own earlier bytes."""
+        with rows_only():
+            letters = self._letters(targets.reshape(-1, targets.shape[-1]))
+            first = predictive.reshape(-1, 1, predictive.shape[-1]).astype(letters.dtype)
+            logits, _ = self.spell_on(jnp.concatenate([first, letters], 1))
+        return constrain(logits.reshape(*targets.shape[:2], *logits.shape[1:]), None, None)
+
+    def spell_on(self, x: Float[Array, "rows new char_dim"], cache: KVCache | None = None):
+        """Logits [rows, new, alphabet] behind these inputs of the decoder, and the cache with them appended."""
+        first = jnp.zeros((len(x), 1), jnp.int32) if cache is None else cache.length[:, None]
+        x, cache = self.decoder(x, first + jnp.arange(x.shape[1]), None, cache)
+        matrix = gather(self.head_matrix.astype(x.dtype), "vocab", "d_model")
+        logits = jnp.einsum("nld,vd->nlv", self.decoder_norm(x), matrix, preferred_element_type=jnp.float32)
+        return logits, cache
+
+    def letters(self, ids: Int[Array, " rows"]) -> Float[Array, "rows 1 char_dim"]:
+        """The decoder's inputs for one byte a row."""
+        return self._letters(ids[:, None])
+
+    def _letters(self, ids):
+        table = gather(self.embedding.astype(self.config.encoder.dtype), "vocab", "d_model")
+        return constrain(jnp.take(table, ids, axis=0), "d_model")
+
+
+def spelled(config: HATConfig, targets, lengths) -> tuple[Int[Array, "*words places"], Bool[Array, "*words places"]]:
+    """What each place predicts, a word's bytes and [W] (or [S], for a word of length 0), and which places do."""
+    places = jnp.arange(targets.shape[-1] + 1)
+    end = jnp.where(lengths == 0, config.s_id, config.w_id)[..., None]
+    ids = jnp.pad(targets, [(0, 0)] * (targets.ndim - 1) + [(0, 1)])
+    return jnp.where(places == lengths[..., None], end, ids), places <= lengths[..., None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HATModeling:
+    """Trains a HAT on rows of words (`jaxtok.data.words.WordText`)."""
+
+    model: HATConfig = HATConfig()
+    splitter: WordSplitter = WordSplitter()
+    """As the data's: it cuts the prompts of `continue_text`."""
+
+    def module(self) -> HAT:
+        return HAT(self.model)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy in nats a byte or end of a word (section 2.3); also logs bits per byte of text."""
+        nats, mask, _ = self._spell(params, batch)
+        bits = jnp.sum(nats * mask) / math.log(2)
+        return masked_mean(nats, mask), {"bits_per_byte": bits / jnp.maximum(jnp.sum(self._bytes(batch)), 1)}
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss (nats a target), bits per byte with the ends of words counted in, and the share of the words whose bytes
+        are each the likeliest behind the true ones before; `word_accuracy_with_end`: and so is what ends them.
+
+        Raises:
+          ValueError: there was not a single target to predict.
+        """
+        names = ("nats", "targets", "bytes", "words", "right", "right_with_end")
+        sums = dict.fromkeys(names, 0.0)
+        for batch in batches:
+            for name, value in zip(names, jax.device_get(_evaluation_sums(self, params, batch))):
+                sums[name] += float(value)
+        if not sums["targets"]:
+            raise ValueError("the evaluation data hold no word to predict; choose a larger corpus or split.")
+        words = max(sums["words"], 1.0)
+        return {
+            "loss": sums["nats"] / sums["targets"],
+            "bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),
+            "word_accuracy": sums["right"] / words,
+            "word_accuracy_with_end": sums["right_with_end"] / words,
+            "words": sums["words"],
+            "bytes": sums["bytes"],
+        }
+
+    def trainable(self, params: Params) -> None:
+        return None
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step: three times the forward pass, with padding counted."""
+        rows, words = batch["lengths"].shape
+        return 3 * rows * words * self.model.flops(words)
+
+    def continue_text(
+        self,
+        params: Params,
+        prompts: Sequence[bytes],
+        *,
+        max_bytes: int,
+        sampling: Sampling = Sampling(),
+        rng: jax.Array | None = None,
+        open_last: bool = True,
+    ) -> list[bytes]:
+        """Up to max_bytes bytes behind each prompt, fewer where the document ends.
+
+        The last word of a prompt is taken for the beginning of one, of which [W] is predicted like the bytes;
+        `open_last=False`: for a whole word. A row does not depend on the others.
+
+        Raises:
+          ValueError: no prompt, one that holds the byte of [W] or [S], an empty one without a start vector; no rng.
+        """
+        words = [self._prompt(prompt, open_last) for prompt in prompts]
+        return [b"".join(row) for row in generate_words(self.model, params, words, max_bytes, sampling, rng)]
+
+    def _prompt(self, prompt: bytes, open_last: bool) -> tuple[list[bytes], bytes]:
+        if taken := {self.model.w_id, self.model.s_id} & set(prompt):
+            raise ValueError(f"the prompt holds the byte {min(taken)}, which is no text; take it out.")
+        splitter = self.splitter
+        if splitter.max_word_size > self.model.max_units:
+            splitter = dataclasses.replace(splitter, max_word_size=self.model.max_units)
+        words = splitter.split(prompt)
+        if words and open_last and (self.model.start or len(words) > 1):
+            return words[:-1], words[-1]
+        return words, b""
+
+    def _bytes(self, batch):
+        counted = batch["mask"] if self.model.start else batch["mask"] * (batch["lengths"] > 0)
+        return batch["bytes"] * counted
+
+    def _spell(self, params, batch):
+        if batch["words"].shape[-1] != self.model.max_units:
+            raise ValueError(
+                f"the data's words have {batch['words'].shape[-1]} places, but model.max_units = "
+                f"{self.model.max_units}; make data.max_units equal to it."
+            )
+        inputs = (batch[name] for name in ("words", "lengths", "targets", "positions", "segments"))
+        logits = self.module().apply({"params": params}, *inputs)
+        ids, real = spelled(self.model, batch["targets"], batch["target_lengths"])
+        mask = batch["mask"] if self.model.start else batch["mask"] * (batch["lengths"] > 0)
+        return cross_entropy(logits, ids), real * mask[..., None], logits.argmax(-1) == ids
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluation_sums(task: HATModeling, params, batch):
+    nats, mask, right = task._spell(params, batch)
+    n = batch["target_lengths"][..., None]
+    words = (mask[..., 0] > 0) & (n[..., 0] > 0)
+    places = jnp.arange(mask.shape[-1])
+    letters, whole = (jnp.all(right | (places >= end), -1) & words for end in (n, n + 1))
+    return jnp.sum(nats * mask), jnp.sum(mask), jnp.sum(task._bytes(batch)), words.sum(), letters.sum(), whole.sum()
+
+
+def generate_words(
+    config: HATConfig,
+    params: Params,
+    prompts: Sequence[tuple[Sequence[bytes], bytes]],
+    max_bytes: int,
+    sampling: Sampling = Sampling(),
+    rng: jax.Array | None = None,
+) -> list[list[bytes]]:
+    """The words behind each prompt, which is words and the beginning of the next; that beginning is not repeated.
+
+    Raises:
+      ValueError: see `HATModeling.continue_text`.
+    """
+    if not prompts or max_bytes < 1:
+        raise ValueError(f"there are {len(prompts)} prompts and max_bytes is {max_bytes}; both must be at least 1.")
+    if rng is None:
+        if sampling.temperature:
+            raise ValueError("rng is None; give a key such as jax.random.key(0), or decode with temperature 0.")
+        rng = jax.random.key(0)  # never used
+    starts = [[b"", *words] if config.start else list(words) for words, _ in prompts]
+    if not all(starts):
+        raise ValueError("a prompt is empty; give at least a word, or a model with a start vector.")
+    longest = -(-max(map(len, starts)) // _BUCKET) * _BUCKET
+    words = np.zeros((len(prompts), longest, config.max_units), np.int32)
+    lengths = np.zeros(words.shape[:2], np.int32)
+    for row, start in enumerate(starts):
+        for place, word in enumerate(start):
+            lengths[row, place] = len(word)
+            words[row, place, : len(word)] = list(word)
+    begun = np.zeros((len(prompts), config.max_units), np.int32)
+    for row, (_, word) in zip(begun, prompts):
+        row[: len(word)] = list(word)
+    sizes = np.array([[len(start), len(word)] for start, (_, word) in zip(starts, prompts)], np.int32)
+    out = jax.device_get(
+        _generate(HAT(config), sampling, max_bytes, params, words, lengths, sizes[:, 0], begun, sizes[:, 1], rng)
+    )
+    rows = []
+    for row in range(len(prompts)):
+        found = [bytes(word[:n].tolist()) for word, n in zip(out.words[row], out.lengths[row]) if n]
+        if found:
+            found[0] = found[0][sizes[row, 1] :]
+        rows.append([word for word in found if word])
+    return rows
+
+
+@flax.struct.dataclass
+class _State:
+    """Between two words. The cache holds all words that are finished."""
+
+    cache: KVCache
+    predictive: Float[Array, "batch char_dim"]
+    words: Int[Array, "batch most max_units"]
+    lengths: Int[Array, "batch most"]
+    left: Int[Array, " batch"]
+    """Bytes that may still come."""
+    stopped: Bool[Array, " batch"]
+    step: Int[Array, ""]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(model: HAT, sampling, max_bytes, params, words, lengths, counts, begun, begun_lengths, rng) -> _State:
+    """A loop over words around a loop over bytes, both batched; rows that have finished wait."""
+    cfg, (batch, longest, units) = model.config, words.shape
+
+    def run(method, *args, **kwargs):
+        return model.apply({"params": params}, *args, method=method, **kwargs)
+
+    def new_cache(stack, slots):
+        return KVCache.init(stack.num_layers, batch, slots, stack.kv_heads, stack.head_dim, jnp.dtype(stack.dtype))
+
+    def spell(state: _State):
+        """One word a row: its bytes and their number, and whether the document ends instead."""
+        forced = jnp.where(state.step == 0, begun_lengths, 0)
+
+        def byte(carry):
+            place, cache, inputs, word, length, done, ended = carry
+            logits, cache = run("spell_on", inputs, cache)
+            never = jnp.where(place == 0, cfg.w_id, cfg.s_id)  # a word has a byte, and [S] is a word of its own
+            logits = logits[:, 0].at[:, never].set(-jnp.inf)
+            key = jax.random.fold_in(rng, state.step * (units + 1) + place)
+            drawn = sample(logits, key, sampling).astype(jnp.int32)
+            known = place < forced
+            drawn = jnp.where(known, begun[:, jnp.minimum(place, units - 1)], drawn)
+            full = (place == units) | (~known & (place - forced >= state.left))
+            ends = (full | (drawn == cfg.w_id) | (drawn == cfg.s_id)) & ~known
+            ended |= ~done & ~full & (drawn == cfg.s_id) & ~known
+            done |= ends
+            word = jnp.where((~done)[:, None], word.at[:, place].set(drawn, mode="drop"), word)
+            return place + 1, cache, run("letters", drawn), word, length + ~done, done, ended
+
+        none, no = jnp.zeros(batch, jnp.int32), state.stopped
+        first = (0, new_cache(cfg.decoder, units + 1), state.predictive[:, None], begun * 0, none, no, no & False)
+        *_, word, length, _, ended = jax.lax.while_loop(lambda carry: ~carry[5].all(), byte, first)
+        return word, length, ended
+
+    def step(state: _State) -> _State:
+        word, length, ended = spell(state)
+        left = state.left - length + jnp.where(state.step == 0, begun_lengths, 0) * ~state.stopped
+        stopped = state.stopped | ended | (left <= 0)
+        outputs, cache = run("backbone", run("encode", word[:, None], length[:, None]), cache=state.cache)
+        return _State(
+            cache=cache.replace(length=jnp.where(stopped, state.cache.length, cache.length)),
+            predictive=run("predictive", outputs)[:, 0],
+            words=state.words.at[:, state.step].set(word),
+            lengths=state.lengths.at[:, state.step].set(length),
+            left=left,
+            stopped=stopped,
+            step=state.step + 1,
+        )
+
+    cache = new_cache(cfg.backbone, longest + max_bytes + 1)
+    outputs, cache = run("backbone", run("encode", words, lengths), cache=cache)
+    last = jnp.take_along_axis(outputs, (counts - 1)[:, None, None], 1)
+    state = _State(
+        cache=cache.truncate(counts),
+        predictive=run("predictive", last)[:, 0],
+        words=jnp.zeros((batch, max_bytes + 1, units), jnp.int32),
+        lengths=jnp.zeros((batch, max_bytes + 1), jnp.int32),
+        left=jnp.full(batch, max_bytes, jnp.int32),
+        stopped=jnp.zeros(batch, bool),
+        step=jnp.zeros((), jnp.int32),
+    )
+    return jax.lax.while_loop(lambda state: ~state.stopped.all(), step, state)
