@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import numpy as np
 
 from jaxtok.data.text import TextData
-from jaxtok.protocols import Batch, Tokenizer
-from jaxtok.tokenizers import load_tokenizer
+from jaxtok.protocols import Batch
 from jaxtok.tokenizers.words import WordSplitter, limited
 
 
@@ -55,7 +53,7 @@ class WordText(TextData):
     def words(self, document: str | bytes) -> list[tuple[Sequence[int], int]]:
         """Each word's units (at least 1, at most max_units) and how many bytes of the text they stand for."""
         found: list[tuple[Sequence[int], int]] = []
-        tokenizer = None if self.tokenizer == "bytes" else _tokenizer(self.tokenizer)
+        tokenizer = None if self.tokenizer == "bytes" else self.loaded_tokenizer
         for word in self.splitter.split(document):
             if tokenizer is None:
                 found += [(part, len(part)) for part in limited(word, self.max_units)]
@@ -100,7 +98,3 @@ class WordText(TextData):
         shapes |= dict.fromkeys(("words", "targets"), (*row, self.max_units))
         return {name: (shape, np.float32 if name == "mask" else np.int32) for name, shape in shapes.items()}
 
-
-@functools.lru_cache(maxsize=4)
-def _tokenizer(spec: str) -> Tokenizer:
-    return load_tokenizer(spec)

@@ -370,7 +370,8 @@ def generate_words(
     if not all(starts):
         raise ValueError("a prompt is empty; give at least a word, or a model with a start vector.")
     longest = -(-max(map(len, starts)) // _BUCKET) * _BUCKET
-    words = np.zeros((len(prompts), longest, config.max_units), np.int32)
+    widest = max((len(word) for start in starts for word in start), default=0)
+    words = np.zeros((len(prompts), longest, max(widest, config.max_units)), np.int32)
     lengths = np.zeros(words.shape[:2], np.int32)
     for row, start in enumerate(starts):
         for place, word in enumerate(start):
@@ -409,7 +410,7 @@ class _State:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _generate(model: HAT, sampling, max_bytes, params, words, lengths, counts, begun, begun_lengths, rng) -> _State:
     """A loop over words around a loop over bytes, both batched; rows that have finished wait."""
-    cfg, (batch, longest, units) = model.config, words.shape
+    cfg, units, (batch, longest) = model.config, model.config.max_units, lengths.shape
 
     def run(method, *args, **kwargs):
         return model.apply({"params": params}, *args, method=method, **kwargs)
