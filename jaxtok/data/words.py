@@ -97,4 +97,3 @@ class WordText(TextData):
         shapes |= dict.fromkeys(("positions", "segments", "mask", "bytes"), row)
         shapes |= dict.fromkeys(("words", "targets"), (*row, self.max_units))
         return {name: (shape, np.float32 if name == "mask" else np.int32) for name, shape in shapes.items()}
-

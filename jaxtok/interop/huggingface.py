@@ -225,7 +225,7 @@ def read_config(options: Mapping[str, Any], tied: bool | None = None) -> Decoder
     layers = get("num_hidden_layers", 28 if kind == "gemma" else 32)
     length = get("max_position_embeddings", defaults["max_position_embeddings"])
     head_size = get("head_dim", 256 if kind == "gemma" else 0)
-    base, scaling = _rope(options, head_size or width // heads, length)
+    base, scaling = rope_from_json(options, head_size or width // heads, length)
     window, full = _window(options, kind, layers)
     activation = get("hidden_act", "silu")
     if kind == "gemma":  # its files say gelu, and mean the tanh form
@@ -274,7 +274,7 @@ def _window(options: Mapping[str, Any], kind: str, layers: int) -> tuple[int, tu
     return window, tuple(i for i, kind in enumerate(types) if kind == "full_attention")
 
 
-def _rope(options: Mapping[str, Any], dim: int, length: int) -> tuple[float, RopeScaling | None]:
+def rope_from_json(options: Mapping[str, Any], dim: int, length: int) -> tuple[float, RopeScaling | None]:
     """The base of the frequencies and their scaling, from either spelling (`rope_scaling`, or `rope_parameters`)."""
     rope = dict(options.get("rope_parameters") or options.get("rope_scaling") or {})
     base = float(rope.get("rope_theta") or options.get("rope_theta") or 10000.0)
@@ -384,7 +384,7 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
         "rms_norm_eps": config.norm_eps or 1e-6,
         "hidden_act": theirs[config.activation],
         "rope_theta": config.rotary_base,
-        "rope_scaling": _rope_json(config.rotary_scaling),
+        "rope_scaling": rope_to_json(config.rotary_scaling),
     }
     if kind in ("llama", "gemma"):
         options |= {"attention_bias": config.use_bias}
@@ -401,7 +401,7 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
     return options
 
 
-def _rope_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def rope_to_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     names = {
@@ -576,8 +576,15 @@ def write_folder(
     folder = Path(folder)
     options = config_json(config)
     folder.mkdir(parents=True, exist_ok=True)
+    save_tensors(folder, params_to(config, params), shard_bytes)
+    (folder / "config.json").write_text(json.dumps(options, indent=2) + "\n")
+    return folder
+
+
+def save_tensors(folder: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int) -> None:
+    """Writes model.safetensors, or shards of at most so many bytes and their index."""
     shards: list[dict[str, np.ndarray]] = [{}]
-    for name, array in params_to(config, params).items():
+    for name, array in tensors.items():
         if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
             shards.append({})
         shards[-1][name] = array
@@ -593,5 +600,3 @@ def write_folder(
         size = sum(array.nbytes for shard in shards for array in shard.values())
         index = {"metadata": {"total_size": size}, "weight_map": places}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(options, indent=2) + "\n")
-    return folder

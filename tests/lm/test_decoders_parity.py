@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxtok.decoding.sampling import Sampling, generate
-from jaxtok.interop.huggingface import _rope, params_from, params_to, read_config, read_folder
+from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, rope_from_json
 from jaxtok.lm.decoder import Decoder
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.rotary import rotary_frequencies
@@ -123,7 +123,7 @@ def test_rope_variants(golden, parity):
         options, positions = case["config"], np.asarray(case["positions"])
         length = options.get("max_position_embeddings", 2048)
         dim = options["hidden_size"] // options["num_attention_heads"]
-        base, scaling = _rope(options, dim, length)
+        base, scaling = rope_from_json(options, dim, length)
         if scaling and scaling.kind in ("dynamic", "longrope"):  # theirs takes the length from the call
             scaling = scaling.__class__(**{**vars(scaling), "length": int(positions.max()) + 1})
         frequency, factor = rotary_frequencies(dim, base, scaling)

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from jaxtok.decoding.sampling import Sampling
+from jaxtok.interop.hat import params_from, params_to, read_config
 from jaxtok.lm.hat import HAT, HATConfig, LlamaStack, generate_words, spelled
+from jaxtok.lm.hat_released import ReleasedHAT, generate_bytes
 from jaxtok.nn.losses import cross_entropy
+from jaxtok.tokenizers.words import WordSplitter
 
 GROUPS = {"q": ("attention", "query"), "k": ("attention", "key"), "v": ("attention", "value")}
 GROUPS |= {"o": ("attention", "output"), "gate": ("ffn", "gate"), "up": ("ffn", "up"), "down": ("ffn", "down")}
@@ -128,3 +131,75 @@ def test_paper_generation(golden, parity):
     config = HATConfig(**{**vars(config), "max_units": 6})
     new = generate_words(config, params, [(words[:2], b"")], len(data), Sampling(temperature=0))[0]
     assert new[: len(words) - 2] == words[2:]
+
+
+def released(golden):
+    config = read_config(golden.config)
+    return config, params_from(config, golden.under("params"))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def released_forward(config, params, tokens, word, words):
+    """Latents, the backbone's outputs, the last states and logits, of one text of the fixture."""
+    model = ReleasedHAT(config)
+
+    def run(method, *args, **options):
+        return model.apply({"params": params}, *args, method=method, **options)
+
+    states = run("encode", tokens)[0]
+    latents = run("connect", states, word, words)
+    outputs = run("backbone", latents)[0]
+    logits, state = model.apply({"params": params}, tokens, word, words, mutable="intermediates")
+    hidden = state["intermediates"]["decoder"]["blocks"]["block"]["hidden"][0][-1]
+    return states, latents, outputs, model.bind({"params": params}).final_norm(hidden), logits
+
+
+@pytest.mark.parity("hat/release*.npz")
+def test_released(golden, parity):
+    config, params = released(golden)
+    count = len(golden.config["texts"])
+    texts = [(golden[f"in/{number}_bytes"], golden[f"in/{number}_word_lens"]) for number in range(count)]
+    length, most = max(len(tokens) for tokens, _ in texts), max(max(len(lengths) for _, lengths in texts) - 1, 1)
+    tokens, word = np.zeros((count, length), np.int32), np.full((count, length), most, np.int32)
+    for row, (text, lengths) in enumerate(texts):
+        tokens[row, : len(text)] = text
+        word[row, : len(text)] = np.repeat(np.arange(len(lengths)), lengths)
+    words = np.tile(np.arange(most), (count, 1))
+    results = released_forward(config, params, tokens, word, words)
+    for number, (text, lengths) in enumerate(texts):
+        states, latents, outputs, hidden, logits = (x[number] for x in results)
+        n, closed = len(text), len(lengths) - 1
+        parity("encoder", states[:n], golden[f"mid/{number}_encoder_hidden"])
+        if closed:
+            parity("latents", latents[:closed], golden[f"mid/{number}_word_latents"])
+            parity("backbone", outputs[:closed], golden[f"mid/{number}_backbone_out"])
+        parity("decoder", hidden[:n], golden[f"mid/{number}_decoder_hidden"])
+        parity("logits", logits[:n], golden[f"out/{number}_logits"])
+        if f"out/{number}_next_byte_ce" in golden.arrays:
+            loss = cross_entropy(logits[: n - 1], text[1:]).mean()
+            parity("loss", loss, golden[f"out/{number}_next_byte_ce"], rtol=1e-5)
+
+
+@pytest.mark.parity("hat/release*.npz")
+def test_released_generation(golden):
+    config, params = released(golden)
+    prompt, expected = bytes(golden["in/generate_prompt"].tolist()), bytes(golden["out/generate_greedy_bytes"].tolist())
+    words = WordSplitter("unicode", config.max_word_size).split(prompt)
+    [(new, words)] = generate_bytes(config, params, [words], len(expected) - len(prompt), Sampling(temperature=0))
+    assert prompt + new == expected
+    assert [len(word) for word in words] == golden["out/generate_word_lens"].tolist()
+
+
+@pytest.mark.parity("hat/release*.npz")
+def test_released_names(golden):
+    config, params = released(golden)
+    again = params_to(config, params)
+    theirs = golden.under("params")
+    assert again.keys() == theirs.keys()
+    for name in theirs:
+        np.testing.assert_array_equal(again[name], theirs[name])
+    with pytest.raises(ValueError, match=r"layer_norm.weight is missing; nonsense is unknown"):
+        params_from(
+            config,
+            {"nonsense": theirs["layer_norm.weight"]} | {n: a for n, a in theirs.items() if n != "layer_norm.weight"},
+        )
