@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 from jaxtok.data.text import TextData
+from jaxtok.data.words import WordText
 from jaxtok.lm.gpt2 import GPT2Config
+from jaxtok.lm.hat import HATConfig, HATModeling, LlamaStack
+from jaxtok.lm.hat_released import ReleasedConfig, ReleasedModeling
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
@@ -65,6 +68,53 @@ def text(model) -> Case:
     )
 
 
+def word_batch(data: WordText) -> dict[str, np.ndarray]:
+    """Documents of random words, one after the other over the rows, and padding at the end of the last ones."""
+    rng = np.random.default_rng(0)
+    texts = [bytes(rng.choice(list(b"abcd \n"), n).tolist()) for n in rng.integers(0, 60, 40)]
+    items = [data.items(text) for text in texts]
+    size = data.batch_size * data.length
+    rows = np.zeros((size, items[0].shape[1]), np.int32)
+    place = np.zeros((2, size), np.int32)
+    whole = np.concatenate(items)[: size - 3]
+    rows[: len(whole)] = whole
+    documents = np.repeat(np.arange(len(items)), [len(x) for x in items])[: len(whole)]
+    for row in range(data.batch_size):
+        here = documents[row * data.length : (row + 1) * data.length]
+        segments = np.cumsum(np.diff(here, prepend=here[:1]) > 0) + 1
+        first = np.searchsorted(segments, segments)
+        place[:, row * data.length : row * data.length + len(here)] = segments, np.arange(len(here)) - first
+    shape = (data.batch_size, data.length)
+    return data.layout(rows.reshape(*shape, -1), place[0].reshape(shape), place[1].reshape(shape))
+
+
+def hat() -> Case:
+    char = {"num_layers": 2, "d_model": 8, "num_heads": 2, "mlp_dim": 16}
+    model = HATConfig(
+        encoder=LlamaStack(**char, causal=False),
+        backbone=LlamaStack(num_layers=2, d_model=16, num_heads=8, mlp_dim=32),
+        decoder=LlamaStack(**char),
+        max_units=5,
+    )
+    data = WordText(length=8, batch_size=8, max_units=5)
+    return Case(HATModeling(model=model), data, word_batch(data))
+
+
+def hat_released() -> Case:
+    char = {"num_layers": 2, "d_model": 16, "num_heads": 8, "mlp_dim": 32, "window": 9}
+    model = ReleasedConfig(
+        encoder=LlamaStack(**char),
+        backbone=LlamaStack(num_layers=2, d_model=16, num_heads=8, num_kv_heads=2, mlp_dim=32),
+        decoder=LlamaStack(**char),
+        connector_heads=8,
+        guide_heads=8,
+        max_word_size=6,
+    )
+    task = ReleasedModeling(model=model)
+    data = WordText(length=8, batch_size=8, max_units=6, splitter=task.splitter)
+    return Case(task, data, word_batch(data))
+
+
 @dataclasses.dataclass(frozen=True)
 class Images:
     """Stands for an image data set: the shapes of its batches."""
@@ -102,5 +152,7 @@ TASKS = {
     "transformer": lambda: text(matched_transformer(TOKENFORMER)),
     "gpt2": lambda: text(GPT2Config(**SIZES, mlp_dim=32)),
     "llama": lambda: text(LlamaConfig(**SIZES, num_kv_heads=2, mlp_dim=32, window=9)),
+    "hat": hat,
+    "hat_released": hat_released,
     "tokenformer_vit": images,
 }
