@@ -19,7 +19,7 @@ def attend(
     v: Float[Array, "batch slots kv_heads head_dim"],
     *,
     causal: bool = True,
-    window: Int[Array, ""] | None = None,
+    window: int | Int[Array, ""] | None = None,
     segments: Segments | None = None,
     start: Int[Array, " batch"] | None = None,
     bias: tuple[Array, ...] = (),
@@ -33,7 +33,8 @@ def attend(
     Args:
       q, k, v: queries, keys and values; without a cache there are as many slots as queries. With fewer key-value heads
         than heads, neighbouring queries share one (grouped-query attention, arXiv 2305.13245).
-      window: query i sees the last `window` slots up to its own only (a number or, in a scan over layers, an array).
+      window: query i sees the last `window` slots up to its own only. An array, where layers of a scan differ in it; a
+        number costs as much as it is wide, where rows are longer than twice that.
       causal: query i sees the keys up to its own place.
       segments: no query sees a key of another segment; see `jaxtok.kernels.attention`.
       implementation: without a cache; see `jaxtok.kernels.attention`.
@@ -48,6 +49,8 @@ def attend(
     plain = not bias and not softmax1 and not dropout
     if start is None and window is None and plain:
         return dot_product_attention(q, k, v, causal=causal, segments=segments, implementation=implementation)
+    if isinstance(window, int) and causal and start is None and plain and q.shape[1] > 2 * window:
+        return jax.checkpoint(functools.partial(_local_attention, window=window), prevent_cse=False)(q, k, v, segments)
     slots = jnp.arange(k.shape[1])
     place = jnp.arange(q.shape[1]) + (jnp.zeros((1, 1), jnp.int32) if start is None else start[:, None])
     visible = (
@@ -63,6 +66,30 @@ def attend(
         return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
     attention = functools.partial(_biased_attention, softmax1=softmax1, dropout=dropout)
     return jax.checkpoint(attention, prevent_cse=False)(q, k, v, visible[:, None], bias, rng)
+
+
+def _local_attention(q: Array, k: Array, v: Array, segments: Segments | None, *, window: int) -> Array:
+    """Causal attention in a window: blocks of `window` queries see their own block and the one in front of it."""
+    batch, length = q.shape[:2]
+    blocks = -(-length // window)
+    of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
+
+    def cut(x):  # [batch * blocks, window, ...]
+        padded = jnp.pad(x, [(0, 0), (0, blocks * window - length)] + [(0, 0)] * (x.ndim - 2))
+        return padded.reshape(batch * blocks, window, *x.shape[2:])
+
+    def with_previous(x):
+        own = cut(x).reshape(batch, blocks, window, *x.shape[2:])
+        previous = jnp.pad(own[:, :-1], [(0, 0), (1, 0)] + [(0, 0)] * (own.ndim - 2))
+        return jnp.concatenate([previous, own], 2).reshape(batch * blocks, 2 * window, *x.shape[2:])
+
+    distance = jnp.arange(window)[:, None] - (jnp.arange(2 * window) - window)
+    first = jnp.arange(batch * blocks) % blocks == 0  # has nothing in front of it
+    visible = (distance >= 0) & (distance < window) & ~(first[:, None, None] & (jnp.arange(2 * window) < window))
+    if segments is not None:
+        visible &= cut(of_queries)[:, :, None] == with_previous(of_keys)[:, None, :]
+    y = jax.nn.dot_product_attention(cut(q), with_previous(k), with_previous(v), mask=visible[:, None])
+    return y.reshape(batch, blocks * window, *q.shape[2:])[:, :length]
 
 
 def _biased_attention(

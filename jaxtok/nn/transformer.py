@@ -196,8 +196,8 @@ class SelfAttention(_Attention):
             q = q * math.sqrt(cfg.head_dim)
         if cfg.scale_by_layer:
             q = q / (layer + 1).astype(q.dtype)
-        window = None
-        if cfg.window:
+        window = cfg.window or None
+        if cfg.window and cfg.full_layers:
             full = jnp.isin(layer, jnp.array(cfg.full_layers, jnp.int32))
             window = jnp.where(full, jnp.iinfo(jnp.int32).max // 2, cfg.window)
         if cfg.mask_keys and segments is not None:
