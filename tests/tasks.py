@@ -71,7 +71,7 @@ def text(model) -> Case:
 def word_batch(data: WordText) -> dict[str, np.ndarray]:
     """Documents of random words, one after the other over the rows, and padding at the end of the last ones."""
     rng = np.random.default_rng(0)
-    texts = [bytes(rng.choice(list(b"abcd \n"), n).tolist()) for n in rng.integers(0, 60, 40)]
+    texts = [bytes(rng.choice(list(b"abcd \n"), n).tolist()) for n in rng.integers(0, 24, 60)]
     items = [data.items(text) for text in texts]
     size = data.batch_size * data.length
     rows = np.zeros((size, items[0].shape[1]), np.int32)

@@ -5,6 +5,7 @@ Where QK norms are kept was not to be seen; here they are `q_norm.weight` and `k
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,34 +41,42 @@ def read_config(options: Mapping[str, Any], dtype: str = "float32") -> ReleasedC
         if o.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ValueError(f"{part}_config.hidden_act is {o['hidden_act']!r}; only silu can be read.")
         heads, length = o["num_attention_heads"], o.get("max_position_embeddings", 8192)
-        head_size = o.get("head_dim") or o["hidden_size"] // heads
+        shared, own = o.get("num_key_value_heads") or heads, o["hidden_size"] // heads
+        head_size, bias = o.get("head_dim") or own, o.get("attention_bias", False)
         base, scaling = rope_from_json(o, head_size, length)
+        if scaling and scaling.kind == "llama3":
+            scaling = dataclasses.replace(scaling, length=0)  # which it does not use
         return LlamaStack(
             num_layers=o["num_hidden_layers"],
             d_model=o["hidden_size"],
             num_heads=heads,
-            num_kv_heads=o.get("num_key_value_heads") or heads,
-            head_size=head_size,
+            num_kv_heads=0 if shared == heads else shared,
+            head_size=0 if head_size * heads == o["hidden_size"] else head_size,
             mlp_dim=o["intermediate_size"],
             norm_eps=float(o.get("rms_norm_eps", 1e-5)),
             rotary_base=base,
             rotary_scaling=scaling,
             window=o.get("sliding_window") or 0,
-            use_bias=o.get("attention_bias", False),
-            mlp_bias=o.get("mlp_bias", False),
+            use_bias=bias,
+            mlp_bias=None if o.get("mlp_bias", False) == bias else not bias,
             init_std=float(o.get("initializer_range", 0.02)),
             qk_norm=qk_norm,
             param_dtype=dtype,
         )
 
-    cross = {part: options[f"{part}_config"]["cross_attention_config"] for part in ("encoder", "decoder")}
+    def cross(part: str) -> tuple[int, int]:
+        o = options[f"{part}_config"]["cross_attention_config"]
+        heads, shared = o["num_attention_heads"], o.get("attention_num_kv_heads") or 0
+        return heads, 0 if shared == heads else shared
+
+    (connector_heads, connector_kv_heads), (guide_heads, guide_kv_heads) = cross("encoder"), cross("decoder")
     return ReleasedConfig(
         **{part: stack(part) for part in PARTS},
         alphabet=options["decoder_config"].get("vocab_size", 256),
-        connector_heads=cross["encoder"]["num_attention_heads"],
-        connector_kv_heads=cross["encoder"].get("attention_num_kv_heads") or 0,
-        guide_heads=cross["decoder"]["num_attention_heads"],
-        guide_kv_heads=cross["decoder"].get("attention_num_kv_heads") or 0,
+        connector_heads=connector_heads,
+        connector_kv_heads=connector_kv_heads,
+        guide_heads=guide_heads,
+        guide_kv_heads=guide_kv_heads,
         max_word_size=options.get("max_word_size", 100),
         special_tokens=tuple((options.get("special_token_dict") or {"<|eot_id|>": 192}).items()),
     )

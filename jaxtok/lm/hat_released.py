@@ -194,12 +194,10 @@ class GuidedBlock(nn.Module):
         guide = _linear(stack, width, ("heads", "d_model"), "output")(value)  # of words, which are fewer than bytes
         x = x + constrain(jnp.take_along_axis(guide, word[..., None], axis=1), "d_model")
         # Of one key, softmax is 1: query and key change nothing, but checkpoints have them.
-        query = _linear(stack, cfg.guide_heads * dim, ("d_model", "heads"), "query")
-        query = query(stack.norm_module("query_norm")(x[:, :1]))
-        key = _linear(stack, width, ("d_model", "heads"), "key")(source[:, :1])
-        if stack.qk_norm:
-            for y, name in ((query, "query_head_norm"), (key, "key_head_norm")):
-                stack.norm_module(name, "rms")(y.reshape(*y.shape[:-1], -1, dim))
+        _linear(stack, cfg.guide_heads * dim, ("d_model", "heads"), "query")(stack.norm_module("query_norm")(x[:, :1]))
+        _linear(stack, width, ("d_model", "heads"), "key")(source[:, :1])
+        for name in ("query_head_norm", "key_head_norm") if stack.qk_norm else ():
+            stack.norm_module(name, "rms")(jnp.zeros((1, dim)))
         return Block(stack, name="block")((x, cache), layer, positions, segments, deterministic)
 
 
