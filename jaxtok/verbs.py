@@ -16,9 +16,10 @@ from jaxtok.data.corpora import open_corpus
 from jaxtok.data.text import TextData
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.decoding.sampling import generate as generate_tokens
-from jaxtok.interop import huggingface
+from jaxtok.interop import hat, huggingface
 from jaxtok.interop.tokenformer import read_official, write_official
 from jaxtok.lm.growth import Growth
+from jaxtok.lm.hat_released import ReleasedConfig
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
@@ -32,7 +33,7 @@ from jaxtok.training.experiment import Experiment, TrainConfig
 class Opened:
     """A model to work with: a run's, or a Hugging Face folder's."""
 
-    task: LanguageModeling
+    task: Any
     params: Any
     data: TextData
     tokenizer: Tokenizer
@@ -45,6 +46,10 @@ class Opened:
 
 def open_model(path: Path) -> Opened:
     """A run's newest checkpoint, the one at RUN/checkpoints/STEP, or a Hugging Face folder."""
+    if hat.is_folder(path):
+        model, params = hat.read_folder(path)
+        task, data = hat.task_and_data(model)
+        return Opened(task, params, data, load_tokenizer(data.tokenizer), [], [])
     if huggingface.is_folder(path):
         model, params = huggingface.read_folder(path)
         tokenizer, prefix, stops = huggingface.read_tokenizer(path)
@@ -220,8 +225,8 @@ def convert(
 ) -> Path:
     """Checkpoints between jaxtok and other layouts, in the direction that the source asks for.
 
-    A Hugging Face folder (GPT-2, Llama, Mistral, Qwen2, Gemma), or one of the authors of TokenFormer, becomes a run
-    that every verb takes; a run becomes such a folder, by its kind of model.
+    A Hugging Face folder (GPT-2, Llama, Mistral, Qwen2, Gemma, the released HATs), or one of the authors of
+    TokenFormer, becomes a run that every verb takes; a run becomes such a folder, by its kind of model.
 
     Args:
       source: the folder, with config.json and model.safetensors, its shards or pytorch_model.bin; or a run.
@@ -233,23 +238,30 @@ def convert(
         loaded = load(source)
         if isinstance(loaded.task.model, TokenFormerConfig):
             write_official(target, loaded.task.model, loaded.params, torch_bin=torch_bin)
+        elif isinstance(loaded.task.model, ReleasedConfig):
+            hat.write_folder(target, loaded.task.model, loaded.params)
         else:
             huggingface.write_folder(target, loaded.task.model, loaded.params)
         tokenizer = Path(loaded.experiment.data.tokenizer)
         if tokenizer.is_file():
             shutil.copy(tokenizer, target)
         return target
-    model, params = (huggingface.read_folder if huggingface.is_folder(source) else read_official)(source)
-    has_tokenizer = (source / "tokenizer.json").is_file()
-    target.mkdir(parents=True)
-    if has_tokenizer:
-        shutil.copy(source / "tokenizer.json", target)
-    data = TextData(
-        tokenizer=str((target / "tokenizer.json").absolute()) if has_tokenizer else "bytes",
-        length=min(1024, model.max_length),
-        batch_size=8,
-    )
-    task = LanguageModeling(model=model)
+    if hat.is_folder(source):
+        model, params = hat.read_folder(source)
+        task, data = hat.task_and_data(model)
+        target.mkdir(parents=True)
+    else:
+        model, params = (huggingface.read_folder if huggingface.is_folder(source) else read_official)(source)
+        has_tokenizer = (source / "tokenizer.json").is_file()
+        target.mkdir(parents=True)
+        if has_tokenizer:
+            shutil.copy(source / "tokenizer.json", target)
+        data = TextData(
+            tokenizer=str((target / "tokenizer.json").absolute()) if has_tokenizer else "bytes",
+            length=min(1024, model.max_length),
+            batch_size=8,
+        )
+        task = LanguageModeling(model=model)
     experiment = Experiment(task=task, data=data, name=target.name, workdir=str(target), train=TrainConfig())
     write_config(target, experiment)
     with Checkpoints(target) as checkpoints:

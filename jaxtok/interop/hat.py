@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from jaxtok.data.words import WordText
 from jaxtok.interop.huggingface import Source, rope_from_json, rope_to_json, save_tensors
 from jaxtok.interop.tensors import read_tensors
 from jaxtok.lm.decoder import init_params
 from jaxtok.lm.hat import LlamaStack
-from jaxtok.lm.hat_released import ReleasedConfig, ReleasedHAT
+from jaxtok.lm.hat_released import ReleasedConfig, ReleasedHAT, ReleasedModeling
 
 PARTS = ("encoder", "backbone", "decoder")
 
@@ -260,6 +261,13 @@ def read_folder(folder: str | Path) -> tuple[ReleasedConfig, dict[str, Any]]:
     dtype = options.get("torch_dtype", options.get("dtype", "float32"))
     config = read_config(options, "bfloat16" if dtype == "bfloat16" else "float32")
     return config, params_from(config, read_tensors(folder))
+
+
+def task_and_data(config: ReleasedConfig) -> tuple[ReleasedModeling, WordText]:
+    """To evaluate and train a model that was read: rows of 256 words, with room for 16 bytes a word."""
+    task = ReleasedModeling(model=config, row_bytes=4096)
+    data = WordText(length=256, batch_size=4, max_units=config.max_word_size, splitter=task.splitter)
+    return task, data
 
 
 def write_folder(

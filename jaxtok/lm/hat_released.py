@@ -36,7 +36,7 @@ from jaxtok.nn.norms import Norm
 from jaxtok.nn.rotary import RopeScaling, apply_rotary
 from jaxtok.nn.transformer import REMAT_POLICIES, Block, Stack
 from jaxtok.protocols import Batch, Params
-from jaxtok.tokenizers.words import NEVER_IN_UTF8, WordSplitter
+from jaxtok.tokenizers.words import NEVER_IN_UTF8, WordSplitter, split_specials
 
 _BUCKET = 64  # texts are padded to a multiple of so many bytes
 
@@ -174,7 +174,8 @@ class Connector(nn.Module):
             pooled = jax.ops.segment_sum(weights[..., None] * value.astype(jnp.float32), word, words)
             return pooled / jnp.where(total > 0, total, 1)[..., None]
 
-        pooled = jax.vmap(pool)(query, key, value, jnp.where(word < 0, words, word))
+        pool = jax.checkpoint(jax.vmap(pool), prevent_cse=False)  # what is between is wide, and cheap to compute again
+        pooled = pool(query, key, value, jnp.where(word < 0, words, word))
         pooled = constrain(pooled.reshape(*word_positions.shape, heads * dim), "heads")
         return constrain(_linear(char, d_model, ("heads", "d_model"), "output")(pooled), "d_model")
 
@@ -444,8 +445,12 @@ class ReleasedModeling:
         max_bytes: int,
         sampling: Sampling = Sampling(),
         rng: jax.Array | None = None,
+        specials: bool = False,
     ) -> list[bytes]:
         """Up to max_bytes bytes behind each prompt, fewer where the document ends. A row does not depend on the others.
+
+        With `specials`, the strings of special tokens in a prompt stand for them (the authors' code does that always);
+        never do so with a user's text.
 
         Raises:
           ValueError: no prompt, an empty one, or one with a special byte; no rng.
@@ -455,7 +460,8 @@ class ReleasedModeling:
                 raise ValueError(
                     f"the prompt holds the byte {min(taken)}, which stands for a special token; take it out."
                 )
-        words = [self.splitter.split(prompt) for prompt in prompts]
+        strings = dict(self.model.special_tokens) if specials else {}
+        words = [split_specials(self.splitter, prompt, strings) for prompt in prompts]
         return [new for new, _ in generate_bytes(self.model, params, words, max_bytes, sampling, rng)]
 
     def _stream(self, batch):

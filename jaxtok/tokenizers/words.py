@@ -182,7 +182,7 @@ def _encode(text: str) -> bytes:
     return text.encode(errors="surrogateescape")
 
 
-def split_specials(splitter: WordSplitter, text: str, specials: Mapping[str, int]) -> list[bytes]:
+def split_specials(splitter: WordSplitter, text: str | bytes, specials: Mapping[str, int]) -> list[bytes]:
     """The words of a text in which the strings of special tokens stand for those (never so in a user's text).
 
     Strings are tried in the order of `specials`; each becomes a word of its one byte.
@@ -198,6 +198,8 @@ def split_specials(splitter: WordSplitter, text: str, specials: Mapping[str, int
     if not specials:
         return splitter.split(text)
     words: list[bytes] = []
-    for part in regex.split("(" + "|".join(map(regex.escape, specials)) + ")", text):
-        words += [bytes([specials[part]])] if part in specials else splitter.split(part)
+    bytes_of = {name.encode(): bytes([byte]) for name, byte in specials.items()}
+    data = text if isinstance(text, bytes) else _encode(text)
+    for part in regex.split(b"(" + b"|".join(map(regex.escape, bytes_of)) + b")", data):
+        words += [bytes_of[part]] if part in bytes_of else splitter.split(part)
     return words

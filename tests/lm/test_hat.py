@@ -10,8 +10,10 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from tasks import TASKS
 
+from jaxtok import verbs
 from jaxtok.configuration import load_config
 from jaxtok.data.words import WordText
 from jaxtok.decoding.sampling import Sampling
@@ -21,6 +23,7 @@ from jaxtok.lm.decoder import init_params
 from jaxtok.lm.hat import HAT, HATConfig, HATModeling, LlamaStack, everywhere, generate_words, spelled
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedHAT, ReleasedModeling, byte_stream, generate_bytes
 from jaxtok.nn.rotary import RopeScaling
+from jaxtok.protocols import TextGenerator
 from jaxtok.tokenizers.words import WordSplitter
 from jaxtok.training.checkpoints import example_batch
 
@@ -34,14 +37,10 @@ def noisy(params, scale=0.3):
 
 def started(name):
     case = TASKS[name]()
-    params = jax.jit(lambda: noisy(jax.tree.map(jnp.asarray, unboxed(case.task.init(jax.random.key(0), case.batch)))))()
+    params = jax.jit(
+        lambda: noisy(jax.tree.map(jnp.asarray, nn.meta.unbox(case.task.init(jax.random.key(0), case.batch))))
+    )()
     return case, params
-
-
-def unboxed(tree):
-    from flax import linen as nn
-
-    return nn.meta.unbox(tree)
 
 
 @pytest.fixture(scope="module")
@@ -362,6 +361,15 @@ def test_what_released_models_refuse(released):
         task.continue_text({}, [b"a\xc0"], max_bytes=4, sampling=GREEDY)
     with pytest.raises(ValueError, match="a prompt is empty"):
         task.continue_text({}, [b"a", b""], max_bytes=4, sampling=GREEDY)
+    assert isinstance(task, TextGenerator) and isinstance(HATModeling(), TextGenerator)
+
+
+def test_special_tokens_in_a_prompt_stand_for_themselves_if_asked(released, monkeypatch):
+    asked = []
+    monkeypatch.setattr(hat_released, "generate_bytes", lambda config, params, words, *_: asked.append(words) or [])
+    for specials in (False, True):
+        released[0].task.continue_text({}, [b"a<|eot_id|>"], max_bytes=1, sampling=GREEDY, specials=specials)
+    assert b"\xc0" not in asked[0][0] and asked[1] == [[b"a", b"\xc0"]]
 
 
 COUNTS = {
@@ -418,6 +426,12 @@ def test_a_written_folder_is_read_again(qk_norm, tmp_path):
     assert again == config
     assert jax.tree.structure(tree) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    if not qk_norm:  # and by the command line's verbs
+        run = verbs.convert(tmp_path, tmp_path / "run")
+        [text] = verbs.generate(run, prompt=("ab",), max_new_tokens=3, temperature=0, stream=False)
+        assert verbs.generate(tmp_path, prompt=("ab",), max_new_tokens=3, temperature=0, stream=False) == [text]
+        again, tree = read_folder(verbs.convert(run, tmp_path / "back"))
+        assert again == config and jax.tree.all(jax.tree.map(np.array_equal, tree, params))
     with pytest.raises(ValueError, match=r"backbone_config.is_neox_style is false"):
         options = config_json(config)
         options["backbone_config"]["is_neox_style"] = False
