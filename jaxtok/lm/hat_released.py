@@ -58,7 +58,7 @@ class ReleasedConfig:
     guide_kv_heads: int = 0
     max_word_size: int = 100
     special_tokens: tuple[tuple[str, int], ...] = (("<|eot_id|>", 192),)
-    """Strings and the bytes they are; the first one ends a document."""
+    """Strings and the bytes they are; <|eot_id|>, or else the first one, ends a document."""
 
     def __post_init__(self):
         if not (self.encoder.causal and self.backbone.causal and self.decoder.causal):
@@ -86,7 +86,7 @@ class ReleasedConfig:
 
     @property
     def eot_id(self) -> int:
-        return self.special_tokens[0][1]
+        return dict(self.special_tokens).get("<|eot_id|>", self.special_tokens[0][1])
 
     def flops(self, letters: int, words: int) -> tuple[float, float]:
         """Forward FLOPs of one byte and of one word in a row of so many bytes and words."""

@@ -22,7 +22,7 @@ GROUPS |= {"o": ("attention", "output"), "gate": ("ffn", "gate"), "up": ("ffn", 
 NORMS = {"attn_norm": "norm_attention", "mlp_norm": "norm_ffn"}
 
 
-def paper_config(options) -> HATConfig:
+def paper_config(options, lengths) -> HATConfig:
     def stack(part, which, **more):
         width, heads, ff = (options[f"{part}_{name}"] for name in ("dim", "heads", "ff"))
         sizes = {"num_layers": options[f"{which}_layers"], "d_model": width, "num_heads": heads, "mlp_dim": ff}
@@ -34,7 +34,7 @@ def paper_config(options) -> HATConfig:
         decoder=stack("char", "dec"),
         w_id=options["w_id"],
         s_id=options["s_id"],
-        max_units=options.get("max_units", 12),
+        max_units=int(max(lengths)),
         start=False,
     )
 
@@ -91,9 +91,9 @@ def paper_forward(config, params, words, lengths):
 
 @pytest.mark.parity("hat/paper*.npz")
 def test_paper(golden, parity):
-    config = paper_config(golden.config)
-    params = paper_params(config, golden.under("params"))
     lengths = golden["in/word_lens"][None]
+    config = paper_config(golden.config, lengths[0])
+    params = paper_params(config, golden.under("params"))
     words = words_of(golden["in/bytes"], lengths[0], config.max_units)
     grad = jax.jit(jax.value_and_grad(paper_forward, 1, has_aux=True), static_argnums=0)
     (loss, parts), gradient = grad(config, params, words, lengths)
@@ -123,12 +123,11 @@ def test_paper(golden, parity):
 
 @pytest.mark.parity("hat/paper*.npz")
 def test_paper_generation(golden, parity):
-    config = paper_config(golden.config)
-    params = paper_params(config, golden.under("params"))
     lens, data = golden["out/greedy_word_lens"], bytes(golden["out/greedy_bytes"].tolist())
     ends = np.cumsum(lens)
     words = [data[a:b] for a, b in zip([0, *ends], ends)]
-    config = HATConfig(**{**vars(config), "max_units": 6})
+    config = paper_config(golden.config, lens[2:])
+    params = paper_params(config, golden.under("params"))
     new = generate_words(config, params, [(words[:2], b"")], len(data), Sampling(temperature=0))[0]
     assert new[: len(words) - 2] == words[2:]
 
