@@ -51,7 +51,7 @@ config = Comparison(
         Robustness(
             noises=(Noise("swap"), Noise("substitute"), Noise("drop"), Noise("upper"), Noise("any", of="words")),
             splitter=words,
-            bytes=200_000,
+            bytes=80_000,
         ),
     ),
     columns=(

@@ -209,7 +209,7 @@ class HAT(nn.Module):
             letters = self._letters(targets.reshape(-1, targets.shape[-1]))
             first = predictive.reshape(-1, 1, predictive.shape[-1]).astype(letters.dtype)
             logits, _ = self.spell_on(jnp.concatenate([first, letters], 1))
-        return constrain(logits.reshape(*targets.shape[:2], *logits.shape[1:]), None, None)
+        return logits.reshape(*targets.shape[:2], *logits.shape[1:])  # divided as the rows are, also by `tensor`
 
     def spell_on(self, x: Float[Array, "rows new char_dim"], cache: KVCache | None = None):
         """Logits [rows, new, alphabet] behind these inputs of the decoder, and the cache with them appended."""
