@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxtok.data.text import TextData
 from jaxtok.protocols import Batch
-from jaxtok.tokenizers.words import WordSplitter, limited
+from jaxtok.tokenizers.words import WordSplitter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +52,14 @@ class WordText(TextData):
 
     def words(self, document: str | bytes) -> list[tuple[Sequence[int], int]]:
         """Each word's units (at least 1, at most max_units) and how many bytes of the text they stand for."""
+        if self.tokenizer == "bytes":
+            most = min(self.max_units, self.splitter.max_word_size)
+            return [
+                (word, len(word)) for word in dataclasses.replace(self.splitter, max_word_size=most).split(document)
+            ]
         found: list[tuple[Sequence[int], int]] = []
-        tokenizer = None if self.tokenizer == "bytes" else self.loaded_tokenizer
+        tokenizer = self.loaded_tokenizer
         for word in self.splitter.split(document):
-            if tokenizer is None:
-                found += [(part, len(part)) for part in limited(word, self.max_units)]
-                continue
             ids = tokenizer.encode(word)
             parts = [ids[i : i + self.max_units] for i in range(0, len(ids), self.max_units)]
             sizes = [sum(len(tokenizer.token_bytes(i)) for i in part) for part in parts[1:]]
