@@ -54,9 +54,8 @@ class WordText(TextData):
         """Each word's units (at least 1, at most max_units) and how many bytes of the text they stand for."""
         if self.tokenizer == "bytes":
             most = min(self.max_units, self.splitter.max_word_size)
-            return [
-                (word, len(word)) for word in dataclasses.replace(self.splitter, max_word_size=most).split(document)
-            ]
+            splitter = dataclasses.replace(self.splitter, max_word_size=most)
+            return [(word, len(word)) for word in splitter.split(document)]
         found: list[tuple[Sequence[int], int]] = []
         tokenizer = self.loaded_tokenizer
         for word in self.splitter.split(document):
