@@ -32,19 +32,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, rules, mesh.shape, "an activation"))
 
 
-@contextlib.contextmanager
-def joined_rows() -> Iterator[None]:
-    """Inside, the first axis of activations is a batch and its length joined, and the second is not divided.
-
-    For what runs over short pieces of the rows, such as the letters of each word: [batch * words, letters, d_model].
-    """
-    rules = nn.get_logical_axis_rules()
-    places = [next((places for name, places in rules if name == axis), ()) for axis in ("batch", "length")]
-    joined = ("batch", tuple(axis for group in places for axis in group))
-    with nn.logical_axis_rules([joined, *(rule for rule in rules if rule[0] != "length")] if rules else rules):
-        yield
-
-
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
     """A parameter as activations meet it: whole along the mesh axes that divide the batch, else as its names say."""
     rules = nn.get_logical_axis_rules()

@@ -6,7 +6,7 @@ words of a batch are pooled at once, and spelled at once.
 
 The authors' code (avi-jit/eTok) is followed where the paper leaves things open. It has three peculiarities, each of
 which is a switch of the config: `prefix_ids`, `mask_pads`, `loss_on_pads`. A fourth, that its forward pass lengthens
-the caller's words in place, is not copied. Its dropout on attention weights and inside the encoder's MLP is not here.
+the caller's words in place, is not copied. Its dropout inside the encoder's MLP is not here.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtok.axes import constrain, gather, joined_rows
+from jaxtok.axes import constrain, gather, rows_only
+from jaxtok.data.word_units import Rule, WordUnitText, load_units
 from jaxtok.decoding.sampling import Sampling, sample
 from jaxtok.lm import decoder
 from jaxtok.lm.decoder import DecoderConfig
@@ -65,9 +65,9 @@ class WordPooledConfig:
     encoder_mlp_dim: int = 2048
     """PyTorch's default, whatever d_model."""
     dropout: float = 0.1
-    """On embeddings and on what each half of a block adds to the residual stream."""
+    """On embeddings, attention weights, and what each half of a block adds to the residual stream."""
     encoder_dropout: float = 0.1
-    """In the word encoder; PyTorch's default."""
+    """The same in the word encoder; PyTorch's default."""
     prefix_ids: Literal["own", "official"] = "own"
     """own: the prefixes have embeddings of their own; official: prefix i has row `canvas + i` of the units and then
     the prefixes, where the canvas is as wide as the batch."""
@@ -90,7 +90,8 @@ class WordPooledConfig:
             raise ValueError("vocab_size is 1, which is the end mark alone; it must be at least 2 (or 0).")
         if self.d_model % self.encoder_heads:
             raise ValueError(
-                f"encoder_heads is {self.encoder_heads}, which does not divide d_model = {self.d_model}; choose a divisor."
+                f"encoder_heads is {self.encoder_heads}, which does not divide d_model = {self.d_model}; "
+                "choose a divisor."
             )
         if not 0 <= self.encoder_dropout < 1:
             raise ValueError(f"encoder_dropout is {self.encoder_dropout}; it must be in [0, 1).")
@@ -98,8 +99,8 @@ class WordPooledConfig:
             raise ValueError(f"prefix_ids is {self.prefix_ids!r}; it can be own, official.")
         if self.prefix_ids == "official" and self.vocab_size and self.max_units > self.vocab_size:
             raise ValueError(
-                f"max_units is {self.max_units}, above vocab_size = {self.vocab_size}, where prefix_ids = official finds "
-                "no rows for the prefixes; choose fewer units, or prefix_ids = own."
+                f"max_units is {self.max_units}, above vocab_size = {self.vocab_size}, where prefix_ids = official "
+                "finds no rows for the prefixes; choose fewer units, or prefix_ids = own."
             )
         _ = self.body, self.encoder  # checks the rest
 
@@ -124,13 +125,14 @@ class WordPooledConfig:
             post_norm=True,
             causal=False,
             dropout=self.encoder_dropout,
+            attention_dropout=self.encoder_dropout,
         )
 
     @property
     def body(self) -> LinearStack:
         """GPT blocks over the words' vectors."""
         sizes = dict(num_layers=self.num_layers, num_heads=self.num_heads, mlp_dim=4 * self.d_model)
-        return self._stack(BlockStack, dropout=self.dropout, **sizes)
+        return self._stack(BlockStack, dropout=self.dropout, attention_dropout=self.dropout, **sizes)
 
     @property
     def speller(self) -> LinearStack:
@@ -194,37 +196,49 @@ class WordPooled(nn.Module):
 
     def __call__(
         self,
-        units: Int[Array, "batch words units"],
+        words: Int[Array, "batch words units"],
         lengths: Int[Array, "batch words"],
+        targets: Int[Array, "batch words units"],
         *,
         positions: Int[Array, "batch words"] | None = None,
         segments: Int[Array, "batch words"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch words units vocab"]:
-        """Logits of every unit of every word, from the words and units in front of it (float32).
-
-        Those of a row's first word mean nothing: nothing predicts it.
+        """Logits of every unit of the word behind each one, from the words and units in front of it (float32).
 
         Args:
-          units: each word's, filled up with `END`.
+          words: the units of each word, filled up with `END`; a word of none stands for the start of a document.
           lengths: how many they are. A word that fills the canvas has no end mark.
+          targets: the words that follow, likewise.
           positions: of the words in their document; default: 0, 1, ...
           segments: words attend within their document only.
 
         Raises:
           ValueError: words are longer than max_units, or more than max_words.
         """
-        embedded = self._embed(units, deterministic)
-        pooled = self._pool(embedded, lengths, deterministic)
+        pooled = self.pool(words, lengths, deterministic)
         z, _ = self.body(pooled, positions=positions, segments=segments, deterministic=deterministic)
-        before = jnp.pad(z[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
-        return self._spell(before, embedded[:, :, self.config.prefixes :], deterministic)
+        return self.spell(z, targets, deterministic)
 
     def pool(
-        self, units: Int[Array, "batch words units"], lengths: Int[Array, "batch words"], deterministic: bool = True
+        self, words: Int[Array, "batch words units"], lengths: Int[Array, "batch words"], deterministic: bool = True
     ) -> Float[Array, "batch words prefixes d_model"]:
         """Each word's vectors, from its own units alone."""
-        return self._pool(self._embed(units, deterministic), lengths, deterministic)
+        self._check(words)
+        cfg, (batch, count, width) = self.config, words.shape
+        prefixes = self.prefix_embedding
+        if cfg.prefix_ids == "official":
+            prefixes = jnp.concatenate([self.embedding, prefixes])[width : width + cfg.prefixes]
+        with rows_only():
+            rows, canvas = batch * count, cfg.prefixes + width
+            x = self._embed(words.reshape(rows, width))
+            x = jnp.concatenate([jnp.broadcast_to(prefixes, (rows, *prefixes.shape)), x], 1)
+            x = constrain(self.input_dropout(x + self.unit_positions[:canvas], deterministic), "d_model")
+            pad = jnp.arange(canvas) > lengths.reshape(rows, 1) + cfg.prefixes  # the first padding unit is the end mark
+            hidden = pad[:, None, :] if cfg.mask_pads else pad[:, None, :] & pad[:, :, None]
+            bias = jnp.where(hidden, HIDDEN, 0.0)[:, None]
+            x, _ = self.encoder(x, _places(x), deterministic=deterministic, bias=(bias,))
+        return x[:, : cfg.prefixes].reshape(batch, count, cfg.prefixes, -1)
 
     def body(
         self,
@@ -255,11 +269,23 @@ class WordPooled(nn.Module):
     def spell(
         self,
         z: Float[Array, "batch words prefixes d_model"],
-        units: Int[Array, "batch words units"],
+        targets: Int[Array, "batch words units"],
         deterministic: bool = True,
     ) -> Float[Array, "batch words units vocab"]:
-        """Logits of the units of each word, whose predecessor the decoder turned into z."""
-        return self._spell(z, self._embed(units, deterministic)[:, :, self.config.prefixes :], deterministic)
+        """Logits of the units of each target, the word behind the one that the decoder turned into z.
+
+        z stands in the prefixes' places of the target's canvas; its units get their positions twice.
+        """
+        self._check(targets)
+        batch, words, p, d = z.shape
+        with rows_only():
+            units = targets.reshape(batch * words, -1)[:, :-1]
+            x = self._embed(units) + self.unit_positions[p : p + units.shape[1]]
+            x = jnp.concatenate([z.reshape(batch * words, p, d), self.input_dropout(x, deterministic)], 1)
+            x = constrain(self.input_dropout(x + self.unit_positions[: x.shape[1]], deterministic), "d_model")
+            x, _ = self.speller(x, _places(x), deterministic=deterministic)
+            logits = constrain(self._head(x[:, p - 1 :]), "vocab")
+        return logits.reshape(batch, words, *logits.shape[1:])
 
     def spell_first(
         self, z: Float[Array, "rows prefixes d_model"], cache: KVCache
@@ -274,37 +300,12 @@ class WordPooled(nn.Module):
         x, cache = self.speller(x[:, None], cache.length[:, None], None, cache)
         return self._head(x[:, 0]), cache
 
-    def _embed(self, units, deterministic):
-        """The canvas of each word, [batch, words, prefixes + units, d_model]: prefixes and units, with positions."""
-        cfg, width = self.config, units.shape[2]
-        if width > cfg.max_units:
-            raise ValueError(f"a word has {width} units, but the model's max_units is {cfg.max_units}.")
-        prefixes = self.prefix_embedding
-        if cfg.prefix_ids == "official":
-            prefixes = jnp.concatenate([self.embedding, prefixes])[width : width + cfg.prefixes]
-        x = jnp.take(self.embedding, units, axis=0)
-        x = jnp.concatenate([jnp.broadcast_to(prefixes, (*x.shape[:2], *prefixes.shape)), x], 2)
-        return self.input_dropout(x + self.unit_positions[: x.shape[2]], deterministic)
+    def _embed(self, units):
+        return jnp.take(self.embedding, units, axis=0)
 
-    def _pool(self, embedded, lengths, deterministic):
-        cfg, (batch, words, canvas, _) = self.config, embedded.shape
-        with joined_rows():
-            x = constrain(embedded.reshape(batch * words, canvas, -1), "d_model")
-            pad = jnp.arange(canvas) > lengths.reshape(-1, 1) + cfg.prefixes  # the first padding unit is the end mark
-            hidden = pad[:, None, :] if cfg.mask_pads else pad[:, None, :] & pad[:, :, None]
-            bias = jnp.where(hidden, HIDDEN, 0.0)[:, None]
-            x, _ = self.encoder(x, _places(x), None, None, deterministic, bias=bias)
-        return x[:, : cfg.prefixes].reshape(batch, words, cfg.prefixes, -1)
-
-    def _spell(self, z, embedded_units, deterministic):
-        """The prefixes' places of a word's canvas hold z; its units get their positions a second time."""
-        batch, words, p, d = z.shape
-        with joined_rows():
-            x = jnp.concatenate([z, embedded_units[:, :, :-1]], 2).reshape(batch * words, -1, d)
-            x = constrain(self.input_dropout(x + self.unit_positions[: x.shape[1]], deterministic), "d_model")
-            x, _ = self.speller(x, _places(x), None, None, deterministic)
-            logits = constrain(self._head(x[:, p - 1 :]), "vocab")
-        return logits.reshape(batch, words, *logits.shape[1:])
+    def _check(self, words):
+        if (width := words.shape[2]) > self.config.max_units:
+            raise ValueError(f"a word has {width} units, but the model's max_units is {self.config.max_units}.")
 
     def _head(self, x):
         return jnp.einsum("...d,vd->...v", x, self.head_matrix, preferred_element_type=jnp.float32)
@@ -333,18 +334,16 @@ def init_params(config: WordPooledConfig | PlainConfig, rng: jax.Array) -> Any:
     """The parameters as plain arrays."""
     if isinstance(config, PlainConfig):
         return decoder.init_params(decoder.Decoder(config), rng, jnp.zeros((1, 1), jnp.int32))
-    words = jnp.zeros((1, 2), jnp.int32)
-    return decoder.init_params(WordPooled(config), rng, jnp.zeros((1, 2, 1), jnp.int32), words)
+    word = jnp.zeros((1, 1, 1), jnp.int32)
+    return decoder.init_params(WordPooled(config), rng, word, word[..., 0], word)
 
 
 def unit_weights(
     lengths: Int[Array, "*words"], width: int, mask: Float[Array, "*words"], on_pads: bool
 ) -> Float[Array, "*words units"]:
-    """Which units count in the loss of the words in `mask`: all, or each word's own and one end mark."""
-    if on_pads:
-        return jnp.broadcast_to(mask[..., None], (*mask.shape, width)).astype(jnp.float32)
-    own = (jnp.arange(width) <= lengths[..., None]) & (lengths[..., None] > 0)
-    return own * mask[..., None]
+    """Which units of the targets in `mask` count in the loss: all, or each word's own and one end mark."""
+    counts = jnp.full((width,), True) if on_pads else jnp.arange(width) <= lengths[..., None]
+    return counts * mask[..., None]
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "stop"))
@@ -381,9 +380,9 @@ def spell_words(
     def step(state):
         k, units, over, logits, cache = state
         unit = sample(jnp.where(allowed[k], logits, -jnp.inf), jax.random.fold_in(rng, k), sampling)
-        unit = jnp.where(over, END, unit).astype(jnp.int32) if stop else unit.astype(jnp.int32)
+        unit = jnp.where(over, END, unit).astype(jnp.int32)
         logits, cache = spell(unit, cache, method="spell_next")
-        return k + 1, units.at[:, k].set(unit), over | (unit == END) if stop else over, logits, cache
+        return k + 1, units.at[:, k].set(unit), over | (stop & (unit == END)), logits, cache
 
     units = jnp.full((rows, cfg.max_units), END, jnp.int32)
     start = (jnp.zeros((), jnp.int32), units, jnp.zeros(rows, bool), logits, cache)
@@ -394,7 +393,7 @@ def spell_words(
 def guess_words(
     model: WordPooled,
     params: Params,
-    units: Int[Array, "batch words units"],
+    words: Int[Array, "batch words units"],
     lengths: Int[Array, "batch words"],
     rng: jax.Array | None = None,
     *,
@@ -403,14 +402,13 @@ def guess_words(
     sampling: Sampling = Sampling(temperature=0),
     stop: bool = True,
 ) -> Int[Array, "batch words max_units"]:
-    """Every word of every row but the first, spelled from the true words in front of it; of the first, nothing."""
+    """What the model spells behind every word of every row, all of them in parallel, each behind the true words."""
     apply = functools.partial(model.apply, {"params": params})
-    pooled = apply(units, lengths, method="pool")
+    pooled = apply(words, lengths, method="pool")
     z, _ = apply(pooled, positions=positions, segments=segments, method="body")
-    batch, words = lengths.shape
-    spelled = spell_words(model, params, z.reshape(batch * words, *z.shape[2:]), rng, sampling=sampling, stop=stop)
-    spelled = spelled.reshape(batch, words, -1)
-    return jnp.pad(spelled[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=END)
+    z = z.reshape(-1, *z.shape[2:])
+    spelled = spell_words(model, params, z, rng, sampling=sampling, stop=stop)
+    return spelled.reshape(*lengths.shape, -1)
 
 
 def word_accuracies(
@@ -425,3 +423,190 @@ def word_accuracies(
     truth = jnp.pad(truth, [(0, 0)] * (truth.ndim - 1) + [(0, more)], constant_values=END)
     same = spelled == truth
     return same & (truth != END), same.all(-1)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sampling", "new"))
+def generate_words(
+    model: WordPooled,
+    params: Params,
+    words: Int[Array, "batch words max_units"],
+    lengths: Int[Array, "batch words"],
+    counts: Int[Array, " batch"],
+    rng: jax.Array,
+    allowed: Bool[Array, "#units vocab"] | None = None,
+    *,
+    new: int,
+    sampling: Sampling = Sampling(temperature=0),
+) -> Int[Array, "batch new max_units"]:
+    """`new` words behind the first `counts` words of each row: spelled, pooled, appended to the cache, and so on."""
+    cfg, stack, (batch, width) = model.config, model.config.body, lengths.shape
+    apply = functools.partial(model.apply, {"params": params})
+    slots = (width + new) * cfg.prefixes
+    cache = KVCache.init(stack.num_layers, batch, slots, stack.kv_heads, stack.head_dim, jnp.dtype(cfg.dtype))
+    z, cache = apply(apply(words, lengths, method="pool"), cache=cache, method="body")
+    z, cache = z[jnp.arange(batch), counts - 1], cache.truncate(counts * cfg.prefixes)
+
+    def step(carry, key):
+        z, cache = carry
+        word = spell_words(model, params, z, key, allowed, sampling=sampling)
+        pooled = apply(word[:, None], jnp.sum(word != END, -1, keepdims=True), method="pool")
+        z, cache = apply(pooled, cache=cache, method="body")
+        return (z[:, 0], cache), word
+
+    _, spelled = jax.lax.scan(step, (z, cache), jax.random.split(rng, new))
+    return spelled.swapaxes(0, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WordPooling:
+    """Trains the model on rows of words; see `jaxtok.data.word_units.WordUnitText`."""
+
+    model: WordPooledConfig
+    tokenizer: str = "bytes"
+    """As in the data: whose ids are the units."""
+    rule: Rule = "paper"
+    """As in the data: what words are."""
+
+    def module(self) -> WordPooled:
+        return WordPooled(self.model)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy in nats a unit (see `loss_on_pads`).
+
+        Also logs bits per byte, which count each word's units and one end mark.
+        """
+        nats, _ = self._nats(params, batch, rng)
+        size, lengths, mask = nats.shape[-1], batch["target_lengths"], batch["mask"]
+        own = unit_weights(lengths, size, mask, False)
+        bits = jnp.sum(nats * own) / math.log(2)
+        loss = masked_mean(nats, unit_weights(lengths, size, mask, self.model.loss_on_pads))
+        return loss, {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"] * mask), 1)}
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """What is trained, and what compares models of any units.
+
+        loss                   as in training
+        bits_per_byte          of the units and end marks of each word and document, over the bytes of text
+        next_word_accuracy     the part of the words that are right in every unit and the end, spelled greedily behind
+                               the true words (a wrong unit makes a word wrong, so that the rest of it need not be
+                               spelled behind that unit)
+        sampled_word_accuracy  what is to be expected of the same at temperature 1: the mean probability of a word
+
+        Raises:
+          ValueError: there was not a single word to predict.
+        """
+        sums = np.zeros(7)
+        for batch in batches:
+            sums += np.asarray(jax.device_get(_evaluation_sums(self, params, batch)), np.float64)
+        trained, units, nats, text_bytes, right, expected, words = sums.tolist()
+        if not units:
+            raise ValueError("the evaluation data hold no word to predict; choose a larger corpus or split.")
+        return {
+            "loss": trained / units,
+            "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
+            "next_word_accuracy": right / max(words, 1.0),
+            "sampled_word_accuracy": expected / max(words, 1.0),
+            "words": words,
+            "bytes": text_bytes,
+        }
+
+    def trainable(self, params: Params) -> Params | None:
+        return None
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step: three times the forward pass, attention counted over whole rows and canvases."""
+        return 3 * math.prod(batch["lengths"].shape) * self.model.flops()
+
+    def continue_text(
+        self,
+        params: Params,
+        prompts: Sequence[bytes],
+        *,
+        max_bytes: int,
+        sampling: Sampling = Sampling(),
+        rng: jax.Array | None = None,
+    ) -> list[bytes]:
+        """Continues each prompt by up to `max_bytes` bytes, word by word, or to the end of the document.
+
+        The last word of a prompt counts as whole. Where prompt and continuation have more than `max_words` words, the
+        model sees the last of them.
+
+        Raises:
+          ValueError: no prompt, no room, or no rng.
+        """
+        if not prompts:
+            raise ValueError("there is no prompt; give at least one.")
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes}; it must be at least 1.")
+        if rng is None and sampling.temperature:
+            raise ValueError("rng is None; give a key such as jax.random.key(0), or decode with temperature 0.")
+        rng = jax.random.key(0) if rng is None else rng
+        cfg, units = self.model, load_units(self.tokenizer)
+        data = WordUnitText(tokenizer=self.tokenizer, rule=self.rule, max_units=cfg.max_units)
+        rows = [[(), *(ids for ids, _ in data.words(prompt))] for prompt in prompts]
+        starts = [len(row) for row in rows]
+        allowed = np.zeros((1, cfg.vocab_size), bool)
+        allowed[0, : units.size] = units.allowed[: cfg.vocab_size]
+        new = max(1, min(_CHUNK, cfg.max_words // 2))
+        texts, over = [b"" for _ in prompts], [False for _ in prompts]
+        while not all(over):
+            seen = [row[-(cfg.max_words - new) :] for row in rows]
+            counts = np.array([len(row) for row in seen])
+            width = min(-(-max(counts) // _CHUNK) * _CHUNK, cfg.max_words - new)
+            words = np.zeros((len(rows), width, cfg.max_units), np.int32)
+            for row, table in zip(seen, words):
+                for word, place in zip(row, table):
+                    place[: len(word)] = word
+            rng, key = jax.random.split(rng)
+            lengths = (words != END).sum(-1)
+            found = generate_words(
+                self.module(), params, words, lengths, counts, key, allowed, new=new, sampling=sampling
+            )
+            for i, spelled in enumerate(jax.device_get(found)):
+                for word in spelled:
+                    ids = tuple(word[word != END].tolist())
+                    over[i] = over[i] or not ids or len(texts[i]) >= max_bytes
+                    if not over[i]:
+                        rows[i].append(ids)
+                        texts[i] = data.join(prompts[i], rows[i][starts[i] :])
+        return [text[:max_bytes] for text in texts]
+
+    def _nats(self, params, batch, rng=None):
+        """Of each unit; and where it is the likeliest."""
+        logits = self.module().apply(
+            {"params": params},
+            batch["words"],
+            batch["lengths"],
+            batch["targets"],
+            positions=batch["positions"],
+            segments=batch["segments"],
+            deterministic=rng is None,
+            rngs=None if rng is None else {"dropout": rng},
+        )
+        return cross_entropy(logits, batch["targets"]), logits.argmax(-1) == batch["targets"]
+
+
+_CHUNK = 32  # words that are generated at a time; contexts are padded to a multiple of it
+
+
+@functools.partial(jax.jit, static_argnames="task")
+def score_words(
+    task: WordPooling, params: Params, batch: Batch
+) -> tuple[Float[Array, "batch words units"], Float[Array, "batch words"], Bool[Array, "batch words"]]:
+    """Nats of each unit of the targets, nats of each whole word with its end, and whether greedy spelling is right."""
+    nats, likeliest = task._nats(params, batch)
+    own = unit_weights(batch["target_lengths"], nats.shape[-1], jnp.ones_like(batch["mask"]), False)
+    return nats, jnp.sum(nats * own, -1), jnp.all(likeliest | (own == 0), -1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluation_sums(task: WordPooling, params, batch):
+    nats, of_words, right = score_words(task, params, batch)
+    lengths, mask = batch["target_lengths"], batch["mask"]
+    trained = unit_weights(lengths, nats.shape[-1], mask, task.model.loss_on_pads)
+    words = mask * (lengths > 0)
+    sums = (nats * trained, trained, of_words * mask, batch["bytes"] * mask, right * words)
+    return jnp.stack([*map(jnp.sum, sums), jnp.sum(jnp.exp(-of_words) * words), jnp.sum(words)])

@@ -1,0 +1,193 @@
+"""Words without the spaces between them, spelled in bytes, characters or subwords (Learn Your Tokens, 2310.11628).
+
+paper     the authors' preprocessing: markup of WikiText and newlines become spaces, punctuation becomes words
+spaces    what stands between whitespace
+letters   runs of a to z, in lower case; all else is a space
+lossless  words with what is between them, of `WordText.splitter`; the only rule that keeps the text as it is
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+
+from jaxtok.data.corpora import open_corpus
+from jaxtok.data.text import TextData
+from jaxtok.data.words import WordText
+from jaxtok.tokenizers import load_tokenizer
+from jaxtok.tokenizers.words import limited
+
+Rule = Literal["paper", "spaces", "letters", "lossless"]
+RULES = ("paper", "spaces", "letters", "lossless")
+
+_MARKUP = re.compile(r"<unk>|@-@|=")
+_PUNCTUATION = re.compile(r"--|[-{}:,;.!'?]")
+_NO_LETTERS = re.compile(r"[^a-z]+")
+BYTE_OFFSET = 3  # ByT5's ids 0, 1 and 2 are padding, the end of a text, and unknown
+
+
+def spaced_words(document: str | bytes, rule: Rule) -> list[bytes]:
+    """The words of a document by a rule that drops what is between them.
+
+    The paper's rule is that which the authors' pattern is meant to be: "--" is one word, and "}:" is two.
+    """
+    text = document.decode(errors="surrogateescape") if isinstance(document, bytes) else document
+    match rule:
+        case "paper":
+            text = _PUNCTUATION.sub(r" \g<0> ", _MARKUP.sub(" ", text))
+        case "letters":
+            text = _NO_LETTERS.sub(" ", text.lower())
+    return [word.encode(errors="surrogateescape") for word in text.split()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Units:
+    """The ids of a tokenizer as units, of which 0 ends a word.
+
+    Bytes have ByT5's ids. Elsewhere the end of a document, which is in no word, gives its place away: ids in front of
+    it move up by one.
+    """
+
+    spec: str
+    size: int
+    """Units, 0 included."""
+    pieces: tuple[bytes, ...]
+    """The bytes that each stands for."""
+    leading_space: bool
+    """Words are encoded with a space in front, as their tokens have it (" the")."""
+
+    def encode(self, word: bytes, spaced: bool = True) -> list[int]:
+        """A word's units; `spaced`: its text had a space in front, which is left out of it."""
+        if self.spec == "bytes":
+            return [byte + BYTE_OFFSET for byte in word]
+        tokenizer = load_units_tokenizer(self.spec)
+        ids = tokenizer.encode(b" " + word if self.leading_space and spaced else word)
+        return [i + (i < tokenizer.eod_id) for i in ids]
+
+    def decode(self, units: Iterable[int], spaced: bool = True) -> bytes:
+        """The word; ids that are no units stand for nothing."""
+        text = b"".join(self.pieces[unit] for unit in units if 0 < unit < self.size)
+        return text.removeprefix(b" ") if self.leading_space and spaced else text
+
+    @property
+    def allowed(self) -> np.ndarray:
+        """The units that can be spelled: those that stand for something, and the end."""
+        return np.array([i == 0 or bool(piece) for i, piece in enumerate(self.pieces)])
+
+
+load_units_tokenizer = functools.lru_cache(maxsize=4)(load_tokenizer)
+
+
+@functools.lru_cache(maxsize=4)
+def load_units(spec: str) -> Units:
+    """The units of a tokenizer (`jaxtok.tokenizers.load_tokenizer`)."""
+    if spec == "bytes":
+        pieces = [b""] * BYTE_OFFSET + [bytes([byte]) for byte in range(256)]
+        return Units(spec, 384, tuple(pieces + [b""] * (384 - len(pieces))), False)
+    tokenizer = load_units_tokenizer(spec)
+    pieces = [b""] * tokenizer.vocab_size
+    for i in range(tokenizer.vocab_size):
+        if i != tokenizer.eod_id:
+            pieces[i + (i < tokenizer.eod_id)] = tokenizer.token_bytes(i)
+    spaced = any(piece.startswith(b" ") and len(piece) > 1 for piece in pieces)
+    writes_it = b"".join(map(tokenizer.token_bytes, tokenizer.encode(b"x"))) == b" x"
+    units = Units(spec, tokenizer.vocab_size, tuple(pieces), spaced)
+    return dataclasses.replace(units, leading_space=False) if writes_it else units
+
+
+@dataclasses.dataclass(frozen=True)
+class WordUnitText(WordText):
+    """Rows of words in units; see `WordText`. A unit of 0 ends a word, if it does not fill the canvas.
+
+    The bytes of a word include the space behind it, for which its end mark stands, but those of a document's last word
+    do not: over a document, they are those of `NormalizedText`.
+    """
+
+    rule: Rule = "paper"
+    long_words: Literal["split", "cut"] = "split"
+    """What becomes of a word of more than max_units: several words, or the beginning of one. `count_words` counts."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field, allowed in (("rule", RULES), ("long_words", ("split", "cut"))):
+            if (value := getattr(self, field)) not in allowed:
+                raise ValueError(f"{field}={value!r}: choose one of {', '.join(allowed)}")
+
+    @property
+    def spaced(self) -> bool:
+        """Whether words have left out the space in front of them."""
+        return self.rule != "lossless"
+
+    def split(self, document: str | bytes) -> list[bytes]:
+        """The words, before long ones are split or cut."""
+        return spaced_words(document, self.rule) if self.spaced else self.splitter.split(document)
+
+    def words(self, document: str | bytes) -> list[tuple[Sequence[int], int]]:
+        """Each word's units (at least 1, at most max_units) and how many bytes of the text they stand for."""
+        units, found = load_units(self.tokenizer), []
+        between = int(self.spaced)
+        for word in self.split(document):
+            parts = self._parts(units, word)
+            sizes = [sum(len(units.pieces[i]) for i in part) for part in parts]
+            if self.long_words == "cut" and len(parts) > 1:
+                parts, sizes = parts[:1], [min(sizes[0], len(word)) + between]
+            else:
+                sizes[-1] = len(word) - sum(sizes[:-1]) + between
+            found += zip(parts, sizes)
+        if found and between:
+            found[-1] = (found[-1][0], found[-1][1] - 1)
+        return found
+
+    def join(self, before: bytes, units: Sequence[Sequence[int]]) -> bytes:
+        """The text of words that follow `before`."""
+        words = [load_units(self.tokenizer).decode(word, self.spaced) for word in units]
+        if not self.spaced:
+            return b"".join(words)
+        opening = b" " if words and before and not before[-1:].isspace() else b""
+        return opening + b" ".join(words)
+
+    def count_words(self, split: str = "train", documents: int = 0) -> tuple[Counter[bytes], dict[str, int]]:
+        """How often each word is in a split (in its first so many documents; 0: all).
+
+        And how many words there are, how many are longer than max_units, and how many units of those are cut off.
+        """
+        corpus = open_corpus(self.corpus, split, text_field=self.text_field)
+        counts: Counter[bytes] = Counter()
+        for i in range(min(len(corpus), documents or len(corpus))):
+            counts.update(self.split(corpus[i]))
+        units = load_units(self.tokenizer)
+        over = {word: max(len(units.encode(word, self.spaced)) - self.max_units, 0) for word in counts}
+        lost = sum(counts[word] * n for word, n in over.items())
+        return counts, {
+            "words": counts.total(),
+            "long_words": sum(counts[word] for word, n in over.items() if n),
+            "units_cut": lost if self.long_words == "cut" else 0,
+        }
+
+    def _parts(self, units: Units, word: bytes) -> list[list[int]]:
+        if self.tokenizer == "bytes":
+            return [units.encode(part) for part in limited(word, self.max_units)]
+        ids = units.encode(word, self.spaced)
+        return [ids[i : i + self.max_units] for i in range(0, len(ids), self.max_units)]
+
+
+@dataclasses.dataclass(frozen=True)
+class NormalizedText(TextData):
+    """Rows of tokens of the same words, with one space between them: what a plain model reads."""
+
+    rule: Rule = "paper"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rule not in RULES:
+            raise ValueError(f"rule={self.rule!r}: choose one of {', '.join(RULES)}")
+
+    def items(self, document: str | bytes) -> np.ndarray:
+        """See `TextData.items`."""
+        return super().items(document if self.rule == "lossless" else b" ".join(spaced_words(document, self.rule)))
