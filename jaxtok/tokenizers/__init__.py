@@ -8,11 +8,13 @@ import numpy as np
 
 from jaxtok.protocols import Tokenizer
 from jaxtok.tokenizers.bytes import ByteTokenizer
+from jaxtok.tokenizers.characters import PREFIX, CharacterTokenizer
 from jaxtok.tokenizers.huggingface import HuggingFaceTokenizer
 from jaxtok.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
 __all__ = [
     "ByteTokenizer",
+    "CharacterTokenizer",
     "HuggingFaceTokenizer",
     "SentencePieceTokenizer",
     "load_tokenizer",
@@ -22,7 +24,7 @@ __all__ = [
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that `spec` names: "bytes", a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one.
+    """The tokenizer that `spec` names: "bytes", "characters:ALPHABET", a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or the folder holds no tokenizer.
@@ -30,6 +32,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
+    if isinstance(spec, str) and spec.startswith(PREFIX):
+        return CharacterTokenizer(spec.removeprefix(PREFIX))
     path = Path(spec)
     if path.is_dir():
         found = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else sorted(path.glob("*.model"))

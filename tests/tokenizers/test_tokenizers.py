@@ -18,7 +18,8 @@ from jaxtok.tokenizers import HuggingFaceTokenizer, load_tokenizer, token_byte_l
 
 TEXT = Path(json.__file__).with_name("decoder.py").read_text() + Path(io.__file__).read_text()
 PREFIXED = ["sentencepiece_published", "metaspace", "prepend"]
-KINDS = ["bytes", "sentencepiece_unigram", "sentencepiece_bpe", "byte_level", "byte_level_prefixed", *PREFIXED]
+LIBRARIES = ["sentencepiece_unigram", "sentencepiece_bpe", "byte_level", "byte_level_prefixed", *PREFIXED]
+KINDS = ["bytes", "characters", *LIBRARIES]
 ORDINARY = "Hello, world of 42 tokens (raise ValueError if not self.strict)."
 HOSTILE = [
     *("<|endoftext|>", "</s>", "<s>", "<unk>", "[SEP]", "<0x41>", "<|end_of_text|>"),
@@ -80,6 +81,7 @@ def paths(tmp_path_factory):
     nfc = normalizers.NFC()
     return {
         "bytes": "bytes",
+        "characters": "characters: abcdeé中",
         "sentencepiece_unigram": train_sentencepiece([TEXT], root / "unigram.model", vocab_size=500),
         "sentencepiece_bpe": train_sentencepiece([TEXT.encode()], root / "b.model", vocab_size=500, model_type="bpe"),
         "sentencepiece_published": published,
@@ -136,13 +138,13 @@ def library_ids(path, text):
     return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json")).encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", LIBRARIES)
 @pytest.mark.parametrize("text", [ORDINARY, ORDINARY * 3, "Hello", "x"])
 def test_ordinary_text_is_tokenised_as_published(loaded, paths, kind, text):
     assert loaded[kind].encode(text) == library_ids(paths[kind], text)
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", LIBRARIES)
 def test_ordinary_text_is_encoded_in_one_call(loaded, kind, monkeypatch):
     calls = []
     encode_text = loaded[kind]._encode_text
@@ -151,7 +153,7 @@ def test_ordinary_text_is_encoded_in_one_call(loaded, kind, monkeypatch):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("kind", LIBRARIES)
 def test_one_hostile_character_costs_few_tokens(loaded, kind):
     usual = len(loaded[kind].encode(ORDINARY * 20))
     assert len(loaded[kind].encode(ORDINARY * 10 + "e\u0301▁\0" + ORDINARY * 10)) < usual + 60
@@ -166,8 +168,16 @@ def test_the_prefix_is_dropped_once(loaded, kind):
 
 
 def test_trained_tokens_compress(loaded):
-    for kind in KINDS[1:]:
+    for kind in LIBRARIES:
         assert len(loaded[kind].encode(TEXT)) < 0.75 * len(TEXT.encode()), kind
+
+
+def test_characters_have_their_places_in_the_alphabet():
+    tokenizer = load_tokenizer("characters: abé")
+    assert tokenizer.encode("aé b") == [1, 3, 0, 2] and tokenizer.vocab_size == 4 + 256 + 1
+    assert tokenizer.encode("c") == [4 + ord("c")]
+    with pytest.raises(ValueError, match="has 'a' twice"):
+        load_tokenizer("characters:aba")
 
 
 def test_added_tokens_that_are_not_special_are_used(loaded):
