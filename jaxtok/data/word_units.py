@@ -111,7 +111,7 @@ class WordUnitText(WordText):
 
     rule: Rule = "paper"
     long_words: Literal["split", "cut"] = "split"
-    """What becomes of a word of more than max_units: several words, or the beginning of one. `count_words` counts."""
+    """What becomes of a word of more than max_units: several words, or the beginning of one. `long_words_of` counts."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -152,24 +152,6 @@ class WordUnitText(WordText):
         opening = b" " if words and before and not before[-1:].isspace() else b""
         return opening + b" ".join(words)
 
-    def count_words(self, split: str = "train", documents: int = 0) -> tuple[Counter[bytes], dict[str, int]]:
-        """How often each word is in a split (in its first so many documents; 0: all).
-
-        And how many words there are, how many are longer than max_units, and how many units of those are cut off.
-        """
-        corpus = open_corpus(self.corpus, split, text_field=self.text_field)
-        counts: Counter[bytes] = Counter()
-        for i in range(min(len(corpus), documents or len(corpus))):
-            counts.update(self.split(corpus[i]))
-        units = load_units(self.tokenizer)
-        over = {word: max(len(units.encode(word, self.spaced)) - self.max_units, 0) for word in counts}
-        lost = sum(counts[word] * n for word, n in over.items())
-        return counts, {
-            "words": counts.total(),
-            "long_words": sum(counts[word] for word, n in over.items() if n),
-            "units_cut": lost if self.long_words == "cut" else 0,
-        }
-
     def _parts(self, units: Units, word: bytes) -> list[list[int]]:
         if self.tokenizer == "bytes":
             return [units.encode(part) for part in limited(word, self.max_units)]
@@ -188,6 +170,30 @@ class NormalizedText(TextData):
         if self.rule not in RULES:
             raise ValueError(f"rule={self.rule!r}: choose one of {', '.join(RULES)}")
 
+    def split(self, document: str | bytes) -> list[bytes]:
+        """The words; of the lossless rule, what stands between whitespace."""
+        return spaced_words(document, "spaces" if self.rule == "lossless" else self.rule)
+
     def items(self, document: str | bytes) -> np.ndarray:
         """See `TextData.items`."""
-        return super().items(document if self.rule == "lossless" else b" ".join(spaced_words(document, self.rule)))
+        return super().items(document if self.rule == "lossless" else b" ".join(self.split(document)))
+
+
+def count_words(data: WordUnitText | NormalizedText, split: str = "train", documents: int = 0) -> Counter[bytes]:
+    """How often each word is in a split (in its first so many documents; 0: all)."""
+    corpus = open_corpus(data.corpus, split, text_field=data.text_field)
+    counts: Counter[bytes] = Counter()
+    for i in range(min(len(corpus), documents or len(corpus))):
+        counts.update(data.split(corpus[i]))
+    return counts
+
+
+def long_words_of(data: WordUnitText, counts: Counter[bytes]) -> dict[str, int]:
+    """How many words there are, how many have more than max_units units, and how many of those units are cut off."""
+    units = load_units(data.tokenizer)
+    over = {word: max(len(units.encode(word, data.spaced)) - data.max_units, 0) for word in counts}
+    return {
+        "words": counts.total(),
+        "long_words": sum(counts[word] for word, n in over.items() if n),
+        "units_cut": sum(counts[word] * n for word, n in over.items()) if data.long_words == "cut" else 0,
+    }

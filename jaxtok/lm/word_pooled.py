@@ -610,3 +610,13 @@ def _evaluation_sums(task: WordPooling, params, batch):
     words = mask * (lengths > 0)
     sums = (nats * trained, trained, of_words * mask, batch["bytes"] * mask, right * words)
     return jnp.stack([*map(jnp.sum, sums), jnp.sum(jnp.exp(-of_words) * words), jnp.sum(words)])
+
+
+PUBLISHED = {
+    "ebyte": WordPooledConfig(),
+    "echar": WordPooledConfig(),
+    "esub": WordPooledConfig(vocab_size=50304, max_units=8),
+}
+"""The authors' configuration for their three bases: ByT5's bytes, characters (there is room for 127, beside the bytes
+that spell rarer ones; set vocab_size for more), and GPT-2's tokens. Their canvas is as wide as the longest word of a
+corpus; here, longer words are split."""

@@ -24,7 +24,9 @@ __all__ = [
 
 
 def load_tokenizer(spec: str | Path) -> Tokenizer:
-    """The tokenizer that `spec` names: "bytes", "characters:ALPHABET", a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one.
+    """The tokenizer that `spec` names.
+
+    That is "bytes", "characters:ALPHABET", a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or the folder holds no tokenizer.
