@@ -5,6 +5,7 @@ from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import TransformerConfig
+from jaxtok.lm.word_pooled import PlainConfig
 
 # untied: a tied model of random weights repeats its last token for ever
 SIZES = {
@@ -24,5 +25,6 @@ CAUSAL_LMS = {
     "gpt2": lambda: Decoder(GPT2Config(**SIZES | {"rotary_fraction": 0.0}, mlp_dim=24)),
     "llama": lambda: Decoder(LlamaConfig(**LLAMA, num_kv_heads=2, mlp_dim=24)),
     "mistral": lambda: Decoder(LlamaConfig(**LLAMA, mlp_dim=24, window=16)),
+    "word_pooled_plain": lambda: Decoder(PlainConfig(**SIZES | {"rotary_fraction": 0.0}, mlp_dim=64)),
     "transformer": lambda: Decoder(TransformerConfig(**SIZES, mlp_dim=24)),
 }

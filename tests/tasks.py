@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxtok.data.text import TextData
 from jaxtok.data.words import WordText
+from jaxtok.data.word_units import WordUnitText
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.hat import HATConfig, HATModeling, LlamaStack
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedModeling
@@ -16,6 +17,7 @@ from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
+from jaxtok.lm.word_pooled import PlainConfig, WordPooledConfig, WordPooling
 from jaxtok.training.experiment import Experiment
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.vit import TokenFormerViTConfig
@@ -113,6 +115,41 @@ def hat_released() -> Case:
     task = ReleasedModeling(model=model)
     data = WordText(length=8, batch_size=8, max_units=6, splitter=task.splitter)
     return Case(task, data, word_batch(data))
+def word_pooled() -> Case:
+    """Random words in two documents, and padding at the end of the rows; every axis of a mesh divides the words."""
+    data = WordUnitText(length=16, batch_size=8, max_units=5)
+    model = WordPooledConfig(
+        vocab_size=64,
+        max_units=5,
+        max_words=16,
+        prefixes=2,
+        d_model=16,
+        num_layers=2,
+        num_heads=8,
+        unit_layers=2,
+        encoder_heads=4,
+        encoder_mlp_dim=32,
+        dropout=0.0,
+        encoder_dropout=0.0,
+    )
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, data.max_units + 1, (data.batch_size, data.length + 1))
+    units = rng.integers(1, model.vocab_size, (*lengths.shape, data.max_units))
+    units *= np.arange(data.max_units) < lengths[..., None]
+    place = np.broadcast_to(np.arange(data.length), (data.batch_size, data.length))
+    segments = (1 + (place >= 7)) * (place < rng.integers(9, 17, (data.batch_size, 1)))
+    batch = {
+        "words": units[:, :-1],
+        "lengths": lengths[:, :-1],
+        "targets": units[:, 1:],
+        "target_lengths": lengths[:, 1:],
+        "positions": np.where(place < 7, place, place - 7),
+        "segments": segments,
+        "mask": segments > 0,
+        "bytes": lengths[:, 1:] + 1,
+    }
+    spec = data.batch_spec()
+    return Case(WordPooling(model=model), data, {name: batch[name].astype(dtype) for name, (_, dtype) in spec.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,5 +191,7 @@ TASKS = {
     "llama": lambda: text(LlamaConfig(**SIZES, num_kv_heads=2, mlp_dim=32, window=9)),
     "hat": hat,
     "hat_released": hat_released,
+    "word_pooled": word_pooled,
+    "word_pooled_plain": lambda: text(PlainConfig(**SIZES, mlp_dim=64, dropout=0.0)),
     "tokenformer_vit": images,
 }

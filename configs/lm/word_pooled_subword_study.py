@@ -1,0 +1,36 @@
+"""Word pooling of subwords against a plain model of subwords, otherwise as configs/lm/word_pooled_study.py.
+
+jaxtok tokenizer runs/python_1024.model --corpus python --vocab-size 1024 --model-type bpe
+jaxtok study configs/lm/word_pooled_subword_study.py
+"""
+
+import dataclasses
+from pathlib import Path
+
+from jaxtok.configuration import load_config
+
+TOKENIZER = "runs/python_1024.model"
+study = load_config(Path(__file__).with_name("word_pooled_study.py"))
+arms = {arm.name: arm for arm in study.arms}
+
+
+def subwords(arm, name, steps, length, **sizes):
+    model = dataclasses.replace(arm.task.model, vocab_size=1024, **sizes)
+    task = dataclasses.replace(arm.task, model=model)
+    data = dataclasses.replace(arm.data, tokenizer=TOKENIZER, length=length)
+    if hasattr(task, "tokenizer"):
+        task = dataclasses.replace(task, tokenizer=TOKENIZER)
+        data = dataclasses.replace(data, max_units=model.max_units)
+    train = dataclasses.replace(arm.train, steps=steps, eval_every=steps // 4, checkpoint_every=steps)
+    return dataclasses.replace(arm, name=name, task=task, data=data, train=train)
+
+
+config = dataclasses.replace(
+    study,
+    arms=(
+        subwords(arms["pooled"], "pooled_subwords", 300, 48, max_units=6),
+        subwords(arms["plain_positions"], "plain_subwords", 500, 96, max_length=96),
+    ),
+    title="Word-pooled and plain models of subwords",
+    workdir="runs/word_pooled_subword_study",
+)

@@ -1,0 +1,166 @@
+"""Next-word accuracy is what generation finds, for word-pooled and for plain models, and is right by frequency."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxtok.data.word_units import NormalizedText, WordUnitText
+from jaxtok.decoding.sampling import Sampling
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.word_pooled import PlainConfig, WordPooledConfig, WordPooling, init_params
+from jaxtok.studies.next_word import Guess, NextWordAccuracy, generated, plain_guesses, pooled_guesses
+from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
+
+RNG = np.random.default_rng(0)
+WORDS = ["a", "ba", "ab", "abb"]
+TEXTS = [" ".join(RNG.choice(WORDS, RNG.integers(3, 12), p=[0.7, 0.1, 0.1, 0.1])) for _ in range(40)]
+SIZES = {"d_model": 8, "num_layers": 1, "num_heads": 1, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("next_word") / "documents.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def pooled(corpus):
+    sizes = {"max_units": 4, "max_words": 8, "prefixes": 1, "unit_layers": 1, "encoder_heads": 1, "encoder_mlp_dim": 8}
+    characters = "characters:ab"
+    model = WordPooledConfig(**SIZES | sizes | {"vocab_size": 259, "encoder_dropout": 0.0})
+    data = WordUnitText(corpus=corpus, tokenizer=characters, rule="spaces", length=8, batch_size=4, max_units=4)
+    return WordPooling(model=model, tokenizer=characters, rule="spaces"), data
+
+
+def plain_case(corpus, tokenizer):
+    vocab = load_tokenizer(tokenizer).vocab_size
+    model = PlainConfig(**SIZES, mlp_dim=16, vocab_size=vocab, max_length=32)
+    data = NormalizedText(corpus=corpus, tokenizer=tokenizer, rule="spaces", length=20, batch_size=4)
+    return LanguageModeling(model=model), data
+
+
+@pytest.fixture(scope="module", params=["characters: ab", "subwords"])
+def plain(request, corpus, tmp_path_factory):
+    tokenizer = request.param
+    if tokenizer == "subwords":
+        path = tmp_path_factory.mktemp("tokenizer") / "subwords.model"
+        tokenizer = str(train_sentencepiece(TEXTS, path, vocab_size=270, model_type="bpe"))
+    return plain_case(corpus, tokenizer)
+
+
+def biased(params, units):
+    """An untrained model whose head likes these units, so that some of its words are right."""
+    params = jax.tree.map(lambda x: x, params)
+    params["final_norm"]["bias"] = params["final_norm"]["bias"] + 1.0
+    params["head_matrix"] = params["head_matrix"].at[np.array(units)].add(np.linspace(0.6, 0.5, len(units))[:, None])
+    return params
+
+
+def test_words_of_a_plain_model_are_those_that_it_generates(plain):
+    task, data = plain
+    tokenizer = load_tokenizer(data.tokenizer)
+    ids = tokenizer.encode("a a b ab")
+    params = biased(init_params(task.model, jax.random.key(0)), sorted(set(ids)))
+    batches = list(data.eval_batches("all"))[:2]
+    guesses = list(plain_guesses(task, params, batches, tokenizer))
+    assert {guess.word.decode() for guess in guesses} <= set(WORDS)
+    greedy = [
+        right
+        for batch in batches
+        for right in generated(task, params, batch, tokenizer, sampling=Sampling(temperature=0))
+    ]
+    assert [guess.right for guess in guesses] == greedy
+    assert 0 < sum(greedy) < len(greedy)
+    drawn = [
+        right
+        for seed in range(6)
+        for batch in batches
+        for right in generated(task, params, batch, tokenizer, rng=jax.random.key(seed))
+    ]
+    expected = np.array([guess.probability for guess in guesses])
+    error = np.sqrt((expected * (1 - expected)).mean() / len(drawn))
+    assert abs(np.mean(drawn) - expected.mean()) < 4 * error
+
+
+def test_words_of_a_pooled_model_are_those_that_it_generates(pooled):
+    task, data = pooled
+    params = init_params(task.model, jax.random.key(0))
+    params["head_matrix"] = 20 * params["head_matrix"].at[3:].set(0)
+    batches = list(data.eval_batches("all"))[:3]
+    guesses = list(pooled_guesses(task, params, batches))
+    tokenizer = load_tokenizer(data.tokenizer)
+    greedy = [
+        right
+        for batch in batches
+        for right in generated(task, params, batch, tokenizer, sampling=Sampling(temperature=0))
+    ]
+    assert [guess.right for guess in guesses] == greedy
+    assert {guess.word.decode() for guess in guesses} == set(WORDS)
+
+
+def test_context(pooled, corpus):
+    """Each model is asked for the same words, where its rows hold whole documents."""
+    task, data = pooled
+    data = dataclasses.replace(data, length=40)
+    task = dataclasses.replace(task, model=dataclasses.replace(task.model, max_words=40))
+    params = init_params(task.model, jax.random.key(0))
+    other, text = plain_case(corpus, "characters: ab")
+    other = dataclasses.replace(other, model=dataclasses.replace(other.model, max_length=2000))
+    text = dataclasses.replace(text, length=2000, batch_size=1)
+    for context in (0, 1, 3):
+        found = collections.Counter(g.word for g in pooled_guesses(task, params, data.eval_batches("all"), context))
+        theirs = plain_guesses(
+            other,
+            init_params(other.model, jax.random.key(0)),
+            text.eval_batches("all"),
+            load_tokenizer(text.tokenizer),
+            context,
+        )
+        expected = collections.Counter(word.encode() for t in TEXTS for word in t.split()[context:])
+        if context < 3:  # 40 words a row cut a few documents, and their contexts
+            assert sum((expected - found).values()) <= 40 * context // 8 + 8 * context
+        assert not found - expected
+        assert collections.Counter(g.word for g in theirs) == expected
+
+
+def test_buckets():
+    guesses = [
+        Guess(b"new", True, 0.5),
+        Guess(b"rare", False, 0.25),
+        Guess(b"rare", True, 0.75),
+        Guess(b"the", True, 1.0),
+    ]
+    counts = collections.Counter({b"rare": 2, b"the": 50})
+    found = NextWordAccuracy(edges=(0, 10)).summary(guesses, counts)
+    assert found == {
+        "next_word_accuracy": 0.75,
+        "sampled_word_accuracy": 0.625,
+        "words": 4.0,
+        "next_word_accuracy_0": 1.0,
+        "sampled_word_accuracy_0": 0.5,
+        "words_0": 1.0,
+        "next_word_accuracy_1_10": 0.5,
+        "sampled_word_accuracy_1_10": 0.5,
+        "words_1_10": 2.0,
+        "next_word_accuracy_above_10": 1.0,
+        "sampled_word_accuracy_above_10": 1.0,
+        "words_above_10": 1.0,
+    }
+    with pytest.raises(ValueError, match="edges are"):
+        NextWordAccuracy(edges=(10, 0))
+
+
+def test_as_a_measure(pooled, corpus):
+    task, data = pooled
+    measure = NextWordAccuracy(split="train", batches=1)
+    params = init_params(task.model, jax.random.key(0))
+    found = measure(task, params, data)
+    assert found["words"] > 0 and found["words_0"] == 0 and "next_word_accuracy_0" not in found
+    assert measure(object(), params, data) == {}
