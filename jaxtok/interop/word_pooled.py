@@ -143,7 +143,8 @@ def params_to(config: Config, params: Mapping[str, Any]) -> dict[str, np.ndarray
     for layer in range(config.unit_layers):
         parts = [blocks["attention"][group] for group in _PACKED]
         name = f"wordenc.layers.{layer}.self_attn.in_proj"
-        tensors[f"{name}_weight"] = np.concatenate([np.asarray(part["kernel"][layer]).T for part in parts])
+        packed = np.concatenate([np.asarray(part["kernel"][layer]).T for part in parts])
+        tensors[f"{name}_weight"] = np.ascontiguousarray(packed)  # as safetensors takes them for granted
         tensors[f"{name}_bias"] = np.concatenate([np.asarray(part["bias"][layer]) for part in parts])
     return tensors
 

@@ -82,7 +82,10 @@ class WordPooledConfig:
     remat: Literal["none", "full", "projections", "dots"] = "none"
 
     def __post_init__(self):
-        least = dict(max_units=1, max_words=2, prefixes=1, unit_layers=1, encoder_mlp_dim=1, vocab_size=0)
+        least = dict.fromkeys(
+            ("max_units", "prefixes", "d_model", "unit_layers", "encoder_heads", "encoder_mlp_dim"), 1
+        )
+        least |= dict(max_words=2, vocab_size=0)
         for field, low in least.items():
             if (value := getattr(self, field)) < low:
                 raise ValueError(f"{field} is {value}; it must be at least {low}.")
