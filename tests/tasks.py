@@ -17,7 +17,7 @@ from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
-from jaxtok.lm.word_pooled import PlainConfig, WordPooledConfig, WordPooling
+from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
 from jaxtok.training.experiment import Experiment
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.vit import TokenFormerViTConfig
@@ -192,6 +192,5 @@ TASKS = {
     "hat": hat,
     "hat_released": hat_released,
     "word_pooled": word_pooled,
-    "word_pooled_plain": lambda: text(PlainConfig(**SIZES, mlp_dim=64, dropout=0.0)),
     "tokenformer_vit": images,
 }

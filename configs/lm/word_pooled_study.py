@@ -55,11 +55,11 @@ RARE = tuple(f"next_word_accuracy_{bucket}" for bucket in ("0", "1_10", "11_100"
 
 config = Comparison(
     arms=(
-        pooled("pooled", 300),
-        pooled("pooled_4_prefixes", 190, prefixes=4),
-        pooled("pooled_bytes", 300, tokenizer="bytes"),
-        plain("plain", 440),
-        plain("plain_positions", 440, learned_positions=True),
+        pooled("pooled", 200),
+        plain("plain", 300),
+        plain("plain_positions", 300, learned_positions=True),
+        pooled("pooled_4_prefixes", 130, prefixes=4),
+        pooled("pooled_bytes", 200, tokenizer="bytes"),
     ),
     measures=(NextWordAccuracy(batches=40),),
     columns=("bits_per_byte", "next_word_accuracy", "sampled_word_accuracy", *RARE),
