@@ -119,7 +119,7 @@ def word_pooled() -> Case:
     """Random words in two documents, and padding at the end of the rows; every axis of a mesh divides the words."""
     data = WordUnitText(length=16, batch_size=8, max_units=5)
     model = WordPooledConfig(
-        vocab_size=64,
+        vocab_size=384,
         max_units=5,
         max_words=16,
         prefixes=2,

@@ -43,9 +43,10 @@ def pooled(name: str, steps: int, tokenizer: str = CHARACTERS, max_units: int = 
 
 
 def plain(name: str, steps: int, tokenizer: str = CHARACTERS, length: int = 240, **options) -> Experiment:
+    sizes = {"mlp_dim": 384, "max_length": length, "attention_dropout": 0.0}
     return Experiment(
         name=name,
-        task=LanguageModeling(model=PlainConfig(**BODY | {"mlp_dim": 384, "max_length": length} | options)),
+        task=LanguageModeling(model=PlainConfig(**BODY | sizes | options)),
         data=NormalizedText(tokenizer=tokenizer, length=length, **TEXT),
         train=train(steps),
     )

@@ -29,7 +29,7 @@ config = dataclasses.replace(
     study,
     arms=(
         subwords(arms["pooled"], "pooled_subwords", 200, 48, max_units=6),
-        subwords(arms["plain_positions"], "plain_subwords", 330, 96, max_length=96),
+        subwords(arms["plain_positions"], "plain_subwords", 520, 96, max_length=96),
     ),
     title="Word-pooled and plain models of subwords",
     workdir="runs/word_pooled_subword_study",

@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
-from jaxtok.data.word_units import Rule, WordUnitText, load_units
+from jaxtok.data.word_units import RULES, Rule, WordUnitText, load_units
 from jaxtok.decoding.sampling import Sampling, sample
 from jaxtok.lm import decoder
 from jaxtok.lm.decoder import DecoderConfig
@@ -331,6 +331,7 @@ class PlainConfig(BlockStack, DecoderConfig):
     rotary_fraction: float = 0.0
     tie_embeddings: bool = False
     dropout: float = 0.1
+    attention_dropout: float = 0.1
 
 
 def init_params(config: WordPooledConfig | PlainConfig, rng: jax.Array) -> Any:
@@ -473,7 +474,21 @@ class WordPooling:
     def module(self) -> WordPooled:
         return WordPooled(self.model)
 
+    def __post_init__(self):
+        if self.rule not in RULES:
+            raise ValueError(f"rule is {self.rule!r}; it can be {', '.join(RULES)}.")
+
     def init(self, rng: jax.Array, batch: Batch) -> Params:
+        """Fresh parameters.
+
+        Raises:
+          ValueError: the tokenizer has more units than the model, or the batch wider words.
+        """
+        if (most := int(load_units(self.tokenizer).allowed.nonzero()[0].max())) >= self.model.vocab_size:
+            raise ValueError(
+                f"model.vocab_size is {self.model.vocab_size}, but the units of {self.tokenizer} go up to {most}; "
+                "raise it, or set 0 to take the tokenizer's."
+            )
         return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 
 import jax
 import jax.flatten_util
@@ -11,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 
+from jaxtok.configuration import load_config
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.word_pooled import config_from, read_folder, write_folder
 from jaxtok.lm.word_pooled import (
@@ -363,6 +366,12 @@ def test_configs_that_cannot_be():
 
 
 def test_inputs_that_cannot_be():
+    word = np.zeros((1, 1, 1), np.int32)
+    batch = {"words": word, "lengths": word[..., 0], "targets": word}
+    with pytest.raises(ValueError, match="vocab_size is 19, but the units of bytes go up to 258"):
+        WordPooling(model=TINY).init(jax.random.key(0), batch)
+    with pytest.raises(ValueError, match="rule is 'other'; it can be paper"):
+        WordPooling(model=TINY, rule="other")
     words, lengths = random_words(TINY, 1, 3, width=6)
     with pytest.raises(ValueError, match="a word has 6 units, but the model's max_units is 5"):
         logits_of(TINY, words, lengths)
@@ -371,3 +380,17 @@ def test_inputs_that_cannot_be():
     words, lengths = random_words(TINY, 1, 3)
     words[0, 0, 0] = TINY.vocab_size  # no such unit: the loop stops at a loss that is no number
     assert np.isnan(logits_of(TINY, words, lengths)).any()
+
+
+@pytest.mark.slow
+def test_pooled_words_are_learned_faster_than_plain_characters(tmp_path):
+    """The study's first two arms: at the same compute, fewer bits a character, and no fewer words right."""
+    study = load_config(Path(__file__).parents[2] / "configs/lm/word_pooled_study.py")
+    arms = tuple(arm for arm in study.arms if arm.name in ("pooled", "plain"))
+    study = dataclasses.replace(study, arms=arms, workdir=str(tmp_path))
+    assert study.run()
+    results = json.loads((tmp_path / "results.json").read_text())
+    pooled, plain = (results[f"{name}/0"] for name in ("pooled", "plain"))
+    assert pooled["train_flops"] < 1.05 * plain["train_flops"]
+    assert pooled["test"]["bits_per_byte"] < plain["test"]["bits_per_byte"] - 0.2
+    assert pooled["test"]["next_word_accuracy"] >= plain["test"]["next_word_accuracy"] - 0.005
