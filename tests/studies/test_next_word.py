@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import json
 
 import jax
@@ -56,6 +57,10 @@ def plain(request, corpus, tmp_path_factory):
     return plain_case(corpus, tokenizer)
 
 
+def fresh(task):
+    return jax.jit(functools.partial(init_params, task.model))(jax.random.key(0))
+
+
 def bigrams(params, rows):
     """Parameters with which the next token depends on the last one alone, as often as it follows it in the rows."""
     ids = np.unique(np.concatenate(rows))
@@ -76,7 +81,7 @@ def test_words_of_a_plain_model_are_those_that_it_generates(plain):
     task, data = plain
     tokenizer = load_tokenizer(data.tokenizer)
     rows = [[tokenizer.eod_id, *tokenizer.encode(text), tokenizer.eod_id] for text in TEXTS]
-    params = bigrams(init_params(task.model, jax.random.key(0)), rows)
+    params = bigrams(fresh(task), rows)
     batches = list(data.eval_batches("all"))[:2]
     guesses = list(plain_guesses(task, params, batches, tokenizer))
     assert {guess.word.decode() for guess in guesses} <= set(WORDS)
@@ -100,7 +105,7 @@ def test_words_of_a_plain_model_are_those_that_it_generates(plain):
 
 def test_words_of_a_pooled_model_are_those_that_it_generates(pooled):
     task, data = pooled
-    params = init_params(task.model, jax.random.key(0))
+    params = fresh(task)
     params["head_matrix"] = 20 * params["head_matrix"].at[3:].set(0)
     batches = list(data.eval_batches("all"))[:3]
     guesses = list(pooled_guesses(task, params, batches))
@@ -119,11 +124,11 @@ def test_context(pooled, corpus):
     task, data = pooled
     data = dataclasses.replace(data, length=400, batch_size=1)
     task = dataclasses.replace(task, model=dataclasses.replace(task.model, max_words=400))
-    params = init_params(task.model, jax.random.key(0))
+    params = fresh(task)
     other, text = plain_case(corpus, "characters: ab")
     other = dataclasses.replace(other, model=dataclasses.replace(other.model, max_length=1000))
     text = dataclasses.replace(text, length=1000, batch_size=1)
-    untrained = init_params(other.model, jax.random.key(0))
+    untrained = fresh(other)
     assert sum(len(t.split()) + 1 for t in TEXTS) <= 400 and sum(len(t) + 1 for t in TEXTS) <= 1000
     for context in (0, 2):
         found = collections.Counter(g.word for g in pooled_guesses(task, params, data.eval_batches("all"), context))
@@ -163,7 +168,7 @@ def test_buckets():
 def test_as_a_measure(pooled, corpus):
     task, data = pooled
     measure = NextWordAccuracy(split="train", batches=1)
-    params = init_params(task.model, jax.random.key(0))
+    params = fresh(task)
     found = measure(task, params, data)
     assert found["words"] > 0 and found["words_0"] == 0 and "next_word_accuracy_0" not in found
     assert measure(object(), params, data) == {}
