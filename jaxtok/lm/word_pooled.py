@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
-from jaxtok.data.word_units import RULES, Rule, WordUnitText, load_units
+from jaxtok.data.word_units import BYTE_OFFSET, RULES, Rule, WordUnitText, load_units
 from jaxtok.decoding.sampling import Sampling, sample
 from jaxtok.lm import decoder
 from jaxtok.lm.decoder import DecoderConfig
@@ -482,12 +482,11 @@ class WordPooling:
         """Fresh parameters.
 
         Raises:
-          ValueError: the tokenizer has more units than the model, or the batch wider words.
+          ValueError: the model has too few units for bytes, or too narrow a canvas for the batch.
         """
-        if (most := int(load_units(self.tokenizer).allowed.nonzero()[0].max())) >= self.model.vocab_size:
+        if self.tokenizer == "bytes" and self.model.vocab_size < BYTE_OFFSET + 256:
             raise ValueError(
-                f"model.vocab_size is {self.model.vocab_size}, but the units of {self.tokenizer} go up to {most}; "
-                "raise it, or set 0 to take the tokenizer's."
+                f"model.vocab_size is {self.model.vocab_size}, but bytes are units up to {BYTE_OFFSET + 255}; raise it."
             )
         return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
 

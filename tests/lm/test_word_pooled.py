@@ -203,6 +203,15 @@ def test_numbers_of_parameters():
     assert round(body / 1e6, 1) == 25.2
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs(name):
+    experiment = load_config(Path(__file__).parents[2] / f"configs/lm/word_pooled_{name}.py")
+    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in experiment.data.batch_spec().items()}
+    params = jax.eval_shape(lambda: experiment.task.init(jax.random.key(0), batch))
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)) == formula(PUBLISHED[name])
+    assert experiment.task.tokenizer == experiment.data.tokenizer and experiment.task.rule == experiment.data.rule
+
+
 def batch_of(config, words, lengths, mask=None):
     shape = (len(words), words.shape[1] - 1)
     return {
@@ -370,7 +379,7 @@ def test_configs_that_cannot_be():
 def test_inputs_that_cannot_be():
     word = np.zeros((1, 1, 1), np.int32)
     batch = {"words": word, "lengths": word[..., 0], "targets": word}
-    with pytest.raises(ValueError, match="vocab_size is 19, but the units of bytes go up to 258"):
+    with pytest.raises(ValueError, match="vocab_size is 19, but bytes are units up to 258"):
         WordPooling(model=TINY).init(jax.random.key(0), batch)
     with pytest.raises(ValueError, match="rule is 'other'; it can be paper"):
         WordPooling(model=TINY, rule="other")
