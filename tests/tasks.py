@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from jaxtok.data.text import TextData
-from jaxtok.data.words import WordText
 from jaxtok.data.word_units import WordUnitText
+from jaxtok.data.words import WordText
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.hat import HATConfig, HATModeling, LlamaStack
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedModeling

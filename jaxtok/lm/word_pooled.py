@@ -482,11 +482,15 @@ class WordPooling:
         """Fresh parameters.
 
         Raises:
-          ValueError: the model has too few units for bytes, or too narrow a canvas for the batch.
+          ValueError: the model has too few units for bytes, or the data another canvas.
         """
         if self.tokenizer == "bytes" and self.model.vocab_size < BYTE_OFFSET + 256:
             raise ValueError(
                 f"model.vocab_size is {self.model.vocab_size}, but bytes are units up to {BYTE_OFFSET + 255}; raise it."
+            )
+        if (width := batch["words"].shape[2]) != self.model.max_units:  # texts are continued on the model's
+            raise ValueError(
+                f"data.max_units is {width}, but model.max_units is {self.model.max_units}; make them equal."
             )
         return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
 

@@ -381,6 +381,8 @@ def test_inputs_that_cannot_be():
     batch = {"words": word, "lengths": word[..., 0], "targets": word}
     with pytest.raises(ValueError, match="vocab_size is 19, but bytes are units up to 258"):
         WordPooling(model=TINY).init(jax.random.key(0), batch)
+    with pytest.raises(ValueError, match=r"data\.max_units is 1, but model\.max_units is 5"):
+        WordPooling(model=dataclasses.replace(TINY, vocab_size=384)).init(jax.random.key(0), batch)
     with pytest.raises(ValueError, match="rule is 'other'; it can be paper"):
         WordPooling(model=TINY, rule="other")
     words, lengths = random_words(TINY, 1, 3, width=6)
