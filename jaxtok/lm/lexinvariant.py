@@ -1,0 +1,434 @@
+"""Lexinvariant language models: no token embeddings, but fresh random vectors in every sequence (arXiv 2305.16349).
+
+A model p is lexinvariant if p(x_1..x_n) = p(pi(x_1)..pi(x_n)) for every permutation pi of the vocabulary (the paper's
+section 2). Here, for each sequence, every symbol v gets a vector E_v ~ N(0, I), and that table stands at both ends of
+the model: h = body(E[x_1]..E[x_n]), logits = s h E^T. Then all that a prediction can come from is which symbols of the
+sequence are the same; with a long enough context, the model learns to decipher them.
+
+Any body will do (`jaxtok.lm.decoder.Backbone` around a Transformer, Llama, GPT-2, TokenFormer...). A semi-lexinvariant
+model (section 4) has a learned table W as well, of which a sequence sees the rows of all symbols but a random part.
+
+A row E_v is a hash of the sequence's key and v, so that a table need not exist: `block` rows at a time are drawn where
+they are met, and drawn again in the backward pass.
+
+The authors released no code. s, the initialisation and the order of the norms are not in the paper; s = d^-1/2 gives
+logits of a standard deviation near 1, s = 1 is the plain inner product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxtok.axes import constrain, gather
+from jaxtok.lm.decoder import Backbone, DecoderConfig
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.nn.cache import KVCache
+from jaxtok.nn.linear import Linear, LinearStack
+from jaxtok.nn.losses import cross_entropy
+from jaxtok.protocols import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LexinvariantConfig(LinearStack, DecoderConfig):
+    """The paper's body, a T5-style decoder; defaults: its 150M size for characters."""
+
+    num_layers: int = 12
+    d_model: int = 1024
+    num_heads: int = 8
+    mlp_dim: int = 4096
+    vocab_size: int = 128
+    max_length: int = 512
+    norm: str = "rms"
+    rotary_fraction: float = 0.0
+    relative_buckets: int = 32
+    activation: str = "gelu_tanh"
+    use_bias: bool = False
+
+    def linear(self, features: int, axes: tuple[str, str], std: float, bias: bool | None, name: str | None) -> Linear:
+        """With entries of variance 1 / d_in, as the random rows have a norm of sqrt(d)."""
+        d_in = {"d_model": self.d_model, "heads": self.num_heads * self.head_dim, "mlp": self.mlp_dim}[axes[0]]
+        return super().linear(features, axes, d_in**-0.5, bias, name)
+
+
+PUBLISHED = {"150m-characters": LexinvariantConfig(), "150m-subwords": LexinvariantConfig(vocab_size=32000)}
+"""The paper's body with its vocabularies: ASCII, and the subwords of T5."""
+
+
+def sequence_keys(key: Key[Array, ""], batch: int) -> Key[Array, " batch"]:
+    """A key for each row of a batch."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def random_rows(
+    keys: Key[Array, " batch"], symbols: Int[Array, "batch n"], width: int
+) -> Float[Array, "batch n width"]:
+    """E_v ~ N(0, I) of these symbols in each sequence's table, float32: the same key and symbol, the same row."""
+
+    def row(key, symbol):
+        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 0), symbol), (width,))
+
+    return jax.vmap(jax.vmap(row, (None, 0)))(keys, symbols)
+
+
+def random_mask(keys: Key[Array, " batch"], symbols: Int[Array, "batch n"], part: float) -> Bool[Array, "batch n"]:
+    """True with probability `part`, for each sequence and symbol: those whose row is random."""
+
+    def one(key, symbol):
+        return jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, 1), symbol), part)
+
+    return jax.vmap(jax.vmap(one, (None, 0)))(keys, symbols)
+
+
+@flax.struct.dataclass
+class LexinvariantCache(KVCache):
+    """Keys and values, and the key of each row's table, which stays the same while the row grows."""
+
+    tables: Key[Array, " batch"] | None = None
+
+
+class Lexinvariant(Backbone):
+    """Tokens to next-token logits with a table for each sequence; see `jaxtok.protocols.CausalLM`.
+
+    Every method takes the tables as `keys`, one for each row, or as `table`, the rows themselves; without either, they
+    come from `seed` and the number of the row.
+    """
+
+    random_symbols: float = 1.0
+    """Probability of a symbol to have a random row: 1 is lexinvariant, 0 a standard language model with a tied table,
+    and between them semi-lexinvariant."""
+    readout_scale: float = 0.0
+    """s; 0: d_model^-1/2."""
+    block: int = 0
+    """So many rows of a table exist at a time; 0: all."""
+    seed: int = 0
+    """Of the tables where no keys are given."""
+
+    def setup(self):
+        super().setup()
+        cfg = self.config
+        _check(cfg, self.random_symbols, self.readout_scale, self.block)
+        if self.random_symbols < 1:
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "d_model"))
+            value = self.param("embedding", init, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+            self.embedding = gather(value.astype(cfg.dtype), "vocab", "d_model")
+
+    def __call__(
+        self,
+        tokens: Int[Array, "batch length"],
+        *,
+        positions: Int[Array, "batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+        cache: LexinvariantCache | None = None,
+        deterministic: bool = True,
+        keys: Key[Array, " batch"] | None = None,
+        table: Float[Array, "batch vocab d_model"] | None = None,
+    ) -> tuple[Float[Array, "batch length vocab"], LexinvariantCache | None]:
+        """Logits of the token behind each one (float32), and the cache with these tokens appended.
+
+        Args:
+          tokens: ids below vocab_size (others make NaN); the rest as in `jaxtok.lm.decoder.Decoder`. The documents of a
+            row share a table, and do not see each other.
+          cache: from `init_cache` or an earlier call; its tables are used.
+
+        Raises:
+          ValueError: more tokens than max_length, or segments, keys or a table together with a cache.
+        """
+        if cache is not None:
+            if keys is not None or table is not None:
+                raise ValueError("keys or a table were given together with a cache, which has its own.")
+            keys = cache.tables
+        if table is None and not self.block:
+            table = self.table(self._keys(keys, tokens.shape[0]))
+        x = self.embed(tokens, keys=keys, table=table)
+        x, cache = self.hidden(x, positions=positions, segments=segments, cache=cache, deterministic=deterministic)
+        return self.head(x, keys=keys, table=table), cache
+
+    def table(self, keys: Key[Array, " batch"]) -> Float[Array, "batch vocab d_model"] | Float[Array, "vocab d_model"]:
+        """Each sequence's whole table; W, if no symbol is random."""
+        if not self.random_symbols:
+            return self.embedding
+        symbols = jnp.broadcast_to(jnp.arange(self.config.vocab_size), (keys.shape[0], self.config.vocab_size))
+        learned = self.embedding if self.random_symbols < 1 else None
+        return constrain(self._rows(keys, symbols, learned), "batch", "vocab", "d_model")
+
+    def embed(self, tokens, *, keys=None, table=None) -> Float[Array, "batch length d_model"]:
+        """The input embeddings: each token's row of its sequence's table."""
+        cfg = self.config
+        if table is None and not self.random_symbols:
+            table = self.embedding
+        if table is None:
+            learned = jnp.take(self.embedding, tokens, axis=0) if self.random_symbols < 1 else None
+            x = self._rows(self._keys(keys, tokens.shape[0]), tokens, learned)
+            x = jnp.where(((tokens >= 0) & (tokens < cfg.vocab_size))[..., None], x, jnp.nan)
+        elif table.ndim == 2:
+            x = jnp.take(table, tokens, axis=0)
+        else:
+            x = jnp.take_along_axis(table.astype(cfg.dtype), tokens[..., None], axis=1)
+        if cfg.scale_embeddings:
+            x = x * jnp.asarray(cfg.d_model**0.5, x.dtype)
+        return constrain(x, "d_model")
+
+    def head(self, x, *, keys=None, table=None) -> Float[Array, "batch length vocab"]:
+        """Logits s x E^T in float32, from hidden states behind the final norm."""
+        if table is None and not (self.block and self.random_symbols):
+            table = self.table(self._keys(keys, x.shape[0]))
+        if table is None:
+            read = lambda part: self._readout(x, self._block(self._keys(keys, x.shape[0]), *part))  # noqa: E731
+            logits = jnp.moveaxis(jax.lax.map(read, self._parts()), 0, -2)
+            logits = logits.reshape(*x.shape[:2], -1)[..., : self.config.vocab_size]
+        else:
+            logits = self._readout(x, table)
+        return constrain(logits, "vocab")
+
+    def nats(
+        self,
+        tokens: Int[Array, "batch length"],
+        targets: Int[Array, "batch length"],
+        *,
+        keys: Key[Array, " batch"] | None = None,
+        table: Float[Array, "batch vocab d_model"] | None = None,
+        **options: Any,
+    ) -> Float[Array, "batch length"]:
+        """-log p(target) at each position; with `block`, no more than so many rows or logits a token exist at a time.
+
+        Args:
+          options: as for a call.
+        """
+        if table is not None or not (self.block and self.random_symbols):
+            logits, _ = self(tokens, keys=keys, table=table, **options)
+            return cross_entropy(logits, targets)
+        keys = self._keys(keys, tokens.shape[0])
+        x, _ = self.hidden(self.embed(tokens, keys=keys), **options)
+
+        def add(carry, part):  # one block's share of the softmax
+            top, total, chosen = carry
+            symbols = part[0] + jnp.arange(self.block)
+            logits = constrain(self._readout(x, self._block(keys, *part)), "vocab")
+            logits = jnp.where(symbols < self.config.vocab_size, logits, -jnp.inf)
+            higher = jnp.maximum(top, jax.lax.stop_gradient(logits.max(-1)))
+            total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[..., None]).sum(-1)
+            place = targets - part[0]
+            here = jnp.take_along_axis(logits, jnp.clip(place, 0, self.block - 1)[..., None], -1)[..., 0]
+            return (higher, total, jnp.where((place >= 0) & (place < self.block), here, chosen)), None
+
+        lowest = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
+        start = (lowest, jnp.zeros(targets.shape), jnp.full(targets.shape, jnp.nan))
+        (top, total, chosen), _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), start, self._parts())
+        return top + jnp.log(total) - chosen
+
+    def init_cache(self, batch: int, length: int, keys: Key[Array, " batch"] | None = None) -> LexinvariantCache:
+        """An empty cache; `keys` are those of the rows' tables."""
+        cache = super().init_cache(batch, length)
+        fields = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
+        return LexinvariantCache(**fields, tables=self._keys(keys, batch))
+
+    def _keys(self, keys, batch):
+        return sequence_keys(jax.random.key(self.seed), batch) if keys is None else keys
+
+    def _rows(self, keys, symbols, learned):
+        rows = random_rows(keys, symbols, self.config.d_model).astype(self.config.dtype)
+        if self.random_symbols == 1:
+            return rows
+        return jnp.where(random_mask(keys, symbols, self.random_symbols)[..., None], rows, learned)
+
+    def _parts(self):
+        """For each block of the vocabulary, its first symbol and its rows of W (None, if there is no W)."""
+        cfg = self.config
+        count = -(-cfg.vocab_size // self.block)
+        learned = None
+        if self.random_symbols < 1:
+            learned = jnp.pad(self.embedding, ((0, count * self.block - cfg.vocab_size), (0, 0)))
+            learned = learned.reshape(count, self.block, cfg.d_model)
+        return self.block * jnp.arange(count), learned
+
+    def _block(self, keys, first, learned):
+        symbols = jnp.broadcast_to(first + jnp.arange(self.block), (keys.shape[0], self.block))
+        return constrain(self._rows(keys, symbols, learned), "batch", "vocab", "d_model")
+
+    def _readout(self, x, table):
+        table = table.astype(x.dtype)
+        of_table = "vd" if table.ndim == 2 else "bvd"
+        logits = jnp.einsum(f"bld,{of_table}->blv", x, table, preferred_element_type=jnp.float32)
+        return logits * (self.readout_scale or self.config.d_model**-0.5)
+
+
+def _check(config: DecoderConfig, random_symbols: float, readout_scale: float, block: int) -> None:
+    if not 0 <= random_symbols <= 1:
+        raise ValueError(f"random_symbols is {random_symbols}; it is a probability, in [0, 1].")
+    if not 0 <= readout_scale < math.inf:
+        raise ValueError(f"readout_scale is {readout_scale}; it must be positive (or 0, for d_model^-1/2).")
+    if block < 0:
+        raise ValueError(f"block is {block}; it must be positive (or 0, for the whole table at once).")
+    if not 0 < config.vocab_size < 2**31:
+        raise ValueError(f"vocab_size is {config.vocab_size}; it must be positive and below 2^31.")
+    if not config.tie_embeddings:
+        raise ValueError(
+            "tie_embeddings is False; a lexinvariant model reads out with the rows that it reads in, so set it True."
+        )
+
+
+class Bin(NamedTuple):
+    """The loss at positions `first` to `last` of a document's part in a row, both included."""
+
+    first: int
+    last: int
+    nats: float
+    """The mean over tokens and draws of the tables."""
+    stderr: float
+    """Of the mean over draws; 0 where nothing is drawn."""
+    tokens: float
+
+
+def position_edges(length: int) -> tuple[int, ...]:
+    """0, 1, 2, 4, 8, ... length: where bins of positions begin, and the end."""
+    return (0, *(2**k for k in range((length - 1).bit_length())), length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LexinvariantModeling(LanguageModeling):
+    """Trains a lexinvariant, semi-lexinvariant or standard language model on rows of text.
+
+    A row is a sequence: it has one table, whatever documents it holds. End-of-document tokens are symbols like others.
+    Evaluation and generation use the learned table, where there is one.
+    """
+
+    random_symbols: float = 1.0
+    """p; see `Lexinvariant`."""
+    readout_scale: float = 0.0
+    """s; 0: d_model^-1/2."""
+    block: int = 0
+    """So many rows of a table exist at a time; 0: all, which is faster for small vocabularies."""
+    draws: int = 4
+    """Tables for each sequence of an evaluation."""
+    seed: int = 0
+    """Of the tables in evaluation and generation."""
+
+    def __post_init__(self):
+        vocab = self.model.vocab_size or 1  # not known yet
+        sized = dataclasses.replace(self.model, vocab_size=vocab)
+        _check(sized, self.random_symbols, self.readout_scale, self.block)
+        if self.draws < 1:
+            raise ValueError(f"draws is {self.draws}; it must be at least 1.")
+
+    def module(self, training: bool = False) -> Lexinvariant:
+        """The model; in training, with the random part of a semi-lexinvariant one."""
+        part = self.random_symbols if training or self.random_symbols == 1 else 0.0
+        scale, block = self.readout_scale, self.block
+        return Lexinvariant(self.model, random_symbols=part, readout_scale=scale, block=block, seed=self.seed)
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss (nats a token, over `draws` tables for each sequence) and its standard error over them, perplexity, bits
+        per byte.
+
+        Raises:
+          ValueError: there was not a single target to predict.
+        """
+        nats, tokens, text_bytes = self._sums(params, batches)
+        loss, total = nats.sum(1) / tokens.sum(), tokens.sum()
+        return {
+            "loss": float(loss.mean()),
+            "loss_stderr": _stderr(loss),
+            "perplexity": math.exp(min(loss.mean(), 700.0)),
+            "bits_per_byte": float(nats.sum(1).mean()) / math.log(2) / max(text_bytes, 1.0),
+            "tokens": float(total),
+            "bytes": text_bytes,
+        }
+
+    def nats_by_position(
+        self, params: Params, batches: Iterable[Batch], *, edges: tuple[int, ...] = (), permuted: bool = False
+    ) -> list[Bin]:
+        """The loss against the position in the context, counted from a document's beginning in its row.
+
+        Args:
+          edges: where bins begin, and where the last one ends; default: `position_edges`.
+          permuted: in each sequence and draw, the symbols are renamed by a random permutation of all of them.
+
+        Raises:
+          ValueError: there was not a single target to predict.
+        """
+        batches = iter(batches)
+        ahead = list(itertools.islice(batches, 1))
+        edges = edges or position_edges(max((batch["tokens"].shape[1] for batch in ahead), default=1))
+        nats, tokens, _ = self._sums(params, itertools.chain(ahead, batches), edges, permuted)
+        means = nats / np.maximum(tokens, 1)
+        return [
+            Bin(first, stop - 1, float(means[:, k].mean()), _stderr(means[:, k]), float(tokens[k]))
+            for k, (first, stop) in enumerate(itertools.pairwise(edges))
+        ]
+
+    def _nats(self, params, batch, rng=None, *, keys=None):
+        if batch["tokens"].shape[1] < 2:
+            raise ValueError(
+                "rows hold 1 token; of a symbol that stands alone a lexinvariant model knows nothing, so choose a "
+                "data.length of 2 or more."
+            )
+        options: dict[str, Any] = {}
+        if rng is not None:
+            keys = sequence_keys(jax.random.fold_in(rng, 0), batch["tokens"].shape[0])
+            options["rngs"] = {"dropout": jax.random.fold_in(rng, 1)}
+        return self.module(training=rng is not None).apply(
+            {"params": params},
+            batch["tokens"],
+            batch["targets"],
+            positions=batch["positions"],
+            segments=batch["segments"],
+            deterministic=rng is None,
+            keys=keys,
+            method="nats",
+            **options,
+        )
+
+    def _sums(self, params, batches, edges=(0, 2**31 - 1), permuted=False):
+        """Nats [draws, bins], tokens [bins] and bytes over all batches."""
+        nats, tokens, text_bytes = 0.0, np.zeros(len(edges) - 1), 0.0
+        for number, batch in enumerate(batches):
+            sums = jax.device_get(_position_sums(self, edges, permuted, params, batch, number))
+            more, count, size = (np.asarray(x, np.float64) for x in sums)
+            nats, tokens, text_bytes = nats + more, tokens + count, text_bytes + float(size)
+        if not tokens.sum():
+            raise ValueError("the evaluation data hold no token to predict; choose a larger corpus or split.")
+        return nats, tokens, text_bytes
+
+
+def _stderr(draws: np.ndarray) -> float:
+    return float(draws.std(ddof=1) / math.sqrt(len(draws))) if len(draws) > 1 else 0.0
+
+
+def permute_symbols(
+    key: Key[Array, ""], batch: dict[str, Int[Array, "batch length"]], vocab: int
+) -> dict[str, Int[Array, "batch length"]]:
+    """Each array of tokens, with the symbols of each row renamed by the row's own random permutation."""
+    keys = sequence_keys(key, next(iter(batch.values())).shape[0])
+    renamed = jax.vmap(lambda key: jax.random.permutation(key, vocab))(keys)
+    return {name: jnp.take_along_axis(renamed, tokens, axis=1) for name, tokens in batch.items()}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _position_sums(task: LexinvariantModeling, edges: tuple[int, ...], permuted: bool, params, batch, number):
+    key = jax.random.fold_in(jax.random.key(task.seed), number)
+    batch = dict(batch)
+    bins = jnp.searchsorted(jnp.array(edges), batch["positions"], side="right") - 1  # those outside count nowhere
+    inside = jax.nn.one_hot(bins, len(edges) - 1) * batch["mask"][..., None]
+
+    def draw(number):
+        tables, names = jax.random.split(jax.random.fold_in(key, number))
+        words = {name: batch[name] for name in ("tokens", "targets")}
+        words = permute_symbols(names, words, task.model.vocab_size) if permuted else words
+        nats = task._nats(params, batch | words, keys=sequence_keys(tables, batch["tokens"].shape[0]))
+        return jnp.einsum("bl,blk->k", nats, inside)
+
+    drawn = permuted or task.random_symbols == 1
+    nats = jax.lax.map(draw, jnp.arange(task.draws if drawn else 1))
+    return nats, inside.sum((0, 1)), jnp.sum(batch["bytes"] * batch["mask"])
