@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 
 from jaxtok.protocols import Tokenizer
+from jaxtok.tokenizers.alphabet import ALPHABETS, AlphabetTokenizer
 from jaxtok.tokenizers.bytes import ByteTokenizer
 from jaxtok.tokenizers.characters import PREFIX, CharacterTokenizer
 from jaxtok.tokenizers.huggingface import HuggingFaceTokenizer
 from jaxtok.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
 __all__ = [
+    "AlphabetTokenizer",
     "ByteTokenizer",
     "CharacterTokenizer",
     "HuggingFaceTokenizer",
@@ -26,7 +28,10 @@ __all__ = [
 def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer that `spec` names.
 
-    That is "bytes", "characters:ALPHABET", a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one.
+    bytes                 the 256 bytes
+    letters, ascii        a small alphabet alone (`AlphabetTokenizer`)
+    characters:ALPHABET   these characters, and bytes for all others
+    PATH                  a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one
 
     Raises:
         FileNotFoundError: there is no such file or folder, or the folder holds no tokenizer.
@@ -34,6 +39,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """
     if spec == "bytes":
         return ByteTokenizer()
+    if spec in ALPHABETS:
+        return AlphabetTokenizer(spec)
     if isinstance(spec, str) and spec.startswith(PREFIX):
         return CharacterTokenizer(spec.removeprefix(PREFIX))
     path = Path(spec)
