@@ -2,6 +2,7 @@
 
 from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.gpt2 import GPT2Config
+from jaxtok.lm.lexinvariant import Lexinvariant, LexinvariantConfig
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import TransformerConfig
@@ -19,11 +20,14 @@ SIZES = {
 }
 
 LLAMA = SIZES | {"rotary_fraction": 1.0, "num_heads": 4}
+TIED = {"tie_embeddings": True, "mlp_dim": 24}
 
 CAUSAL_LMS = {
     "tokenformer": lambda: Decoder(TokenFormerConfig(**SIZES, tokens=uniform_counts(attention=12, ffn=20, output=9))),
     "gpt2": lambda: Decoder(GPT2Config(**SIZES | {"rotary_fraction": 0.0}, mlp_dim=24)),
     "llama": lambda: Decoder(LlamaConfig(**LLAMA, num_kv_heads=2, mlp_dim=24)),
+    "lexinvariant": lambda: Lexinvariant(LexinvariantConfig(**SIZES | TIED | {"rotary_fraction": 0.0})),
+    "semi_lexinvariant": lambda: Lexinvariant(LlamaConfig(**LLAMA | TIED), random_symbols=0.5, block=12),
     "mistral": lambda: Decoder(LlamaConfig(**LLAMA, mlp_dim=24, window=16)),
     "word_pooled_plain": lambda: Decoder(PlainConfig(**SIZES | {"rotary_fraction": 0.0}, mlp_dim=64)),
     "transformer": lambda: Decoder(TransformerConfig(**SIZES, mlp_dim=24)),

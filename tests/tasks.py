@@ -14,6 +14,7 @@ from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.hat import HATConfig, HATModeling, LlamaStack
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedModeling
 from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.lexinvariant import LexinvariantConfig, LexinvariantModeling
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
@@ -182,6 +183,10 @@ def images() -> Case:
     )
 
 
+def lexinvariant(model, **options) -> Case:
+    return dataclasses.replace(text(model), task=LexinvariantModeling(model=model, **options))
+
+
 SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 8, "vocab_size": 64, "max_length": 32}
 
 TASKS = {
@@ -192,5 +197,7 @@ TASKS = {
     "hat": hat,
     "hat_released": hat_released,
     "word_pooled": word_pooled,
+    "lexinvariant": lambda: lexinvariant(LexinvariantConfig(**SIZES, mlp_dim=32)),
+    "semi_lexinvariant": lambda: lexinvariant(TOKENFORMER, random_symbols=0.5, block=24),
     "tokenformer_vit": images,
 }

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
-import grain
+import numpy as np
+from jaxtyping import Int
 
 from jaxtok.data.text import TextData
-from jaxtok.tokenizers.alphabet import ALPHABETS, AlphabetTokenizer
+from jaxtok.tokenizers.alphabet import ALPHABETS
 
 
 @dataclasses.dataclass(frozen=True)
 class ReducedText(TextData):
     """Text that is reduced to the alphabet of its tokenizer (`jaxtok.tokenizers.alphabet`) before it is encoded.
 
-    Bytes are those of the reduced text. Nothing is lost between the tokens and that.
+    Nothing is lost between the reduced text and the tokens; the bytes that a loss is divided by are the reduced text's.
 
     Raises:
         ValueError: the tokenizer has no alphabet to which text could be reduced.
@@ -27,5 +28,5 @@ class ReducedText(TextData):
         if self.tokenizer not in ALPHABETS:
             raise ValueError(f"tokenizer={self.tokenizer!r}: choose one of {', '.join(ALPHABETS)}")
 
-    def _documents(self, split: str) -> grain.MapDataset[str | bytes]:
-        return super()._documents(split).map(AlphabetTokenizer(self.tokenizer).reduce)
+    def items(self, document: str | bytes) -> Int[np.ndarray, "items 3"]:
+        return super().items(self.loaded_tokenizer.reduce(document))

@@ -1,18 +1,18 @@
 """Lexinvariant language models: no token embeddings, but fresh random vectors in every sequence (arXiv 2305.16349).
 
-A model p is lexinvariant if p(x_1..x_n) = p(pi(x_1)..pi(x_n)) for every permutation pi of the vocabulary (the paper's
-section 2). Here, for each sequence, every symbol v gets a vector E_v ~ N(0, I), and that table stands at both ends of
-the model: h = body(E[x_1]..E[x_n]), logits = s h E^T. Then all that a prediction can come from is which symbols of the
-sequence are the same; with a long enough context, the model learns to decipher them.
+A model p is lexinvariant if p(x_1..x_n) = p(pi(x_1)..pi(x_n)) for every permutation pi of the vocabulary. Here, for
+each sequence, every symbol v gets a vector E_v ~ N(0, I), and that table stands at both ends of the model:
+h = body(E[x_1]..E[x_n]), logits = s h E^T. Then all that a prediction can come from is which symbols of the sequence
+are the same; with a long enough context, the model learns to decipher them.
 
 Any body will do (`jaxtok.lm.decoder.Backbone` around a Transformer, Llama, GPT-2, TokenFormer...). A semi-lexinvariant
-model (section 4) has a learned table W as well, of which a sequence sees the rows of all symbols but a random part.
+model has a learned table W as well, of which a sequence sees the rows of all symbols but a random part.
 
 A row E_v is a hash of the sequence's key and v, so that a table need not exist: `block` rows at a time are drawn where
 they are met, and drawn again in the backward pass.
 
-The authors released no code. s, the initialisation and the order of the norms are not in the paper; s = d^-1/2 gives
-logits of a standard deviation near 1, s = 1 is the plain inner product.
+The authors released no code, so s, the initialisation and the place of the norms are ours: s = d^-1/2 gives logits of a
+standard deviation near 1; s = 1 is the paper's plain inner product.
 """
 
 from __future__ import annotations
