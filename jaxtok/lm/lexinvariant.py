@@ -221,7 +221,8 @@ class Lexinvariant(Backbone):
             total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[..., None]).sum(-1)
             place = targets - part[0]
             here = jnp.take_along_axis(logits, jnp.clip(place, 0, self.block - 1)[..., None], -1)[..., 0]
-            return (higher, total, jnp.where((place >= 0) & (place < self.block), here, chosen)), None
+            found = (place >= 0) & (place < self.block) & (targets < self.config.vocab_size)
+            return (higher, total, jnp.where(found, here, chosen)), None
 
         lowest = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
         start = (lowest, jnp.zeros(targets.shape), jnp.full(targets.shape, jnp.nan))

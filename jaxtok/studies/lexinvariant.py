@@ -13,7 +13,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,6 +32,8 @@ from jaxtok.data.text import TextData
 from jaxtok.lm.lexinvariant import Bin, LexinvariantModeling, position_edges, sequence_keys
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.protocols import Batch, Params
+from jaxtok.studies.comparison import Comparison
+from jaxtok.studies.comparison import key as result_key
 
 # --- Adaptive n-grams: what repetition alone predicts. ---
 
@@ -398,7 +402,8 @@ class ByPosition:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cipher:
-    """How much of a text a probe reads, at the end of a row and by the map of a whole row."""
+    """How much of a text is read: by a probe in the last bin of positions, by the map of whole rows, and by naming the
+    commonest symbol everywhere."""
 
     steps: int = 300
     batches: int = 8
@@ -406,9 +411,11 @@ class Cipher:
 
     def __call__(self, task: LexinvariantModeling, params: Params, data: TextData) -> dict[str, float]:
         probe = train_probe(task, params, data.train_batches(), steps=self.steps)
-        text = dataclasses.replace(data, eval_limit=self.batches).eval_batches(self.split)
+        text = list(dataclasses.replace(data, eval_limit=self.batches).eval_batches(self.split))
         *_, last = cipher_accuracy(task, params, probe, text)
-        return {"cipher_probe": last.probe, "cipher_map": last.mapped}
+        real = np.concatenate([batch["tokens"][batch["mask"] > 0] for batch in text])
+        commonest = float(np.bincount(real).max() / real.size)
+        return {"cipher_probe": last.probe, "cipher_map": last.mapped, "cipher_chance": commonest}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -474,3 +481,32 @@ def plot_by_position(curves: dict[str, Sequence[Bin]], path: Path, *, uniform: f
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     return path
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LexinvariantStudy(Comparison):
+    """A comparison that also draws its arms' losses by position, where `ByPosition` is among its measures."""
+
+    def run(self) -> bool:
+        """As in a comparison; also writes by_position.png, of the first seed."""
+        if not super().run():
+            return False
+        folder = Path(self.workdir)
+        results = json.loads((folder / "results.json").read_text())
+        curves = {}
+        for arm in self.arms:
+            numbers = results[result_key(arm.name, self.seeds[0])]["test"]
+            curves |= {f"{arm.name}, {kind}": curve_of(numbers, kind) for kind in ("plain", "permuted")}
+        curves |= {f"adaptive {kind}": curve_of(numbers, kind) for kind in ("unigram", "bigram")}
+        if found := {label: bins for label, bins in curves.items() if bins}:
+            plot_by_position(found, folder / "by_position.png", uniform=math.log(self.arms[0].task.model.vocab_size))
+        return True
+
+
+def curve_of(numbers: dict[str, float], kind: str) -> list[Bin]:
+    """One of the curves that `ByPosition` measured."""
+    bins = []
+    for name, nats in numbers.items():
+        if match := re.fullmatch(rf"{kind}_(\d+)_(\d+)", name):
+            bins.append(Bin(int(match[1]), int(match[2]), nats, numbers[f"{name}_stderr"], 0.0))
+    return bins
