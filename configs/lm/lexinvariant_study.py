@@ -51,7 +51,7 @@ def arm(name: str, random_symbols: float) -> Experiment:
 
 
 config = LexinvariantStudy(
-    arms=(lexinvariant, arm("semi-lexinvariant", 0.2), arm("standard", 0.0)),
+    arms=(lexinvariant, arm("standard", 0.0), arm("semi-lexinvariant", 0.2)),
     measures=(ByPosition(), Cipher(steps=200), InContext(pairs=(2, 8), examples=(2,))),
     columns=("plain_0_0", "plain_128_255", "permuted_128_255", "cipher_map", "lookup_2"),
     curve="loss",

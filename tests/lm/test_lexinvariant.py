@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 
+CONFIGS = Path(__file__).parents[2] / "configs" / "lm"
 VOCAB, BATCH, LENGTH = 29, 3, 12  # no other axis is 29
 CONFIG = LexinvariantConfig(num_layers=2, d_model=16, num_heads=2, mlp_dim=24, vocab_size=VOCAB, max_length=32)
 PURE = Lexinvariant(CONFIG)
@@ -40,9 +42,13 @@ SEMI = Lexinvariant(CONFIG, random_symbols=0.3)
 @functools.cache
 def noisy_params(model):
     """None of them zero."""
-    params = init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-    flat, unflatten = jax.flatten_util.ravel_pytree(params)
-    return unflatten(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    rng = np.random.default_rng(0)
+
+    def noisy(path, leaf):
+        return jnp.asarray(rng.normal(float(path[-1].key == "scale"), 0.4, leaf.shape), jnp.float32)
+
+    return jax.tree_util.tree_map_with_path(noisy, shapes)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "method"))
@@ -126,7 +132,8 @@ def test_without_random_symbols_it_is_the_tied_language_model():
     standard = LanguageModeling(model=model)
     params = noisy_params(Decoder(model))
     same = LexinvariantModeling(model=model, random_symbols=0.0, readout_scale=1.0)
-    assert jax.tree.structure(same.init(rng, case.batch)) == jax.tree.structure(standard.init(rng, case.batch))
+    trees = [jax.tree.structure(jax.eval_shape(task.init, rng, case.batch)) for task in (same, standard)]
+    assert trees[0] == trees[1]
     loss = jax.jit(standard.loss)(params, case.batch, rng, 0)[0]
     assert jax.jit(same.loss)(params, case.batch, rng, 0)[0] == loss
     scaled = dataclasses.replace(same, readout_scale=0.0)
@@ -278,7 +285,7 @@ def test_published_sizes(name, vocab):
 
 @pytest.mark.parametrize("name", ["characters", "subwords"])
 def test_published_configs(name):
-    experiment = load_config(f"configs/lm/lexinvariant_pile_150m_{name}.py")
+    experiment = load_config(CONFIGS / f"lexinvariant_pile_150m_{name}.py")
     assert dataclasses.replace(experiment.task.model, dtype="float32", remat="none") == PUBLISHED[f"150m-{name}"]
     assert experiment.task.random_symbols == 1 and experiment.data.length == 512
 
