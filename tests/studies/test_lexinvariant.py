@@ -247,8 +247,9 @@ def test_a_study_measures_and_plots(tmp_path):
 @pytest.mark.slow
 def test_the_papers_claims_in_small(tmp_path):
     """The lexinvariant model's loss falls along the context and does not see that letters are renamed; the standard one
-    with the same body is far better, and far worse than guessing where they are."""
-    lexinvariant, standard, _ = small_study(tmp_path, 250, length=128, eval_limit=4).arms
+    with the same body is far better, and far worse than guessing where they are. (Measured, last bin: 3.22 and 3.23 on
+    renamed text, from 3.61 in the first; standard 2.32 and 4.99.)"""
+    lexinvariant, standard, _ = small_study(tmp_path, 250, batch_size=16).arms
     bins = {}
     for arm in (lexinvariant, standard):
         result = train(dataclasses.replace(arm, workdir=str(tmp_path / arm.name)), quiet=True)
