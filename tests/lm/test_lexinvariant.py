@@ -156,6 +156,17 @@ def test_random_symbols_are_the_asked_part():
     np.testing.assert_array_equal(call(PURE.clone(random_symbols=1.0), {}, keys, method="table"), drawn)
 
 
+def test_training_draws_tables_and_evaluation_of_a_semi_lexinvariant_model_does_not():
+    case = text(dataclasses.replace(CONFIG, vocab_size=VOCAB))
+    semi = LexinvariantModeling(model=case.task.model, random_symbols=0.3)
+    params = noisy_params(SEMI)
+    loss = jax.jit(lambda key: semi.loss(params, case.batch, jax.random.key(key), 0)[0])
+    assert loss(0) == loss(0) != loss(1)
+    learned = semi.evaluate(params, [case.batch])
+    assert learned == dataclasses.replace(semi, random_symbols=0.0).evaluate(params, [case.batch])
+    assert learned["loss_stderr"] == 0 and abs(learned["loss"] - loss(0)) > 1e-3
+
+
 def test_symbols_that_have_not_been_seen_are_exchangeable():
     """Over draws of the tables, the first prediction is uniform over all symbols but the one that was seen."""
     draws = 2000
