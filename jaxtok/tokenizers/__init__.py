@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxtok.protocols import Tokenizer
 from jaxtok.tokenizers.alphabet import ALPHABETS, AlphabetTokenizer
+from jaxtok.tokenizers.byt5 import ByT5Tokenizer
 from jaxtok.tokenizers.bytes import ByteTokenizer
 from jaxtok.tokenizers.characters import PREFIX, CharacterTokenizer
 from jaxtok.tokenizers.huggingface import HuggingFaceTokenizer
@@ -15,6 +16,7 @@ from jaxtok.tokenizers.sentencepiece import SentencePieceTokenizer, train_senten
 
 __all__ = [
     "AlphabetTokenizer",
+    "ByT5Tokenizer",
     "ByteTokenizer",
     "CharacterTokenizer",
     "HuggingFaceTokenizer",
@@ -29,6 +31,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer that `spec` names.
 
     bytes                 the 256 bytes
+    byt5                  the same as ByT5 numbers them (`ByT5Tokenizer`)
     letters, ascii        a small alphabet alone (`AlphabetTokenizer`)
     characters:ALPHABET   these characters, and bytes for all others
     PATH                  a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one
@@ -43,6 +46,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return AlphabetTokenizer(spec)
     if isinstance(spec, str) and spec.startswith(PREFIX):
         return CharacterTokenizer(spec.removeprefix(PREFIX))
+    if spec == "byt5":
+        return ByT5Tokenizer()
     path = Path(spec)
     if path.is_dir():
         found = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else sorted(path.glob("*.model"))
@@ -52,7 +57,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             raise ValueError(f"{path} holds {len(found)} *.model files: give the path of one of them")
         path = found[0]
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer {str(spec)!r}: give 'bytes', a *.model, a tokenizer.json or a folder")
+        raise FileNotFoundError(f"no tokenizer {str(spec)!r}: give 'bytes', 'byt5', a *.model, a tokenizer.json or a folder")
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     if path.suffix == ".json":

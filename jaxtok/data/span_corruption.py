@@ -1,0 +1,87 @@
+"""Span corruption, the pre-training task of T5 (arXiv 1910.10683, section 3.1.4) and ByT5 (2105.13626).
+
+Spans of a text are taken out; a sentinel stands for each in the input, and the target is each sentinel followed by what
+it stands for. Lengths, masks and sentinels are those of the authors' code.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+
+def noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
+    """How many of `length` tokens are noise, and in how many spans."""
+    noise = min(max(round(length * density), 1), length - 1)
+    return noise, max(1, round(min(noise, length - noise) / mean_span))
+
+
+def raw_length(inputs_length: int, density: float = 0.15, mean_span: float = 20.0) -> tuple[int, int]:
+    """The largest number of tokens whose corrupted input is at most `inputs_length` long, and the target's length.
+
+    Both lengths count the end, and a sentinel for each span.
+
+    Raises:
+        ValueError: not even two tokens fit.
+    """
+
+    def lengths(raw: int) -> tuple[int, int]:
+        noise = round(raw * density)
+        spans = round(noise / mean_span)
+        return raw - noise + spans + 1, noise + spans + 1
+
+    raw = inputs_length
+    while lengths(raw + 1)[0] <= inputs_length:
+        raw += 1
+    inputs, targets = lengths(raw)
+    if density == 0.5 and targets > inputs:  # as in the authors' code, which wants targets no longer than inputs
+        raw, targets = raw - 1, targets - 1
+    return raw, targets
+
+
+def noise_mask(length: int, density: float, mean_span: float, rng: np.random.Generator) -> Bool[np.ndarray, " length"]:
+    """Which tokens are noise: spans of random lengths, each way to cut equally likely; the first is not, the last is.
+
+    Raises:
+        ValueError: there are fewer than two tokens.
+    """
+    if length < 2:
+        raise ValueError(f"the length is {length}; corrupting spans takes at least 2 tokens.")
+    noise, spans = noise_counts(length, density, mean_span)
+
+    def cut(total: int) -> np.ndarray:
+        """Lengths of `spans` parts, none of them empty."""
+        ends = np.sort(rng.choice(total - 1, spans - 1, replace=False)) + 1
+        return np.diff(ends, prepend=0, append=total)
+
+    lengths = np.stack([cut(length - noise), cut(noise)], 1).ravel()
+    return np.repeat(np.tile([False, True], spans), lengths)
+
+
+def corrupt(
+    tokens: Int[np.ndarray, " length"], mask: Bool[np.ndarray, " length"], first_sentinel: int, end: int
+) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
+    """Input and target of tokens, of which those in `mask` are noise. Sentinels count down from `first_sentinel`."""
+    mask = np.asarray(mask, bool)
+    starts = mask & ~np.concatenate([[False], mask[:-1]])
+    sentinels = first_sentinel + 1 - np.cumsum(starts)
+    inputs = np.where(starts, sentinels, tokens)[starts | ~mask]
+    pairs = np.stack([sentinels, tokens], 1)
+    targets = pairs[np.stack([starts, mask], 1)]  # row by row: the sentinel, then the token
+    return np.append(inputs, end), np.append(targets, end)
+
+
+def restore(
+    inputs: Int[np.ndarray, " inputs"], targets: Int[np.ndarray, " targets"], first_sentinel: int
+) -> Int[np.ndarray, " length"]:
+    """The tokens from which `corrupt` made them, if none of these is one of its sentinels."""
+    inputs, targets = np.asarray(inputs)[:-1], np.asarray(targets)[:-1]
+    parts: list[np.ndarray] = []
+    sentinel = first_sentinel
+    while len(place := np.flatnonzero(inputs == sentinel)):
+        (start,) = np.flatnonzero(targets == sentinel)
+        rest = targets[start + 1 :]
+        end = np.flatnonzero(rest == sentinel - 1)
+        parts += [inputs[: place[0]], rest[: end[0]] if len(end) else rest]
+        inputs, sentinel = inputs[place[0] + 1 :], sentinel - 1
+    return np.concatenate([*parts, inputs])
