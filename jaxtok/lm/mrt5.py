@@ -1,0 +1,725 @@
+"""MrT5 (arXiv 2410.20771): a ByT5 whose encoder drops bytes behind its first blocks.
+
+A gate scores every byte. In training the score is added to what later layers attend with (soft deletion: same length,
+differentiable); in evaluation and generation bytes with low scores are taken out (hard deletion: shorter rows). The
+baselines of the paper are here too, as other values of `MrT5Config.reduction`.
+
+Shapes are static. A hard step of training, which need not be faster, hides deleted bytes instead of taking them out:
+as positions keep their bias, the rest sees the same. Evaluation takes them out into one of a few capacities, each of
+which is compiled once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.axes import gather
+from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
+from jaxtok.lm.t5 import (
+    T5,
+    Encoded,
+    SequenceToSequence,
+    T5Config,
+    hide,
+    initial,
+    position_bias,
+    shift_right,
+    sums_of,
+    totals,
+)
+from jaxtok.nn.activations import gelu
+from jaxtok.nn.norms import Norm
+from jaxtok.nn.transformer import Stack
+from jaxtok.protocols import Batch, Params
+
+REDUCTIONS = ("gate", "random", "fixed", "boundaries", "convolution", "nothing")
+GATES = ("sigmoid", "log_sigmoid")
+DELETED = -1e9
+"""The bias of a deleted key, and the log-sigmoid gate of padding."""
+SEPARATORS = (1, 12, 13, *range(35, 51), *range(61, 68), *range(94, 100), *range(126, 130))
+"""Ids of ByT5 that begin a segment for `fixed`: blanks, punctuation, the end."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MrT5Config(T5Config):
+    """Defaults: those of the authors' training script, around a T5 of any size.
+
+    Their config class has other ones (gate_layer 2, gate_scale -10).
+    """
+
+    reduction: Literal["gate", "random", "fixed", "boundaries", "convolution", "nothing"] = "gate"
+    """What happens behind `gate_layer` blocks of the encoder (section 3, and the baselines of section 4.2):
+
+    gate         bytes are deleted by a learned gate
+    random       about `amount` of the places of a batch, padding or not, are deleted
+    fixed        the last `amount` of each word
+    boundaries   segments between learned boundaries are averaged (arXiv 2211.09761)
+    convolution  `stride` neighbours become one (CANINE, arXiv 2103.06874)
+    nothing      the encoder sees an end and nothing else: a decoder-only control
+    """
+    gate_layer: int = 3
+    """Blocks in front of the reduction."""
+    gate: Literal["sigmoid", "log_sigmoid"] = "sigmoid"
+    """gate_scale * sigmoid(-z), or log(sigmoid(z)), of the logit z."""
+    gate_scale: float = -30.0
+    threshold: float = -15.0
+    """A byte stays if its gate is above."""
+    gate_norm: bool = True
+    """An RMS norm in front of the gate."""
+    gumbel_noise: bool = False
+    """On the logits in training."""
+    amount: float = 0.5
+    """That random and fixed delete."""
+    stride: int = 4
+    temperature: float = 0.5
+    """Of the boundaries' relaxed Bernoulli."""
+    prior: float = 0.2
+    """Of a boundary."""
+    mask_surplus: bool = False
+    """Do not attend to the places of a row behind its last segment. The authors' code does, so that there a row depends
+    on the others of its batch."""
+    softmax1: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.reduction not in REDUCTIONS:
+            raise ValueError(f"reduction is {self.reduction!r}; it can be {', '.join(REDUCTIONS)}.")
+        if self.gate not in GATES:
+            raise ValueError(f"gate is {self.gate!r}; it can be {', '.join(GATES)}.")
+        if self.reduction != "nothing" and not 0 <= self.gate_layer < max(self.num_layers, 1):
+            raise ValueError(
+                f"gate_layer is {self.gate_layer}; it must be from 0 to {self.num_layers - 1}, as the encoder has "
+                f"{self.num_layers} layers."
+            )
+        if self.gate_scale >= 0:
+            raise ValueError(
+                f"gate_scale is {self.gate_scale}; it must be negative, to be a bias against deleted keys."
+            )
+        low = self.gate_scale if self.gate == "sigmoid" or self.reduction in ("random", "fixed") else -math.inf
+        if not low < self.threshold < 0:
+            raise ValueError(f"threshold is {self.threshold}; gates are between {low} and 0, and so must it be.")
+        if not 0 <= self.amount < 1:
+            raise ValueError(f"amount is {self.amount}; it must be in [0, 1).")
+        if self.stride < 1:
+            raise ValueError(f"stride is {self.stride}; it must be at least 1.")
+        if self.temperature <= 0 or not 0 < self.prior < 1:
+            raise ValueError(
+                f"temperature is {self.temperature} and prior {self.prior}; the first must be positive and the second "
+                "between 0 and 1."
+            )
+
+    @property
+    def decoder_stack(self) -> MrT5Config:
+        layers = self.decoder_layers or self.num_layers
+        return dataclasses.replace(self, num_layers=layers, gate_layer=0, causal=True, mask_keys=False, cross=True)
+
+    @property
+    def plain(self) -> T5Config:
+        """The model around the reduction, with softmax1 if this has it."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(T5Config)}
+        return T5Config(**fields)
+
+    def module(self) -> MrT5:
+        return MrT5(self)
+
+    def encoder_flops(self, inputs: int, slots: int = 0) -> float:
+        """With `slots` places left behind the reduction; 0: as in training."""
+        if self.reduction == "nothing":
+            return super().encoder_flops(1)
+        slots = slots or (inputs // self.stride if self.reduction == "convolution" else inputs)
+        whole, cross = self.encoder_stack, 4 * self.d_model * self.num_heads * self.head_dim
+        part = self.gate_layer / self.num_layers
+        rest = (1 - part) * whole.stack_flops(slots) + self.decoder_stack.num_layers * cross
+        own = {"convolution": 2 * self.d_model**2, "boundaries": 2 * self.d_model * (self.mlp_dim + slots)}
+        return inputs * (part * whole.stack_flops(inputs) + own.get(self.reduction, 2 * self.d_model)) + slots * rest
+
+
+@flax.struct.dataclass
+class Begun:
+    """Rows in front of the reduction, and what it is to do with them."""
+
+    states: Float[Array, "batch length d_model"]
+    mask: Bool[Array, "batch length"]
+    kept: Bool[Array, "batch length"]
+    """Places that hard deletion leaves, of real tokens only (`boundaries`: where a segment begins)."""
+    gate: Float[Array, "batch length"] | None = None
+    logits: Float[Array, "batch length"] | None = None
+    boundaries: Float[Array, "batch length"] | None = None
+    """1 where a segment ends, with the gradient of the probability."""
+
+    @property
+    def counts(self) -> Int[Array, " batch"]:
+        """Places that each row needs, at least 1."""
+        return jnp.maximum(self.kept.sum(-1), 1)
+
+
+class DeleteGate(nn.Module):
+    """The logit z of keeping each state, in float32 (section 3.1): norm(x) w + b, with b = 1 at first."""
+
+    config: MrT5Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length"]:
+        cfg = self.config
+        x = x.astype(jnp.float32)
+        if cfg.gate_norm:
+            x = Norm("rms", eps=cfg.norm_eps, param_dtype=cfg.param_dtype, name="norm")(x)
+        init = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), ("d_model", None))
+        kernel = self.param("kernel", init, (x.shape[-1], 1), cfg.param_dtype)
+        bias = self.param("bias", nn.with_logical_partitioning(nn.initializers.ones, (None,)), (1,), cfg.param_dtype)
+        return jnp.einsum("bld,dk->blk", x, gather(kernel.astype(jnp.float32), "d_model", None))[..., 0] + bias
+
+
+class BoundaryPredictor(nn.Module):
+    """The logit of a segment's end at each state: an MLP on its norm."""
+
+    config: MrT5Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length"]:
+        cfg = self.config
+
+        def dense(x, features, axes, bias, name):
+            init = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), axes)
+            kernel = self.param(f"{name}_kernel", init, (x.shape[-1], features), cfg.param_dtype)
+            init = nn.with_logical_partitioning(nn.initializers.constant(bias), (axes[1],))
+            return x @ gather(kernel.astype(x.dtype), *axes) + self.param(f"{name}_bias", init, (features,))
+
+        x = Norm("rms", eps=cfg.norm_eps, param_dtype=cfg.param_dtype, name="norm")(x.astype(jnp.float32))
+        x = gelu(dense(x, cfg.mlp_dim, ("d_model", "mlp"), 0.0, "up"))
+        return dense(x, 1, ("mlp", None), -1.0, "down")[..., 0]
+
+
+class StridedConvolution(nn.Module):
+    """gelu of a convolution of the norm, whose kernel is as long as its stride; a remainder is dropped."""
+
+    config: MrT5Config
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch slots d_model"]:
+        cfg = self.config
+        width, stride = x.shape[-1], cfg.stride
+
+        def uniform(rng, shape, dtype=jnp.float32):  # PyTorch's
+            bound = (width * stride) ** -0.5
+            return jax.random.uniform(rng, shape, dtype, -bound, bound)
+
+        axes = (None, "d_model", "channels")
+        kernel = self.param(
+            "kernel", nn.with_logical_partitioning(uniform, axes), (stride, width, width), cfg.param_dtype
+        )
+        bias = self.param("bias", nn.with_logical_partitioning(uniform, ("channels",)), (width,), cfg.param_dtype)
+        x = Norm("rms", eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name="norm")(x)
+        slots = x.shape[1] // stride
+        x = x[:, : slots * stride].reshape(x.shape[0], slots, stride, width)
+        return gelu(jnp.einsum("bskd,kde->bse", x, gather(kernel.astype(x.dtype), *axes)) + bias.astype(x.dtype))
+
+
+def random_gate(rng: jax.Array, shape: tuple[int, int], amount: float, scale: float) -> Float[Array, "batch length"]:
+    """`scale` at N(amount, 0.05) of all the places of a batch, 0 elsewhere."""
+    of_count, of_places = jax.random.split(rng)
+    places = math.prod(shape)
+    count = ((amount + 0.05 * jax.random.normal(of_count)) * places).astype(jnp.int32)
+    rank = jnp.argsort(jnp.argsort(jax.random.uniform(of_places, (places,))))
+    return jnp.where(rank < count, scale, 0.0).reshape(shape)
+
+
+def fixed_gate(
+    tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"], amount: float, scale: float
+) -> Float[Array, "batch length"]:
+    """0 at the first ceil((1 - amount) n) of the n real tokens from one separator to the next, `scale` elsewhere.
+
+    Each row has segments of its own; in the authors' code those of a batch are mixed up.
+    """
+    rows, length = tokens.shape
+    places = jnp.arange(length)
+    separator = jnp.isin(tokens, jnp.array(SEPARATORS))
+    segment = jnp.cumsum(separator, axis=1)
+    sizes = jnp.zeros((rows, length + 1), jnp.int32).at[jnp.arange(rows)[:, None], segment].add(mask)
+    start = jax.lax.cummax(jnp.where(separator, places, 0), axis=1)
+    allowed = np.ceil((1 - amount) * np.arange(length + 1)).astype(np.int32)
+    allowed = jnp.take(jnp.asarray(allowed), jnp.take_along_axis(sizes, segment, axis=1))
+    return jnp.where((places - start < allowed) & mask, 0.0, scale)
+
+
+class MrT5Encoder(nn.Module):
+    """T5's encoder in two parts, `begin` and `finish`, with the reduction between them."""
+
+    config: MrT5Config
+
+    def setup(self):
+        cfg = self.config
+        first = cfg.gate_layer if cfg.reduction != "nothing" else 0
+        if first:
+            self.stack = Stack(dataclasses.replace(cfg, num_layers=first, gate_layer=0))
+        self.rest = Stack(dataclasses.replace(cfg, num_layers=cfg.num_layers - first, gate_layer=0))
+        self.relative_bias = position_bias(cfg)
+        self.final_norm = cfg.norm_module()
+        self.drop = nn.Dropout(cfg.dropout)
+        if cfg.reduction == "gate":
+            self.delete_gate = DeleteGate(cfg)
+        if cfg.reduction == "boundaries":
+            self.boundary_predictor = BoundaryPredictor(cfg)
+        if cfg.reduction == "convolution":
+            self.convolution = StridedConvolution(cfg)
+
+    def begin(self, x, tokens, mask, threshold=None, uniform=None, deterministic: bool = True) -> Begun:
+        cfg = self.config
+        x = self.drop(x, deterministic)
+        if cfg.gate_layer and cfg.reduction != "nothing":
+            places = jnp.arange(x.shape[1])[None]
+            bias = (self.relative_bias(places, places),)
+            x, _ = self.stack(x, places, mask.astype(jnp.int32), deterministic=deterministic, bias=bias)
+        begun = Begun(x, mask, mask)
+        if cfg.reduction == "boundaries":
+            return self._boundaries(begun, uniform)
+        if cfg.reduction not in ("gate", "random", "fixed"):
+            return begun
+        scale, z = cfg.gate_scale, None
+        if cfg.reduction == "gate":
+            z = self.delete_gate(x)
+            if cfg.gumbel_noise and not deterministic:
+                z = z + jax.random.gumbel(self.make_rng("gate"), z.shape)
+            values = scale * jax.nn.sigmoid(-z) if cfg.gate == "sigmoid" else jax.nn.log_sigmoid(z)
+            values = jnp.where(mask, values, scale if cfg.gate == "sigmoid" else DELETED)
+        elif cfg.reduction == "random":
+            values = random_gate(self.make_rng("gate"), mask.shape, cfg.amount, scale)
+        else:
+            values = fixed_gate(tokens, mask, cfg.amount, scale)
+        kept = (values > (cfg.threshold if threshold is None else threshold)) & mask
+        return begun.replace(gate=values, logits=z, kept=kept)
+
+    def _boundaries(self, begun: Begun, uniform) -> Begun:
+        mask, length = begun.mask, begun.mask.shape[1]
+        z = self.boundary_predictor(begun.states)
+        if uniform is None:
+            uniform = jax.random.uniform(self.make_rng("gate"), z.shape, minval=1e-6, maxval=1 - 1e-6)
+        soft = jax.nn.sigmoid((jnp.log(uniform) - jnp.log1p(-uniform) + z) / self.config.temperature)
+        ends = (soft > 0.5) - jax.lax.stop_gradient(soft) + soft
+        last = mask & (jnp.arange(length) == jnp.max(jnp.where(mask, jnp.arange(length), -1), -1, keepdims=True))
+        ends = jnp.where(last, 1.0, ends * mask)
+        before = jnp.pad(ends[:, :-1] > 0.5, ((0, 0), (1, 0)), constant_values=True)
+        return begun.replace(logits=z, boundaries=ends, kept=before & mask)
+
+    def finish(
+        self, begun: Begun, hard: bool | Bool[Array, ""] = False, capacity: int = 0, deterministic: bool = True
+    ) -> Encoded:
+        """The rest of the encoder.
+
+        Args:
+          hard: whether deleted bytes are hidden, where they are not taken out.
+          capacity: take them out, into so many places; of a row that needs more, those with the highest gates stay.
+            0: leave them. `boundaries` takes it as the number of segments, 0 as the length.
+        """
+        cfg = self.config
+        x, mask = begun.states, begun.mask
+        rows, length = mask.shape
+        places = jnp.broadcast_to(jnp.arange(length), mask.shape)[:1]
+        keys, cross = (), (hide(mask),)
+        if cfg.reduction == "boundaries":
+            x, places, mask, cross = self._segments(begun, capacity or length)
+        elif cfg.reduction == "convolution":
+            x, slots = self.convolution(x), length // cfg.stride
+            windows = mask[:, : slots * cfg.stride].reshape(rows, slots, cfg.stride)
+            places, mask, cross = places[:, :: cfg.stride][:, :slots], windows[..., 0], (hide(windows.any(-1)),)
+        elif cfg.reduction != "nothing" and capacity:
+            places, filled = compact(begun, capacity)
+            x, mask = jnp.take_along_axis(x, places[..., None], 1), jnp.take_along_axis(mask, places, 1)
+            keys = (hide(filled, DELETED),)
+            cross = (hide(mask), *keys)
+        elif cfg.reduction != "nothing":
+            kept = begun.kept.at[:, 0].set(begun.kept[:, 0] | ~begun.kept.any(-1))
+            keys = (jnp.where(hard, hide(kept, DELETED), begun.gate[:, None, None, :]),)
+            cross = (*cross, *keys)
+        bias = self.relative_bias(places, places)
+        self.sow("intermediates", "bias", bias)
+        x, _ = self.rest(x, places, mask.astype(jnp.int32), deterministic=deterministic, bias=(bias, *keys))
+        return Encoded(self.drop(self.final_norm(x), deterministic), cross)
+
+    def _segments(self, begun: Begun, slots: int):
+        """The mean of each segment, where it begins, what the encoder is to see of it, and what the decoder."""
+        ends, states = begun.boundaries, begun.states
+        rows, length = ends.shape
+        number = jnp.cumsum(ends, axis=1) - ends  # of the segment that a place is in, with a gradient
+        which = jnp.round(jax.lax.stop_gradient(number)).astype(jnp.int32)
+        slot = jnp.arange(slots)
+        inside = which[..., None] == slot
+        weights = jnp.where(inside, 1 - (slot - number[..., None]), 0.0)  # 1, with the gradient of the number
+        total = jnp.einsum("bls,bld->bsd", weights, states.astype(jnp.float32))
+        x = (total / (weights.sum(1)[..., None] + 1e-9)).astype(states.dtype)
+        counts = begun.kept.sum(-1, keepdims=True)
+        target = jnp.where(begun.kept, which, slots)
+        places = jnp.zeros((rows, slots), jnp.int32).at[jnp.arange(rows)[:, None], target]
+        places = places.set(jnp.broadcast_to(jnp.arange(length), ends.shape), mode="drop")
+        mine = slot < counts
+        seen = mine if self.config.mask_surplus else jnp.broadcast_to(slot < counts.max(), mine.shape)
+        return x, places, seen & jnp.take_along_axis(begun.mask, places, 1), (hide(mine),)
+
+
+def compact(begun: Begun, capacity: int) -> tuple[Int[Array, "batch slots"], Bool[Array, "batch slots"]]:
+    """The places that are kept, in order and to the left, and which slots are filled. Empty slots hold place 0.
+
+    A row that keeps none has its place 0. Of a row that keeps more than `capacity`, those with the highest gates stay.
+    """
+    kept, (rows, length) = begun.kept, begun.kept.shape
+    if capacity < length:
+        rank = jnp.argsort(jnp.argsort(-jnp.where(kept, begun.gate, -jnp.inf), axis=1), axis=1)
+        kept = kept & (rank < capacity)
+    slot = jnp.where(kept, jnp.cumsum(kept, axis=1) - 1, capacity)
+    places = jnp.zeros((rows, capacity), jnp.int32).at[jnp.arange(rows)[:, None], slot]
+    places = places.set(jnp.broadcast_to(jnp.arange(length), kept.shape), mode="drop")
+    return places, jnp.arange(capacity) < jnp.maximum(kept.sum(-1, keepdims=True), 1)
+
+
+class MrT5(T5):
+    """As `T5`; `encode` and its halves take the options of the reduction.
+
+    Keys come from the collections "gate" (random deletion, boundaries, Gumbel noise) and "dropout".
+    """
+
+    config: MrT5Config
+
+    def make_encoder(self) -> nn.Module:
+        return MrT5Encoder(self.config.encoder_stack)
+
+    def encode(
+        self,
+        inputs: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+        deterministic: bool = True,
+        hard: bool | Bool[Array, ""] = False,
+        capacity: int = 0,
+        threshold: float | None = None,
+        uniform: Float[Array, "batch length"] | None = None,
+    ) -> Encoded:
+        return self.finish(self.begin(inputs, mask, threshold, uniform, deterministic), hard, capacity, deterministic)
+
+    def begin(self, inputs, mask=None, threshold=None, uniform=None, deterministic: bool = True) -> Begun:
+        """The first blocks and the gate.
+
+        Args:
+          threshold: instead of the config's.
+          uniform: the noise of `boundaries`; default: drawn.
+        """
+        if self.config.reduction == "nothing":
+            inputs, mask = jnp.full_like(inputs[:, :1], self.config.eos_id), None
+        mask = (inputs != self.config.pad_id) if mask is None else mask.astype(bool)
+        return self.encoder.begin(self.embed(inputs), inputs, mask, threshold, uniform, deterministic)
+
+    def finish(self, begun: Begun, hard=False, capacity: int = 0, deterministic: bool = True) -> Encoded:
+        return self.encoder.finish(begun, hard, capacity, deterministic)
+
+
+def capacities(length: int) -> list[int]:
+    """Numbers of places that rows of this length are shortened to: its eighths."""
+    return sorted({-(-length * part // 8) for part in range(1, 9)})
+
+
+def from_t5(config: MrT5Config, params: Params, rng: jax.Array) -> Params:
+    """A MrT5 that goes on from a T5: its parameters, and a new gate.
+
+    Raises:
+      ValueError: the T5 has other sizes.
+    """
+    own = nn.meta.unbox(initial(config, rng, jnp.ones((1, max(2, config.stride)), jnp.int32)))
+    blocks = params["encoder"]["stack"]["blocks"]
+    first = config.gate_layer if config.reduction != "nothing" else 0
+    encoder = dict(own["encoder"]) | {name: params["encoder"][name] for name in ("relative_bias", "final_norm")}
+    encoder["rest"] = {"blocks": jax.tree.map(lambda x: x[first:], blocks)}
+    if first:
+        encoder["stack"] = {"blocks": jax.tree.map(lambda x: x[:first], blocks)}
+    new = {**params, "encoder": encoder}
+    shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, own)]
+    if shapes[0] != shapes[1]:
+        raise ValueError("the T5's parameters have other shapes than the MrT5's; give configs of the same sizes.")
+    return new
+
+
+# Regularisers (section 3.2; authors' `training/trainer.py`): each pushes towards deletion when it is minimised.
+
+REGULARISERS = ("gate_mean", "logits_mean", "clamped_logits_mean", "gate_var")
+
+
+def regulariser(name: str, begun: Begun, threshold: float) -> Float[Array, ""]:
+    """Over the real tokens of the batch, in float32.
+
+    gate_mean            the mean gate
+    logits_mean          the mean logit
+    clamped_logits_mean  the same, of logits that are not below 2 * threshold
+    gate_var             minus the variance of the gate (unbiased)
+    """
+    mask = begun.mask.astype(jnp.float32)
+    total = jnp.maximum(mask.sum(), 1)
+    gate = jnp.where(begun.mask, begun.gate, 0.0)
+    if name == "gate_mean":
+        return gate.sum() / total
+    if name == "gate_var":
+        deviation = jnp.where(begun.mask, gate - gate.sum() / total, 0.0)
+        return -jnp.square(deviation).sum() / jnp.maximum(total - 1, 1)
+    logits = jnp.where(begun.mask, begun.logits, 0.0)
+    if name == "clamped_logits_mean":
+        logits = jnp.where(begun.mask, jnp.maximum(logits, 2 * threshold), 0.0)
+    return logits.sum() / total
+
+
+def entropies(log_gate: Float[Array, "batch length"]) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
+    """Of each row: the mean entropy of its gates, and the entropy of its mean gate; padding counts in both."""
+
+    def entropy(g):
+        p = jnp.exp(g)
+        return -(p * g + (1 - p) * jnp.log(1 - jnp.minimum(p, 1 - np.finfo(np.float32).eps)))
+
+    mean = jax.nn.logsumexp(log_gate, axis=-1) - math.log(log_gate.shape[-1])
+    return entropy(log_gate).mean(-1), entropy(mean)
+
+
+def score_excess(intermediates: Any, mask: Bool[Array, "batch length"], limit: float = 5.0) -> Float[Array, ""]:
+    """By how much attention scores are above the limit on average (Appendix D): in the encoder behind the gate, and in
+    all cross-attention, without the gate; hidden keys count as 0."""
+
+    def layer(bias, layer):
+        q, k = layer
+        scores = jnp.einsum("blhd,bshd->bhls", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5 + bias
+        return jnp.mean(jnp.where(mask[:, None, None], jnp.maximum(scores - limit, 0.0), 0.0))
+
+    def layers(attention, bias):
+        part = jax.checkpoint(functools.partial(layer, bias), prevent_cse=False)
+        return jax.lax.map(part, (attention["queries"][0], attention["keys"][0]))
+
+    encoder = intermediates["encoder"]
+    own = layers(encoder["rest"]["blocks"]["attention"], encoder["bias"][0])
+    cross = layers(intermediates["decoder"]["stack"]["blocks"]["cross"], 0.0)
+    return jnp.concatenate([own, cross]).mean()
+
+
+def boundary_loss(begun: Begun, prior: float) -> Float[Array, ""]:
+    """-log Binomial(N, prior)(number of boundaries) / N, with the padded length N, averaged over rows."""
+    length = begun.mask.shape[1]
+    n = begun.boundaries.sum(-1)
+    log = jax.scipy.special.gammaln
+    choose = math.lgamma(length + 1) - log(n + 1) - log(length - n + 1)
+    return -jnp.mean(choose + n * math.log(prior) + (length - n) * math.log1p(-prior)) / length
+
+
+def control(state: dict[str, Array], rate: Array, target: float, k_p: float, k_i: float) -> dict[str, Array]:
+    """One step of the PI controller of the regulariser's weight alpha (section 3.3): it grows while the deletion rate
+    is below the target, and is never negative."""
+    error = target - rate
+    p = 0.9 * state["p"] + 0.1 * k_p * error
+    i = state["i"] + k_i * error
+    return {"p": p, "i": i, "alpha": jnp.maximum(p + i, 0.0)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MrT5Training(SequenceToSequence):
+    """Trains a MrT5, or a baseline, on pairs of texts; batches as in `SequenceToSequence`.
+
+    The loss is cross entropy + alpha * regulariser (+ score_weight * `score_excess`) of softly deleted rows. With a
+    target rate, alpha is what the controller makes of it. The controller is a part of the parameters (`controller`)
+    that no gradient moves; `after_step` does, once an update, by the rate over the whole batch.
+    """
+
+    model: MrT5Config
+    alpha: float = 0.0
+    """The weight of the regulariser, where there is no target rate."""
+    target_rate: float = 0.0
+    """The part of real bytes to delete; 0: no controller."""
+    k_p: float = 0.5
+    k_i: float = 1e-5
+    regulariser: Literal["gate_mean", "logits_mean", "clamped_logits_mean", "gate_var"] = "gate_mean"
+    entropy_weights: tuple[float, float] = (0.0, 0.0)
+    """Also alpha * (c1 * the mean entropy of gates - c2 * the entropy of the mean gate); for log-sigmoid gates."""
+    regulariser_delay: int = 0
+    """Steps before which the regulariser is left out and the controller stands still."""
+    score_weight: float = 0.0
+    """Of `score_excess`; 0.5 is recommended from scratch."""
+    hard_probability: float = 0.0
+    """Of a training step with hard deletion."""
+
+    def __post_init__(self):
+        if not 0 <= self.target_rate < 1:
+            raise ValueError(f"target_rate is {self.target_rate}; it must be in [0, 1) (0: no controller).")
+        if self.regulariser not in REGULARISERS:
+            raise ValueError(f"regulariser is {self.regulariser!r}; it can be {', '.join(REGULARISERS)}.")
+        if not 0 <= self.hard_probability <= 1:
+            raise ValueError(f"hard_probability is {self.hard_probability}; it must be in [0, 1].")
+        for field in ("alpha", "k_p", "k_i", "regulariser_delay", "score_weight"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
+        if self.target_rate and self.model.reduction != "gate":
+            raise ValueError(
+                f"target_rate is {self.target_rate}, but a reduction by {self.model.reduction} has no gate."
+            )
+        if any(self.entropy_weights) and self.model.gate != "log_sigmoid":
+            raise ValueError("entropy_weights are for the log_sigmoid gate, whose values are logarithms; set gate too.")
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        params = initial(self.model, rng, batch["tokens"])
+        if self.target_rate:
+            params = {**params, "controller": {name: jnp.zeros(()) for name in ("p", "i", "alpha")}}
+        return params
+
+    def trainable(self, params: Params) -> Params | None:
+        if "controller" not in params:
+            return None
+        return {name: float(name != "controller") for name in params}
+
+    def after_step(self, params: Params, metrics: dict[str, jax.Array], step: jax.Array) -> Params:
+        """The parameters behind update number `step`: the controller has seen the deletion rate."""
+        if "controller" not in params:
+            return params
+        old = params["controller"]
+        new = control(old, metrics["deletion_rate"], self.target_rate, self.k_p, self.k_i)
+        active = step >= self.regulariser_delay
+        return {**params, "controller": jax.tree.map(lambda a, b: jnp.where(active, b, a), old, new)}
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Also logs cross_entropy, bits per byte and deletion_rate."""
+        model = self.module()
+        of_hard, of_gate, *of_dropout = jax.random.split(rng, 5)
+        hard = jax.random.bernoulli(of_hard, self.hard_probability) if self.hard_probability else False
+        weights = {"params": {name: part for name, part in params.items() if name != "controller"}}
+
+        def run(method, *args, key, **options):
+            return model.apply(
+                weights,
+                *args,
+                method=method,
+                deterministic=False,
+                rngs={"dropout": key, "gate": of_gate},
+                mutable="intermediates" if self.score_weight else [],
+                **options,
+            )
+
+        begun, _ = run("begin", batch["tokens"], key=of_dropout[0])
+        encoded, seen = run("finish", begun, hard, key=of_dropout[1])
+        outputs = shift_right(batch["targets"], self.model.pad_id)
+        (logits, _), seen_too = run("decode", outputs, encoded, key=of_dropout[2])
+        loss, metrics = self._loss(logits, batch)
+        metrics["cross_entropy"] = loss
+        if self.score_weight:
+            loss += self.score_weight * score_excess({**seen["intermediates"], **seen_too["intermediates"]}, begun.mask)
+        metrics["deletion_rate"] = deletion_rate(begun, self.model)
+        if self.model.reduction == "boundaries":
+            loss += boundary_loss(begun, self.model.prior)
+        if self.model.reduction == "gate" and (self.target_rate or self.alpha):
+            alpha = jax.lax.stop_gradient(params["controller"]["alpha"]) if self.target_rate else self.alpha
+            extra = self.regularisation(begun)
+            loss += jnp.where(step >= self.regulariser_delay, alpha, 0.0) * extra
+            metrics |= {"alpha": jnp.asarray(alpha, jnp.float32), "regulariser": extra}
+        return loss, metrics
+
+    def regularisation(self, begun: Begun) -> Float[Array, ""]:
+        total = regulariser(self.regulariser, begun, self.model.threshold)
+        if any(self.entropy_weights):
+            each, mean = entropies(begun.gate)
+            total += self.entropy_weights[0] * each.mean() - self.entropy_weights[1] * mean.mean()
+        return total
+
+    def evaluate(
+        self, params: Params, batches: Iterable[Batch], deletion: Literal["hard", "soft"] = "hard"
+    ) -> dict[str, float]:
+        """As in `SequenceToSequence`, of shortened rows; and deletion_rate, slots (the part of the length that is
+        computed with, behind the reduction) and emptied (rows of which nothing but their first place stayed).
+
+        Raises:
+          ValueError: there was not a single target to predict, or the gate deletes everything in a batch.
+        """
+        deleted = real = emptied = slots = 0.0
+
+        def sums():
+            nonlocal deleted, real, emptied, slots
+            for number, batch in enumerate(batches):
+                begun, counts = begin(self, params, batch["tokens"], jax.random.key(number))
+                capacity = self._capacity(counts, begun.mask.shape[1]) if deletion == "hard" else 0
+                part, length = jax.device_get(finish_sums(self, capacity, params, begun, batch)), begun.mask.shape[1]
+                deleted, real = deleted + float(counts["deleted"]), real + float(counts["real"])
+                emptied, slots = emptied + float(counts["emptied"]), slots + (capacity or length) / length
+                yield part
+
+        metrics = totals(numbers := list(sums()))
+        rates = {"deletion_rate": deleted / max(real, 1.0), "slots": slots / len(numbers), "emptied": emptied}
+        return metrics | rates
+
+    def encoded(
+        self, params: Params, tokens: Int[np.ndarray, "batch length"], deletion: Literal["hard", "soft"] = "hard"
+    ) -> Encoded:
+        begun, counts = begin(self, params, tokens, jax.random.key(0))
+        capacity = self._capacity(counts, begun.mask.shape[1]) if deletion == "hard" else 0
+        return finish(self, capacity, params, begun)
+
+    def _capacity(self, counts: dict[str, Any], length: int) -> int:
+        """The smallest in which all rows of a batch find room."""
+        counts.update(jax.device_get(counts))
+        if self.model.reduction in ("convolution", "nothing"):
+            return 0
+        if counts["nothing_left"]:
+            raise ValueError(
+                f"the gate deletes every byte of a batch, as all are below threshold = {self.model.threshold}; train "
+                "with a lower alpha or target_rate, or choose a lower threshold."
+            )
+        return next(c for c in capacities(length) if c >= counts["most"])
+
+
+def deletion_rate(begun: Begun, config: MrT5Config) -> Float[Array, ""]:
+    """The part of real tokens that is deleted (or of places that are merged into others)."""
+    real = jnp.maximum(begun.mask.sum(), 1)
+    if config.reduction in ("gate", "random", "fixed"):  # as the authors count: below the threshold
+        return (begun.mask & (begun.gate < config.threshold)).sum() / real
+    if config.reduction == "convolution":
+        return jnp.asarray(1 - 1 / config.stride, jnp.float32)
+    return 1 - (begun.kept & begun.mask).sum() / real
+
+
+@functools.partial(jax.jit, static_argnames="task")
+def begin(task: MrT5Training, params: Params, tokens, rng) -> tuple[Begun, dict[str, Array]]:
+    """Rows in front of the reduction, and what it will do, in numbers."""
+    params = {name: part for name, part in params.items() if name != "controller"}
+    begun = task.module().apply({"params": params}, tokens, method="begin", rngs={"gate": rng})
+    real = begun.mask.sum()
+    nothing_left = jnp.all(begun.gate < task.model.threshold) if begun.gate is not None else jnp.asarray(False)
+    return begun, {
+        "most": begun.counts.max(),
+        "real": real,
+        "deleted": deletion_rate(begun, task.model) * real,
+        "emptied": (begun.mask.any(-1) & ~begun.kept.any(-1)).sum(),
+        "nothing_left": nothing_left,
+    }
+
+
+@functools.partial(jax.jit, static_argnames=("task", "capacity"))
+def finish(task: MrT5Training, capacity: int, params: Params, begun: Begun) -> Encoded:
+    params = {name: part for name, part in params.items() if name != "controller"}
+    return task.module().apply({"params": params}, begun, False, capacity, method="finish")
+
+
+@functools.partial(jax.jit, static_argnames=("task", "capacity"))
+def finish_sums(task: MrT5Training, capacity: int, params: Params, begun: Begun, batch: Batch):
+    encoded = finish(task, capacity, params, begun)
+    params = {name: part for name, part in params.items() if name != "controller"}
+    outputs = shift_right(batch["targets"], task.model.pad_id)
+    logits, _ = task.module().apply({"params": params}, outputs, encoded, method="decode")
+    return sums_of(logits, batch)
+
+
+def mrt5(base: T5Config, **options: Any) -> MrT5Config:
+    """A MrT5 around a T5."""
+    return MrT5Config(**{field.name: getattr(base, field.name) for field in dataclasses.fields(T5Config)} | options)
+
+
+PUBLISHED = {
+    f"mrt5-{size}": mrt5(T5_PUBLISHED[f"byt5-{size}"], softmax1=True)
+    for size in ("small", "base", "large", "xl", "xxl")
+}
+"""Around ByT5's sizes; the paper trained small and large."""

@@ -1,0 +1,570 @@
+"""T5 (arXiv 1910.10683), its version 1.1, mT5 (2010.11934) and ByT5 (2105.13626): encoder and decoder.
+
+Pre-norm stacks with a relative position bias that all layers of a stack share, and scores that are not divided by
+sqrt(d_kv): that factor is in the initialisation. `Conditioned` makes of the decoder, with its input given, a CausalLM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.axes import constrain, gather
+from jaxtok.decoding.sampling import Sampling
+from jaxtok.decoding.sampling import generate as generate_tokens
+from jaxtok.nn.cache import KVCache
+from jaxtok.nn.linear import MLP, LinearStack
+from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.relative import RelativeBias
+from jaxtok.nn.transformer import Stack
+from jaxtok.protocols import Batch, Params
+from jaxtok.tokenizers.byt5 import ByT5Tokenizer
+
+_BUCKET = 64  # inputs are padded to a multiple of this, so that those of similar length share a compiled function
+HIDDEN = float(np.finfo(np.float32).min)
+"""The bias of a key that is not to be seen."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config(LinearStack):
+    """Defaults: T5-small, of the first version. `num_heads` times `head_size` (d_kv) need not be d_model."""
+
+    num_layers: int = 6
+    """Of the encoder."""
+    decoder_layers: int = 0
+    """0: as many as the encoder has."""
+    d_model: int = 512
+    num_heads: int = 8
+    head_size: int = 64
+    mlp_dim: int = 2048
+    activation: str = "relu"
+    vocab_size: int = 32128
+    max_length: int = 2048
+    """The longest input and the longest output that are taken; the model itself has no limit."""
+    tie_embeddings: bool = True
+    scale_outputs: bool = True
+    """The decoder's states times d_model^-0.5 in front of the head (T5's first version)."""
+    relative_buckets: int = 32
+    relative_distance: int = 128
+    depth_scaled_init: bool = False
+    """Initialise as MrT5's authors do from scratch, not as T5's: see `T5.initial`."""
+    pad_id: int = 0
+    """Also the first input of the decoder."""
+    eos_id: int = 1
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    rotary_fraction: float = 0.0
+    scale_scores: bool = False
+    use_bias: bool = False
+    dropout: float = 0.0
+    """T5 was trained with 0.1 here, in `attention_dropout` and in `mlp_dropout`; version 1.1, pre-trained without."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field, low in (("decoder_layers", 0), ("vocab_size", 0), ("max_length", 1), ("pad_id", 0), ("eos_id", 0)):
+            if getattr(self, field) < low:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least {low}.")
+        if self.relative_buckets < 4 or self.relative_buckets % 2:
+            raise ValueError(f"relative_buckets is {self.relative_buckets}; it must be an even number from 4 on.")
+        if self.relative_distance <= self.relative_buckets // 2:
+            raise ValueError(
+                f"relative_distance is {self.relative_distance}; it must be above half of "
+                f"relative_buckets = {self.relative_buckets}."
+            )
+
+    @property
+    def encoder_stack(self) -> T5Config:
+        return dataclasses.replace(self, causal=False, mask_keys=True, cross=False)
+
+    @property
+    def decoder_stack(self) -> T5Config:
+        layers = self.decoder_layers or self.num_layers
+        return dataclasses.replace(self, num_layers=layers, causal=True, mask_keys=False, cross=True)
+
+    @property
+    def output_init_std(self) -> float:
+        return self.mlp_dim**-0.5  # the MLP's; that of attention is in `projection`
+
+    def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
+        width = self.d_model
+        if group == "ffn":
+            return MLP(dataclasses.replace(self, init_std=width**-0.5), features, name=name)
+        if group == "output":
+            return self.linear(features, ("heads", "d_model"), (self.num_heads * self.head_dim) ** -0.5, None, name)
+        std = (width * self.head_dim) ** -0.5 if group == "query" else width**-0.5
+        return self.linear(features, ("d_model", "heads"), std, None, name)
+
+    def module(self) -> T5:
+        return T5(self)
+
+    def encoder_flops(self, inputs: int) -> float:
+        """Forward FLOPs of the encoder for one row of that length, and of the decoder's keys and values of it."""
+        width = self.d_model * self.num_heads * self.head_dim
+        return inputs * (self.encoder_stack.stack_flops(inputs) + self.decoder_stack.num_layers * 4 * width)
+
+    def decoder_flops(self, inputs: int, targets: int) -> float:
+        """Forward FLOPs of the decoder for one row, head included."""
+        stack, inner = self.decoder_stack, self.num_heads * self.head_dim
+        cross = stack.num_layers * (4 * self.d_model * inner + 4 * inner * inputs)
+        return targets * (stack.stack_flops(targets) + cross + 2 * self.vocab_size * self.d_model)
+
+
+@flax.struct.dataclass
+class Encoded:
+    """What the decoder gets of its input."""
+
+    states: Float[Array, "batch slots d_model"]
+    bias: tuple[Array, ...]
+    """On the scores of cross-attention, each of a shape that broadcasts to [batch, heads, length, slots]."""
+
+
+def hide(mask: Bool[Array, "batch slots"], value: float = HIDDEN) -> Float[Array, "batch 1 1 slots"]:
+    """A bias that hides the keys outside of the mask."""
+    return jnp.where(mask, 0.0, value)[:, None, None, :].astype(jnp.float32)
+
+
+class Side(nn.Module):
+    """What encoder and decoder have in common: dropout, blocks, their position bias, and a norm."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        self.stack = Stack(cfg)
+        self.relative_bias = position_bias(cfg)
+        self.final_norm = cfg.norm_module()
+        self.drop = nn.Dropout(cfg.dropout)
+
+
+def position_bias(cfg: T5Config) -> RelativeBias:
+    return RelativeBias(
+        cfg.num_heads,
+        cfg.relative_buckets,
+        cfg.relative_distance,
+        cfg.causal,
+        init_std=cfg.d_model**-0.5,
+        param_dtype=cfg.param_dtype,
+    )
+
+
+class Encoder(Side):
+    def __call__(self, x: Float[Array, "batch length d_model"], mask, deterministic: bool = True) -> Encoded:
+        places = jnp.arange(x.shape[1])[None]
+        x, _ = self.stack(
+            self.drop(x, deterministic),
+            places,
+            mask.astype(jnp.int32),
+            deterministic=deterministic,
+            bias=(self.relative_bias(places, places),),
+        )
+        return Encoded(self.drop(self.final_norm(x), deterministic), (hide(mask),))
+
+
+class Decoder(Side):
+    def __call__(self, x, encoded: Encoded, cache: KVCache | None = None, deterministic: bool = True):
+        start = jnp.zeros((1, 1), jnp.int32) if cache is None else cache.length[:, None]
+        places = start + jnp.arange(x.shape[1])
+        slots = jnp.arange(x.shape[1] if cache is None else cache.slots)[None]
+        x, cache = self.stack(
+            self.drop(x, deterministic),
+            places,
+            None,
+            cache,
+            deterministic,
+            bias=(self.relative_bias(places, slots),),
+            context=encoded.states,
+            context_bias=encoded.bias,
+        )
+        return self.drop(self.final_norm(x), deterministic), cache
+
+
+class T5(nn.Module):
+    """Inputs and the beginning of the output to logits of what follows."""
+
+    config: T5Config
+
+    def setup(self):
+        cfg = self.config
+        if not cfg.vocab_size:
+            raise ValueError("vocab_size is 0; set it to the number of rows of the embedding.")
+
+        def matrix(name, std):
+            init = nn.with_logical_partitioning(nn.initializers.normal(std), ("vocab", "d_model"))
+            value = self.param(name, init, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
+            return gather(value.astype(cfg.dtype), "vocab", "d_model")
+
+        self.embedding = matrix("embedding", 1.0)
+        self.encoder = self.make_encoder()
+        self.decoder = Decoder(cfg.decoder_stack)
+        self.head_matrix = self.embedding if cfg.tie_embeddings else matrix("head_matrix", cfg.d_model**-0.5)
+
+    def make_encoder(self) -> nn.Module:
+        return Encoder(self.config.encoder_stack)
+
+    def __call__(
+        self,
+        inputs: Int[Array, "batch length"],
+        outputs: Int[Array, "batch outputs"],
+        mask: Bool[Array, "batch length"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch outputs vocab"]:
+        """Logits (float32) of the token at each place of the output, from the input and those before (teacher forcing).
+
+        Args:
+          inputs: ids; at places outside of the mask they mean nothing.
+          outputs: the decoder's inputs, as `shift_right` makes them of targets.
+          mask: the real inputs; default: all but pad_id.
+        """
+        return self.decode(
+            outputs, self.encode(inputs, mask, deterministic=deterministic), deterministic=deterministic
+        )[0]
+
+    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length d_model"]:
+        return constrain(jnp.take(self.embedding, tokens, axis=0), "d_model")
+
+    def encode(
+        self,
+        inputs: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+        deterministic: bool = True,
+    ) -> Encoded:
+        mask = (inputs != self.config.pad_id) if mask is None else mask.astype(bool)
+        return self.encoder(self.embed(inputs), mask, deterministic)
+
+    def decode(
+        self,
+        outputs: Int[Array, "batch length"],
+        encoded: Encoded,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch length vocab"], KVCache | None]:
+        """Logits, and the cache with these tokens appended.
+
+        Args:
+          encoded: without `states`, where the cache has the keys and values of the input already.
+        """
+        x, cache = self.decoder(self.embed(outputs), encoded, cache, deterministic)
+        return self.head(x), cache
+
+    def head(self, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length vocab"]:
+        if self.config.scale_outputs:
+            x = x * self.config.d_model**-0.5
+        logits = jnp.einsum("bld,vd->blv", x, self.head_matrix, preferred_element_type=jnp.float32)
+        return constrain(logits, "vocab")
+
+    def init_cache(self, batch: int, length: int, inputs: int = 0) -> KVCache:
+        """Room for `length` tokens, and for the keys and values of `inputs` slots."""
+        cfg = self.config.decoder_stack
+        return KVCache.init(
+            cfg.num_layers, batch, length, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype), context_slots=inputs
+        )
+
+
+def shift_right(targets: Int[Array, "batch length"], start: int = 0) -> Int[Array, "batch length"]:
+    """The decoder's inputs: the start id, then the targets but the last."""
+    return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=start)
+
+
+def init_params(config: T5Config, rng: jax.Array) -> Params:
+    """All parameters, as plain arrays."""
+    return nn.meta.unbox(initial(config, rng, jnp.ones((1, 2), jnp.int32)))
+
+
+def initial(config: T5Config, rng: jax.Array, inputs: Int[Array, "batch length"]) -> Params:
+    """All parameters in Linen's boxes, drawn as T5's are: N(0, s), with s = 1 for the embedding, (d d_kv)^-0.5 for
+    queries, (heads d_kv)^-0.5 for what attention gives, d_ff^-0.5 for the MLP's output, and d^-0.5 else; norms are 1.
+
+    With `depth_scaled_init` they are drawn as MrT5's authors do: s = f fan_in^-0.5, f = (layers of the stack)^-0.5, for
+    all projections (queries too) and the position bias; norms are f, and embedding and head d^-0.5.
+    """
+    params = config.module().init(rng, inputs, inputs)["params"]
+    if not config.depth_scaled_init:
+        return params
+
+    def one(path, leaf):
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        if names[0] == "embedding":
+            return leaf * config.d_model**-0.5
+        if names[0] not in ("encoder", "decoder") or not (
+            {"stack", "rest", "final_norm", "relative_bias"} & set(names)
+        ):
+            return leaf
+        layers = getattr(config, f"{names[0]}_stack").num_layers
+        queries = math.sqrt(config.head_dim) if "query" in names else 1.0
+        return leaf * (queries * layers**-0.5)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conditioned:
+    """The decoder as a CausalLM whose parameters hold its input too, as `condition` makes them.
+
+    So all that is written against CausalLM (`jaxtok.decoding`) generates outputs: prompts begin with the start id. The
+    rows are those of the input.
+    """
+
+    module: T5
+
+    @property
+    def config(self) -> T5Config:
+        return self.module.config
+
+    def apply(self, variables, tokens, *, cache: KVCache | None = None, **_: Any):
+        params = variables["params"]
+        known = cache if cache is not None else self.init_cache(*tokens.shape)
+        logits, after = self.module.apply(
+            {"params": params["model"]},
+            tokens,
+            Encoded(None, params["bias"]),
+            known.replace(context=params["context"]),
+            method="decode",
+        )
+        return logits, None if cache is None else after.replace(context=None)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        return self.module.init_cache(batch, length)
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def condition(module: T5, params: Params, encoded: Encoded) -> Params:
+    """Parameters of `Conditioned`: the model's, and the keys and values of an input, computed once."""
+    batch, slots = encoded.states.shape[:2]
+    start = jnp.full((batch, 1), module.config.pad_id, jnp.int32)
+    cache = module.init_cache(batch, 1, slots)
+    _, cache = module.apply({"params": params}, start, encoded, cache, method="decode")
+    return {"model": params, "bias": encoded.bias, "context": cache.context}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceToSequence:
+    """Trains an encoder-decoder on pairs of texts.
+
+    A batch has `tokens` [batch, inputs] int32 (padded with pad_id), and [batch, outputs] each `targets` int32, `mask`
+    float32 (1 where the target counts) and `bytes` int32 (of text that the target stands for).
+    """
+
+    model: T5Config
+
+    def module(self) -> T5:
+        return self.model.module()
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        return initial(self.model, rng, batch["tokens"])
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy in nats a target; also logs bits per byte of the targets' text."""
+        model = self.module()
+        dropout = {"dropout": rng}
+        logits = model.apply(
+            {"params": params},
+            batch["tokens"],
+            shift_right(batch["targets"], self.model.pad_id),
+            deterministic=False,
+            rngs=dropout,
+        )
+        return self._loss(logits, batch)
+
+    def _loss(self, logits, batch):
+        nats = cross_entropy(logits, batch["targets"])
+        bits = jnp.sum(nats * batch["mask"]) / math.log(2)
+        metrics = {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"] * batch["mask"]), 1)}
+        return masked_mean(nats, batch["mask"]), metrics
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss (nats a target), perplexity, and bits per byte of the targets' text.
+
+        Sentinels and ends count in the bits and not in the bytes; the ByT5 and MrT5 papers' bits per byte are loss /
+        ln 2.
+
+        Raises:
+          ValueError: there was not a single target to predict.
+        """
+        return totals(jax.device_get(evaluation_sums(self, params, batch)) for batch in batches)
+
+    def trainable(self, params: Params) -> Params | None:
+        return None
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step: three times the forward pass."""
+        rows, inputs = batch["tokens"].shape
+        targets = batch["targets"].shape[1]
+        return 3 * rows * (self.model.encoder_flops(inputs) + self.model.decoder_flops(inputs, targets))
+
+    def encoded(self, params: Params, tokens: Int[np.ndarray, "batch length"]) -> Encoded:
+        """What the decoder gets, in evaluation and generation."""
+        return _encode(self.module(), params, tokens)
+
+    def generate(
+        self,
+        params: Params,
+        inputs: Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling = Sampling(temperature=0),
+        rng: jax.Array | None = None,
+        begin: Sequence[int] = (),
+        stop_tokens: Collection[int] | None = None,
+        num_ids: int | None = None,
+        on_tokens: Callable[[list[list[int]]], None] | None = None,
+    ) -> list[list[int]]:
+        """Outputs for inputs; the encoder runs once. See `jaxtok.decoding.sampling.generate`.
+
+        Args:
+          inputs: ids, of any lengths, each with its end.
+          begin: ids with which each output begins; they are not returned.
+          stop_tokens: default: eos_id.
+
+        Raises:
+          ValueError: no input, an empty one, one with an unknown id, or one longer than max_length.
+        """
+        cfg = self.model
+        tokens = pad_inputs(cfg, inputs)
+        return generate_tokens(
+            Conditioned(self.module()),
+            condition(self.module(), params, self.encoded(params, tokens)),
+            [[cfg.pad_id, *begin]] * len(inputs),
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            rng=rng,
+            stop_tokens=(cfg.eos_id,) if stop_tokens is None else stop_tokens,
+            num_ids=num_ids,
+            on_tokens=on_tokens,
+        )
+
+    def continue_text(
+        self, params: Params, prompts: Sequence[bytes], *, max_bytes: int, sampling: Sampling, rng: jax.Array | None
+    ) -> list[bytes]:
+        """What a ByT5 trained on span corruption puts in the place of a sentinel behind each prompt.
+
+        Raises:
+          ValueError: the model's vocabulary is not ByT5's, or as in `generate`.
+        """
+        tokenizer = ByT5Tokenizer()
+        if self.model.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"vocab_size is {self.model.vocab_size}; text is continued with ByT5's {tokenizer.vocab_size} ids."
+            )
+        sentinel = SENTINEL
+        rows = self.generate(
+            params,
+            [[*tokenizer.encode(prompt), sentinel, self.model.eos_id] for prompt in prompts],
+            max_new_tokens=max_bytes,
+            sampling=sampling,
+            rng=rng,
+            begin=[sentinel],
+            stop_tokens=(self.model.eos_id, sentinel - 1),
+            num_ids=sentinel + 1,
+        )
+        return [tokenizer.decode(token for token in row if token != sentinel - 1) for row in rows]
+
+
+SENTINEL = 258
+"""ByT5's first; the others count down, on the ids of the highest bytes, which UTF-8 does not have."""
+
+
+@functools.partial(jax.jit, static_argnames="module")
+def _encode(module: T5, params: Params, tokens) -> Encoded:
+    return module.apply({"params": params}, tokens, method="encode")
+
+
+@functools.partial(jax.jit, static_argnames="task")
+def evaluation_sums(task: SequenceToSequence, params, batch):
+    logits = task.module().apply({"params": params}, batch["tokens"], shift_right(batch["targets"], task.model.pad_id))
+    return sums_of(logits, batch)
+
+
+def sums_of(logits, batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Nats, targets and bytes."""
+    nats = cross_entropy(logits, batch["targets"])
+    return jnp.sum(nats * batch["mask"]), jnp.sum(batch["mask"]), jnp.sum(batch["bytes"] * batch["mask"])
+
+
+def totals(sums: Iterable[tuple[Any, Any, Any]]) -> dict[str, float]:
+    """Metrics of an evaluation, from those of its batches."""
+    nats = tokens = text_bytes = 0.0
+    for part in sums:
+        nats, tokens, text_bytes = nats + float(part[0]), tokens + float(part[1]), text_bytes + float(part[2])
+    if not tokens:
+        raise ValueError("the evaluation data hold no token to predict; choose a larger corpus or split.")
+    return {
+        "loss": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700.0)),
+        "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
+        "tokens": tokens,
+        "bytes": text_bytes,
+    }
+
+
+def pad_inputs(config: T5Config, inputs: Sequence[Sequence[int]]) -> Int[np.ndarray, "batch length"]:
+    """Inputs of any lengths as one array.
+
+    Raises:
+      ValueError: no input, an empty one, one with an unknown id, or one longer than max_length.
+    """
+    if not len(inputs):
+        raise ValueError("there is no input; give at least one.")
+    for number, row in enumerate(inputs):
+        if not 1 <= len(row) <= config.max_length:
+            raise ValueError(
+                f"input {number} has {len(row)} ids; it must have between 1 and max_length = {config.max_length}."
+            )
+        if min(row) < 0 or max(row) >= config.vocab_size:
+            raise ValueError(
+                f"input {number} has an id outside of 0 to {config.vocab_size - 1}, the model's vocabulary; encode it "
+                "with the model's own tokenizer."
+            )
+    length = -(-max(map(len, inputs)) // _BUCKET) * _BUCKET
+    tokens = np.full((len(inputs), min(length, config.max_length)), config.pad_id, np.int32)
+    for row, text in zip(tokens, inputs):
+        row[: len(text)] = text
+    return tokens
+
+
+_GATED = {"activation": "gelu_tanh", "gated": True, "tie_embeddings": False, "scale_outputs": False}
+
+
+def _t5(d_model: int, mlp_dim: int, layers: int, heads: int, **options: Any) -> T5Config:
+    return T5Config(d_model=d_model, mlp_dim=mlp_dim, num_layers=layers, num_heads=heads, **options)
+
+
+def _version_1_1(vocab: int) -> dict[str, T5Config]:
+    sizes = {
+        "small": (512, 1024, 8, 6),
+        "base": (768, 2048, 12, 12),
+        "large": (1024, 2816, 24, 16),
+        "xl": (2048, 5120, 24, 32),
+        "xxl": (4096, 10240, 24, 64),
+    }
+    return {size: _t5(*numbers, vocab_size=vocab, **_GATED) for size, numbers in sizes.items()}
+
+
+def byt5(d_model: int, mlp_dim: int, layers: int, decoder_layers: int, heads: int) -> T5Config:
+    return _t5(d_model, mlp_dim, layers, heads, decoder_layers=decoder_layers, vocab_size=384, **_GATED)
+
+
+PUBLISHED = {
+    "t5-small": _t5(512, 2048, 6, 8),
+    "t5-base": _t5(768, 3072, 12, 12),
+    "t5-large": _t5(1024, 4096, 24, 16),
+    "t5-3b": _t5(1024, 16384, 24, 32, head_size=128),
+    "t5-11b": _t5(1024, 65536, 24, 128, head_size=128),
+    **{f"t5-v1_1-{size}": config for size, config in _version_1_1(32128).items()},
+    **{f"mt5-{size}": config for size, config in _version_1_1(250112).items()},
+    "byt5-small": byt5(1472, 3584, 12, 4, 6),
+    "byt5-base": byt5(1536, 3968, 18, 6, 12),
+    "byt5-large": byt5(1536, 3840, 36, 12, 16),
+    "byt5-xl": byt5(2560, 6720, 36, 12, 32),
+    "byt5-xxl": byt5(4672, 12352, 36, 12, 64),
+}
+"""The published sizes by name."""
