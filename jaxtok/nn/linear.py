@@ -60,11 +60,15 @@ class LinearStack(StackConfig):
     """Of queries, keys and values; None: as `use_bias`."""
     mlp_bias: bool | None = None
     """Of the MLP; None: as `use_bias`."""
+    mlp_dropout: float = 0.0
+    """On the MLP's hidden units."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.mlp_dim < 1:
             raise ValueError(f"mlp_dim is {self.mlp_dim}; it must be at least 1.")
+        if not 0 <= self.mlp_dropout < 1:
+            raise ValueError(f"mlp_dropout is {self.mlp_dropout}; it must be in [0, 1).")
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}; it can be {', '.join(ACTIVATIONS)}.")
 
@@ -109,4 +113,5 @@ class MLP(nn.Module):
         # As in ParameterAttention, what is between the products is computed again in the backward pass.
         activation = jax.checkpoint(ACTIVATIONS[cfg.activation], prevent_cse=False)
         y = activation(hidden("gate")) * hidden("up") if cfg.gated else activation(hidden("up"))
+        y = nn.Dropout(cfg.mlp_dropout)(y, deterministic)
         return cfg.linear(self.features, ("mlp", "d_model"), cfg.output_init_std, cfg.mlp_bias, "down")(y)

@@ -165,6 +165,11 @@ class _Attention(nn.Module):
             y = Norm("rms", eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=f"{group}_norm")(y)
         return y
 
+    def sow_scored(self, q, k):
+        """For losses on attention scores, q k^T / sqrt(head_dim)."""
+        self.sow("intermediates", "queries", q)
+        self.sow("intermediates", "keys", k)
+
     def options(self, deterministic):
         cfg = self.config
         options: dict[str, Any] = {"softmax1": cfg.softmax1}
@@ -202,6 +207,7 @@ class SelfAttention(_Attention):
             window = jnp.where(full, jnp.iinfo(jnp.int32).max // 2, cfg.window)
         if cfg.mask_keys and segments is not None:
             segments = (jnp.ones_like(segments), segments)
+        self.sow_scored(q, k)
         options = {"window": window, "bias": bias, **self.options(deterministic)}
         if cache is None:
             y = attend(q, k, v, causal=cfg.causal, segments=segments, implementation=cfg.attention, **options)
@@ -238,6 +244,7 @@ class CrossAttention(_Attention):
                         values.at[layer].set(v.astype(values.dtype)),
                     )
                 )
+        self.sow_scored(q, k)
         y = attend(q, k, v, causal=False, bias=bias, **self.options(deterministic))
         return self.output(y, deterministic), cache
 
