@@ -1,12 +1,12 @@
 """Hugging Face folders, in and out: config.json and safetensors (one file, or shards with an index).
 
-Decoders: GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma. Encoders: BERT, RoBERTa and XLM-R. No code of a folder is run,
-and PyTorch is needed for .bin files only.
+Decoders: GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma. Encoders: BERT, RoBERTa and XLM-R. Both: T5, mT5, ByT5, and
+the checkpoints of MrT5's authors (`jaxtok.interop.t5`). No code of a folder is run, and PyTorch is needed for .bin
+files only.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping
@@ -18,11 +18,13 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
-from jaxtok.interop.tensors import expected_shapes, read_tensors
+from jaxtok.interop import t5
+from jaxtok.interop.tensors import Source, expected_shapes, read_tensors
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.llama import LlamaConfig
+from jaxtok.lm.t5 import T5Config
 from jaxtok.nn.rotary import RopeScaling
 from jaxtok.tokenizers import HuggingFaceTokenizer
 
@@ -38,7 +40,10 @@ _ACTIVATIONS = {  # theirs -> ours
     "swish": "silu",
     "relu": "relu",
 }
-_IGNORED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.position_ids$")
+_IGNORED = re.compile(
+    r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.position_ids$"
+    r"|^(encoder|decoder)\.embed_tokens\.weight$|EncDecAttention\.relative_attention_bias\.weight$"
+)
 _COPIES = {
     "lm_head.weight",
     *(f"{head}.decoder.{leaf}" for head in ("lm_head", "cls.predictions") for leaf in ("weight", "bias")),
@@ -46,19 +51,10 @@ _COPIES = {
 """Of a head that is the embedding."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """Where a parameter is in their tensors; `{layer}` stands for the layer's number."""
-
-    name: str
-    transpose: bool = False
-    """PyTorch's Linear holds [out, in]."""
-    part: int | None = None
-    """Which third of the last axis it is, of GPT-2's joint queries, keys and values."""
-
-
-def sources(config: DecoderConfig | BertConfig) -> dict[tuple[str, ...], Source]:
+def sources(config: DecoderConfig | BertConfig | T5Config) -> dict[tuple[str, ...], Source]:
     """Our parameter paths to their tensors."""
+    if isinstance(config, T5Config):
+        return t5.sources(config)
     if isinstance(config, BertConfig):
         return _encoder_sources(config)
     block = ("stack", "blocks")
@@ -185,7 +181,9 @@ def read_config(options: Mapping[str, Any], tied: bool | None = None) -> Decoder
     """
     kind = options.get("model_type")
     if kind not in DECODERS:
-        raise ValueError(f"model_type is {kind!r}; the kinds that can be read are {', '.join(DECODERS + ENCODERS)}.")
+        raise ValueError(
+            f"model_type is {kind!r}; the kinds that can be read are {', '.join(DECODERS + ENCODERS + t5.KINDS)}."
+        )
 
     def get(name: str, default: Any = None) -> Any:
         value = options.get(name)
@@ -318,6 +316,8 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
     Raises:
       ValueError: it is not one of the models that Hugging Face has.
     """
+    if isinstance(config, T5Config):
+        return t5.config_json(config)
     common = {
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": getattr(config, "tie_embeddings", True),
@@ -457,7 +457,8 @@ def params_from(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> dic
 
     for path, source in sources(config).items():
         if "{layer}" in source.name:
-            arrays = [read(source, layer, shapes[path][1:]) for layer in range(config.num_layers)]
+            layers = range(source.first, source.first + shapes[path][0])
+            arrays = [read(source, layer, shapes[path][1:]) for layer in layers]
             array = None if any(a is None for a in arrays) else np.stack(arrays)
         else:
             array = read(source, 0, shapes[path])
@@ -482,9 +483,9 @@ def params_to(config: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.
         for key in path:
             leaf = leaf[key]
         array = np.asarray(leaf)
-        for layer in range(config.num_layers) if "{layer}" in source.name else [None]:
+        for layer in range(array.shape[0]) if "{layer}" in source.name else [None]:
             one = array if layer is None else array[layer]
-            name = source.name if layer is None else source.name.format(layer=layer)
+            name = source.name if layer is None else source.name.format(layer=source.first + layer)
             parts.setdefault(name, {})[source.part] = one.T if source.transpose else one
     joined = {}
     for name, found in parts.items():
@@ -500,7 +501,7 @@ def _present(name: str, tensors: Mapping[str, np.ndarray]) -> str:
     return next((n for n in names if n in tensors), name)
 
 
-def read_folder(folder: str | Path) -> tuple[DecoderConfig | BertConfig, dict[str, Any]]:
+def read_folder(folder: str | Path) -> tuple[DecoderConfig | BertConfig | T5Config, dict[str, Any]]:
     """Config and parameters from a Hugging Face folder.
 
     Raises:
@@ -512,6 +513,10 @@ def read_folder(folder: str | Path) -> tuple[DecoderConfig | BertConfig, dict[st
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a folder with config.json and the weights.")
     options = json.loads(path.read_text())
+    if options.get("model_type") in t5.KINDS:
+        tensors = read_tensors(folder)
+        config = t5.read_config(options, tensors)
+        return config, params_from(config, t5.with_embedding(tensors))
     if options.get("model_type") in ENCODERS:
         tensors = read_tensors(folder)
         config = read_encoder_config(options, tensors)

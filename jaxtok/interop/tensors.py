@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,9 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from jaxtok.lm import bert
+from jaxtok.lm import bert, t5
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.decoder import Decoder, init_params
+from jaxtok.lm.t5 import T5Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a parameter is in their tensors; `{layer}` stands for the layer's number."""
+
+    name: str
+    transpose: bool = False
+    """PyTorch's Linear holds [out, in]."""
+    part: int | None = None
+    """Which third of the last axis it is, of GPT-2's joint queries, keys and values."""
+    first: int = 0
+    """The number of the first layer, of a stack that begins with a later one."""
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -94,6 +109,8 @@ def expected_shapes(config: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
     rng = jax.random.key(0)
     if isinstance(config, BertConfig):
         tree = jax.eval_shape(lambda: bert.init_params(config, rng))
+    elif isinstance(config, T5Config):
+        tree = jax.eval_shape(lambda: t5.init_params(config, rng))
     else:
         tree = jax.eval_shape(lambda: init_params(Decoder(config), rng, jnp.zeros((1, 1), jnp.int32)))
     return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}

@@ -1,0 +1,247 @@
+"""T5, mT5, ByT5 and MrT5 in the layout of Hugging Face and of MrT5's authors: names of tensors and of options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxtok.interop.tensors import Source
+from jaxtok.lm.mrt5 import MrT5Config
+from jaxtok.lm.t5 import T5Config
+
+KINDS = ("t5", "mt5", "mrt5")
+EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
+COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+
+_ACTIVATIONS = {  # as `feed_forward_proj` names them: theirs -> ours
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+def sources(config: T5Config) -> dict[tuple[str, ...], Source]:
+    """Our parameter paths to their tensors."""
+    found = {("embedding",): Source(EMBEDDING)}
+    if not config.tie_embeddings:
+        found[("head_matrix",)] = Source(HEAD)
+    first = config.gate_layer if isinstance(config, MrT5Config) and config.reduction != "nothing" else 0
+    parts = {("decoder", "stack"): 0, ("encoder", "stack"): 0}
+    if isinstance(config, MrT5Config):
+        parts = {("decoder", "stack"): 0, ("encoder", "rest"): first} | ({("encoder", "stack"): 0} if first else {})
+    for (side, stack), offset in parts.items():
+        found |= _block_sources(config, side, stack, offset)
+    for side in ("encoder", "decoder"):
+        attention = f"{side}.block.0.layer.0.SelfAttention"
+        found[side, "relative_bias", "table"] = Source(f"{attention}.relative_attention_bias.weight")
+        found[side, "final_norm", "scale"] = Source(f"{side}.final_layer_norm.weight")
+    if isinstance(config, MrT5Config):
+        found |= _reduction_sources(config, f"encoder.block.{first}.")
+    return found
+
+
+def _block_sources(config: T5Config, side: str, stack: str, offset: int) -> dict[tuple[str, ...], Source]:
+    names = {"attention": "SelfAttention"} | ({"cross": "EncDecAttention"} if side == "decoder" else {})
+    found = {}
+    for number, (part, theirs) in enumerate(names.items()):
+        layer = f"{side}.block.{{layer}}.layer.{number}."
+        for group in ("query", "key", "value", "output"):
+            source = Source(f"{layer}{theirs}.{group[0]}.weight", transpose=True, first=offset)
+            found[side, stack, "blocks", part, group, "kernel"] = source
+        found[side, stack, "blocks", f"norm_{part}", "scale"] = Source(f"{layer}layer_norm.weight", first=offset)
+    layer = f"{side}.block.{{layer}}.layer.{len(names)}."
+    wide = {"gate": "wi_0", "up": "wi_1"} if config.gated else {"up": "wi"}
+    for ours, theirs in (wide | {"down": "wo"}).items():
+        source = Source(f"{layer}DenseReluDense.{theirs}.weight", transpose=True, first=offset)
+        found[side, stack, "blocks", "ffn", ours, "kernel"] = source
+    found[side, stack, "blocks", "norm_ffn", "scale"] = Source(f"{layer}layer_norm.weight", first=offset)
+    return found
+
+
+def _reduction_sources(config: MrT5Config, block: str) -> dict[tuple[str, ...], Source]:
+    if config.reduction == "gate":
+        at, theirs = ("encoder", "delete_gate"), f"{block}delete_gate."
+        norm = {(*at, "norm", "scale"): Source(f"{theirs}layer_norm.weight")} if config.gate_norm else {}
+        return norm | {
+            (*at, "kernel"): Source(f"{theirs}feed_forward.weight", transpose=True),
+            (*at, "bias"): Source(f"{theirs}feed_forward.bias"),
+        }
+    if config.reduction == "boundaries":
+        at, theirs = ("encoder", "boundary_predictor"), f"{block}boundary_predictor.boundary_predictor."
+        return {
+            (*at, "norm", "scale"): Source(f"{block}down_ln.weight"),
+            (*at, "up_kernel"): Source(f"{theirs}0.weight", transpose=True),
+            (*at, "up_bias"): Source(f"{theirs}0.bias"),
+            (*at, "down_kernel"): Source(f"{theirs}2.weight", transpose=True),
+            (*at, "down_bias"): Source(f"{theirs}2.bias"),
+        }
+    if config.reduction == "convolution":
+        at = ("encoder", "convolution")
+        return {
+            (*at, "norm", "scale"): Source(f"{block}down_ln.weight"),
+            (*at, "kernel"): Source(f"{block}downsampling_module.conv.weight", transpose=True),  # [out, in, place]
+            (*at, "bias"): Source(f"{block}downsampling_module.conv.bias"),
+        }
+    return {}
+
+
+def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Config:
+    """Our config from a config.json. Whether the head is the embedding, the tensors say; its scale, the options.
+
+    Options that belong to a MrT5 or to one of its baselines make a `MrT5Config`, whatever model_type is.
+
+    Raises:
+      ValueError: an option that the models here do not have.
+    """
+    kind = options.get("model_type", "t5")
+
+    def get(name: str, default: Any) -> Any:
+        value = options.get(name)
+        return default if value is None else value
+
+    if get("has_absolute_position_embeddings", False):
+        raise ValueError("has_absolute_position_embeddings is true; only relative positions can be read.")
+    small = kind == "mt5"
+    projection = get("feed_forward_proj", "gated-gelu" if small else "relu")
+    gated, name = projection.startswith("gated-"), projection.removeprefix("gated-")
+    name = "gelu_new" if projection == "gated-gelu" else name
+    if name not in _ACTIVATIONS:
+        raise ValueError(
+            f"feed_forward_proj is {projection!r}; it can be {', '.join(_ACTIVATIONS)}, also behind 'gated-'."
+        )
+    scaled = get("scale_decoder_outputs", get("tie_word_embeddings", True)) and kind != "mt5"
+    rate = float(get("dropout_rate", 0.1))
+    layers = get("num_layers", 8 if small else 6)
+    fields: dict[str, Any] = dict(
+        num_layers=layers,
+        decoder_layers=get("num_decoder_layers", layers),
+        d_model=get("d_model", 512),
+        num_heads=get("num_heads", 6 if small else 8),
+        head_size=get("d_kv", 64),
+        mlp_dim=get("d_ff", 1024 if small else 2048),
+        activation=_ACTIVATIONS[name],
+        gated=gated,
+        vocab_size=get("vocab_size", 250112 if small else 32128),
+        tie_embeddings=_is_tied(tensors),
+        scale_outputs=bool(scaled),
+        relative_buckets=get("relative_attention_num_buckets", 32),
+        relative_distance=get("relative_attention_max_distance", 128),
+        norm_eps=float(get("layer_norm_epsilon", 1e-6)),
+        softmax1=get("use_softmax1", False),
+        pad_id=get("pad_token_id", 0),
+        eos_id=get("eos_token_id", 1),
+        dropout=rate,
+        attention_dropout=rate,
+        mlp_dropout=rate,
+        param_dtype="bfloat16" if get("torch_dtype", get("dtype", "float32")) == "bfloat16" else "float32",
+    )
+    if (start := get("decoder_start_token_id", fields["pad_id"])) != fields["pad_id"]:
+        raise ValueError(f"decoder_start_token_id is {start}; it must be pad_token_id = {fields['pad_id']}.")
+    if "boundary_predictor_layer" in options:
+        return MrT5Config(
+            **fields,
+            reduction="boundaries",
+            gate_layer=options["boundary_predictor_layer"],
+            temperature=float(get("temperature", 0.5)),
+            prior=float(get("prior", 0.2)),
+            mask_surplus=get("mask_surplus", False),
+        )
+    if "downsampling_layer" in options:
+        layer, stride = options["downsampling_layer"], get("downsampling_rate", 4)
+        return MrT5Config(**fields, reduction="convolution", gate_layer=layer, stride=stride)
+    if "delete_gate_layer" not in options and kind != "mrt5":
+        return T5Config(**fields)
+    deletion = get("deletion_type", "scaled_sigmoid")
+    kinds = {
+        "scaled_sigmoid": {"gate": "sigmoid"},
+        "log_sigmoid": {"gate": "log_sigmoid"},
+        "random": {"reduction": "random", "amount": get("random_deletion_probability", 0.5)},
+        "fixed": {"reduction": "fixed", "amount": get("fixed_deletion_amount", 0.5)},
+    }
+    if deletion not in kinds:
+        raise ValueError(f"deletion_type is {deletion!r}; it can be {', '.join(kinds)}.")
+    scale = float(get("sigmoid_mask_scale", -10.0))
+    return MrT5Config(
+        **fields,
+        **kinds[deletion],
+        gate_layer=get("delete_gate_layer", 2),
+        gate_scale=scale,
+        threshold=float(get("deletion_threshold", -0.7 if deletion == "log_sigmoid" else scale / 2)),
+        gate_norm=get("gate_layer_norm", True),
+        gumbel_noise=get("use_gumbel_noise", False),
+    )
+
+
+def _is_tied(tensors: Mapping[str, Any]) -> bool:
+    if HEAD not in tensors:
+        return True
+    return EMBEDDING not in tensors or np.array_equal(tensors[HEAD], tensors[EMBEDDING])
+
+
+def with_embedding(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """The tensors, with the embedding under its own name where they have it under another one only."""
+    if EMBEDDING in tensors:
+        return tensors
+    other = next((name for name in (*COPIES, HEAD) if name in tensors), None)
+    return tensors if other is None else {**tensors, EMBEDDING: tensors[other]}
+
+
+def config_json(config: T5Config) -> dict[str, Any]:
+    """The content of a config.json."""
+    name = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
+    reduces = isinstance(config, MrT5Config)
+    options = {
+        "architectures": ["MrT5ForConditionalGeneration" if reduces else "T5ForConditionalGeneration"],
+        "model_type": "mrt5" if reduces else "t5",
+        "num_layers": config.num_layers,
+        "num_decoder_layers": config.decoder_layers or config.num_layers,
+        "d_model": config.d_model,
+        "num_heads": config.num_heads,
+        "d_kv": config.head_dim,
+        "d_ff": config.mlp_dim,
+        "feed_forward_proj": "gated-gelu" if config.gated and name == "gelu_new" else "gated-" * config.gated + name,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        "scale_decoder_outputs": config.scale_outputs,
+        "relative_attention_num_buckets": config.relative_buckets,
+        "relative_attention_max_distance": config.relative_distance,
+        "layer_norm_epsilon": config.norm_eps or 1e-6,
+        "dropout_rate": config.dropout,
+        "pad_token_id": config.pad_id,
+        "eos_token_id": config.eos_id,
+        "decoder_start_token_id": config.pad_id,
+        "is_encoder_decoder": True,
+        "torch_dtype": config.param_dtype,
+    }
+    if config.softmax1:
+        options["use_softmax1"] = True
+    if not reduces:
+        return options
+    if config.reduction == "nothing":
+        raise ValueError("reduction is nothing, of which there is no layout; export another reduction.")
+    if config.reduction == "boundaries":
+        return options | {
+            "boundary_predictor_layer": config.gate_layer,
+            "boundary_predictor_type": "gumbel",
+            "temperature": config.temperature,
+            "prior": config.prior,
+            "mask_surplus": config.mask_surplus,
+        }
+    if config.reduction == "convolution":
+        return options | {"downsampling_layer": config.gate_layer, "downsampling_rate": config.stride}
+    kinds = {"gate": {"sigmoid": "scaled_sigmoid", "log_sigmoid": "log_sigmoid"}[config.gate]}
+    amounts = {"random": "random_deletion_probability", "fixed": "fixed_deletion_amount"}
+    return options | {
+        "deletion_type": kinds.get(config.reduction, config.reduction),
+        "sigmoid_mask_scale": config.gate_scale,
+        "deletion_threshold": config.threshold,
+        "delete_gate_layer": config.gate_layer,
+        "gate_layer_norm": config.gate_norm,
+        "use_gumbel_noise": config.gumbel_noise,
+        **({amounts[config.reduction]: config.amount} if config.reduction in amounts else {}),
+    }
