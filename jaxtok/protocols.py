@@ -75,7 +75,12 @@ class CausalLM(Protocol):
 
 
 class Task(Protocol):
-    """Something that learns: what the one training loop trains."""
+    """Something that learns: what the one training loop trains.
+
+    A task may also have `after_step(params, metrics, step) -> params`, for state that no gradient moves (a controller,
+    a moving average): it is called in the compiled step, behind the update number `step`, with the metrics of the whole
+    batch. Such state is a part of the parameters, so it is sharded, saved and restored with them; `trainable` says 0.
+    """
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         """New parameters, in Linen's boxes where they have logical axes (`flax.linen.meta`; the loop unboxes them)."""

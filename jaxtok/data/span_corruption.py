@@ -6,8 +6,15 @@ it stands for. Lengths, masks and sentinels are those of the authors' code.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import zlib
+
 import numpy as np
 from jaxtyping import Bool, Int
+
+from jaxtok.data.text import TextData
+from jaxtok.protocols import Batch
 
 
 def noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
@@ -85,3 +92,82 @@ def restore(
         parts += [inputs[: place[0]], rest[: end[0]] if len(end) else rest]
         inputs, sentinel = inputs[place[0] + 1 :], sentinel - 1
     return np.concatenate([*parts, inputs])
+
+
+@dataclasses.dataclass(frozen=True)
+class SpanCorruption(TextData):
+    """Text as pairs of a corrupted input and what is missing in it, for `jaxtok.lm.t5.SequenceToSequence`.
+
+    Documents are laid end to end, without anything between them, and cut into rows whose input is `length` tokens long,
+    or up to a span's length fewer. What is noise in a row follows from `seed` and the row itself.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    tokenizer: str = "byt5"
+    length: int = 1024
+    """Tokens of an input, sentinels and end included."""
+    density: float = 0.15
+    """The part of the tokens that is noise."""
+    mean_span: float = 20.0
+    first_sentinel: int = 258
+    """The others count down. By default on the ids of ByT5's highest bytes, as its authors do; UTF-8 has no such."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.density <= 0.5:
+            raise ValueError(f"density={self.density}: choose a part of the tokens, above 0 and at most 0.5")
+        if self.mean_span < 1:
+            raise ValueError(f"mean_span={self.mean_span}: choose at least 1")
+        if self.length < 4:
+            raise ValueError(f"length={self.length}: choose at least 4, for a token, a sentinel and the end")
+        if (spans := noise_counts(self.row_items, self.density, self.mean_span)[1]) > self.first_sentinel:
+            raise ValueError(f"first_sentinel={self.first_sentinel}: there are {spans} spans in a row; choose more")
+
+    @functools.cached_property
+    def row_items(self) -> int:
+        """Tokens of text in a row."""
+        raw = raw_length(self.length, self.density, self.mean_span)[0]
+        while _lengths(raw, self.density, self.mean_span)[0] > self.length:  # at least one span, however few tokens
+            raw -= 1
+        return raw
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, int], type]]:
+        targets = (self.batch_size, _lengths(self.row_items, self.density, self.mean_span)[1])
+        return {
+            "tokens": ((self.batch_size, self.length), np.int32),
+            "targets": (targets, np.int32),
+            "mask": (targets, np.float32),
+            "bytes": (targets, np.int32),
+        }
+
+    def items(self, document: str | bytes) -> Int[np.ndarray, " items"]:
+        return np.array(self.loaded_tokenizer.encode(document), np.int32)
+
+    def layout(self, rows, segments, positions) -> Batch:
+        """tokens [batch, length], targets, mask and bytes [batch, targets]; see `SequenceToSequence`.
+
+        A row with fewer than two tokens is padding only.
+        """
+        spec, end = self.batch_spec(), self.loaded_tokenizer.eod_id
+        batch = {name: np.zeros((len(rows), shape[1]), dtype) for name, (shape, dtype) in spec.items()}
+        for number, (row, real) in enumerate(zip(rows, segments > 0)):
+            tokens = row[real]
+            if len(tokens) < 2:
+                continue
+            rng = np.random.default_rng([self.seed, zlib.crc32(tokens.tobytes())])
+            mask = noise_mask(len(tokens), self.density, self.mean_span, rng)
+            inputs, targets = corrupt(tokens, mask, self.first_sentinel, end)
+            batch["tokens"][number, : len(inputs)] = inputs
+            batch["targets"][number, : len(targets)] = targets
+            batch["mask"][number, : len(targets)] = 1
+            batch["bytes"][number, : len(targets)] = self._byte_lengths[targets]
+            sentinels = np.concatenate([mask[:1], mask[1:] & ~mask[:-1]])[mask]
+            batch["bytes"][number, np.flatnonzero(sentinels) + np.arange(sentinels.sum())] = 0
+        return batch
+
+
+def _lengths(raw: int, density: float, mean_span: float) -> tuple[int, int]:
+    noise, spans = noise_counts(raw, density, mean_span)
+    return raw - noise + spans + 1, noise + spans + 1

@@ -417,6 +417,7 @@ class SequenceToSequence:
         stop_tokens: Collection[int] | None = None,
         num_ids: int | None = None,
         on_tokens: Callable[[list[list[int]]], None] | None = None,
+        **encoding: Any,
     ) -> list[list[int]]:
         """Outputs for inputs; the encoder runs once. See `jaxtok.decoding.sampling.generate`.
 
@@ -424,6 +425,7 @@ class SequenceToSequence:
           inputs: ids, of any lengths, each with its end.
           begin: ids with which each output begins; they are not returned.
           stop_tokens: default: eos_id.
+          encoding: options of `encoded`.
 
         Raises:
           ValueError: no input, an empty one, one with an unknown id, or one longer than max_length.
@@ -432,7 +434,7 @@ class SequenceToSequence:
         tokens = pad_inputs(cfg, inputs)
         return generate_tokens(
             Conditioned(self.module()),
-            condition(self.module(), params, self.encoded(params, tokens)),
+            condition(self.module(), params, self.encoded(params, tokens, **encoding)),
             [[cfg.pad_id, *begin]] * len(inputs),
             max_new_tokens=max_new_tokens,
             sampling=sampling,

@@ -279,6 +279,8 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any,
             updates = jax.tree.map(jnp.multiply, updates, trainable)
         params = optax.apply_updates(state.params, updates)
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads), "learning_rate": rate} | metrics
+        if hasattr(task, "after_step"):
+            params = task.after_step(params, metrics, state.step)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     state = _shardings(abstract_state(task, train_config, data, layout))
