@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
 from jaxtok.data.word_units import WordUnitText
 from jaxtok.data.words import WordText
@@ -16,6 +17,8 @@ from jaxtok.lm.hat_released import ReleasedConfig, ReleasedModeling
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.lexinvariant import LexinvariantConfig, LexinvariantModeling
 from jaxtok.lm.llama import LlamaConfig
+from jaxtok.lm.mrt5 import MrT5Training, mrt5
+from jaxtok.lm.t5 import SequenceToSequence, T5Config
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
@@ -185,9 +188,24 @@ def images() -> Case:
 
 def lexinvariant(model, **options) -> Case:
     return dataclasses.replace(text(model), task=LexinvariantModeling(model=model, **options))
+def pairs(task) -> Case:
+    """Inputs and targets of several lengths."""
+    data = SpanCorruption(length=16, batch_size=8, density=0.3, mean_span=2.0)
+    rng = np.random.default_rng(0)
+    shape = data.batch_spec()["targets"][0]
+    mask = np.arange(shape[1]) < rng.integers(3, shape[1], (8, 1))
+    batch = {
+        "tokens": rng.integers(2, task.model.vocab_size, (8, 16)) * (np.arange(16) < rng.integers(5, 17, (8, 1))),
+        "targets": rng.integers(2, task.model.vocab_size, shape) * mask,
+        "mask": mask,
+        "bytes": mask,
+    }
+    return Case(task, data, {name: batch[name].astype(dtype) for name, (_, dtype) in data.batch_spec().items()})
 
 
 SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 8, "vocab_size": 64, "max_length": 32}
+
+T5 = T5Config(**{**SIZES, "head_size": 4, "mlp_dim": 32, "gated": True, "tie_embeddings": False})
 
 TASKS = {
     "tokenformer": lambda: text(TOKENFORMER),
@@ -199,5 +217,11 @@ TASKS = {
     "word_pooled": word_pooled,
     "lexinvariant": lambda: lexinvariant(LexinvariantConfig(**SIZES, mlp_dim=32)),
     "semi_lexinvariant": lambda: lexinvariant(TOKENFORMER, random_symbols=0.5, block=24),
+    "t5": lambda: pairs(SequenceToSequence(model=T5)),
+    "mrt5": lambda: pairs(
+        MrT5Training(
+            model=mrt5(T5, gate_layer=1, softmax1=True), target_rate=0.5, score_weight=0.5, hard_probability=0.5
+        )
+    ),
     "tokenformer_vit": images,
 }

@@ -573,7 +573,8 @@ class MrT5Training(SequenceToSequence):
     def trainable(self, params: Params) -> Params | None:
         if "controller" not in params:
             return None
-        return {name: float(name != "controller") for name in params}
+        fixed = jax.tree.map(jnp.zeros_like, params["controller"])
+        return {**jax.tree.map(lambda _: 1.0, params), "controller": fixed}
 
     def after_step(self, params: Params, metrics: dict[str, jax.Array], step: jax.Array) -> Params:
         """The parameters behind update number `step`: the controller has seen the deletion rate."""

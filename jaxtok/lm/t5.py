@@ -403,7 +403,7 @@ class SequenceToSequence:
 
     def encoded(self, params: Params, tokens: Int[np.ndarray, "batch length"]) -> Encoded:
         """What the decoder gets, in evaluation and generation."""
-        return _encode(self.module(), params, tokens)
+        return encode(self.module(), params, tokens)
 
     def generate(
         self,
@@ -476,7 +476,7 @@ SENTINEL = 258
 
 
 @functools.partial(jax.jit, static_argnames="module")
-def _encode(module: T5, params: Params, tokens) -> Encoded:
+def encode(module: T5, params: Params, tokens) -> Encoded:
     return module.apply({"params": params}, tokens, method="encode")
 
 

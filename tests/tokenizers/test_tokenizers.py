@@ -19,7 +19,7 @@ from jaxtok.tokenizers import HuggingFaceTokenizer, load_tokenizer, token_byte_l
 TEXT = Path(json.__file__).with_name("decoder.py").read_text() + Path(io.__file__).read_text()
 PREFIXED = ["sentencepiece_published", "metaspace", "prepend"]
 LIBRARIES = ["sentencepiece_unigram", "sentencepiece_bpe", "byte_level", "byte_level_prefixed", *PREFIXED]
-KINDS = ["bytes", "characters", *LIBRARIES]
+KINDS = ["bytes", "byt5", "characters", *LIBRARIES]
 ORDINARY = "Hello, world of 42 tokens (raise ValueError if not self.strict)."
 HOSTILE = [
     *("<|endoftext|>", "</s>", "<s>", "<unk>", "[SEP]", "<0x41>", "<|end_of_text|>"),
@@ -82,6 +82,7 @@ def paths(tmp_path_factory):
     return {
         "bytes": "bytes",
         "characters": "characters: abcdeé中",
+        "byt5": "byt5",
         "sentencepiece_unigram": train_sentencepiece([TEXT], root / "unigram.model", vocab_size=500),
         "sentencepiece_bpe": train_sentencepiece([TEXT.encode()], root / "b.model", vocab_size=500, model_type="bpe"),
         "sentencepiece_published": published,

@@ -1,0 +1,72 @@
+"""Measures of models that delete tokens, for `jaxtok.studies.comparison.Comparison`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, begin, finish
+from jaxtok.lm.t5 import T5, encode, init_params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SoftDeletion:
+    """What the model does where deleted bytes are not taken out, but attended to less, as in training."""
+
+    batches: int = 8
+
+    def __call__(self, task: Any, params: Any, data: Any) -> dict[str, float]:
+        if not isinstance(task, MrT5Training):
+            return {}
+        data = dataclasses.replace(data, eval_limit=self.batches)
+        found = task.evaluate(params, data.eval_batches("test"), deletion="soft")
+        return {"soft_bits_per_byte": found["bits_per_byte"]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderSpeed:
+    """How many times as fast the encoder is behind a deletion of 50 and 80 %, as the same encoder without a gate.
+
+    On random bytes; where the gate keeps more, the ones with the lowest gates are left out too, at the same cost. The
+    three programs take turns, and the medians of their times are compared.
+    """
+
+    rows: int = 4
+    length: int = 1024
+    repeats: int = 5
+    model: MrT5Config | None = None
+    """Another one than the arm's, with new parameters."""
+
+    def __call__(self, task: Any, params: Any, data: Any) -> dict[str, float]:
+        if not isinstance(task, MrT5Training) or task.model.reduction != "gate":
+            return {}
+        if self.model is not None:
+            task = MrT5Training(model=self.model)
+            params = jax.jit(functools.partial(init_params, self.model))(jax.random.key(0))
+        plain = dataclasses.replace(task.model.plain, softmax1=False)
+        whole = jax.jit(functools.partial(init_params, plain))(jax.random.key(0))
+        tokens = np.random.default_rng(0).integers(3, 259, (self.rows, self.length)).astype(np.int32)
+
+        def without():
+            return encode(T5(plain), whole, tokens)
+
+        def shortened(part):
+            begun, _ = begin(task, params, tokens, jax.random.key(0))
+            return finish(task, -(-self.length * part // 10), params, begun)
+
+        programs = {"whole": without, "speedup_50": lambda: shortened(5), "speedup_80": lambda: shortened(2)}
+        seconds: dict[str, list[float]] = {name: [] for name in programs}
+        for turn in range(self.repeats + 1):  # the first compiles
+            for name, program in programs.items():
+                start = time.perf_counter()
+                jax.block_until_ready(program().states)
+                if turn:
+                    seconds[name].append(time.perf_counter() - start)
+        medians = {name: statistics.median(found) for name, found in seconds.items()}
+        return {name: medians["whole"] / medians[name] for name in ("speedup_50", "speedup_80")}
