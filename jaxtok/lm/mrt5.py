@@ -32,6 +32,7 @@ from jaxtok.lm.t5 import (
     SequenceToSequence,
     T5Config,
     hide,
+    init_params,
     initial,
     position_bias,
     shift_right,
@@ -432,7 +433,7 @@ def from_t5(config: MrT5Config, params: Params, rng: jax.Array) -> Params:
     Raises:
       ValueError: the T5 has other sizes.
     """
-    own = nn.meta.unbox(initial(config, rng, jnp.ones((1, max(2, config.stride)), jnp.int32)))
+    own = init_params(config, rng)
     blocks = params["encoder"]["stack"]["blocks"]
     first = config.gate_layer if config.reduction != "nothing" else 0
     encoder = dict(own["encoder"]) | {name: params["encoder"][name] for name in ("relative_bias", "final_norm")}
@@ -558,9 +559,7 @@ class MrT5Training(SequenceToSequence):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
         if self.target_rate and self.model.reduction != "gate":
-            raise ValueError(
-                f"target_rate is {self.target_rate}, but a reduction by {self.model.reduction} has no gate."
-            )
+            raise ValueError(f"target_rate is {self.target_rate}, but reduction {self.model.reduction} has no gate.")
         if any(self.entropy_weights) and self.model.gate != "log_sigmoid":
             raise ValueError("entropy_weights are for the log_sigmoid gate, whose values are logarithms; set gate too.")
 

@@ -277,7 +277,7 @@ def shift_right(targets: Int[Array, "batch length"], start: int = 0) -> Int[Arra
 
 def init_params(config: T5Config, rng: jax.Array) -> Params:
     """All parameters, as plain arrays."""
-    return nn.meta.unbox(initial(config, rng, jnp.ones((1, 2), jnp.int32)))
+    return nn.meta.unbox(initial(config, rng, jnp.ones((1, max(2, getattr(config, "stride", 1))), jnp.int32)))
 
 
 def initial(config: T5Config, rng: jax.Array, inputs: Int[Array, "batch length"]) -> Params:

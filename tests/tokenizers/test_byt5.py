@@ -1,7 +1,7 @@
 """ByT5's ids, and the strings that Hugging Face reads as special tokens."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtok.tokenizers import ByT5Tokenizer
@@ -38,6 +38,7 @@ def test_special_strings():
     assert special.encode_text("a</s>") == [100, 1] and special.decode([262]) == b"<extra_id_3>"
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=8).map("".join))
 def test_as_hugging_face_reads_them(text):
     transformers = pytest.importorskip("transformers")

@@ -1,0 +1,358 @@
+"""MrT5: what deletion leaves as it is, what training may and may not do, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxtok.data.span_corruption import SpanCorruption
+from jaxtok.decoding.sampling import Sampling
+from jaxtok.interop.huggingface import read_folder, write_folder
+from jaxtok.lm.mrt5 import (
+    PUBLISHED,
+    SEPARATORS,
+    Begun,
+    MrT5,
+    MrT5Config,
+    MrT5Training,
+    capacities,
+    compact,
+    control,
+    fixed_gate,
+    from_t5,
+    mrt5,
+    random_gate,
+)
+from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
+from jaxtok.lm.t5 import T5, SequenceToSequence, T5Config, init_params
+from jaxtok.training.checkpoints import load
+from jaxtok.training.experiment import Experiment, TrainConfig
+from jaxtok.training.loop import train
+from jaxtok.training.mesh import MeshConfig
+
+SIZES = {"num_layers": 3, "decoder_layers": 1, "d_model": 16, "num_heads": 2, "head_size": 6, "mlp_dim": 24}
+PLAIN = T5Config(**SIZES, vocab_size=384, gated=True, activation="gelu_tanh", tie_embeddings=False, softmax1=True)
+CONFIG = mrt5(PLAIN, gate_layer=1)
+SATURATED = dataclasses.replace(CONFIG, gate_scale=-1e4, threshold=-5e3)
+LENGTH = 16
+
+
+@pytest.fixture(scope="module")
+def t5_params():
+    flat, unflatten = jax.flatten_util.ravel_pytree(jax.jit(functools.partial(init_params, PLAIN))(jax.random.key(0)))
+    return unflatten(flat + 0.2 * jax.random.normal(jax.random.key(1), flat.shape))
+
+
+@pytest.fixture(scope="module")
+def params(t5_params):
+    """Of a MrT5 around that T5, whose gate keeps about half."""
+    params = jax.jit(functools.partial(from_t5, CONFIG))(t5_params, jax.random.key(2))
+    return with_gate(params, kernel=2.0 * jax.random.normal(jax.random.key(3), (16, 1)), bias=jnp.zeros(1))
+
+
+def with_gate(params, **leaves):
+    gate = params["encoder"]["delete_gate"]
+    return {**params, "encoder": {**params["encoder"], "delete_gate": {**gate, **leaves}}}
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(3, 259, (3, LENGTH)).astype(np.int32)
+    tokens[1, 11:] = 0
+    return tokens, rng.integers(3, 259, (3, 5)).astype(np.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity"))
+def run(config, params, tokens, outputs, hard=False, capacity=0, threshold=-15.0):
+    """Logits, and what was in front of the reduction."""
+    apply = functools.partial(MrT5(config).apply, {"params": params})
+    begun = apply(tokens, threshold=threshold, method="begin")
+    return apply(outputs, apply(begun, hard, capacity, method="finish"), method="decode")[0], begun
+
+
+@pytest.fixture(scope="module")
+def without_gate(t5_params, arrays):
+    return jax.jit(T5(PLAIN).apply)({"params": t5_params}, *arrays)
+
+
+def close(ours, theirs, atol=1e-5):
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=atol * float(np.abs(theirs).max()))
+
+
+def test_a_threshold_that_keeps_all_is_the_t5(params, arrays, without_gate):
+    for capacity in (0, LENGTH):
+        close(run(CONFIG, params, *arrays, True, capacity, -jnp.inf)[0], without_gate)
+
+
+def test_a_gate_that_keeps_all_is_the_t5(params, arrays, without_gate):
+    open_gate = with_gate(params, kernel=jnp.zeros((16, 1)), bias=jnp.full(1, 40.0))
+    close(run(CONFIG, open_gate, *arrays)[0], without_gate)
+
+
+def test_saturated_gates_make_soft_and_hard_the_same(params, arrays):
+    gate = params["encoder"]["delete_gate"]
+    loud = with_gate(params, kernel=1e6 * gate["kernel"])
+    soft, begun = run(SATURATED, loud, *arrays, False, 0, -5e3)
+    assert begun.kept.any(-1).all() and 0.2 < begun.kept.mean() < 0.8
+    for capacity in (0, LENGTH):
+        close(run(SATURATED, loud, *arrays, True, capacity, -5e3)[0], soft)
+    gates = np.asarray(begun.gate)
+    assert np.isin(gates.round(), (0, -1e4)).all()
+
+
+def test_capacities_agree(params, arrays):
+    """Taken out into just enough places, into more, and hidden."""
+    hidden, begun = run(CONFIG, params, *arrays, True)
+    most = int(begun.counts.max())
+    assert most < LENGTH
+    for capacity in (most, LENGTH):
+        close(run(CONFIG, params, *arrays, True, capacity)[0], hidden)
+    assert not np.asarray(begun.kept)[arrays[0] == 0].any()  # padding never stays
+
+
+def test_rows_do_not_depend_on_each_other(params, arrays):
+    order = np.array([2, 0, 1])
+    logits, _ = run(CONFIG, params, *arrays, True, LENGTH)
+    permuted, _ = run(CONFIG, params, *(a[order] for a in arrays), True, LENGTH)
+    close(permuted, logits[order])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4), st.integers(1, 9))
+def test_compaction(kept, capacity):
+    kept = np.array(kept)
+    gate = np.where(kept, -np.arange(9, dtype=np.float32)[::-1], -30)  # later ones are higher
+    places, filled = compact(Begun(None, np.ones_like(kept), jnp.asarray(kept), jnp.asarray(gate)), capacity)
+    for row in range(len(kept)):
+        expected = np.flatnonzero(kept[row])[-capacity:]
+        found = np.asarray(places[row])[np.asarray(filled[row])]
+        np.testing.assert_array_equal(found, expected if len(expected) else [0])
+
+
+def test_only_the_regulariser_reaches_the_gate_in_a_hard_step(params, arrays):
+    batch = {"tokens": arrays[0], "targets": arrays[1], "mask": np.ones((3, 5), np.float32), "bytes": np.ones((3, 5))}
+
+    @functools.partial(jax.jit, static_argnames="task")
+    def gradient(task):
+        loss = lambda p: task.loss(p, batch, jax.random.key(0), jnp.zeros((), jnp.int32))[0]  # noqa: E731
+        return jax.grad(loss)(params)["encoder"]["delete_gate"]
+
+    soft = gradient(MrT5Training(model=CONFIG))
+    hard = gradient(MrT5Training(model=CONFIG, hard_probability=1.0))
+    regularised = gradient(MrT5Training(model=CONFIG, hard_probability=1.0, alpha=0.1))
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves((soft, regularised)))
+    assert not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(hard))
+
+
+def test_the_controller_reaches_its_target():
+    """Of a plant whose rate follows alpha slowly; alpha is never negative on the way."""
+
+    def step(carry, _):
+        state, rate = carry
+        rate = 0.98 * rate + 0.02 * jnp.clip(4 * state["alpha"], 0, 1)
+        state = control(state, rate, 0.5, 0.5, 5e-4)
+        return (state, rate), (rate, state["alpha"])
+
+    start = ({name: jnp.zeros(()) for name in ("p", "i", "alpha")}, jnp.zeros(()))
+    _, (rates, alphas) = jax.lax.scan(step, start, None, length=20000)
+    assert alphas.min() >= 0 and abs(rates[-1] - 0.5) < 0.01
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    for i in range(60):
+        (folder / f"{i}.txt").write_text(f"def f{i}(x): return x + {i}\n" * 6)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def experiment(corpus, tmp_path_factory):
+    return Experiment(
+        task=MrT5Training(model=CONFIG, target_rate=0.5, regulariser_delay=2, k_i=0.1, score_weight=0.5),
+        data=SpanCorruption(corpus=corpus, length=LENGTH, batch_size=4, density=0.3, mean_span=3.0, eval_limit=1),
+        train=TrainConfig(steps=4, log_every=1, eval_every=0, checkpoint_every=2, tensorboard=False),
+        mesh=MeshConfig(data=1),
+        workdir=str(tmp_path_factory.mktemp("runs") / "run"),
+    )
+
+
+def test_the_controller_is_saved_with_the_parameters(experiment):
+    """It stands still until the delay is over, then follows the rates that were logged; a checkpoint has it."""
+    import json
+
+    result = train(experiment, quiet=True)
+    lines = [json.loads(line) for line in (result.directory / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in lines if "deletion_rate" in row and "alpha" in row]
+    state = {name: jnp.zeros(()) for name in ("p", "i", "alpha")}
+    assert len(rows) == 4
+    for step, row in enumerate(rows):
+        np.testing.assert_allclose(row["alpha"], state["alpha"], rtol=1e-6)
+        if step >= 2:
+            state = control(state, row["deletion_rate"], 0.5, 0.5, 0.1)
+    saved = load(experiment.directory).params["controller"]
+    assert float(saved["alpha"]) > 0
+    for name, value in state.items():
+        np.testing.assert_allclose(saved[name], value, rtol=1e-6)
+        np.testing.assert_array_equal(saved[name], result.params["controller"][name])
+    assert {"deletion_rate", "slots", "emptied", "bits_per_byte"} <= result.metrics.keys()
+
+
+def test_evaluation_and_generation(params, experiment):
+    """Hard evaluation shortens; texts are continued; rows that are padding only count for nothing."""
+    task = experiment.task
+    batch = next(iter(experiment.data.eval_batches("train")))
+    found = task.evaluate(params, [batch])
+    soft = task.evaluate(params, [batch], deletion="soft")
+    assert 0.1 < found["deletion_rate"] == soft["deletion_rate"] < 0.9
+    assert found["slots"] < 1 == soft["slots"] and found["tokens"] == batch["mask"].sum()
+    emptied = {name: np.where((np.arange(4) > 1)[:, None], array, 0) for name, array in batch.items()}
+    half = task.evaluate(params, [emptied])
+    assert np.isfinite(half["loss"]) and half["tokens"] == batch["mask"][2:].sum()
+    prompts = [b"def f", b"return"]
+    options = {"max_bytes": 6, "sampling": Sampling(temperature=0), "rng": None}
+    texts = task.continue_text(params, prompts, **options)
+    assert all(len(text) <= 6 for text in texts)
+    alone = [task.continue_text(params, [prompt], **options)[0] for prompt in prompts]
+    assert texts == alone
+    with pytest.raises(ValueError, match="input 1 is"):
+        task.generate(params, [[5], [384]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="input 0 has 0 ids"):
+        task.generate(params, [[]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="there is no input"):
+        task.generate(params, [], max_new_tokens=2)
+
+
+def test_a_gate_that_deletes_everything_is_said(params, experiment):
+    closed = with_gate(params, kernel=jnp.zeros((16, 1)), bias=jnp.full(1, -40.0))
+    batch = next(iter(experiment.data.eval_batches("train")))
+    with pytest.raises(ValueError, match=r"deletes every byte of a batch.*threshold = -15\.0"):
+        experiment.task.evaluate(closed, [batch])
+
+
+def test_a_row_without_survivors_keeps_its_first_place(params, arrays):
+    """One row among others; and a row that is padding only stays finite."""
+    tokens, outputs = arrays
+    tokens = tokens.copy()
+    tokens[0] = 0
+    logits, begun = run(CONFIG, params, tokens, outputs, True, LENGTH)
+    assert np.isfinite(logits).all() and not begun.kept[0].any() and begun.counts[0] == 1
+    gates = np.asarray(begun.gate)[1]
+    threshold = jnp.float32(gates.max())  # nothing in row 1 is above
+    whole, begun = run(CONFIG, params, tokens, outputs, True, LENGTH, threshold)
+    assert not begun.kept[1].any()
+    np.testing.assert_array_equal(compact(begun, 4)[0][1], 0)
+    close(run(CONFIG, params, tokens, outputs, True, 0, threshold)[0], whole)
+
+
+def test_random_and_fixed_deletion():
+    gates = np.asarray(random_gate(jax.random.key(0), (40, 50), 0.3, -30.0))
+    assert set(np.unique(gates)) == {-30.0, 0.0} and abs((gates < 0).mean() - 0.3) < 0.2
+    rates = [(random_gate(jax.random.key(i), (40, 50), 0.3, -30.0) < 0).mean() for i in range(30)]
+    assert abs(np.mean(rates) - 0.3) < 0.04 and 0.02 < np.std(rates) < 0.09
+    ids = np.array([[100, 101, 102, 103, 35, 104, 105, 1, 0, 0], [35, 100, 101, 102, 103, 104, 105, 106, 107, 1]])
+    both = fixed_gate(ids, ids > 0, 0.5, -30.0)
+    kept = [[1, 1, 0, 0, 1, 1, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0, 0, 1]]
+    np.testing.assert_array_equal(both == 0, np.array(kept, bool))
+    np.testing.assert_array_equal(fixed_gate(ids[:1], ids[:1] > 0, 0.5, -30.0)[0], both[0])
+    assert {bytes([i - 3]) for i in SEPARATORS if i > 2} >= {b" ", b"\t", b"\n", b",", b".", b"!"}
+
+
+@pytest.mark.parametrize("reduction", ["boundaries", "convolution", "nothing"])
+def test_baselines(reduction, arrays, tmp_path):
+    """Each forgets what it should, and is written and read as it is."""
+    config = dataclasses.replace(CONFIG, reduction=reduction, mask_surplus=True, stride=4)
+    params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
+    tokens, _ = arrays
+    uniform = np.random.default_rng(1).uniform(0.01, 0.99, tokens.shape).astype(np.float32)
+    apply = jax.jit(lambda t, u: MrT5(config).apply({"params": params}, t, uniform=u, method="encode"))
+    encoded = apply(tokens, uniform)
+    slots = {"boundaries": LENGTH, "convolution": LENGTH // 4, "nothing": 1}[reduction]
+    assert encoded.states.shape == (3, slots, 16)
+    if reduction == "nothing":
+        np.testing.assert_array_equal(encoded.states, apply(tokens[::-1], uniform).states)
+        return
+    if reduction == "boundaries":  # no row sees the others
+        alone = apply(np.stack([tokens[1]] * 3), np.stack([uniform[1]] * 3))
+        seen = np.asarray(encoded.bias[0][1, 0, 0] == 0)
+        close(alone.states[0][seen], encoded.states[1][seen])
+    again, tree = read_folder(write_folder(tmp_path / "folder", config, params))
+    assert again.reduction == reduction and jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+
+
+def test_written_then_read_is_the_same(params, t5_params, tmp_path):
+    again, tree = read_folder(write_folder(tmp_path / "folder", CONFIG, params))
+    assert again == dataclasses.replace(CONFIG, activation=again.activation)
+    assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    with pytest.raises(ValueError, match="other shapes"):
+        from_t5(dataclasses.replace(CONFIG, mlp_dim=32), t5_params, jax.random.key(0))
+
+
+def test_published_sizes_have_a_gate_more():
+    for name, config in PUBLISHED.items():
+        base = T5_PUBLISHED[name.replace("mrt5", "byt5")]
+        trees = [jax.eval_shape(functools.partial(init_params, c), jax.random.key(0)) for c in (config, base)]
+        sizes = [sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) for tree in trees]
+        assert sizes[0] - sizes[1] == 2 * config.d_model + 1, name
+        assert config.plain == dataclasses.replace(base, softmax1=True)
+
+
+def test_shorter_rows_cost_less():
+    config, base = PUBLISHED["mrt5-small"], T5_PUBLISHED["byt5-small"]
+    assert abs(config.encoder_flops(1024) / base.encoder_flops(1024) - 1) < 1e-3
+    assert config.encoder_flops(1024, 512) < 0.65 * base.encoder_flops(1024)
+    assert capacities(1024) == [128 * i for i in range(1, 9)] and capacities(10)[-1] == 10 and capacities(1) == [1]
+    batch = {"tokens": np.zeros((2, 1024)), "targets": np.zeros((2, 189))}
+    assert SequenceToSequence(model=base).flops(batch) > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"reduction": "half"}, "reduction is 'half'"),
+        ({"gate": "relu"}, "gate is 'relu'"),
+        ({"gate_layer": 3}, "gate_layer is 3; it must be from 0 to 2"),
+        ({"gate_layer": -1}, "gate_layer is -1"),
+        ({"gate_scale": 0.0}, "gate_scale is 0.0"),
+        ({"threshold": 0.0}, "threshold is 0.0"),
+        ({"threshold": -30.0}, r"threshold is -30\.0; gates are between -30\.0 and 0"),
+        ({"amount": 1.0}, "amount is 1.0"),
+        ({"stride": 0}, "stride is 0"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"prior": 1.0}, "prior 1.0"),
+        ({"relative_buckets": 3}, "relative_buckets is 3"),
+        ({"relative_distance": 16}, "relative_distance is 16"),
+    ],
+)
+def test_configs_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        MrT5Config(**SIZES | {"gate_layer": 1} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_rate": 1.0}, r"target_rate is 1\.0; it must be in \[0, 1\)"),
+        ({"regulariser": "mean"}, "regulariser is 'mean'"),
+        ({"hard_probability": 2.0}, "hard_probability is 2.0"),
+        ({"alpha": -1.0}, "alpha is -1.0"),
+        ({"entropy_weights": (1.0, 1.0)}, "log_sigmoid"),
+    ],
+)
+def test_tasks_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        MrT5Training(model=CONFIG, **options)
+
+
+def test_only_a_gate_has_a_target():
+    with pytest.raises(ValueError, match="reduction random has no gate"):
+        MrT5Training(model=dataclasses.replace(CONFIG, reduction="random"), target_rate=0.5)
