@@ -18,7 +18,7 @@ from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
 
-STEPS = 600
+STEPS = 500
 byt5 = T5Config(
     num_layers=4,
     decoder_layers=2,
@@ -40,7 +40,7 @@ def arm(name, task):
     return Experiment(
         name=name,
         task=task,
-        data=SpanCorruption(length=128, batch_size=24, mean_span=5.0, eval_limit=8),
+        data=SpanCorruption(length=128, batch_size=16, mean_span=5.0, eval_limit=8),
         train=TrainConfig(
             steps=STEPS,
             optimizer=OptimizerConfig(

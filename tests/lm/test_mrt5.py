@@ -170,7 +170,7 @@ def test_the_controller_reaches_its_target():
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
-    for i in range(60):
+    for i in range(200):
         (folder / f"{i}.txt").write_text(f"def f{i}(x): return x + {i}\n" * 6)
     return str(folder)
 
@@ -224,7 +224,7 @@ def test_evaluation_and_generation(params, experiment):
     assert all(len(text) <= 6 for text in texts)
     alone = [task.continue_text(params, [prompt], **options)[0] for prompt in prompts]
     assert texts == alone
-    with pytest.raises(ValueError, match="input 1 is"):
+    with pytest.raises(ValueError, match="input 1 has an id outside of 0 to 383"):
         task.generate(params, [[5], [384]], max_new_tokens=2)
     with pytest.raises(ValueError, match="input 0 has 0 ids"):
         task.generate(params, [[]], max_new_tokens=2)
