@@ -13,6 +13,7 @@ import jax
 from tyro.conf import Positional
 
 from jaxtok.data.corpora import open_corpus
+from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.decoding.sampling import generate as generate_tokens
@@ -21,6 +22,8 @@ from jaxtok.interop.tokenformer import read_official, write_official
 from jaxtok.lm.growth import Growth
 from jaxtok.lm.hat_released import ReleasedConfig
 from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.mrt5 import MrT5Config, MrT5Training
+from jaxtok.lm.t5 import SequenceToSequence, T5Config
 from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
 from jaxtok.protocols import TextGenerator, Tokenizer
@@ -48,18 +51,36 @@ def open_model(path: Path) -> Opened:
     """A run's newest checkpoint, the one at RUN/checkpoints/STEP, or a Hugging Face folder."""
     if hat.is_folder(path):
         model, params = hat.read_folder(path)
-        task, data = hat.task_and_data(model)
+        task, data = _use(model, path)
         return Opened(task, params, data, load_tokenizer(data.tokenizer), [], [])
     if huggingface.is_folder(path):
         model, params = huggingface.read_folder(path)
-        tokenizer, prefix, stops = huggingface.read_tokenizer(path)
-        data = TextData(tokenizer=str(path), length=min(1024, model.max_length), batch_size=8)
-        return Opened(LanguageModeling(model=model), params, data, tokenizer, prefix, stops)
+        task, data = _use(model, path)
+        if not (path / "tokenizer.json").is_file() and isinstance(model, T5Config):
+            tokenizer = load_tokenizer(data.tokenizer)
+            return Opened(task, params, data, tokenizer, [], [tokenizer.eod_id])
+        return Opened(task, params, data, *huggingface.read_tokenizer(path))
     loaded = load(path)
     data = loaded.experiment.data
     tokenizer = load_tokenizer(data.tokenizer)
     end = [tokenizer.eod_id]
     return Opened(loaded.task, loaded.params, data, tokenizer, end, end, loaded.meta.step)
+
+
+def _use(model: Any, folder: Path) -> tuple[Any, TextData]:
+    """How a model of a Hugging Face folder is trained and evaluated, by its kind."""
+    if isinstance(model, ReleasedConfig):
+        return hat.task_and_data(model)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    options: dict[str, Any] = {"length": min(1024, model.max_length), "batch_size": 8}
+    if has_tokenizer:
+        options["tokenizer"] = str((folder / "tokenizer.json").absolute())
+    if isinstance(model, T5Config):
+        if has_tokenizer:
+            options["first_sentinel"] = huggingface.first_sentinel(folder)
+        task = (MrT5Training if isinstance(model, MrT5Config) else SequenceToSequence)(model=model)
+        return task, SpanCorruption(**options)
+    return LanguageModeling(model=model), TextData(**options)
 
 
 def evaluate(
@@ -225,8 +246,8 @@ def convert(
 ) -> Path:
     """Checkpoints between jaxtok and other layouts, in the direction that the source asks for.
 
-    A Hugging Face folder (GPT-2, Llama, Mistral, Qwen2, Gemma, the released HATs), or one of the authors of
-    TokenFormer, becomes a run that every verb takes; a run becomes such a folder, by its kind of model.
+    A Hugging Face folder (GPT-2, Llama, Mistral, Qwen2, Gemma, T5, mT5, ByT5, the released HATs), or one of the authors
+    of TokenFormer or MrT5, becomes a run that every verb takes; a run becomes such a folder, by its kind of model.
 
     Args:
       source: the folder, with config.json and model.safetensors, its shards or pytorch_model.bin; or a run.
@@ -246,22 +267,12 @@ def convert(
         if tokenizer.is_file():
             shutil.copy(tokenizer, target)
         return target
-    if hat.is_folder(source):
-        model, params = hat.read_folder(source)
-        task, data = hat.task_and_data(model)
-        target.mkdir(parents=True)
-    else:
-        model, params = (huggingface.read_folder if huggingface.is_folder(source) else read_official)(source)
-        has_tokenizer = (source / "tokenizer.json").is_file()
-        target.mkdir(parents=True)
-        if has_tokenizer:
-            shutil.copy(source / "tokenizer.json", target)
-        data = TextData(
-            tokenizer=str((target / "tokenizer.json").absolute()) if has_tokenizer else "bytes",
-            length=min(1024, model.max_length),
-            batch_size=8,
-        )
-        task = LanguageModeling(model=model)
+    folder = next((kind for kind in (hat, huggingface) if kind.is_folder(source)), None)
+    model, params = (folder.read_folder if folder else read_official)(source)
+    target.mkdir(parents=True)
+    if (source / "tokenizer.json").is_file():
+        shutil.copy(source / "tokenizer.json", target)
+    task, data = _use(model, target)
     experiment = Experiment(task=task, data=data, name=target.name, workdir=str(target), train=TrainConfig())
     write_config(target, experiment)
     with Checkpoints(target) as checkpoints:

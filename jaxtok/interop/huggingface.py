@@ -570,6 +570,20 @@ def read_tokenizer(folder: str | Path) -> tuple[HuggingFaceTokenizer, list[int],
     return HuggingFaceTokenizer(folder, eod=theirs.id_to_token(stops[0])), prefix, stops
 
 
+def first_sentinel(folder: str | Path) -> int:
+    """The id of <extra_id_0> in a folder's tokenizer, from which T5's sentinels count down.
+
+    Raises:
+      ValueError: the tokenizer has none.
+    """
+    found = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json")).token_to_id("<extra_id_0>")
+    if found is None:
+        raise ValueError(
+            f"the tokenizer in {folder} has no token <extra_id_0>; give the one the model was trained with."
+        )
+    return found
+
+
 def write_folder(
     folder: str | Path, config: DecoderConfig, params: Mapping[str, Any], *, shard_bytes: int = 5 * 10**9
 ) -> Path:

@@ -513,6 +513,10 @@ def boundary_loss(begun: Begun, prior: float) -> Float[Array, ""]:
     return -jnp.mean(choose + n * math.log(prior) + (length - n) * math.log1p(-prior)) / length
 
 
+def new_controller() -> dict[str, Array]:
+    return {name: jnp.zeros(()) for name in ("p", "i", "alpha")}
+
+
 def control(state: dict[str, Array], rate: Array, target: float, k_p: float, k_i: float) -> dict[str, Array]:
     """One step of the PI controller of the regulariser's weight alpha (section 3.3): it grows while the deletion rate
     is below the target, and is never negative."""
@@ -566,7 +570,7 @@ class MrT5Training(SequenceToSequence):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         params = initial(self.model, rng, batch["tokens"])
         if self.target_rate:
-            params = {**params, "controller": {name: jnp.zeros(()) for name in ("p", "i", "alpha")}}
+            params = {**params, "controller": new_controller()}
         return params
 
     def trainable(self, params: Params) -> Params | None:

@@ -453,9 +453,9 @@ class SequenceToSequence:
           ValueError: the model's vocabulary is not ByT5's, or as in `generate`.
         """
         tokenizer = ByT5Tokenizer()
-        if self.model.vocab_size < tokenizer.vocab_size:
+        if self.model.vocab_size != tokenizer.vocab_size:
             raise ValueError(
-                f"vocab_size is {self.model.vocab_size}; text is continued with ByT5's {tokenizer.vocab_size} ids."
+                f"vocab_size is {self.model.vocab_size}; text is continued with ByT5's ids, {tokenizer.vocab_size}."
             )
         sentinel = SENTINEL
         rows = self.generate(

@@ -57,7 +57,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             raise ValueError(f"{path} holds {len(found)} *.model files: give the path of one of them")
         path = found[0]
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer {str(spec)!r}: give 'bytes', 'byt5', a *.model, a tokenizer.json or a folder")
+        raise FileNotFoundError(
+            f"no tokenizer {str(spec)!r}: give 'bytes', 'byt5', a *.model, a tokenizer.json or a folder"
+        )
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     if path.suffix == ".json":

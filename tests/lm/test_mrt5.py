@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxtok import verbs
+from jaxtok.configuration import load_config
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.huggingface import read_folder, write_folder
@@ -37,6 +40,7 @@ from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
+from jaxtok.training.recipes import start_mrt5
 
 SIZES = {"num_layers": 3, "decoder_layers": 1, "d_model": 16, "num_heads": 2, "head_size": 6, "mlp_dim": 24}
 PLAIN = T5Config(**SIZES, vocab_size=384, gated=True, activation="gelu_tanh", tie_embeddings=False, softmax1=True)
@@ -207,6 +211,35 @@ def test_the_controller_is_saved_with_the_parameters(experiment):
     assert {"deletion_rate", "slots", "emptied", "bits_per_byte"} <= result.metrics.keys()
 
 
+def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
+    """From a folder, and from a run that was made of it, as `jaxtok convert` does; both verbs take the folder too."""
+    folder = write_folder(tmp_path / "byt5", dataclasses.replace(PLAIN, softmax1=False), t5_params)
+    run = verbs.convert(folder, tmp_path / "run")
+    assert isinstance(load(run).task, SequenceToSequence) and load(run).experiment.data == SpanCorruption(batch_size=8)
+    for source in (folder, run):
+        there = dataclasses.replace(experiment, workdir=str(tmp_path / f"mrt5_{source.name}"))
+        start_mrt5(there, source)
+        params = load(there.directory).params
+        assert float(params["controller"]["alpha"]) == 0
+        for name, layers in (("stack", slice(0, 1)), ("rest", slice(1, 3))):
+            ours, theirs = (tree["encoder"] for tree in (params, t5_params))
+            kernels = [part["blocks"]["ffn"]["up"]["kernel"] for part in (ours[name], theirs["stack"])]
+            np.testing.assert_array_equal(kernels[0], kernels[1][layers])
+    with pytest.raises(FileExistsError):
+        start_mrt5(there, folder)
+    (text,) = verbs.generate(folder, prompt=("def f",), max_new_tokens=3, stream=False)
+    assert len(text) <= 3
+
+
+def test_configs_of_published_sizes():
+    for kind, sizes in (("byt5", T5_PUBLISHED), ("mrt5", PUBLISHED)):
+        for size in ("small", "base", "large", "xl", "xxl"):
+            config = load_config(f"configs/lm/{kind}_{size}.py")
+            plain = {"dtype": "float32", "remat": "none", "dropout": 0.0, "attention_dropout": 0.0, "mlp_dropout": 0.0}
+            assert dataclasses.replace(config.task.model, **plain) == sizes[f"{kind}-{size}"]
+            assert config.data.row_items == 1193 and config.data.batch_spec()["targets"][0] == (1024, 189)
+
+
 def test_evaluation_and_generation(params, experiment):
     """Hard evaluation shortens; texts are continued; rows that are padding only count for nothing."""
     task = experiment.task
@@ -304,6 +337,26 @@ def test_published_sizes_have_a_gate_more():
         sizes = [sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree)) for tree in trees]
         assert sizes[0] - sizes[1] == 2 * config.d_model + 1, name
         assert config.plain == dataclasses.replace(base, softmax1=True)
+
+
+@pytest.mark.parametrize("reduction", ["gate", "random", "fixed", "boundaries", "convolution", "nothing"])
+def test_every_reduction_trains_in_bfloat16(reduction, arrays):
+    """Shapes and types only; parameters and loss stay float32."""
+    options = {"dtype": "bfloat16", "remat": "full", "dropout": 0.1, "attention_dropout": 0.1, "mlp_dropout": 0.1}
+    config = dataclasses.replace(CONFIG, reduction=reduction, gumbel_noise=True, gate_layer=0, **options)
+    gated = {"target_rate": 0.5, "score_weight": 0.5} if reduction == "gate" else {}
+    task = MrT5Training(model=config, hard_probability=0.5, **gated)
+    batch = {"tokens": arrays[0], "targets": arrays[1], "mask": np.ones((3, 5), np.float32), "bytes": np.ones((3, 5))}
+
+    def step(rng):
+        params = jax.tree.map(lambda x: x, nn.meta.unbox(task.init(rng, batch)))
+        (loss, metrics), gradient = jax.value_and_grad(task.loss, has_aux=True)(params, batch, rng, jnp.zeros((), int))
+        return loss, metrics, gradient
+
+    loss, metrics, gradient = jax.eval_shape(step, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves((loss, gradient))} == {np.dtype("float32")}
+    assert all(leaf.shape == () for leaf in metrics.values()) and "deletion_rate" in metrics
+    assert "stack" not in gradient["encoder"]
 
 
 def test_shorter_rows_cost_less():
