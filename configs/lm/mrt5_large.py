@@ -1,6 +1,6 @@
 """MrT5 around ByT5-large (1.23B parameters): 5,000 steps of 1,024 x 1,024 bytes of mC4, deleting half of them.
 
-    python -c "from jaxtok.training import recipes; recipes.start_mrt5('configs/lm/mrt5_large.py', 'byt5-large')"
+    python -c "from jaxtok.training import recipes; recipes.start_from_byt5('configs/lm/mrt5_large.py', 'byt5-large')"
     jaxtok train configs/lm/mrt5_large.py
 
 The first line takes ByT5's weights, from Hugging Face's folder of google/byt5-large or from a run of

@@ -1,6 +1,6 @@
 """MrT5 around ByT5-small (300M parameters): 5,000 steps of 1,024 x 1,024 bytes of mC4, deleting half of them.
 
-    python -c "from jaxtok.training import recipes; recipes.start_mrt5('configs/lm/mrt5_small.py', 'byt5-small')"
+    python -c "from jaxtok.training import recipes; recipes.start_from_byt5('configs/lm/mrt5_small.py', 'byt5-small')"
     jaxtok train configs/lm/mrt5_small.py
 
 The first line takes ByT5's weights, from Hugging Face's folder of google/byt5-small or from a run of

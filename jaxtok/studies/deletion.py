@@ -1,4 +1,4 @@
-"""Measures of models that delete tokens, for `jaxtok.studies.comparison.Comparison`."""
+"""Models that delete tokens, continued from one that does not; and measures of them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,32 @@ import numpy as np
 
 from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, begin, finish
 from jaxtok.lm.t5 import T5, encode, init_params
+from jaxtok.studies.comparison import Comparison
+from jaxtok.training.experiment import Experiment
+from jaxtok.training.loop import train
+from jaxtok.training.recipes import start_from_byt5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continued(Comparison):
+    """A comparison whose arms all begin with the weights of one model, as MrT5's pre-training does."""
+
+    base: Experiment
+    """Trains that model, a ByT5, for each seed. Its rows come in another order than those of the arms."""
+
+    def _signature(self, arm: Experiment, seed: int) -> str:
+        of_base = super()._signature(self.base, seed)
+        return f"{super()._signature(arm, seed)}-{of_base}"
+
+    def _run_arm(self, arm: Experiment, seed: int) -> dict[str, Any] | None:
+        base = self.experiment(self.base, seed)
+        base = dataclasses.replace(base, data=dataclasses.replace(base.data, seed=seed + 1))
+        experiment = self.experiment(arm, seed)
+        if not experiment.directory.exists():
+            if train(base).interrupted:
+                return None
+            start_from_byt5(experiment, base.directory)
+        return super()._run_arm(arm, seed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

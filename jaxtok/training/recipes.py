@@ -129,7 +129,7 @@ def byt5(size: str, *, fsdp: int = 16) -> Experiment:
 def mrt5(size: str, *, target_rate: float = 0.5, fsdp: int = 16) -> Experiment:
     """MrT5's continued pre-training of a ByT5 (section 5): 5,000 steps of 1,024 inputs of 1,024 bytes of mC4.
 
-    AdamW at 1e-4, linearly to 0, without warm-up; dropout 0.1. The paper takes 15 of mC4's languages. `start_mrt5`
+    AdamW at 1e-4, linearly to 0, without warm-up; dropout 0.1. The paper takes 15 of mC4's languages. `start_from_byt5`
     makes the beginning.
     """
     optimizer = OptimizerConfig(
@@ -168,11 +168,11 @@ def _span_corruption(
     )
 
 
-def start_mrt5(config: Experiment | Path | str, source: Path | str) -> Path:
-    """Step 0 of a MrT5's run with a ByT5's weights; `jaxtok train CONFIG` goes on from there.
+def start_from_byt5(config: Experiment | Path | str, source: Path | str) -> Path:
+    """Step 0 of a run with a ByT5's weights; `jaxtok train CONFIG` goes on from there.
 
     Args:
-      config: the MrT5's config file, or what it holds.
+      config: the run's config file, or what it holds: a MrT5, or a ByT5.
       source: a Hugging Face folder, or a run of a ByT5 of the same size.
 
     Raises:
@@ -190,9 +190,10 @@ def start_mrt5(config: Experiment | Path | str, source: Path | str) -> Path:
     if not isinstance(model, T5Config):
         raise ValueError(f"{source} holds a {type(model).__name__}; give a ByT5.")
     task = experiment.task
-    params = from_t5(task.model, params, jax.random.key(experiment.train.seed))
-    if task.target_rate:
-        params["controller"] = new_controller()
+    if isinstance(task, MrT5Training):
+        params = from_t5(task.model, params, jax.random.key(experiment.train.seed))
+        if task.target_rate:
+            params["controller"] = new_controller()
     write_config(experiment.directory, experiment)
     with Checkpoints(experiment.directory) as checkpoints:
         checkpoints.save(Meta(step=0, stage=0, stage_start=0, task=task, experiment=experiment), params)

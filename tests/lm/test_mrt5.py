@@ -40,7 +40,7 @@ from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
-from jaxtok.training.recipes import start_mrt5
+from jaxtok.training.recipes import start_from_byt5
 
 SIZES = {"num_layers": 3, "decoder_layers": 1, "d_model": 16, "num_heads": 2, "head_size": 6, "mlp_dim": 24}
 PLAIN = T5Config(**SIZES, vocab_size=384, gated=True, activation="gelu_tanh", tie_embeddings=False, softmax1=True)
@@ -218,7 +218,7 @@ def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
     assert isinstance(load(run).task, SequenceToSequence) and load(run).experiment.data == SpanCorruption(batch_size=8)
     for source in (folder, run):
         there = dataclasses.replace(experiment, workdir=str(tmp_path / f"mrt5_{source.name}"))
-        start_mrt5(there, source)
+        start_from_byt5(there, source)
         params = load(there.directory).params
         assert float(params["controller"]["alpha"]) == 0
         for name, layers in (("stack", slice(0, 1)), ("rest", slice(1, 3))):
@@ -226,7 +226,7 @@ def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
             kernels = [part["blocks"]["ffn"]["up"]["kernel"] for part in (ours[name], theirs["stack"])]
             np.testing.assert_array_equal(kernels[0], kernels[1][layers])
     with pytest.raises(FileExistsError):
-        start_mrt5(there, folder)
+        start_from_byt5(there, folder)
     (text,) = verbs.generate(folder, prompt=("def f",), max_new_tokens=3, stream=False)
     assert len(text) <= 3
 
