@@ -37,7 +37,13 @@ DATA = CharacterEdits(corpus=pydoc_data.topics.__file__, length=41, lower=True, 
 def trained(folder, **task):
     options = {"reduction": task.pop("reduction", "gate"), "amount": 0.27}
     optimizer = OptimizerConfig(
-        learning_rate=2e-3, min_learning_rate=0.0, schedule="linear", warmup=0.02, weight_decay=0.0
+        learning_rate=2e-3,
+        min_learning_rate=0.0,
+        schedule="linear",
+        warmup=0.0,
+        b2=0.999,
+        weight_decay=0.01,
+        clip=0.0,
     )
     experiment = Experiment(
         task=MrT5Training(model=mrt5(BASE, gate_layer=2, softmax1=True, **options), hard_probability=0.5, **task),
