@@ -433,18 +433,22 @@ def from_t5(config: MrT5Config, params: Params, rng: jax.Array) -> Params:
     Raises:
       ValueError: the T5 has other sizes.
     """
-    own = init_params(config, rng)
-    blocks = params["encoder"]["stack"]["blocks"]
     first = config.gate_layer if config.reduction != "nothing" else 0
-    encoder = dict(own["encoder"]) | {name: params["encoder"][name] for name in ("relative_bias", "final_norm")}
+    known = ("stack", "rest", "relative_bias", "final_norm")
+
+    def new(rng):
+        return {name: part for name, part in init_params(config, rng)["encoder"].items() if name not in known}
+
+    old, blocks = params["encoder"], params["encoder"]["stack"]["blocks"]
+    encoder = {**jax.jit(new)(rng), **{name: old[name] for name in ("relative_bias", "final_norm")}}
     encoder["rest"] = {"blocks": jax.tree.map(lambda x: x[first:], blocks)}
     if first:
         encoder["stack"] = {"blocks": jax.tree.map(lambda x: x[:first], blocks)}
-    new = {**params, "encoder": encoder}
-    shapes = [jax.tree.map(jnp.shape, tree) for tree in (new, own)]
-    if shapes[0] != shapes[1]:
+    found = {**params, "encoder": encoder}
+    expected = jax.eval_shape(functools.partial(init_params, config), rng)
+    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, expected):
         raise ValueError("the T5's parameters have other shapes than the MrT5's; give configs of the same sizes.")
-    return new
+    return found
 
 
 # Regularisers (section 3.2; authors' `training/trainer.py`): each pushes towards deletion when it is minimised.

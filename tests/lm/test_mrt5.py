@@ -131,11 +131,12 @@ def test_rows_do_not_depend_on_each_other(params, arrays):
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=4), st.integers(1, 9))
+@given(st.lists(st.booleans(), min_size=18, max_size=18), st.sampled_from([1, 4, 9]))
 def test_compaction(kept, capacity):
-    kept = np.array(kept)
+    kept = np.array(kept).reshape(2, 9)
     gate = np.where(kept, -np.arange(9, dtype=np.float32)[::-1], -30)  # later ones are higher
-    places, filled = compact(Begun(None, np.ones_like(kept), jnp.asarray(kept), jnp.asarray(gate)), capacity)
+    begun = Begun(jnp.zeros(()), np.ones_like(kept), kept, gate)
+    places, filled = jax.jit(compact, static_argnames="capacity")(begun, capacity)
     for row in range(len(kept)):
         expected = np.flatnonzero(kept[row])[-capacity:]
         found = np.asarray(places[row])[np.asarray(filled[row])]
@@ -150,10 +151,9 @@ def test_only_the_regulariser_reaches_the_gate_in_a_hard_step(params, arrays):
         loss = lambda p: task.loss(p, batch, jax.random.key(0), jnp.zeros((), jnp.int32))[0]  # noqa: E731
         return jax.grad(loss)(params)["encoder"]["delete_gate"]
 
-    soft = gradient(MrT5Training(model=CONFIG))
     hard = gradient(MrT5Training(model=CONFIG, hard_probability=1.0))
     regularised = gradient(MrT5Training(model=CONFIG, hard_probability=1.0, alpha=0.1))
-    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves((soft, regularised)))
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(regularised))
     assert not any(jnp.any(leaf != 0) for leaf in jax.tree.leaves(hard))
 
 
