@@ -164,6 +164,10 @@ class Begun:
         """Places that each row needs, at least 1."""
         return jnp.maximum(self.kept.sum(-1), 1)
 
+    def truncated(self, capacity: int) -> Int[Array, " batch"]:
+        """Places of each row that are lost where it gets so many only."""
+        return jnp.maximum(self.counts - capacity, 0)
+
 
 class DeleteGate(nn.Module):
     """The logit z of keeping each state, in float32 (section 3.1): norm(x) w + b, with b = 1 at first."""
@@ -320,8 +324,8 @@ class MrT5Encoder(nn.Module):
 
         Args:
           hard: whether deleted bytes are hidden, where they are not taken out.
-          capacity: take them out, into so many places; of a row that needs more, those with the highest gates stay.
-            0: leave them. `boundaries` takes it as the number of segments, 0 as the length.
+          capacity: take them out, into so many places; of a row that needs more, those with the highest gates stay
+            (`Begun.truncated` says how many do not; `MrT5Training` never asks for fewer than are needed). 0: leave them. `boundaries` takes it as the number of segments, 0 as the length.
         """
         cfg = self.config
         x, mask = begun.states, begun.mask
@@ -491,7 +495,10 @@ def entropies(log_gate: Float[Array, "batch length"]) -> tuple[Float[Array, " ba
 
 def score_excess(intermediates: Any, mask: Bool[Array, "batch length"], limit: float = 5.0) -> Float[Array, ""]:
     """By how much attention scores are above the limit on average (Appendix D): in the encoder behind the gate, and in
-    all cross-attention, without the gate; hidden keys count as 0."""
+    all cross-attention, without the gate; hidden keys count as 0.
+
+    In a hard step the authors' average is over shortened rows, this one over whole ones.
+    """
 
     def layer(bias, layer):
         q, k = layer

@@ -136,6 +136,7 @@ def test_compaction(kept, capacity):
     kept = np.array(kept).reshape(2, 9)
     gate = np.where(kept, -np.arange(9, dtype=np.float32)[::-1], -30)  # later ones are higher
     begun = Begun(jnp.zeros(()), np.ones_like(kept), kept, gate)
+    np.testing.assert_array_equal(begun.truncated(capacity), np.maximum(kept.sum(1) - capacity, 0))
     places, filled = jax.jit(compact, static_argnames="capacity")(begun, capacity)
     for row in range(len(kept)):
         expected = np.flatnonzero(kept[row])[-capacity:]
