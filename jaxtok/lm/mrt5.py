@@ -325,12 +325,13 @@ class MrT5Encoder(nn.Module):
         Args:
           hard: whether deleted bytes are hidden, where they are not taken out.
           capacity: take them out, into so many places; of a row that needs more, those with the highest gates stay
-            (`Begun.truncated` says how many do not; `MrT5Training` never asks for fewer than are needed). 0: leave them. `boundaries` takes it as the number of segments, 0 as the length.
+            (`Begun.truncated` says how many do not; `MrT5Training` never asks for fewer than are needed). 0: leave
+            them. `boundaries` takes it as the number of segments, 0 as the length.
         """
         cfg = self.config
         x, mask = begun.states, begun.mask
         rows, length = mask.shape
-        places = jnp.broadcast_to(jnp.arange(length), mask.shape)[:1]
+        places = jnp.arange(length)[None]
         keys, cross = (), (hide(mask),)
         if cfg.reduction == "boundaries":
             x, places, mask, cross = self._segments(begun, capacity or length)
