@@ -336,6 +336,8 @@ class MrT5Encoder(nn.Module):
         if cfg.reduction == "boundaries":
             x, places, mask, cross = self._segments(begun, capacity or length)
         elif cfg.reduction == "convolution":
+            if length < cfg.stride:
+                raise ValueError(f"rows have {length} places, fewer than stride = {cfg.stride}; give longer ones.")
             x, slots = self.convolution(x), length // cfg.stride
             windows = mask[:, : slots * cfg.stride].reshape(rows, slots, cfg.stride)
             places, mask, cross = places[:, :: cfg.stride][:, :slots], windows[..., 0], (hide(windows.any(-1)),)
