@@ -36,12 +36,38 @@ class BertConfig(LinearStack):
     mask_keys: bool = True
     rotary_fraction: float = 0.0
     norm_eps: float = 1e-12
+    embedding_size: int = 0
+    """Width of the embeddings, from which a projection leads to d_model where it is another; 0: d_model."""
     mask_head: bool = True
     """With the head for masked words."""
     pooler: bool = True
     next_sentence: bool = True
     num_classes: int = 0
     """Of a classifier on the first token (dense, tanh, dense); 0: none."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("embedding_size", "num_classes", "vocab_size"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
+        if self.max_length < 1:
+            raise ValueError(f"max_positions is {self.max_positions}, which leaves no place for a token; raise it.")
+
+    @property
+    def embedding_width(self) -> int:
+        return self.embedding_size or self.d_model
+
+    def module(self) -> Bert:
+        return Bert(self)
+
+    def flops(self, length: int) -> float:
+        """Forward FLOPs of one token in a row of `length`, without heads."""
+        project = 2 * self.embedding_width * self.d_model if self.embedding_width != self.d_model else 0
+        return self.stack_flops(length) + project
+
+    def mask_head_flops(self) -> float:
+        """Forward FLOPs of the logits of one masked word."""
+        return 2 * self.embedding_width * (self.d_model + self.vocab_size)
 
     @property
     def output_init_std(self) -> float:
@@ -60,27 +86,30 @@ class Bert(nn.Module):
 
     def setup(self):
         cfg = self.config
+        if not cfg.vocab_size:
+            raise ValueError("vocab_size is 0; set it to the number of rows of the embedding.")
 
         def table(name, rows, axis):
             init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), (axis, "d_model"))
-            value = self.param(name, init, (rows, cfg.d_model), cfg.param_dtype)
+            value = self.param(name, init, (rows, cfg.embedding_width), cfg.param_dtype)
             return gather(value.astype(cfg.dtype), axis, "d_model")
 
         def norm():
             return Norm("layernorm", eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
 
-        def linear(features, axes):
-            init = nn.initializers.normal(cfg.init_std)
-            return Linear(features, axes, kernel_init=init, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        linear = self.linear
 
         self.embedding = table("embedding", cfg.vocab_size, "vocab")
         self.position_embedding = table("position_embedding", cfg.max_positions, None)
         self.type_embedding = table("type_embedding", cfg.type_vocab_size, None)
         self.embedding_norm = norm()
         self.embedding_dropout = nn.Dropout(cfg.dropout)
+        if cfg.embedding_width != cfg.d_model:
+            glorot = nn.initializers.glorot_uniform()
+            self.embedding_project = linear(cfg.d_model, ("d_model", "channels"), glorot)
         self.stack = Stack(cfg)
         if cfg.mask_head:
-            self.head_dense, self.head_norm = linear(cfg.d_model, ("d_model", "channels")), norm()
+            self.head_dense, self.head_norm = linear(cfg.embedding_width, ("d_model", "channels")), norm()
             bias = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
             self.head_bias = self.param("head_bias", bias, (cfg.vocab_size,), cfg.param_dtype)
         if cfg.pooler:
@@ -91,12 +120,18 @@ class Bert(nn.Module):
             self.classifier_dense = linear(cfg.d_model, ("d_model", "channels"))
             self.classifier = linear(cfg.num_classes, ("d_model", "classes"))
 
+    def linear(self, features, axes, init=None) -> Linear:
+        cfg = self.config
+        init = init or nn.initializers.normal(cfg.init_std)
+        return Linear(features, axes, kernel_init=init, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+
     def __call__(
         self,
         tokens: Int[Array, "batch length"],
         mask: Bool[Array, "batch length"] | None = None,
         types: Int[Array, "batch length"] | None = None,
         deterministic: bool = True,
+        positions: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length d_model"]:
         """Hidden states behind the last block.
 
@@ -104,6 +139,7 @@ class Bert(nn.Module):
           tokens: ids.
           mask: true for real tokens; what stands at the others is meaningless. Default: where the id is not pad_id.
           types: ids of the token types (BERT's first and second sentence); default: 0.
+          positions: rows of the position table; default: as the config says.
 
         Raises:
           ValueError: more tokens than the model has positions for.
@@ -115,23 +151,32 @@ class Bert(nn.Module):
             )
         mask = (tokens != cfg.pad_id) if mask is None else mask.astype(bool)
         x = jnp.take(self.embedding, tokens, axis=0)
-        if cfg.positions_from_ids:  # by the ids, whatever the mask
+        if positions is None and cfg.positions_from_ids:  # by the ids, whatever the mask
             real = tokens != cfg.pad_id
             positions = cfg.pad_id + jnp.cumsum(real, axis=1) * real
-        else:
+        elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = x + jnp.take(self.position_embedding, positions, axis=0)
         x = x + jnp.take(self.type_embedding, jnp.zeros_like(tokens) if types is None else types, axis=0)
         x = self.embedding_dropout(constrain(self.embedding_norm(x), "d_model"), deterministic)
+        if cfg.embedding_width != cfg.d_model:
+            x = constrain(self.embedding_project(x), "d_model")
         x, _ = self.stack(x, positions, mask.astype(jnp.int32), deterministic=deterministic)
         return x
 
-    def masked_words(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length vocab"]:
-        """Logits of the word at each place, float32."""
-        activation = gelu if self.config.positions_from_ids else ACTIVATIONS[self.config.activation]
-        y = self.head_norm(activation(self.head_dense(hidden)))
+    def head_activation(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Of the head for masked words."""
+        return (gelu if self.config.positions_from_ids else ACTIVATIONS[self.config.activation])(x)
+
+    def masked_words(
+        self, hidden: Float[Array, "batch length d_model"], places: Int[Array, "batch slots"] | None = None
+    ) -> Float[Array, "batch length vocab"]:
+        """Logits of the word at each place, or at `places` of each row only; float32."""
+        if places is not None:
+            hidden = constrain(jnp.take_along_axis(hidden, places[..., None], 1), "batch", None, "d_model")
+        y = self.head_norm(self.head_activation(self.head_dense(hidden)))
         logits = jnp.einsum("bld,vd->blv", y, self.embedding, preferred_element_type=jnp.float32)
-        return constrain(logits + self.head_bias, "vocab")
+        return constrain(logits + self.head_bias, "batch", "length" if places is None else None, "vocab")
 
     def pooled(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch d_model"]:
         """tanh of a projection of the first token."""
@@ -162,7 +207,7 @@ class Bert(nn.Module):
 
 def init_params(config: BertConfig, rng: jax.Array, length: int = 4):
     """All parameters, of the heads too, as plain arrays."""
-    variables = Bert(config).init(rng, jnp.ones((1, length), jnp.int32), method="everything")
+    variables = config.module().init(rng, jnp.ones((1, length), jnp.int32), method="everything")
     return nn.meta.unbox(variables["params"])
 
 
