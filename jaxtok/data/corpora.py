@@ -75,8 +75,8 @@ def split_of(key: str, holdout: float = 0.05) -> str:
 class Corpus(Sequence):
     """Documents by number, str or bytes; a source for `grain.MapDataset.source`."""
 
-    def __init__(self, shards: list[Shard], shard_of: np.ndarray, row_of: np.ndarray):
-        self._shards, self._shard_of, self._row_of = shards, shard_of, row_of
+    def __init__(self, shards: list[Shard], shard_of: np.ndarray, row_of: np.ndarray, names: list[str]):
+        self._shards, self._shard_of, self._row_of, self._names = shards, shard_of, row_of, names
 
     def __len__(self) -> int:
         return len(self._row_of)
@@ -84,10 +84,14 @@ class Corpus(Sequence):
     def __getitem__(self, index: int) -> str | bytes:
         return self._shards[self._shard_of[index]][int(self._row_of[index])]
 
+    def file(self, index: int) -> str:
+        """The file that a document is in, relative to what was opened (of a data set: the part)."""
+        return self._names[self._shard_of[index]]
+
 
 def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: frozenset[str]) -> Corpus:
     """The documents of `split`; those hashed into one of `own_splits`, which the data set has anyway, are "train"."""
-    kept, shard_of, row_of, total = [], [], [], 0
+    kept, names, shard_of, row_of, total = [], [], [], [], 0
     for key, shard in shards:
         total += len(shard)
         rows = range(len(shard))
@@ -99,12 +103,13 @@ def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: f
             shard_of.append(np.full(len(rows), len(kept), np.int32))
             row_of.append(np.asarray(rows, np.int64))
             kept.append(shard)
+            names.append(key)
     if not kept:
         raise ValueError(
             f"the {split} split of {spec} is empty, as its documents are few ({total}): "
             "give more documents, one bigger text file, or a larger holdout"
         )
-    return Corpus(kept, np.concatenate(shard_of), np.concatenate(row_of))
+    return Corpus(kept, np.concatenate(shard_of), np.concatenate(row_of), names)
 
 
 # --- Kinds of shards. All open their files anew to read, so that they can be pickled and used from threads. ---
