@@ -50,6 +50,48 @@ def test_adamw_is_optax_adamw():
             np.testing.assert_allclose(-0.1 * x, y, rtol=1e-6, atol=1e-8)
 
 
+def test_adam_without_bias_correction():
+    """m / (sqrt(v) + eps) of the plain moments, as in BERT's and ELECTRA's code."""
+    config = OptimizerConfig(bias_correction=False, b1=0.9, b2=0.999, eps=1e-6, weight_decay=0.01, clip=0.0)
+    optimizer, params = make_optimizer(config), {"kernel": jnp.arange(1.0, 4.0)}
+    state, m, v = optimizer.init(params), 0.0, 0.0
+    for k in range(3):
+        grads = {"kernel": jnp.array([0.1, -1.0, 3.0]) * (k + 1)}
+        update, state = optimizer.update(grads, state, params)
+        m, v = 0.9 * m + 0.1 * grads["kernel"], 0.999 * v + 0.001 * grads["kernel"] ** 2
+        np.testing.assert_allclose(update["kernel"], m / (np.sqrt(v) + 1e-6) + 0.01 * params["kernel"], rtol=1e-5)
+
+
+def test_a_warmup_that_is_a_factor_of_the_decay():
+    config = OptimizerConfig(
+        learning_rate=1.0, min_learning_rate=0.0, schedule="linear", warmup=0.1, warmup_times_decay=True
+    )
+    rates = [float(learning_rate(config, step, 100)) for step in (0, 5, 10, 50, 100)]
+    np.testing.assert_allclose(rates, [0.0, 0.5 * 0.95, 0.9, 0.5, 0.0], atol=1e-6)
+
+
+def test_layers_further_down_learn_less():
+    """decay^(layers + 2 - depth), with the embeddings at depth 0, layer i at i + 1, and the head at the top."""
+    ones = lambda *shape: jnp.ones(shape)  # noqa: E731
+    params = {
+        "embedding": ones(4, 2),
+        "embedding_norm": {"scale": ones(2)},
+        "embedding_project": {"kernel": ones(2, 2)},
+        "stack": {"blocks": {"ffn": {"up": {"kernel": ones(3, 2, 2)}}}},
+        "head_dense": {"kernel": ones(2, 2)},
+    }
+    config = OptimizerConfig(name="sgd", weight_decay=0.0, clip=0.0, layer_decay=0.8)
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update(params, optimizer.init(params), params)
+    for name in ("embedding", "embedding_norm", "embedding_project"):
+        np.testing.assert_allclose(jax.tree.leaves(updates[name])[0], 0.8**5, rtol=1e-6)
+    layers = updates["stack"]["blocks"]["ffn"]["up"]["kernel"]
+    np.testing.assert_allclose(layers[:, 0, 0], [0.8**4, 0.8**3, 0.8**2], rtol=1e-6)
+    np.testing.assert_array_equal(updates["head_dense"]["kernel"], 1)
+    with pytest.raises(ValueError, match="one stack of layers; this one has 0"):
+        optimizer.update({"embedding": ones(2)}, optimizer.init({"embedding": ones(2)}))
+
+
 def test_norms_and_biases_do_not_decay():
     params = {"blocks": {"query": {"keys": 1, "values": 1}}, "embedding": 1, "final_norm": {"scale": 1, "bias": 1}}
     assert decayed(params) == {
@@ -79,6 +121,7 @@ def test_every_optimizer_lowers_a_quadratic(name):
         ("clip", -1),
         ("learning_rate", 0),
         ("min_learning_rate", 1),
+        ("layer_decay", 0.0),
     ],
 )
 def test_impossible_values_are_named(field, value):
