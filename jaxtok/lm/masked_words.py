@@ -1,0 +1,218 @@
+"""Masked words: places of a row that are chosen on the device and hidden, and the Task of predicting what stood there.
+
+BERT's objective (arXiv 1810.04805, section 3.1), with the number of places per row of `google-research/electra`
+(`pretrain_helpers.mask`). All shapes are static: a row has a fixed number of slots, some of which may have weight 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.lm.bert import BertConfig
+from jaxtok.nn.losses import cross_entropy
+from jaxtok.protocols import Batch, Params
+
+
+class Slots(NamedTuple):
+    """Places of each row: 0 with weight 0 where there are fewer of them than slots."""
+
+    places: Int[Array, "batch slots"]
+    weights: Float[Array, "batch slots"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Masking:
+    """How many places of a row are chosen, and what stands there then. Defaults: ELECTRA's, with BERT's word pieces."""
+
+    rate: float = 0.15
+    """The chosen part of the real places of a row."""
+    mask_share: float = 0.85
+    """The part of the chosen that becomes the mask; BERT: 0.8."""
+    random_share: float = 0.0
+    """The part of the chosen that becomes any word of the vocabulary; BERT: 0.1. The rest stays."""
+    mask_id: int = 103
+    kept_ids: tuple[int, ...] = (101, 102)
+    """Ids that are never chosen, besides the mask: [CLS] and [SEP]."""
+    with_replacement: bool = False
+    """A place may be chosen more than once (the authors' code); else all are distinct (the paper)."""
+
+    def __post_init__(self):
+        if not 0 < self.rate < 1:
+            raise ValueError(f"masking.rate is {self.rate}; it must be in (0, 1).")
+        if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1:
+            raise ValueError(
+                f"masking.mask_share is {self.mask_share} and random_share {self.random_share}; "
+                "they are parts of the chosen places, whose sum is at most 1."
+            )
+        if min(self.mask_id, *self.kept_ids, 0) < 0:
+            raise ValueError(f"masking.mask_id is {self.mask_id} and kept_ids {self.kept_ids}; ids are 0 or more.")
+
+    def check(self, vocab_size: int) -> None:
+        """Raises ValueError: an id is not in the vocabulary (of 0 rows: not known yet)."""
+        highest = max(self.mask_id, *self.kept_ids, 0)
+        if vocab_size and highest >= vocab_size:
+            raise ValueError(
+                f"masking has the id {highest}, but the model's vocab_size is {vocab_size}; "
+                "raise that, or give ids that it has."
+            )
+
+    def slots(self, length: int) -> int:
+        """Slots of a row of `length` places."""
+        return max(1, int((self.rate + 0.005) * length))
+
+    def candidates(self, tokens: Int[Array, "batch length"], real: Array) -> Bool[Array, "batch length"]:
+        """The places that may be chosen."""
+        return (real > 0) & ~jnp.isin(tokens, jnp.array((self.mask_id, *self.kept_ids)))
+
+    def choose(self, rng: jax.Array, candidates: Bool[Array, "batch length"], real: Array) -> Slots:
+        """round(rate * real places) of the candidates, at least one where there is one, and at most `slots`."""
+        count = self.slots(candidates.shape[1])
+        wanted = jnp.clip(jnp.round(self.rate * jnp.sum(real > 0, 1).astype(jnp.float32)), 1, count)
+        there = jnp.sum(candidates, 1)
+        score = jax.random.gumbel(rng, (*candidates.shape, count) if self.with_replacement else candidates.shape)
+        if self.with_replacement:
+            places = jnp.argmax(jnp.where(candidates[..., None], score, -jnp.inf), 1)
+            wanted = jnp.where(there > 0, wanted, 0)
+        else:
+            _, places = jax.lax.top_k(jnp.where(candidates, score, -jnp.inf), count)
+            wanted = jnp.minimum(wanted, there)
+        valid = jnp.arange(count) < wanted[:, None]
+        return Slots(jnp.where(valid, places, 0).astype(jnp.int32), valid.astype(jnp.float32))
+
+    def hide(
+        self,
+        tokens: Int[Array, "batch length"],
+        slots: Slots,
+        draws: Float[Array, "batch slots"],
+        random_ids: Int[Array, "batch slots"] | None = None,
+    ) -> Int[Array, "batch length"]:
+        """The row as the model sees it.
+
+        Args:
+          draws: uniform in [0, 1); below mask_share a place becomes the mask, then up to random_share `random_ids`.
+        """
+        masked, changed = draws < self.mask_share, draws < self.mask_share + self.random_share
+        values = jnp.full_like(slots.places, self.mask_id)
+        if random_ids is not None:
+            values = jnp.where(masked, values, random_ids)
+        return put(tokens, slots.places, slots.weights * changed, values)
+
+
+def take(x: Array, places: Int[Array, "batch slots"]) -> Array:
+    """x[b, places[b, n]] for x [batch, length, ...]."""
+    return jax.vmap(lambda row, at: jnp.take(row, at, axis=0))(x, places)
+
+
+def put(x: Int[Array, "batch length *rest"], places: Int[Array, "batch slots"], weights: Array, values: Array) -> Array:
+    """x with `values` [batch, slots, ...] at the places whose weight is not 0.
+
+    Where a place is there more than once it gets the mean of its values, rounded down, as in the authors' code.
+    """
+    counted = (weights > 0).astype(x.dtype)
+    sums = jax.vmap(lambda row, at, v: jnp.zeros_like(row).at[at].add(v))
+    ones = counted.reshape(*counted.shape, *[1] * (x.ndim - 2))
+    total = sums(x, places, values.astype(x.dtype) * ones)
+    number = sums(x, places, jnp.broadcast_to(ones, values.shape))
+    return jnp.where(number > 0, total // jnp.maximum(number, 1), x)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedWords:
+    """Trains an encoder to predict hidden words from rows of
+
+    tokens  int32    [batch, length]
+    types   int32    the kinds of the tokens (BERT's first and second sentence)
+    mask    float32  1 for real tokens, 0 for padding
+    bytes   int32    how many bytes of text a token stands for
+    """
+
+    model: BertConfig
+    masking: Masking = Masking()
+
+    def __post_init__(self):
+        if not self.model.mask_head:
+            raise ValueError("model.mask_head is False; masked words are predicted by this head: set it.")
+        self.masking.check(self.model.vocab_size)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        self.masking.check(self.model.vocab_size)
+        return self.model.module().init(rng, batch["tokens"], method="everything")["params"]
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy of the hidden words in nats (all places of all rows count the same)."""
+        nats, correct, slots, _ = self.predict(params, batch, rng, train=True)
+        return weighted_mean(nats, slots.weights), {"accuracy": weighted_mean(correct, slots.weights)}
+
+    def predict(self, params: Params, batch: Batch, rng: jax.Array, train: bool = False):
+        """Nats and whether the likeliest word is right, for each slot; the slots; and the bytes they stand for."""
+        choose, draw, any_word, dropout = jax.random.split(rng, 4)
+        tokens, real = batch["tokens"], batch["mask"]
+        slots = self.masking.choose(choose, self.masking.candidates(tokens, real), real)
+        shape = slots.places.shape
+        random_ids = jax.random.randint(any_word, shape, 0, self.model.vocab_size)
+        hidden = self.masking.hide(tokens, slots, jax.random.uniform(draw, shape), random_ids)
+        logits = slot_logits(self.model, params, hidden, real, batch["types"], slots, dropout if train else None)
+        targets = take(tokens, slots.places)
+        correct = (logits.argmax(-1) == targets).astype(jnp.float32)
+        return cross_entropy(logits, targets), correct, slots, take(batch["bytes"], slots.places)
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss in nats a hidden word, its accuracy, and bits per byte of the hidden words' text.
+
+        The places are chosen by keys that are the same in every evaluation.
+
+        Raises:
+          ValueError: there was not a single word to predict.
+        """
+        sums = np.zeros(4)
+        for number, batch in enumerate(batches):
+            sums += np.asarray(_evaluation_sums(self, params, batch, jax.random.key(number)), np.float64)
+        nats, correct, words, text_bytes = sums.tolist()
+        if not words:
+            raise ValueError("the evaluation data hold no word to predict; choose a larger corpus or split.")
+        return {
+            "loss": nats / words,
+            "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
+            "accuracy": correct / words,
+            "words": words,
+        }
+
+    def trainable(self, params: Params) -> Params | None:
+        return None
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        rows, length = batch["tokens"].shape
+        slots = self.masking.slots(length)
+        return 3 * rows * (length * self.model.flops(length) + slots * self.model.mask_head_flops())
+
+
+def slot_logits(
+    model: BertConfig, params: Params, tokens: Array, real: Array, types: Array, slots: Slots, dropout: Any
+) -> Float[Array, "batch slots vocab"]:
+    """Logits of the words at the slots."""
+    module, rngs = model.module(), None if dropout is None else {"dropout": dropout}
+    hidden = module.apply({"params": params}, tokens, real > 0, types, deterministic=dropout is None, rngs=rngs)
+    return module.apply({"params": params}, hidden, slots.places, method="masked_words")
+
+
+def weighted_mean(values: Array, weights: Array) -> Array:
+    """As the authors have it: 1e-6 in the denominator, and so 0 where no weight is positive."""
+    return jnp.sum(values * weights) / (jnp.sum(weights) + 1e-6)
+
+
+def _sums(task: MaskedWords, params, batch, rng):
+    nats, correct, slots, text_bytes = task.predict(params, batch, rng)
+    weights = slots.weights
+    return jnp.stack([jnp.sum(x * weights) for x in (nats, correct, jnp.ones_like(nats), text_bytes)])
+
+
+_evaluation_sums = jax.jit(_sums, static_argnums=0)
