@@ -247,7 +247,8 @@ def convert(
     """Checkpoints between jaxtok and other layouts, in the direction that the source asks for.
 
     A Hugging Face folder (GPT-2, Llama, Mistral, Qwen2, Gemma, T5, mT5, ByT5, the released HATs), or one of the authors
-    of TokenFormer or MrT5, becomes a run that every verb takes; a run becomes such a folder, by its kind of model.
+    of TokenFormer or MrT5, becomes a run that every verb takes; a run becomes such a folder, by its kind of model (of
+    ELECTRA, the discriminator).
 
     Args:
       source: the folder, with config.json and model.safetensors, its shards or pytorch_model.bin; or a run.
@@ -262,7 +263,8 @@ def convert(
         elif isinstance(loaded.task.model, ReleasedConfig):
             hat.write_folder(target, loaded.task.model, loaded.params)
         else:
-            huggingface.write_folder(target, loaded.task.model, loaded.params)
+            export = getattr(loaded.task, "export", lambda params: (loaded.task.model, params))
+            huggingface.write_folder(target, *export(loaded.params))
         tokenizer = Path(loaded.experiment.data.tokenizer)
         if tokenizer.is_file():
             shutil.copy(tokenizer, target)

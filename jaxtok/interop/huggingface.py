@@ -1,8 +1,8 @@
 """Hugging Face folders, in and out: config.json and safetensors (one file, or shards with an index).
 
-Decoders: GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma. Encoders: BERT, RoBERTa and XLM-R. Both: T5, mT5, ByT5, and
-the checkpoints of MrT5's authors (`jaxtok.interop.t5`). No code of a folder is run, and PyTorch is needed for .bin
-files only.
+Decoders: GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma. Encoders: BERT, RoBERTa, XLM-R and ELECTRA. Both: T5, mT5,
+ByT5, and the checkpoints of MrT5's authors (`jaxtok.interop.t5`). No code of a folder is run, and PyTorch is needed for
+.bin files only.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from jaxtok.interop import t5
 from jaxtok.interop.tensors import Source, expected_shapes, read_tensors
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.decoder import DecoderConfig
+from jaxtok.lm.electra import ElectraConfig
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.t5 import T5Config
@@ -29,7 +30,7 @@ from jaxtok.nn.rotary import RopeScaling
 from jaxtok.tokenizers import HuggingFaceTokenizer
 
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "gemma")
-ENCODERS = ("bert", "roberta", "xlm-roberta")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
 
 _ACTIVATIONS = {  # theirs -> ours
     "gelu": "gelu",
@@ -46,6 +47,7 @@ _IGNORED = re.compile(
 )
 _COPIES = {
     "lm_head.weight",
+    "generator_lm_head.weight",
     *(f"{head}.decoder.{leaf}" for head in ("lm_head", "cls.predictions") for leaf in ("weight", "bias")),
 }
 """Of a head that is the embedding."""
@@ -91,7 +93,8 @@ def sources(config: DecoderConfig | BertConfig | T5Config) -> dict[tuple[str, ..
 
 
 def _encoder_sources(config: BertConfig) -> dict[tuple[str, ...], Source]:
-    base, block = "roberta" if config.positions_from_ids else "bert", ("stack", "blocks")
+    electra, block = isinstance(config, ElectraConfig), ("stack", "blocks")
+    base = "electra" if electra else "roberta" if config.positions_from_ids else "bert"
     found = {
         ("embedding",): Source(f"{base}.embeddings.word_embeddings.weight"),
         ("position_embedding",): Source(f"{base}.embeddings.position_embeddings.weight"),
@@ -105,7 +108,16 @@ def _encoder_sources(config: BertConfig) -> dict[tuple[str, ...], Source]:
     norms = {("embedding_norm",): f"{base}.embeddings.LayerNorm"}
     norms[*block, "norm_attention"] = f"{h}attention.output.LayerNorm"
     norms[*block, "norm_ffn"] = f"{h}output.LayerNorm"
-    if config.mask_head:
+    if config.embedding_width != config.d_model:
+        linears[("embedding_project",)] = f"{base}.embeddings_project"
+    if electra and config.replaced_head:
+        linears[("replaced_dense",)] = "discriminator_predictions.dense"
+        linears[("replaced_output",)] = "discriminator_predictions.dense_prediction"
+    if electra and config.mask_head:
+        linears[("head_dense",)] = "generator_predictions.dense"
+        norms[("head_norm",)] = "generator_predictions.LayerNorm"
+        found[("head_bias",)] = Source("generator_lm_head.bias")
+    elif config.mask_head:
         head = "lm_head" if config.positions_from_ids else "cls.predictions.transform"
         linears[("head_dense",)] = f"{head}.dense"
         norms[("head_norm",)] = f"{head}.{'layer_norm' if config.positions_from_ids else 'LayerNorm'}"
@@ -132,7 +144,8 @@ def read_encoder_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) 
     """
     if (kind := options.get("position_embedding_type") or "absolute") != "absolute":
         raise ValueError(f"position_embedding_type is {kind!r}; only absolute can be read.")
-    roberta = options["model_type"] != "bert"
+    electra = options["model_type"] == "electra"
+    roberta = options["model_type"] not in ("bert", "electra")
 
     def get(name: str, default: Any) -> Any:
         value = options.get(name)
@@ -142,24 +155,35 @@ def read_encoder_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) 
         return any(key.endswith(name) for key in tensors)
 
     classes = tensors["classifier.out_proj.weight"].shape[0] if there("classifier.out_proj.weight") else 0
-    return BertConfig(
+    common = dict(
         num_layers=get("num_hidden_layers", 12),
-        d_model=get("hidden_size", 768),
-        num_heads=get("num_attention_heads", 12),
-        mlp_dim=get("intermediate_size", 3072),
+        d_model=get("hidden_size", 256 if electra else 768),
+        num_heads=get("num_attention_heads", 4 if electra else 12),
+        mlp_dim=get("intermediate_size", 1024 if electra else 3072),
         activation=_activation(get("hidden_act", "gelu")),
         vocab_size=get("vocab_size", 50265 if options["model_type"] == "roberta" else 30522),
         max_positions=get("max_position_embeddings", 512),
         type_vocab_size=get("type_vocab_size", 2),
         pad_id=get("pad_token_id", 1 if roberta else 0),
-        positions_from_ids=roberta,
         norm_eps=float(get("layer_norm_eps", 1e-12)),
         init_std=float(get("initializer_range", 0.02)),
+        num_classes=classes,
+        param_dtype="bfloat16" if get("torch_dtype", get("dtype", "float32")) == "bfloat16" else "float32",
+    )
+    if electra:
+        return ElectraConfig(
+            embedding_size=get("embedding_size", 128),
+            mask_head=there("generator_predictions.dense.weight"),
+            replaced_head=there("discriminator_predictions.dense.weight"),
+            head_activation="" if common["activation"] == "gelu" else "gelu",
+            **common,
+        )
+    return BertConfig(
+        positions_from_ids=roberta,
         mask_head=there("lm_head.dense.weight") or there("cls.predictions.transform.dense.weight"),
         pooler=there("pooler.dense.weight"),
         next_sentence=there("cls.seq_relationship.weight"),
-        num_classes=classes,
-        param_dtype="bfloat16" if get("torch_dtype", get("dtype", "float32")) == "bfloat16" else "float32",
+        **common,
     )
 
 
@@ -326,13 +350,19 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
     }
     theirs = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
     if isinstance(config, BertConfig):
-        kind = "roberta" if config.positions_from_ids else "bert"
+        electra = isinstance(config, ElectraConfig)
+        kind = "electra" if electra else "roberta" if config.positions_from_ids else "bert"
+        head_of_gelu = not electra or (config.head_activation or config.activation) == "gelu"
+        if not head_of_gelu and (config.mask_head or config.num_classes):
+            raise ValueError("the heads of Hugging Face's ELECTRA are of gelu; set head_activation to it.")
+        if not electra and config.embedding_width != config.d_model:
+            raise ValueError(f"embedding_size is {config.embedding_size}; of Hugging Face's encoders, ELECTRA has one.")
         head = "ForMaskedLM" if config.mask_head else "ForSequenceClassification" if config.num_classes else "Model"
-        head = "ForPreTraining" if config.next_sentence else head
+        head = "ForPreTraining" if config.next_sentence or (electra and config.replaced_head) else head
         return (
             common
             | {
-                "architectures": [("Roberta" if kind == "roberta" else "Bert") + head],
+                "architectures": [kind.capitalize() + head],
                 "model_type": kind,
                 "num_hidden_layers": config.num_layers,
                 "hidden_size": config.d_model,
@@ -345,6 +375,7 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
                 "layer_norm_eps": config.norm_eps,
             }
             | ({"num_labels": config.num_classes} if config.num_classes else {})
+            | ({"embedding_size": config.embedding_width} if electra else {})
         )
     if isinstance(config, GPT2Config):
         return common | {
