@@ -11,6 +11,9 @@ from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
 from jaxtok.data.word_units import WordUnitText
 from jaxtok.data.words import WordText
+from jaxtok.data.encoders import EncoderData
+from jaxtok.data.text import TextData
+from jaxtok.lm.electra import ElectraConfig, ReplacedTokens
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.hat import HATConfig, HATModeling, LlamaStack
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedModeling
@@ -19,6 +22,8 @@ from jaxtok.lm.lexinvariant import LexinvariantConfig, LexinvariantModeling
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.mrt5 import MrT5Training, mrt5
 from jaxtok.lm.t5 import SequenceToSequence, T5Config
+from jaxtok.lm.masked_words import MaskedWords, Masking
+from jaxtok.lm.text_classification import TextClassification
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
@@ -203,6 +208,43 @@ def pairs(task) -> Case:
     return Case(task, data, {name: batch[name].astype(dtype) for name, (_, dtype) in data.batch_spec().items()})
 
 
+def encoder(make, unfit=()) -> Case:
+    """[CLS] a [SEP] b [SEP] and padding."""
+    model = ElectraConfig(
+        num_layers=2, d_model=16, num_heads=8, mlp_dim=32, embedding_size=8, vocab_size=64, max_positions=16
+    )
+    task, data = make(model), EncoderData(length=16, batch_size=8)
+    rng = np.random.default_rng(0)
+    place, ends = np.arange(data.length), rng.integers(7, 16, (data.batch_size, 1))
+    special = (place == 0) | (place == 5) | (place == ends)
+    batch = {
+        "tokens": np.where(special, 1, rng.integers(4, 64, (data.batch_size, data.length))),
+        "types": place + 0 * ends > 5,
+        "mask": place <= ends,
+        "bytes": ~special,
+    }
+    batch = {name: batch[name].astype(dtype) for name, (_, dtype) in data.batch_spec().items()}
+    if isinstance(task, TextClassification):
+        batch["labels"] = rng.integers(0, 4, data.batch_size).astype(np.int32)
+        data = Labelled(data.batch_size, data.length)
+    return Case(task, data, batch, dict(unfit))
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+    """Stands for rows with a class each: the shapes of their batches."""
+
+    batch_size: int
+    length: int
+
+    def batch_spec(self):
+        spec = EncoderData(length=self.length, batch_size=self.batch_size).batch_spec()
+        return spec | {"labels": ((self.batch_size,), np.int32)}
+
+
+MASKING = Masking(mask_id=3, kept_ids=(1, 2))
+ONE_HEAD = dict.fromkeys(("tensor 8", "2 x 2 x 2", "sequence"), "the generator has a head for every 64 channels: one")
+
 SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 8, "vocab_size": 64, "max_length": 32}
 
 T5 = T5Config(**{**SIZES, "head_size": 4, "mlp_dim": 32, "gated": True, "tie_embeddings": False})
@@ -224,4 +266,11 @@ TASKS = {
         )
     ),
     "tokenformer_vit": images,
+    "electra": lambda: encoder(lambda m: ReplacedTokens(model=m, masking=MASKING, generator_width=0.5), ONE_HEAD),
+    "masked_words": lambda: encoder(
+        lambda m: MaskedWords(model=dataclasses.replace(m, mask_head=True, replaced_head=False), masking=MASKING)
+    ),
+    "text_classification": lambda: encoder(
+        lambda m: TextClassification(model=dataclasses.replace(m, num_classes=4, replaced_head=False))
+    ),
 }

@@ -9,12 +9,14 @@ from typing import Literal
 import jax
 
 from jaxtok.configuration import load_config
+from jaxtok.data.encoders import EncoderData
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
 from jaxtok.data.words import WordText
 from jaxtok.interop import huggingface
 from jaxtok.lm import hat as hats
 from jaxtok.lm.decoder import DecoderConfig
+from jaxtok.lm.electra import ReplacedTokens
 from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.mrt5 import PUBLISHED as MRT5_PUBLISHED
@@ -108,6 +110,59 @@ def hat(
             log_every=20,
             eval_every=1000,
             checkpoint_every=1000,
+            keep_checkpoints=3,
+        ),
+        mesh=MeshConfig(fsdp=fsdp),
+    )
+
+
+def electra(
+    task: ReplacedTokens,
+    *,
+    corpus: str,
+    name: str,
+    steps: int,
+    batch_size: int,
+    length: int,
+    learning_rate: float,
+    fsdp: int,
+    tokenizer: str = "data/bert-base-uncased/tokenizer.json",
+    remat: Literal["none", "full", "projections", "dots"] = "dots",
+) -> Experiment:
+    """The authors' recipe for ELECTRA (arXiv 2003.10555, appendix A).
+
+    Adam 0.9/0.999 without bias correction, decay 0.01, clip 1, 10,000 steps of warm-up times a linear decay to 0,
+    dropout 0.1, of attention weights too.
+    """
+    model = dataclasses.replace(task.model, dtype="bfloat16", remat=remat, dropout=0.1, attention_dropout=0.1)
+    return Experiment(
+        name=name,
+        task=dataclasses.replace(task, model=model),
+        data=EncoderData(
+            corpus=corpus,
+            tokenizer=tokenizer,
+            length=length,
+            batch_size=batch_size,
+            eval_limit=64,
+            workers=8,
+            streams=min(batch_size, 256),
+        ),
+        train=TrainConfig(
+            steps=steps,
+            optimizer=OptimizerConfig(
+                learning_rate=learning_rate,
+                min_learning_rate=0.0,
+                schedule="linear",
+                warmup=10_000 / steps,
+                warmup_times_decay=True,
+                b2=0.999,
+                eps=1e-6,
+                bias_correction=False,
+                weight_decay=0.01,
+            ),
+            log_every=100,
+            eval_every=10_000,
+            checkpoint_every=10_000,
             keep_checkpoints=3,
         ),
         mesh=MeshConfig(fsdp=fsdp),
