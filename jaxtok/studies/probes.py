@@ -1,0 +1,195 @@
+"""What a trained encoder is good for: from which package of Python's library is a text?"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from jaxtok.data.corpora import open_corpus
+from jaxtok.data.encoders import EncoderData
+from jaxtok.lm.bert import BertConfig
+from jaxtok.lm.electra import ReplacedTokens
+from jaxtok.lm.text_classification import TextClassification
+from jaxtok.nn.losses import cross_entropy
+from jaxtok.protocols import Batch, Params
+from jaxtok.training.experiment import TrainConfig
+from jaxtok.training.loop import initial_state, make_train_step
+from jaxtok.training.mesh import one_device
+from jaxtok.training.optimizer import OptimizerConfig
+
+PACKAGES = (
+    "asyncio",
+    "distutils",
+    "email",
+    "encodings",
+    "idlelib",
+    "importlib",
+    "lib2to3",
+    "multiprocessing",
+    "unittest",
+)
+"""Those of Python 3.11 that have several files in the training split and one in the test split."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackageProbe:
+    """A measure of `jaxtok.studies.comparison`: learns the package of a row of text from the training files, and says
+    how often it is right for rows of the test files, each package counting the same.
+
+    linear_accuracy     logistic regression on the mean of the encoder's last states, which stay as they are
+    finetuned_accuracy  the whole encoder trained with a head on the first token, the rate decaying by layers
+    """
+
+    packages: tuple[str, ...] = PACKAGES
+    rows: int = 192
+    """Of each package, for training; fewer where it has fewer."""
+    test_rows: int = 64
+    steps: int = 150
+    """Of fine-tuning; 0: none."""
+    optimizer: OptimizerConfig = OptimizerConfig(
+        learning_rate=1e-3,
+        min_learning_rate=0.0,
+        schedule="linear",
+        warmup=0.1,
+        b2=0.999,
+        eps=1e-6,
+        weight_decay=0.01,
+        layer_decay=0.8,
+    )
+
+    def __call__(self, task: Any, params: Params, data: EncoderData) -> dict[str, float]:
+        model, params = encoder(task, params)
+        train = rows_of(data, self.packages, "train", self.rows)
+        test = rows_of(data, self.packages, "test", self.test_rows)
+        states = [features(model, params, rows) for rows in (train, test)]
+        found = {"linear_accuracy": linear_probe(*states, train["labels"], test["labels"], len(self.packages))}
+        if self.steps:
+            found["finetuned_accuracy"] = self._finetune(model, params, train, test, data)
+        return found
+
+    def _finetune(self, model: BertConfig, params: Params, train: Batch, test: Batch, data: EncoderData) -> float:
+        task = TextClassification(model=without_heads(model, num_classes=len(self.packages)))
+        config = TrainConfig(steps=self.steps, optimizer=self.optimizer, seed=data.seed)
+        shapes, layout = _Rows(data.batch_size, data.length), one_device()
+        state = initial_state(task, config, shapes, layout)
+        state = state.replace(params=jax.tree.map(jnp.array, task.start_from(params, state.params)))
+        step = make_train_step(task, config, self.steps, shapes, layout)
+        rng = np.random.default_rng(data.seed)
+        with layout.active():
+            for _ in range(self.steps):
+                chosen = rng.choice(len(train["labels"]), data.batch_size, replace=False)
+                state, _ = step(state, {name: array[chosen] for name, array in train.items()})
+        return task.evaluate(state.params, batched(test, data.batch_size))["mean_class_accuracy"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """The shapes of a batch of labelled rows."""
+
+    batch_size: int
+    length: int
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        spec = EncoderData(length=self.length, batch_size=self.batch_size).batch_spec()
+        return spec | {"labels": ((self.batch_size,), np.int32)}
+
+
+def encoder(task: Any, params: Params) -> tuple[BertConfig, Params]:
+    """The model that a Task trains for use behind it, and its parameters.
+
+    Raises:
+      ValueError: the Task trains no encoder.
+    """
+    if isinstance(task, ReplacedTokens):
+        return task.export(params)
+    if isinstance(getattr(task, "model", None), BertConfig):
+        return task.model, params
+    raise ValueError(f"{type(task).__name__} trains no encoder; measure MaskedWords or ReplacedTokens.")
+
+
+def without_heads(model: BertConfig, num_classes: int = 0) -> BertConfig:
+    """The encoder alone, or with a head for classes."""
+    off = dict.fromkeys(("mask_head", "pooler", "next_sentence", "replaced_head"), False)
+    known = {field.name for field in dataclasses.fields(model)}
+    return dataclasses.replace(model, num_classes=num_classes, **{k: v for k, v in off.items() if k in known})
+
+
+def rows_of(data: EncoderData, packages: Sequence[str], split: str, count: int) -> Batch:
+    """Rows [CLS] text [SEP] of the files of packages, `count` of each (or as many as there are), and their labels.
+
+    Rows are drawn from all of a package's files; which, is the same in each call.
+
+    Raises:
+      ValueError: a package has no row in this split.
+    """
+    data = dataclasses.replace(data, single=1.0, short=0.0)
+    corpus, rng, items = open_corpus(data.corpus, split, text_field=data.text_field), np.random.default_rng(0), []
+    labels = []
+    for label, package in enumerate(packages):
+        files = [k for k in range(len(corpus)) if corpus.file(k).startswith(f"{package}/")]
+        tokens = [data.items(corpus[k])[:-1] for k in files]
+        rows = [t[i : i + data.row_items] for t in tokens for i in range(0, len(t) - data.row_items, data.row_items)]
+        if not rows:
+            raise ValueError(f"the {split} split of {data.corpus} has no row of {package}; choose other packages.")
+        chosen = rng.permutation(len(rows))[:count]
+        items += [rows[k] for k in chosen]
+        labels += [label] * len(chosen)
+    batch = data.layout(np.stack(items), np.ones((len(items), data.row_items), np.int32), np.zeros(()))
+    return {**batch, "labels": np.array(labels, np.int32)}
+
+
+def batched(rows: Batch, size: int) -> Iterator[Batch]:
+    """Batches of a size, the last one filled up with empty rows."""
+    for start in range(0, len(rows["labels"]), size):
+        part = {name: array[start : start + size] for name, array in rows.items()}
+        empty = size - len(part["labels"])
+        yield {name: np.pad(a, ((0, empty), *[(0, 0)] * (a.ndim - 1))) for name, a in part.items()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _mean_states(model, params, batch):
+    hidden = model.module().apply({"params": params}, batch["tokens"], batch["mask"] > 0, batch["types"])
+    mask = batch["mask"][..., None]
+    return (hidden.astype(jnp.float32) * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
+
+
+def features(model: BertConfig, params: Params, rows: Batch, size: int = 64) -> Float[np.ndarray, "rows d_model"]:
+    """The mean of the last states of each row."""
+    model = without_heads(model)
+    return np.concatenate([_mean_states(model, params, batch) for batch in batched(rows, size)])[: len(rows["labels"])]
+
+
+def linear_probe(train, test, train_labels, test_labels, classes: int, penalty: float = 1e-3) -> float:
+    """Mean accuracy over the classes of logistic regression with a quadratic penalty, on standardised features."""
+    mean, deviation = train.mean(0), train.std(0) + 1e-6
+    train, test = ((x - mean) / deviation for x in (train, test))
+    weights = np.bincount(train_labels, minlength=classes)
+    weights = (len(train_labels) / classes / np.maximum(weights, 1))[train_labels]  # each class counts the same
+    guess = np.asarray(_regress(train, train_labels, weights, classes, penalty)(test)).argmax(-1)
+    return float(np.mean([np.mean(guess[test_labels == k] == k) for k in np.unique(test_labels)]))
+
+
+def _regress(x, labels, weights, classes, penalty, steps=300):
+    """The function to logits, fitted by Adam with all rows in each step."""
+    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
+    start = {"kernel": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}
+
+    def loss(w):
+        nats = cross_entropy(x @ w["kernel"] + w["bias"], labels)
+        return jnp.mean(nats * weights) + penalty * jnp.sum(w["kernel"] ** 2)
+
+    def step(carry, _):
+        w, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(w), state)
+        return (optax.apply_updates(w, updates), state), None
+
+    (w, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))((start, optimizer.init(start)))
+    return lambda y: y @ w["kernel"] + w["bias"]
