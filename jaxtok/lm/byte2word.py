@@ -1,0 +1,364 @@
+"""Byte2Word (Lee, Guo & Qiu, arXiv 2211.12677): an encoder over words that are pooled from their bytes.
+
+A word's bytes are embedded, and one attention with a query of its own pools them into the word's vector: the 261 rows of
+a table of bytes stand where BERT has 30,522 of subwords. Above is BERT's body. In training, words are masked whole and
+the subword pieces of each are predicted from its one hidden state.
+
+The paper released no code and leaves details open. The abstract's claims (BERT's quality at a tenth of its input
+embedding) are the paper's; the form of the pooling, the sizes below and the masking mixture are this package's choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.axes import constrain, gather
+from jaxtok.lm.masked_words import choose, chosen_slots, mixture, most_chosen, others, take_slots
+from jaxtok.nn.activations import gelu
+from jaxtok.nn.linear import Linear, LinearStack
+from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.norms import Norm
+from jaxtok.nn.transformer import Stack
+from jaxtok.protocols import Batch, Params
+
+BYTE_VOCAB = 261
+PAD, CLS, SEP, MASK, UNK = range(256, 261)
+"""Words of one symbol, behind the 256 bytes."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Byte2WordConfig(LinearStack):
+    """Defaults: BERT-base's body with its vocabulary of subwords as targets."""
+
+    vocab_size: int = 30522
+    """Of the pieces that are predicted; 0: the tokenizer's, rounded up to 128."""
+    max_length: int = 128
+    """Words in a row."""
+    max_bytes: int = 24
+    """Of a word; what is beyond is cut."""
+    max_pieces: int = 6
+    """Of a word that are predicted."""
+    type_vocab_size: int = 2
+    pool_heads: int = 12
+    pooling: Literal["factored", "plain"] = "factored"
+    """How it is computed: from small tables of scores and values, or byte by byte. The results are equal."""
+    query: Literal["learned", "constant", "length", "first_byte"] = "learned"
+    """W_q q + b_q of a learned q; that vector itself; or q has a part from the word's length, or its first byte."""
+    num_queries: int = 1
+    """Each pools a vector; W_o joins them."""
+    pool_mlp_dim: int = 0
+    """Hidden units of an MLP that is added behind the pooling; 0: none."""
+    pool_norm: bool = False
+    """A layer norm on the pooled vector, in front of the sum with positions and types."""
+    post_norm: bool = True
+    causal: bool = False
+    mask_keys: bool = True
+    rotary_fraction: float = 0.0
+    norm_eps: float = 1e-12
+    dropout: float = 0.1
+    piece_head: bool = True
+    """With what predicts pieces; nothing else needs the vocabulary."""
+    num_classes: int = 0
+    """Of a classifier of the whole text (dense, tanh, dense on the first word's state); 0: none."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("max_length", "max_bytes", "max_pieces", "type_vocab_size", "pool_heads", "num_queries"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+        for field in ("vocab_size", "pool_mlp_dim", "num_classes"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
+        if self.d_model % self.pool_heads:
+            raise ValueError(f"pool_heads is {self.pool_heads}, which does not divide d_model = {self.d_model}.")
+        for field, allowed in {"pooling": POOLINGS, "query": QUERIES}.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be {', '.join(allowed)}.")
+
+    @property
+    def output_init_std(self) -> float:
+        return self.init_std
+
+    def linear(self, features: int, axes: tuple[str, str], std: float, bias: bool | None, name: str | None) -> Linear:
+        return Linear(
+            features=features,
+            axes=axes,
+            use_bias=self.use_bias if bias is None else bias,
+            kernel_init=nn.initializers.truncated_normal(std),
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name=name,
+        )
+
+    def input_params(self) -> int:
+        """Numbers between bytes and word vectors: tables of bytes and positions, and the pooling.
+
+        By default d (4d + 4 + 1 + 261 + max_bytes), against BERT's 30,522 d.
+        """
+        d, queries = self.d_model, self.num_queries
+        conditions = {"length": self.max_bytes, "first_byte": BYTE_VOCAB}.get(self.query, 0)
+        projection = 0 if self.query == "constant" else d * d + d
+        total = d * (BYTE_VOCAB + self.max_bytes + conditions + queries) + projection  # tables and the query
+        total += 2 * (d * d + d) + queries * d * d + d  # keys, values and the output
+        if self.pool_mlp_dim:
+            total += 2 * d * self.pool_mlp_dim + self.pool_mlp_dim + d
+        return total + (2 * d if self.pool_norm else 0)
+
+    def pooling_flops(self) -> float:
+        """Forward FLOPs of pooling one word of `max_bytes`, without the output projection that both forms have."""
+        d, m = self.d_model, self.max_bytes
+        if self.pooling == "factored":
+            return 2 * m * d * 2 * self.num_queries
+        return 4 * m * d * d + 4 * m * d * self.num_queries
+
+    def flops(self, length: int) -> float:
+        """Forward FLOPs of one word in a row of `length`, without the head."""
+        d = self.d_model
+        pooled = self.pooling_flops() + 2 * self.num_queries * d * d + 4 * d * self.pool_mlp_dim
+        return pooled + self.stack_flops(length)
+
+    def head_flops(self) -> float:
+        """Forward FLOPs of predicting one piece."""
+        return 2 * self.d_model * (self.d_model + self.vocab_size)
+
+
+POOLINGS = ("factored", "plain")
+QUERIES = ("learned", "constant", "length", "first_byte")
+
+
+class _Projection(nn.Module):
+    """x W for each x, and b: for rows that are added to one another before the bias is."""
+
+    features: int
+    axes: tuple[str, str]
+    std: float
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, *xs: Float[Array, "*rows d_in"]) -> tuple[Array, ...]:
+        def param(name, init, shape, axes):
+            value = self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype)
+            return gather(value.astype(self.dtype), *axes)
+
+        kernel = param("kernel", nn.initializers.truncated_normal(self.std), (xs[0].shape[-1], self.features), self.axes)
+        bias = param("bias", nn.initializers.zeros, (self.features,), self.axes[1:])
+        return *(x @ kernel for x in xs), bias
+
+
+class BytePooling(nn.Module):
+    """Bytes to word vectors: w = W_o concat_h softmax((W_q q + b_q)_h . (W_k e_j + b_k)_h / sqrt(d_h)) (W_v e_j + b_v)_h.
+
+    e_j is the embedding of the word's byte j plus that of the place j. As e is a sum of rows of two small tables, so are
+    the keys and the values; and as q does not depend on the word, so are the scores. The factored form looks them up.
+    """
+
+    config: Byte2WordConfig
+
+    @nn.compact
+    def __call__(
+        self, byte_ids: Int[Array, "batch words bytes"], byte_mask: Bool[Array, "batch words bytes"]
+    ) -> Float[Array, "batch words d_model"]:
+        cfg = self.config
+        d, h, m = cfg.d_model, cfg.pool_heads, byte_ids.shape[-1]
+        if m > cfg.max_bytes:
+            raise ValueError(f"there are {m} bytes in a word, but the model's max_bytes is {cfg.max_bytes}.")
+        byte_mask = byte_mask.astype(bool)
+
+        def table(name, rows):
+            init = nn.with_logical_partitioning(nn.initializers.truncated_normal(cfg.init_std), (None, "d_model"))
+            return gather(self.param(name, init, (rows, d), cfg.param_dtype).astype(cfg.dtype), None, "d_model")
+
+        def projection(name, axes, std):
+            return _Projection(d, axes, std, cfg.dtype, cfg.param_dtype, name=name)
+
+        embedding, places = table("byte_embedding", BYTE_VOCAB), table("byte_position", cfg.max_bytes)[:m]
+        q, condition = self._queries(table, projection, byte_ids, byte_mask)  # [conditions, queries, heads, head_dim]
+        key, value = projection("key", _IN, cfg.init_std), projection("value", _IN, 1 / math.sqrt(d))
+        scale = 1 / math.sqrt(d // h)
+        if cfg.pooling == "plain":
+            e = jnp.take(embedding, byte_ids, axis=0) + places
+            k, bias = key(e)
+            k = (k + bias).reshape(*byte_ids.shape, h, -1)
+            words = jnp.take(q, condition, axis=0)
+            scores = jnp.einsum("bnqhd,bnmhd->bnmqh", words, k, preferred_element_type=jnp.float32) * scale
+            weights = _softmax(scores, byte_mask)
+            v, bias = value(e)
+            v = (v + bias).reshape(*byte_ids.shape, h, -1)
+            y = jnp.einsum("bnmqh,bnmhd->bnqhd", weights.astype(v.dtype), v)
+        else:
+
+            def tables(projected):
+                of_bytes, of_places, bias = projected
+                return of_bytes.reshape(-1, h, d // h), (of_places + bias).reshape(-1, h, d // h)
+
+            def scored(rows):
+                return jnp.einsum("cqhd,rhd->crqh", q, rows, preferred_element_type=jnp.float32) * scale
+
+            of_bytes, of_places = map(scored, tables(key(embedding, places)))
+            if q.shape[0] == 1:
+                scores = jnp.take(of_bytes[0], byte_ids, axis=0) + of_places[0]
+            else:
+                scores = of_bytes[condition[..., None], byte_ids] + jnp.take(of_places, condition, axis=0)
+            weights = _softmax(constrain(scores, None, None, "heads"), byte_mask)
+            of_bytes, of_places = tables(value(embedding, places))
+            w = weights.astype(of_bytes.dtype)
+            v = constrain(jnp.take(of_bytes, byte_ids, axis=0), None, "heads", "head_dim")
+            y = jnp.einsum("bnmqh,bnmhd->bnqhd", w, v) + jnp.einsum("bnmqh,mhd->bnqhd", w, of_places)
+        output = _Projection(d, _OUT, 1 / math.sqrt(d), cfg.dtype, cfg.param_dtype, name="output")
+        y = sum(output(y.reshape(*y.shape[:2], -1)))
+        if cfg.pool_mlp_dim:
+            hidden = cfg.linear(cfg.pool_mlp_dim, ("d_model", "mlp"), cfg.init_std, True, "up")(y)
+            y = y + cfg.linear(d, ("mlp", "d_model"), cfg.init_std, True, "down")(gelu(constrain(hidden, "mlp")))
+        if cfg.pool_norm:
+            y = Norm("layernorm", eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name="norm")(y)
+        return constrain(y, "d_model")
+
+    def _queries(self, table, projection, byte_ids, byte_mask):
+        """Projected queries of each condition, and the condition of each word."""
+        cfg = self.config
+        q, condition = table("query", cfg.num_queries)[None], jnp.zeros(byte_ids.shape[:2], jnp.int32)
+        if cfg.query == "length":
+            q = q + table("query_length", cfg.max_bytes)[:, None]
+            condition = jnp.maximum(byte_mask.sum(-1), 1) - 1
+        elif cfg.query == "first_byte":
+            q = q + table("query_first_byte", BYTE_VOCAB)[:, None]
+            condition = byte_ids[..., 0]
+        if cfg.query != "constant":
+            q = sum(projection("query_projection", _IN, cfg.init_std)(q))
+        return q.reshape(*q.shape[:2], cfg.pool_heads, -1), condition
+
+
+_IN, _OUT = ("d_model", "heads"), ("heads", "d_model")
+
+
+def _softmax(scores, mask):
+    """Over bytes; uniform where none is real."""
+    return jax.nn.softmax(jnp.where(mask[..., None, None], scores, -1e30), axis=2)
+
+
+class Byte2Word(nn.Module):
+    """Bytes of words to hidden states of words; `pieces` and `classes` are heads on them."""
+
+    config: Byte2WordConfig
+
+    def setup(self):
+        cfg = self.config
+
+        def table(name, rows, axis=None):
+            init = nn.with_logical_partitioning(nn.initializers.truncated_normal(cfg.init_std), (axis, "d_model"))
+            value = self.param(name, init, (rows, cfg.d_model), cfg.param_dtype)
+            return gather(value.astype(cfg.dtype), axis, "d_model")
+
+        def norm():
+            return Norm("layernorm", eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+
+        def linear(features, axes):
+            return cfg.linear(features, axes, cfg.init_std, True, None)
+
+        self.pool = BytePooling(cfg)
+        self.position_embedding = table("position_embedding", cfg.max_length)
+        self.type_embedding = table("type_embedding", cfg.type_vocab_size)
+        self.embedding_norm = norm()
+        self.embedding_dropout = nn.Dropout(cfg.dropout)
+        self.stack = Stack(cfg)
+        if cfg.piece_head:
+            if not cfg.vocab_size:
+                raise ValueError("vocab_size is 0; set it to the number of pieces.")
+            self.piece_position = table("piece_position", cfg.max_pieces)
+            self.head_dense, self.head_norm = linear(cfg.d_model, ("d_model", "channels")), norm()
+            self.head_matrix = table("head_matrix", cfg.vocab_size, "vocab")
+            bias = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+            self.head_bias = self.param("head_bias", bias, (cfg.vocab_size,), cfg.param_dtype)
+        if cfg.num_classes:
+            self.classifier_dense = linear(cfg.d_model, ("d_model", "channels"))
+            self.classifier = linear(cfg.num_classes, ("d_model", "classes"))
+
+    def __call__(
+        self,
+        byte_ids: Int[Array, "batch words bytes"],
+        byte_mask: Bool[Array, "batch words bytes"],
+        segments: Int[Array, "batch words"] | None = None,
+        *,
+        positions: Int[Array, "batch words"] | None = None,
+        types: Int[Array, "batch words"] | None = None,
+        deterministic: bool = True,
+    ) -> Float[Array, "batch words d_model"]:
+        """Hidden states behind the last block.
+
+        Args:
+          byte_ids: below 256 for bytes, else the symbols at the top of this module.
+          byte_mask: true for real symbols. A word without any has the mean of all as its vector, and should be hidden.
+          segments: 1, 2, ... for the documents in a row, which do not see one another; 0 for padding, which nothing
+            sees. Default: all words are of one document.
+          positions: of the words; default: 0, 1, ...
+          types: ids of the types (BERT's first and second sentence); default: 0.
+
+        Raises:
+          ValueError: more words, or more bytes in a word, than the model has positions for.
+        """
+        return self.encode(
+            self.pool(byte_ids, byte_mask),
+            segments,
+            positions=positions,
+            types=types,
+            deterministic=deterministic,
+        )
+
+    def encode(self, words, segments=None, *, positions=None, types=None, deterministic: bool = True):
+        """Hidden states from word vectors [batch, words, d_model]: those of `pool`, or looked up (`WordTable`)."""
+        cfg, (batch, length) = self.config, words.shape[:2]
+        if length > cfg.max_length:
+            raise ValueError(f"there are {length} words in a row, but the model's max_length is {cfg.max_length}.")
+        place = jnp.arange(length) if positions is None else positions
+        x = words + jnp.take(self.position_embedding, jnp.broadcast_to(place, (batch, length)), axis=0)
+        x = x + jnp.take(self.type_embedding, jnp.zeros((batch, length), jnp.int32) if types is None else types, axis=0)
+        x = self.embedding_dropout(constrain(self.embedding_norm(x), "d_model"), deterministic)
+        segments = None if segments is None else segments.astype(jnp.int32)
+        x, _ = self.stack(x, jnp.broadcast_to(place, (batch, length)), segments, deterministic=deterministic)
+        return x
+
+    def vectors(self, byte_ids, byte_mask):
+        """The words' vectors [batch, words, d_model], which depend on their bytes only."""
+        return self.pool(byte_ids, byte_mask)
+
+    def pieces(
+        self, hidden: Float[Array, "batch slots d_model"], number: Int[Array, "batch slots"] | None = None
+    ) -> Float[Array, "batch slots ... vocab"]:
+        """Logits (float32) of piece `number` of each word; without it, of all `max_pieces`, on an axis of their own."""
+        if number is None:
+            u = hidden[:, :, None] + self.piece_position
+        else:
+            u = hidden + jnp.take(self.piece_position, number, axis=0)
+        y = self.head_norm(gelu(self.head_dense(u)))
+        logits = jnp.einsum("...d,vd->...v", y, self.head_matrix, preferred_element_type=jnp.float32) + self.head_bias
+        return constrain(logits, *[None] * (logits.ndim - 3), "vocab")
+
+    def classes(self, hidden: Float[Array, "batch words d_model"]) -> Float[Array, "batch classes"]:
+        """Logits (float32) of the text's class, from its first word, which is [CLS]."""
+        return self.classifier(jnp.tanh(self.classifier_dense(hidden[:, 0]))).astype(jnp.float32)
+
+    def everything(self, byte_ids, byte_mask, segments=None, **kwargs):
+        """Each head that the config asks for, so that `init` makes all parameters."""
+        heads = {"hidden": self(byte_ids, byte_mask, segments, **kwargs)}
+        if self.config.piece_head:
+            heads["pieces"] = self.pieces(heads["hidden"])
+        if self.config.num_classes:
+            heads["classes"] = self.classes(heads["hidden"])
+        return heads
+
+
+def init_params(config: Byte2WordConfig, rng: jax.Array) -> Params:
+    """All parameters, of the heads too, as plain arrays."""
+    ids = jnp.full((1, 1, 1), CLS, jnp.int32)
+    return nn.meta.unbox(Byte2Word(config).init(rng, ids, jnp.ones_like(ids), method="everything")["params"])
