@@ -12,8 +12,9 @@ import numpy as np
 
 from jaxtok.interop.huggingface import read_folder
 from jaxtok.lm.bert import BertConfig
-from jaxtok.lm.byte2word import BYTE_VOCAB, CLS, MASK, PAD, SEP, UNK, Byte2WordConfig, init_params
+from jaxtok.lm.byte2word import BYTE_VOCAB, Byte2WordConfig, init_params
 from jaxtok.protocols import Params
+from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, SEP, UNK
 
 _OPTIONS = {  # theirs -> ours
     "d": "d_model",

@@ -1,8 +1,8 @@
 """Byte2Word (Lee, Guo & Qiu, arXiv 2211.12677): an encoder over words that are pooled from their bytes.
 
-A word's bytes are embedded, and one attention with a query of its own pools them into the word's vector: the 261 rows of
-a table of bytes stand where BERT has 30,522 of subwords. Above is BERT's body. In training, words are masked whole and
-the subword pieces of each are predicted from its one hidden state.
+A word's bytes are embedded, and an attention with one query of its own pools them into the word's vector: a table of
+261 rows stands where BERT has 30,522 subwords. Above is BERT's body. In training, words are masked whole, and the
+subword pieces of each are predicted from its one hidden state.
 
 The paper released no code and leaves details open. The abstract's claims (BERT's quality at a tenth of its input
 embedding) are the paper's; the form of the pooling, the sizes below and the masking mixture are this package's choice.
@@ -23,17 +23,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
-from jaxtok.lm.masked_words import choose, chosen_slots, mixture, most_chosen, others, take_slots
+from jaxtok.lm.masked_words import Slots, put, take
+from jaxtok.lm.whole_words import Predicted, WordModeling, choose_words, mean_state, scored
 from jaxtok.nn.activations import gelu
 from jaxtok.nn.linear import Linear, LinearStack
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params
+from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, symbol_mask, word_array
 
 BYTE_VOCAB = 261
-PAD, CLS, SEP, MASK, UNK = range(256, 261)
-"""Words of one symbol, behind the 256 bytes."""
+"""The 256 bytes, and the symbols of `jaxtok.tokenizers.byte_words`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,16 +152,18 @@ class _Projection(nn.Module):
             value = self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype)
             return gather(value.astype(self.dtype), *axes)
 
-        kernel = param("kernel", nn.initializers.truncated_normal(self.std), (xs[0].shape[-1], self.features), self.axes)
+        kernel = param(
+            "kernel", nn.initializers.truncated_normal(self.std), (xs[0].shape[-1], self.features), self.axes
+        )
         bias = param("bias", nn.initializers.zeros, (self.features,), self.axes[1:])
         return *(x @ kernel for x in xs), bias
 
 
 class BytePooling(nn.Module):
-    """Bytes to word vectors: w = W_o concat_h softmax((W_q q + b_q)_h . (W_k e_j + b_k)_h / sqrt(d_h)) (W_v e_j + b_v)_h.
+    """Bytes to word vectors: W_o concat_h softmax_j((W_q q + b_q)_h (W_k e_j + b_k)_h / sqrt(d_h)) (W_v e_j + b_v)_h.
 
-    e_j is the embedding of the word's byte j plus that of the place j. As e is a sum of rows of two small tables, so are
-    the keys and the values; and as q does not depend on the word, so are the scores. The factored form looks them up.
+    e_j is the embedding of the word's byte j plus that of the place j. As e is a sum of rows of two small tables, so
+    are keys and values; as q does not depend on the word, so are the scores. The factored form looks them up.
     """
 
     config: Byte2WordConfig
@@ -288,7 +291,7 @@ class Byte2Word(nn.Module):
         self,
         byte_ids: Int[Array, "batch words bytes"],
         byte_mask: Bool[Array, "batch words bytes"],
-        segments: Int[Array, "batch words"] | None = None,
+        word_mask: Bool[Array, "batch words"] | None = None,
         *,
         positions: Int[Array, "batch words"] | None = None,
         types: Int[Array, "batch words"] | None = None,
@@ -297,10 +300,9 @@ class Byte2Word(nn.Module):
         """Hidden states behind the last block.
 
         Args:
-          byte_ids: below 256 for bytes, else the symbols at the top of this module.
+          byte_ids: below 256 for bytes, else the symbols of `jaxtok.tokenizers.byte_words`.
           byte_mask: true for real symbols. A word without any has the mean of all as its vector, and should be hidden.
-          segments: 1, 2, ... for the documents in a row, which do not see one another; 0 for padding, which nothing
-            sees. Default: all words are of one document.
+          word_mask: true for words, false for padding, which they do not see; default: there is none.
           positions: of the words; default: 0, 1, ...
           types: ids of the types (BERT's first and second sentence); default: 0.
 
@@ -308,14 +310,10 @@ class Byte2Word(nn.Module):
           ValueError: more words, or more bytes in a word, than the model has positions for.
         """
         return self.encode(
-            self.pool(byte_ids, byte_mask),
-            segments,
-            positions=positions,
-            types=types,
-            deterministic=deterministic,
+            self.pool(byte_ids, byte_mask), word_mask, positions=positions, types=types, deterministic=deterministic
         )
 
-    def encode(self, words, segments=None, *, positions=None, types=None, deterministic: bool = True):
+    def encode(self, words, word_mask=None, *, positions=None, types=None, deterministic: bool = True):
         """Hidden states from word vectors [batch, words, d_model]: those of `pool`, or looked up (`WordTable`)."""
         cfg, (batch, length) = self.config, words.shape[:2]
         if length > cfg.max_length:
@@ -324,7 +322,7 @@ class Byte2Word(nn.Module):
         x = words + jnp.take(self.position_embedding, jnp.broadcast_to(place, (batch, length)), axis=0)
         x = x + jnp.take(self.type_embedding, jnp.zeros((batch, length), jnp.int32) if types is None else types, axis=0)
         x = self.embedding_dropout(constrain(self.embedding_norm(x), "d_model"), deterministic)
-        segments = None if segments is None else segments.astype(jnp.int32)
+        segments = None if word_mask is None else (word_mask > 0).astype(jnp.int32)
         x, _ = self.stack(x, jnp.broadcast_to(place, (batch, length)), segments, deterministic=deterministic)
         return x
 
@@ -348,9 +346,9 @@ class Byte2Word(nn.Module):
         """Logits (float32) of the text's class, from its first word, which is [CLS]."""
         return self.classifier(jnp.tanh(self.classifier_dense(hidden[:, 0]))).astype(jnp.float32)
 
-    def everything(self, byte_ids, byte_mask, segments=None, **kwargs):
+    def everything(self, byte_ids, byte_mask, word_mask=None, **kwargs):
         """Each head that the config asks for, so that `init` makes all parameters."""
-        heads = {"hidden": self(byte_ids, byte_mask, segments, **kwargs)}
+        heads = {"hidden": self(byte_ids, byte_mask, word_mask, **kwargs)}
         if self.config.piece_head:
             heads["pieces"] = self.pieces(heads["hidden"])
         if self.config.num_classes:
@@ -362,3 +360,146 @@ def init_params(config: Byte2WordConfig, rng: jax.Array) -> Params:
     """All parameters, of the heads too, as plain arrays."""
     ids = jnp.full((1, 1, 1), CLS, jnp.int32)
     return nn.meta.unbox(Byte2Word(config).init(rng, ids, jnp.ones_like(ids), method="everything")["params"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByteWords(WordModeling):
+    """Byte2Word's objective: the pieces of masked words, each from the word's hidden state and its own number."""
+
+    model: Byte2WordConfig
+
+    def __post_init__(self):
+        if not self.model.piece_head:
+            raise ValueError("model.piece_head is False; pieces are predicted by this head: set it.")
+
+    def module(self) -> Byte2Word:
+        return Byte2Word(self.model)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        words = batch["words"]
+        return self.module().init(rng, words, symbol_mask(words), batch["mask"], method="everything")["params"]
+
+    def predict(self, params: Params, batch: Batch, rng: jax.Array, train: bool = False) -> tuple[Predicted, Slots]:
+        choose, swap, dropout = jax.random.split(rng, 3)
+        slots, draws = choose_words(choose, batch, self.masking)
+        read = self.masked(batch, slots, draws, swap)
+        apply = functools.partial(self.module().apply, {"params": params})
+        rngs = {"dropout": dropout} if train else None
+        hidden = apply(read, symbol_mask(read), batch["mask"], deterministic=not train, rngs=rngs)
+        logits = apply(take(hidden, slots.places), method="pieces")
+        return scored(logits, take(batch["pieces"], slots.places), slots.weights), slots
+
+    def masked(self, batch: Batch, slots: Slots, draws, rng: jax.Array) -> Int[Array, "batch length max_bytes"]:
+        """The rows as the model reads them: a masked word is the one symbol MASK."""
+        masking, words = self.masking, batch["words"]
+        rows, length, m = words.shape
+        swapped = jax.random.randint(rng, slots.places.shape, 0, rows * length)
+        other = jnp.take(words.reshape(-1, m), swapped, axis=0)
+        word = masking.candidates(other[..., 0], jnp.take(batch["mask"].reshape(-1), swapped))
+        symbol = jnp.full((m,), PAD, words.dtype).at[0].set(MASK)
+        is_mask = (draws < masking.mask_share) | ~word  # what would be swapped for padding is masked
+        changed = slots.weights * (draws < masking.mask_share + masking.random_share)
+        return put(words, slots.places, changed, jnp.where(is_mask[..., None], symbol, other))
+
+    def features(self, params: Params, batch: Batch) -> Float[Array, "batch d_model"]:
+        words, mask = batch["words"], batch["mask"]
+        return mean_state(self.module().apply({"params": params}, words, symbol_mask(words), mask), mask)
+
+    def input_params(self) -> int:
+        """Numbers between bytes and word vectors."""
+        return self.model.input_params()
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        rows, length = batch["words"].shape[:2]
+        pieces = self.masking.slots(length) * self.model.max_pieces
+        return 3 * rows * (length * self.model.flops(length) + pieces * self.model.head_flops())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByteWordsClassification:
+    """Fine-tunes the whole model on texts with a class, from batches of
+
+    words   int32    [batch, length, max_bytes], the first of each row [CLS]
+    mask    float32  [batch, length], 1 for words, 0 for padding
+    labels  int32    [batch]
+    """
+
+    model: Byte2WordConfig
+
+    def __post_init__(self):
+        if not self.model.num_classes:
+            raise ValueError("model.num_classes is 0; set it to the number of classes.")
+
+    def module(self) -> Byte2Word:
+        return Byte2Word(self.model)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        words = batch["words"]
+        return self.module().init(rng, words, symbol_mask(words), batch["mask"], method="everything")["params"]
+
+    def logits(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> Float[Array, "batch classes"]:
+        words, apply = batch["words"], functools.partial(self.module().apply, {"params": params})
+        rngs = None if rng is None else {"dropout": rng}
+        hidden = apply(words, symbol_mask(words), batch["mask"], deterministic=rng is None, rngs=rngs)
+        return apply(hidden, method="classes")
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy in nats; also logs the accuracy."""
+        logits, real = self.logits(params, batch, rng), batch["mask"][:, 0]
+        right = logits.argmax(-1) == batch["labels"]
+        return masked_mean(cross_entropy(logits, batch["labels"]), real), {"accuracy": masked_mean(right, real)}
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """Loss (nats), accuracy, and the number of texts that they are means over.
+
+        Raises:
+          ValueError: there was not a single text.
+        """
+        sums = sum((np.asarray(_class_sums(self, params, batch), np.float64) for batch in batches), np.zeros(3))
+        loss, correct, texts = sums.tolist()
+        if not texts:
+            raise ValueError("the evaluation data hold no text; choose a larger data set or split.")
+        return {"loss": loss / texts, "accuracy": correct / texts, "texts": texts}
+
+    def trainable(self, params: Params) -> Params | None:
+        return None
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step: three times the forward pass."""
+        rows, length = batch["words"].shape[:2]
+        return 3 * rows * length * self.model.flops(length)
+
+
+def _sums_of_classes(task: ByteWordsClassification, params, batch):
+    logits, labels, real = task.logits(params, batch), batch["labels"], batch["mask"][:, 0]
+    right = (logits.argmax(-1) == labels).astype(jnp.float32)
+    return jnp.stack([jnp.sum(x * real) for x in (cross_entropy(logits, labels), right, jnp.ones_like(real))])
+
+
+_class_sums = jax.jit(_sums_of_classes, static_argnums=0)
+
+
+class WordTable:
+    """Vectors of words, each computed once: they depend on the bytes only."""
+
+    def __init__(self, config: Byte2WordConfig, params: Params):
+        self._config, self._params = config, params
+        self._number: dict[bytes | int, int] = {}
+        self._vectors = np.zeros((0, config.d_model), np.float32)
+        self._pool = jax.jit(functools.partial(Byte2Word(config).apply, method="vectors"))
+
+    def __len__(self) -> int:
+        return len(self._number)
+
+    def __call__(self, words: Sequence[bytes | int]) -> Float[np.ndarray, "words d_model"]:
+        """The words' vectors, for the method `encode`; a number stands for a symbol, such as CLS."""
+        new = [word for word in dict.fromkeys(words) if word not in self._number]
+        if new:
+            ids, _ = word_array(new, self._config.max_bytes)
+            size = 1 << (len(new) - 1).bit_length()  # few shapes, few compilations
+            ids = np.concatenate([ids, np.full((size - len(new), ids.shape[1]), PAD, np.int32)])[None]
+            vectors = np.asarray(self._pool({"params": self._params}, ids, symbol_mask(ids))[0, : len(new)])
+            self._number |= {word: len(self._number) + i for i, word in enumerate(new)}
+            self._vectors = np.concatenate([self._vectors, vectors.astype(np.float32)])
+        return self._vectors[[self._number[word] for word in words]]

@@ -1,0 +1,93 @@
+"""Text as rows of words: the bytes that a word is read from, and the subword pieces that are to be predicted of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from jaxtok.data.text import TextData
+from jaxtok.protocols import Batch
+from jaxtok.tokenizers import load_tokenizer
+from jaxtok.tokenizers.byte_words import CLS, PAD, SEP, basic_words, word_array
+
+
+@dataclasses.dataclass(frozen=True)
+class WordPieceText(TextData):
+    """Rows of `length` words: [CLS], a part of one document, [SEP], padding. The tokenizer cuts words into pieces.
+
+    A batch has
+
+    words       int32    [batch, length, max_bytes]  symbols, PAD behind the last
+    pieces      int32    [batch, length, max_pieces]  ids, -1 behind the last
+    inputs      int32    the pieces of the words as they are read: with the noise
+    mask        float32  [batch, length]  1 for words, [CLS] and [SEP], 0 for padding
+    bytes       int32    how many bytes of text the word's pieces stand for
+    cut         int32    1 where a word has more bytes or pieces than are kept
+    """
+
+    max_bytes: int = 24
+    max_pieces: int = 6
+    noise: float = 0.0
+    """The part of the words that are read with an error in one character; their pieces stay those of the true word."""
+    noise_seed: int = 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field, least in {"max_bytes": 1, "max_pieces": 1, "length": 3, "noise_seed": 0}.items():
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}={getattr(self, field)}: choose at least {least}")
+        if not 0 <= self.noise <= 1:
+            raise ValueError(f"noise={self.noise}: choose a part of the words, from 0 to 1")
+
+    def items(self, document: str | bytes) -> np.ndarray:
+        """Words with their symbols, pieces, pieces as read, bytes and whether cut: int32 [words, ...], whole rows."""
+        words, room = basic_words(document), self.length - 2
+        read = noisy(words, self.noise, self.noise_seed) if self.noise else words
+        m, k = self.max_bytes, self.max_pieces
+        rows = -(-len(words) // room)
+        array = np.full((rows, self.length, m + 2 * k + 2), -1, np.int32)
+        array[..., :m], array[..., -2:] = PAD, 0
+        for row, start in zip(array, range(0, len(words), room)):
+            part = range(start, min(start + room, len(words)))
+            row[0, 0], row[len(part) + 1, 0] = CLS, SEP
+            row[1 : len(part) + 1, :m] = word_array([read[i] for i in part], m)[0]
+            for line, i in zip(row[1:], part):
+                ids, lengths = _pieces(self.tokenizer, words[i])
+                kept = ids[:k]
+                line[m : m + len(kept)] = kept
+                inputs = kept if read[i] is words[i] else _pieces(self.tokenizer, read[i])[0][:k]
+                line[m + k : m + k + len(inputs)] = inputs
+                line[-2:] = sum(lengths[:k]), len(ids) > k or len(words[i]) > m
+        return array.reshape(-1, array.shape[-1])
+
+    def layout(self, rows: np.ndarray, segments: np.ndarray, positions: np.ndarray) -> Batch:
+        m, k = self.max_bytes, self.max_pieces
+        real = segments > 0
+        rows = np.where(real[..., None], rows, np.array([PAD] * m + [-1] * 2 * k + [0, 0], np.int32))
+        return {
+            "words": rows[..., :m],
+            "pieces": rows[..., m : m + k],
+            "inputs": rows[..., m + k : m + 2 * k],
+            "mask": (rows[..., 0] != PAD).astype(np.float32),
+            "bytes": rows[..., -2],
+            "cut": rows[..., -1],
+        }
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        shape = (self.batch_size, self.length)
+        wide = {"words": self.max_bytes, "pieces": self.max_pieces, "inputs": self.max_pieces}
+        spec = {name: ((*shape, width), np.int32) for name, width in wide.items()}
+        return spec | {"mask": (shape, np.float32), "bytes": (shape, np.int32), "cut": (shape, np.int32)}
+
+
+@functools.lru_cache(maxsize=65536)
+def _pieces(tokenizer: str, word: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Ids of a word's pieces, and their bytes."""
+    found = _tokenizer(tokenizer)
+    ids = tuple(found.encode(word))
+    return ids, tuple(len(found.token_bytes(i)) for i in ids)
+
+
+_tokenizer = functools.lru_cache(maxsize=4)(load_tokenizer)
