@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import zlib
 
 import numpy as np
 
+from jaxtok.data.noise import noisy_words
 from jaxtok.data.text import TextData
 from jaxtok.protocols import Batch
 from jaxtok.tokenizers import load_tokenizer
@@ -44,12 +46,15 @@ class WordPieceText(TextData):
     def items(self, document: str | bytes) -> np.ndarray:
         """Words with their symbols, pieces, pieces as read, bytes and whether cut: int32 [words, ...], whole rows."""
         words, room = basic_words(document), self.length - 2
-        read = noisy(words, self.noise, self.noise_seed) if self.noise else words
+        read = words
+        if self.noise:
+            data = document if isinstance(document, bytes) else document.encode()
+            read = noisy_words(words, self.noise, np.random.default_rng([self.noise_seed, zlib.crc32(data)]))
         m, k = self.max_bytes, self.max_pieces
-        rows = -(-len(words) // room)
+        rows = max(-(-len(words) // room), 1)
         array = np.full((rows, self.length, m + 2 * k + 2), -1, np.int32)
         array[..., :m], array[..., -2:] = PAD, 0
-        for row, start in zip(array, range(0, len(words), room)):
+        for row, start in zip(array, range(0, rows * room, room)):
             part = range(start, min(start + room, len(words)))
             row[0, 0], row[len(part) + 1, 0] = CLS, SEP
             row[1 : len(part) + 1, :m] = word_array([read[i] for i in part], m)[0]

@@ -503,3 +503,7 @@ class WordTable:
             self._number |= {word: len(self._number) + i for i, word in enumerate(new)}
             self._vectors = np.concatenate([self._vectors, vectors.astype(np.float32)])
         return self._vectors[[self._number[word] for word in words]]
+
+
+PUBLISHED = {"base": Byte2WordConfig()}
+"""BERT-base's body; the paper's own sizes beyond that could not be confirmed."""
