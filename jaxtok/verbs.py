@@ -28,6 +28,7 @@ from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
 from jaxtok.protocols import TextGenerator, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
+from jaxtok.tokenizers.byte_words import basic_words
 from jaxtok.training.checkpoints import Checkpoints, Meta, fork, load, must_be_free, write_config
 from jaxtok.training.experiment import Experiment, TrainConfig
 
@@ -288,6 +289,7 @@ def tokenizer(
     vocab_size: int = 4096,
     model_type: Literal["unigram", "bpe"] = "unigram",
     text_field: str = "text",
+    words: bool = False,
 ) -> dict[str, float]:
     """Trains a SentencePiece tokenizer on the training split of a corpus; use it as `--data.tokenizer OUTPUT`.
 
@@ -297,11 +299,13 @@ def tokenizer(
       vocab_size: ids, including 256 bytes and the end of a document.
       model_type: the algorithm.
       text_field: the field of a JSONL, Parquet or TFDS row.
+      words: of single words by BERT's rule, for models that read words; no piece then has a space.
     """
     documents = open_corpus(corpus, "train", text_field=text_field)
-    path = train_sentencepiece(
-        (documents[i] for i in range(len(documents))), output, vocab_size=vocab_size, model_type=model_type
-    )
+    texts = (documents[i] for i in range(len(documents)))
+    if words:
+        texts = (b"\n".join(basic_words(text)) for text in texts)
+    path = train_sentencepiece(texts, output, vocab_size=vocab_size, model_type=model_type)
     trained = load_tokenizer(str(path))
     held_out = open_corpus(corpus, "validation", text_field=text_field)
     texts = [held_out[i] for i in range(min(len(held_out), 200))]

@@ -14,6 +14,9 @@ from jaxtok.data.words import WordText
 from jaxtok.data.encoders import EncoderData
 from jaxtok.data.text import TextData
 from jaxtok.lm.electra import ElectraConfig, ReplacedTokens
+from jaxtok.data.word_pieces import WordPieceText
+from jaxtok.lm.bert import BertConfig
+from jaxtok.lm.byte2word import Byte2WordConfig, ByteWords
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.hat import HATConfig, HATModeling, LlamaStack
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedModeling
@@ -27,6 +30,7 @@ from jaxtok.lm.text_classification import TextClassification
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
+from jaxtok.lm.whole_words import SubwordWords
 from jaxtok.training.experiment import Experiment
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.vit import TokenFormerViTConfig
@@ -244,6 +248,25 @@ class Labelled:
 
 MASKING = Masking(mask_id=3, kept_ids=(1, 2))
 ONE_HEAD = dict.fromkeys(("tensor 8", "2 x 2 x 2", "sequence"), "the generator has a head for every 64 channels: one")
+def words(task) -> Case:
+    """Rows of words, some of them padded."""
+    data = WordPieceText(length=16, batch_size=8, max_bytes=6, max_pieces=3)
+    rng = np.random.default_rng(0)
+    shape = (data.batch_size, data.length)
+    ends = rng.integers(5, 17, (data.batch_size, 1))
+    real = np.arange(data.length) < ends
+    ids = np.where(np.arange(6) < rng.integers(1, 7, (*shape, 1)), rng.integers(0, 256, (*shape, 6)), 256)
+    pieces = np.where(np.arange(3) < rng.integers(1, 4, (*shape, 1)), rng.integers(0, 60, (*shape, 3)), -1)
+    ids[:, 0], pieces[:, 0] = [257] + [256] * 5, -1
+    ids[~real], pieces[~real] = 256, -1
+    batch = {"words": ids, "pieces": pieces, "inputs": pieces, "mask": real, "bytes": real, "cut": 0 * real}
+    batch = {name: batch[name].astype(dtype) for name, (_, dtype) in data.batch_spec().items()}
+    return Case(task, data, batch)
+
+
+WORD_BODY = {"num_layers": 2, "d_model": 16, "num_heads": 8, "mlp_dim": 32, "vocab_size": 64, "dropout": 0.0}
+BYTE2WORD = Byte2WordConfig(**WORD_BODY, max_length=16, pool_heads=8, max_bytes=6, max_pieces=3)
+BERT = BertConfig(**WORD_BODY, max_positions=32, pooler=False, next_sentence=False)
 
 SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 8, "vocab_size": 64, "max_length": 32}
 
@@ -273,4 +296,6 @@ TASKS = {
     "text_classification": lambda: encoder(
         lambda m: TextClassification(model=dataclasses.replace(m, num_classes=4, replaced_head=False))
     ),
+    "byte2word": lambda: words(ByteWords(model=BYTE2WORD)),
+    "bert_whole_words": lambda: words(SubwordWords(model=BERT)),
 }

@@ -118,7 +118,7 @@ def test_padding_changes_nothing():
     for rows in (few, many):
         hidden.append(run(noisy_params(), rows["words"], symbol_mask(rows["words"]), rows["mask"]))
     for row, words in enumerate(few["mask"].sum(1).astype(int)):
-        np.testing.assert_allclose(hidden[0][row, :words], hidden[1][row, :words], atol=2e-6)
+        np.testing.assert_allclose(hidden[0][row, :words], hidden[1][row, :words], atol=2e-5)
     words = many["words"].copy()
     words[many["mask"] == 0, 0] = ord("x")
     other = run(noisy_params(), words, symbol_mask(words), many["mask"])
@@ -134,8 +134,8 @@ def test_a_vector_depends_on_the_bytes_alone():
     """The same word has the same vector anywhere, and an order of words is the order of their vectors."""
     ids = batch()["words"]
     order = np.random.default_rng(0).permutation(ids.shape[1])
-    np.testing.assert_array_equal(vectors(ids[:, order]), np.asarray(vectors(ids))[:, order])
-    np.testing.assert_array_equal(vectors(ids[:1, :1]), vectors(np.repeat(ids[:1, :1], 3, 1))[:, 2:])
+    np.testing.assert_allclose(vectors(ids[:, order]), np.asarray(vectors(ids))[:, order], atol=1e-5)
+    np.testing.assert_allclose(vectors(ids[:1, :1]), vectors(np.repeat(ids[:1, :1], 3, 1))[:, 2:], atol=1e-5)
 
 
 def test_anagrams():

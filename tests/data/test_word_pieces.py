@@ -1,0 +1,99 @@
+"""Rows of words with their pieces, and errors in words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxtok.data.noise import noisy_words
+from jaxtok.data.word_pieces import WordPieceText
+from jaxtok.tokenizers.byte_words import CLS, PAD, SEP, basic_words
+
+DATA = WordPieceText(length=6, batch_size=2, max_bytes=4, max_pieces=3, shuffle_window=1)
+"""Pieces are bytes."""
+
+
+def test_rows():
+    rows = DATA.items(b"ab, abcdef g h").reshape(-1, 6, 4 + 3 + 3 + 2)
+    batch = DATA.layout(rows, np.ones(rows.shape[:2], np.int32), np.zeros(rows.shape[:2], np.int32))
+    assert batch["words"][..., 0].tolist() == [
+        [CLS, ord("a"), ord(","), ord("a"), ord("g"), SEP],
+        [CLS, ord("h"), SEP, PAD, PAD, PAD],
+    ]
+    assert batch["words"][0, 3].tolist() == list(b"abcd")
+    assert batch["pieces"][0].tolist() == [
+        [-1] * 3,
+        [97, 98, -1],
+        [44, -1, -1],
+        [97, 98, 99],
+        [103, -1, -1],
+        [-1] * 3,
+    ]
+    assert batch["bytes"].tolist() == [[0, 2, 1, 3, 1, 0], [0, 1, 0, 0, 0, 0]]
+    assert batch["cut"].tolist() == [[0, 0, 0, 1, 0, 0], [0] * 6]
+    assert batch["mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
+    np.testing.assert_array_equal(batch["pieces"], batch["inputs"])
+    spec = {name: ((2, *array.shape[1:]), array.dtype) for name, array in batch.items()}
+    assert spec == DATA.batch_spec()
+
+
+def test_rows_of_a_corpus_begin_and_end(tmp_path):
+    """Each is a part of one document, and padded places are those that packing left too."""
+    for name in "abcdefgh":
+        (tmp_path / f"{name}.txt").write_text(f"{name} " * 9)
+    (tmp_path / "no_word.txt").write_text(" \n")
+    data = dataclasses.replace(DATA, corpus=str(tmp_path), batch_size=4)
+    rows = [row for batch in data.eval_batches("all") for row in zip(batch["words"][..., 0], batch["mask"])]
+    full = [row for row, mask in rows if mask.any()]
+    assert len(full) == 8 * 3 + 1 and all(row[0] == CLS and SEP in row for row in full)
+    assert all(len(set(row) - {CLS, SEP, PAD}) <= 1 for row in full)
+
+
+def test_noise_is_read_and_not_predicted():
+    text = b"some words of a text that has enough of them for a few errors to be made"
+    clean = DATA.items(text)
+    noisy = dataclasses.replace(DATA, noise=1.0).items(text)
+    words, pieces, inputs, rest = slice(0, 4), slice(4, 7), slice(7, 10), slice(10, 12)
+    for part in (pieces, rest):
+        np.testing.assert_array_equal(clean[:, part], noisy[:, part])
+    changed = (clean[:, words] != noisy[:, words]).any(1)
+    assert changed.sum() > 10 and ((clean[:, inputs] != noisy[:, inputs]).any(1) <= changed).all()
+    np.testing.assert_array_equal(noisy, dataclasses.replace(DATA, noise=1.0).items(text))
+    assert (noisy != dataclasses.replace(DATA, noise=1.0, noise_seed=1).items(text)).any()
+
+
+@given(st.lists(st.text(min_size=1).map(lambda t: t.encode(errors="surrogatepass")), min_size=1), st.integers(0, 9))
+def test_errors_are_of_one_character(words, seed):
+    noisy = noisy_words(words, 1.0, np.random.default_rng(seed))
+    assert len(noisy) == len(words) and all(noisy)
+    for old, new in zip(words, noisy):
+        old, new = (w.decode(errors="surrogateescape") for w in (old, new))
+        assert abs(len(old) - len(new)) <= 1
+        if len(old) == len(new):
+            different = [i for i, (a, b) in enumerate(zip(old, new)) if a != b]
+            assert len(different) <= 1 or (
+                len(different) == 2 and different[1] == different[0] + 1 and sorted(old) == sorted(new)
+            )
+
+
+def test_how_many_errors_and_of_which_script():
+    words = basic_words("Слово слова")  # Cyrillic
+    for new in noisy_words(words * 50, 1.0, np.random.default_rng(0)):
+        assert all("\u0400" <= c <= "\u04ff" for c in new.decode())
+    words = [b"word"] * 4000
+    noisy = noisy_words(words, 0.1, np.random.default_rng(0))
+    assert 0.07 < np.mean([w is not n for w, n in zip(words, noisy)]) < 0.13
+    assert noisy_words(words, 0.0, np.random.default_rng(0)) == words
+
+
+def test_numbers_out_of_range():
+    with pytest.raises(ValueError, match="length=2: choose at least 3"):
+        WordPieceText(length=2)
+    with pytest.raises(ValueError, match="max_pieces=0: choose at least 1"):
+        WordPieceText(max_pieces=0)
+    with pytest.raises(ValueError, match=r"noise=1\.5: choose a part"):
+        WordPieceText(noise=1.5)

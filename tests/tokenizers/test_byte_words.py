@@ -1,0 +1,66 @@
+"""Words by BERT's rule, and their arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxtok.tokenizers.byte_words import CLS, PAD, SEP, UNK, basic_words, collate, symbol_mask, word_array
+
+# Rust's rule also drops what Unicode has not assigned or has left to private use.
+TEXT = st.text(st.characters(exclude_categories=["Cn", "Co", "Cs"]))
+
+
+@given(TEXT)
+def test_words_are_those_of_bert(text):
+    normalizer = tokenizers.normalizers.BertNormalizer(
+        clean_text=True, handle_chinese_chars=True, strip_accents=False, lowercase=False
+    )
+    splitter = tokenizers.pre_tokenizers.BertPreTokenizer()
+    theirs = [word for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))]
+    assert basic_words(text) == [word.encode() for word in theirs]
+
+
+def test_words():
+    assert basic_words("Don't (naïve) 東京x\u200b y\x00z\n") == [
+        *[b"Don", b"'", b"t", b"(", "naïve".encode(), b")"],
+        *["東".encode(), "京".encode(), b"x", b"yz"],
+    ]
+    assert basic_words(b"a \xff\xfeb, c") == [b"a", b"\xff\xfeb", b",", b"c"]
+
+
+@given(st.binary())
+def test_any_bytes_are_words(data):
+    words = basic_words(data)
+    assert all(words)
+    assert "".join(w.decode(errors="surrogateescape") for w in words).split() == [
+        "".join(w.decode(errors="surrogateescape") for w in words)
+    ] * bool(words)
+
+
+def test_arrays_of_words():
+    array, cut = word_array([CLS, b"ab", b"x" * 100, b"", b"\xff", SEP], 4)
+    assert cut == 1
+    assert array.tolist() == [
+        [CLS, PAD, PAD, PAD],
+        [97, 98, PAD, PAD],
+        [120] * 4,
+        [UNK, PAD, PAD, PAD],
+        [255, PAD, PAD, PAD],
+        [SEP, PAD, PAD, PAD],
+    ]
+    with pytest.raises(ValueError, match="a word is the number 3; a number stands for a symbol, 256 to 260"):
+        word_array([3], 4)
+
+
+def test_rows_of_words():
+    ids, symbols, real, cut = collate([[CLS, b"abcde"], [b"x"]], max_bytes=3, length=3)
+    assert ids.shape == (2, 3, 3) and cut == 1
+    assert real.tolist() == [[True, True, False], [True, False, False]]
+    assert symbols[0].tolist() == [[True, False, False], [True, True, True], [True, False, False]]
+    np.testing.assert_array_equal(symbols, symbol_mask(ids))
+    with pytest.raises(ValueError, match="a text has 2 words, but there is room for 1"):
+        collate([[CLS, b"a"]], max_bytes=3, length=1)
