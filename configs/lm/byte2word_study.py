@@ -18,7 +18,15 @@ from jaxtok.studies.words import InputSize, PackageOfWords, WordNoise
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.optimizer import OptimizerConfig
 
-BODY = {"num_layers": 3, "d_model": 96, "num_heads": 4, "mlp_dim": 384, "dropout": 0.0, "vocab_size": 2048}
+BODY = {
+    "num_layers": 3,
+    "d_model": 96,
+    "num_heads": 4,
+    "mlp_dim": 384,
+    "dropout": 0.0,
+    "vocab_size": 2048,
+    "init_std": 0.1,
+}
 base = Experiment(
     name="Byte2Word",
     task=ByteWords(model=Byte2WordConfig(**BODY, max_length=48, pool_heads=4, max_pieces=4)),

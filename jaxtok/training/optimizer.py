@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
@@ -103,7 +104,25 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     if config.layer_decay < 1:
         parts.append(optax.stateless(lambda updates, _: decay_by_layer(updates, config.layer_decay)))
-    return optax.chain(*parts)
+    return without_frozen(optax.chain(*parts))
+
+
+def without_frozen(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer of all parameters but those under `frozen` at the top of the tree, which stay and have no state."""
+
+    def rest(tree):
+        return {name: part for name, part in tree.items() if name != "frozen"} if is_split(tree) else tree
+
+    def is_split(tree):
+        return isinstance(tree, Mapping) and "frozen" in tree
+
+    def update(updates, state, params=None):
+        changed, state = optimizer.update(rest(updates), state, rest(params))
+        if is_split(updates):
+            changed = {**changed, "frozen": jax.tree.map(jnp.zeros_like, updates["frozen"])}
+        return changed, state
+
+    return optax.GradientTransformation(lambda params: optimizer.init(rest(params)), update)
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:

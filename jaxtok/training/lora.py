@@ -1,0 +1,58 @@
+"""LoRA as a Task: any other task, of whose parameters a low-rank difference trains (`jaxtok.nn.lora`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from jaxtok.nn.lora import LoraConfig, find_sites, init_adapter, merge, saved_paths
+from jaxtok.protocols import Batch, Params
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Trains an adapter of a task's model. Parameters are {"frozen": the task's, "adapter": the adapter's}.
+
+    A run starts from new parameters, or from a checkpoint that `jaxtok adapt` has made of a trained model.
+    """
+
+    task: Any
+    """Fills the Task waist; where its parameters train, is the adapter's matter."""
+    lora: LoraConfig = LoraConfig()
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        base, adapter = jax.random.split(rng)
+        return self.start(self.task.init(base, batch), adapter)
+
+    def start(self, params: Params, rng: jax.Array) -> Params:
+        """An adapter that changes nothing yet, beside parameters of the task."""
+        sites, saved = find_sites(self.lora, params), saved_paths(self.lora, params)
+        return {"frozen": params, "adapter": init_adapter(rng, sites, saved, params)}
+
+    def merged(self, params: Params, rng: jax.Array | None = None) -> Params:
+        """The task's parameters with the differences in them; with a key, as in training."""
+        frozen = jax.lax.stop_gradient(params["frozen"])
+        sites = find_sites(self.lora, frozen)
+        return merge(frozen, sites, params["adapter"], dropout=self.lora.dropout, rng=rng)
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """The task's loss."""
+        dropout, rng = jax.random.split(rng)
+        return self.task.loss(self.merged(params, dropout), batch, rng, step)
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        return self.task.evaluate(_merged(self, params), batches)
+
+    def trainable(self, params: Params) -> Params | None:
+        """All of the adapter; the optimizer leaves out what is frozen."""
+        return None
+
+    def flops(self, batch: Batch) -> float:
+        """The task's: the gradient of the frozen parameters is not spared, as the adapter's is made of it."""
+        return self.task.flops(batch)
+
+
+_merged = jax.jit(lambda task, params: task.merged(params), static_argnums=0)

@@ -1,0 +1,181 @@
+"""LoRA adapters of PEFT against its own numbers, for whatever model and options a file has; and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, read_tokenizer
+from jaxtok.interop.peft import adapter_from, adapter_to, read_adapter, scale_of, targeted, write_adapter
+from jaxtok.lm.decoder import Decoder, init_params
+from jaxtok.lm.gpt2 import GPT2Config
+from jaxtok.lm.llama import LlamaConfig
+from jaxtok.nn.lora import LoraConfig, find_sites, init_adapter, merge
+from jaxtok.nn.losses import cross_entropy, masked_mean
+
+FILES = "llama_gpt2_bricks/lora_*.npz"
+
+
+def load(golden):
+    tensors = golden.under("params")
+    options = golden.config
+    model = read_config(options, options.get("tie_word_embeddings", "lm_head.weight" not in tensors))
+    adapter_options = json.loads(str(golden["adapter_config"]))
+    return model, params_from(model, tensors), adapter_options
+
+
+@functools.partial(jax.jit, static_argnames=("model", "sites"))
+def run(model, sites, params, adapter, arrays):
+    def loss(adapter):
+        logits, _ = Decoder(model).apply({"params": merge(params, sites, adapter)}, arrays["input_ids"])
+        labels = arrays["labels"][:, 1:]
+        nats = cross_entropy(logits[:, :-1], jnp.maximum(labels, 0))
+        return masked_mean(nats, labels >= 0), logits
+
+    return jax.value_and_grad(loss, has_aux=True)(adapter)
+
+
+@pytest.mark.parity(FILES)
+def test_adapter(golden, parity):
+    model, params, options = load(golden)
+    tensors = golden.under("adapter")
+    sites, adapter = adapter_from(model, options, tensors)
+    arrays = golden.under("in")
+    arrays = {name: arrays[name] for name in ("input_ids", "labels")}
+    (loss, logits), gradient = run(model, sites, params, adapter, arrays)
+    parity("logits", logits, golden["out/logits_lora"])
+    parity("loss", loss, golden["out/loss"], rtol=1e-5)
+    _, ours = adapter_to(model, sites, gradient)
+    parity("gradient", ours, golden.under("grad"), rtol=1e-3)
+    merged = params_to(model, merge(params, sites, adapter))
+    theirs = golden.under("out/merged")
+    parity("merged weights", {name: merged[name] for name in theirs}, theirs)
+    base, _ = Decoder(model).apply({"params": params}, arrays["input_ids"])
+    parity("logits of the base", base, golden["out/logits_base"])
+    for name, scale in json.loads(str(golden["in/scaling"])).items():
+        assert scale_of(name.removeprefix("base_model.model."), options)[1] == pytest.approx(scale)
+
+
+@pytest.mark.parity(FILES)
+def test_read_then_written_is_the_same(golden, tmp_path):
+    model, params, options = load(golden)
+    tensors = golden.under("adapter")
+    sites, adapter = adapter_from(model, options, tensors)
+    folder = write_adapter(tmp_path / "a", model, sites, adapter, rslora=options["use_rslora"])
+    written = json.loads((folder / "adapter_config.json").read_text())
+    for name in ("peft_type", "use_rslora", "fan_in_fan_out"):
+        assert written[name] == options[name]
+    again_sites, again = read_adapter(folder, model)
+    assert again_sites == sites
+    back = adapter_to(model, again_sites, again)[1]
+    assert back.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(back[name], array)
+
+
+@pytest.mark.parity("llama_gpt2_bricks/hf_folder_llama_expected.npz")
+def test_folders(golden, parity, request):
+    folder = request.config.getoption("--goldens") / "llama_gpt2_bricks"
+    model, params = read_folder(folder / "hf_folder_llama")
+    sites, adapter = read_adapter(folder / "hf_folder_llama_lora", model)
+    tokenizer, prefix, _ = read_tokenizer(folder / "hf_folder_llama")
+    text = json.loads(str(golden["in/texts"] if "in/texts" in golden.arrays else golden["texts"]))[0]
+    ids = np.array([[*prefix, *tokenizer.encode(text)]])
+    logits, _ = Decoder(model).apply({"params": merge(params, sites, adapter)}, ids)
+    parity("logits with the adapter", logits.reshape(golden["out/lora_logits_0"].shape), golden["out/lora_logits_0"])
+
+
+@pytest.mark.parity(FILES)
+def test_what_does_not_fit_is_named(golden, tmp_path):
+    model, _, options = load(golden)
+    tensors = golden.under("adapter")
+    with pytest.raises(ValueError, match=r"use_dora is True"):
+        adapter_from(model, options | {"use_dora": True}, tensors)
+    with pytest.raises(ValueError, match=r"peft_type is 'IA3'; only LORA"):
+        adapter_from(model, options | {"peft_type": "IA3"}, tensors)
+    name = next(name for name in tensors if name.endswith("lora_A.weight"))
+    with pytest.raises(ValueError, match=r"lora_A of .* has shape \(\d+, 5\); this model and rank need"):
+        adapter_from(model, options, tensors | {name: tensors[name][:, :5]})
+    with pytest.raises(ValueError, match=r"lora_A of .* is missing"):
+        adapter_from(model, options, {n: a for n, a in tensors.items() if n != name})
+    with pytest.raises(ValueError, match=r"the adapter has odd\.lora_A\.weight, for which the model has no place"):
+        adapter_from(model, options, tensors | {"base_model.model.odd.lora_A.weight": tensors[name]})
+    both = {n: a for n, a in tensors.items() if n.rsplit(".lora_", 1)[0] != name.rsplit(".lora_", 1)[0]}
+    with pytest.raises(ValueError, match=r"targets .*, of which the adapter has no tensors"):
+        adapter_from(model, options, both)
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json does not exist"):
+        read_adapter(tmp_path, model)
+
+
+def test_which_modules_are_meant():
+    name = "model.layers.3.self_attn.q_proj"
+    for wanted in (["q_proj"], ["self_attn.q_proj"], [name], r".*\.(q|v)_proj", "all-linear", ["x", "q_proj"]):
+        assert targeted(name, {"target_modules": wanted}, linear=True), wanted
+    for wanted in (["proj"], ["attn.q_proj"], "q_proj", r".*\.q", [], None):
+        assert not targeted(name, {"target_modules": wanted}, linear=True), wanted
+    assert not targeted("lm_head", {"target_modules": "all-linear"}, linear=False)
+    options = {"target_modules": ["q_proj"], "layers_to_transform": [1, 3]}
+    assert targeted(name, options, linear=True)
+    assert not targeted(name, options | {"layers_to_transform": 2}, linear=True)
+    assert not targeted(name, options | {"exclude_modules": ["q_proj"]}, linear=True)
+
+
+def test_ranks_and_scales():
+    options = {"r": 8, "lora_alpha": 16, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.0\..*": 6}}
+    assert scale_of("model.layers.0.self_attn.q_proj", options) == (2, 3.0)
+    assert scale_of("model.layers.1.self_attn.q_proj", options) == (2, 8.0)
+    assert scale_of("model.layers.1.self_attn.v_proj", options) == (8, 2.0)
+    assert scale_of("model.layers.1.self_attn.v_proj", options | {"use_rslora": True})[1] == pytest.approx(16 / 8**0.5)
+    with pytest.raises(ValueError, match="r is 0 for x"):
+        scale_of("x", {"r": 0})
+
+
+TINY = {"num_layers": 2, "d_model": 16, "num_heads": 2, "mlp_dim": 24, "vocab_size": 32, "max_length": 16}
+JOINT = tuple(f"stack/blocks/attention/{g}/kernel" for g in ("query", "key", "value"))
+OURS = {
+    "llama, all-linear": (LlamaConfig(**TINY), LoraConfig(rank=3, alpha=5)),
+    "llama, tables": (
+        LlamaConfig(**TINY),
+        LoraConfig(rank=2, targets=("embedding", "head_matrix"), saved=("final_norm/.*",)),
+    ),
+    "gpt2, joint": (
+        GPT2Config(**TINY),
+        LoraConfig(targets=(JOINT, r".*/down/kernel"), ranks=((r".*down.*", 2),), rank_stabilized=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_trained_here_then_written_is_the_same(name, tmp_path):
+    model, lora = OURS[name]
+    params = jax.eval_shape(lambda: init_params(Decoder(model), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), params)
+    sites = find_sites(lora, params)
+    saved = [path for path in ("final_norm/scale",) if lora.saved]
+    adapter = init_adapter(jax.random.key(1), sites, saved, params)
+    flat, back = jax.flatten_util.ravel_pytree(adapter)
+    adapter = back(jax.random.normal(jax.random.key(2), flat.shape))
+    folder = write_adapter(tmp_path / "a", model, sites, adapter, rslora=lora.rank_stabilized)
+    sites_read, read = read_adapter(folder, model)
+    ours, theirs = merge(params, sites, adapter), merge(params, sites_read, read)
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_what_peft_has_no_name_for():
+    model = GPT2Config(**TINY)
+    params = jax.eval_shape(lambda: init_params(Decoder(model), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    lora = LoraConfig(targets=(r".*/query/kernel",))
+    sites = find_sites(lora, params)
+    shapes = dataclasses.replace(sites[0])
+    pairs = {shapes.name: {"in": np.zeros((2, 16, 8)), "out": np.zeros((2, 8, 16))}}
+    with pytest.raises(ValueError, match=r"query/kernel cannot be written for PEFT: target .*key/kernel.* together"):
+        adapter_to(model, sites, {"pairs": pairs, "saved": {}})
+    assert Path
