@@ -23,6 +23,7 @@ jaxtok {version}: systems about tokens, in JAX
   jaxtok eval RUN             loss, perplexity and bits per byte on any corpus
   jaxtok generate RUN         continue prompts
   jaxtok grow RUN             a new run whose model has more parameter tokens
+  jaxtok adapt RUN            a new run that trains a LoRA adapter of a model
   jaxtok convert FROM TO      checkpoints from and to the authors' layout
   jaxtok tokenizer FILE       train a SentencePiece tokenizer on a corpus
   jaxtok study CONFIG         an experiment with its baselines: table and plot
@@ -197,6 +198,14 @@ def _grow(arguments: list[str]) -> int:
     return 0
 
 
+def _adapt(arguments: list[str]) -> int:
+    from jaxtok import verbs
+
+    run = _call(verbs.adapt, "adapt", arguments)
+    print(f"{run}\ntrain it with: jaxtok train {run}")
+    return 0
+
+
 def _convert(arguments: list[str]) -> int:
     from jaxtok import verbs
 
@@ -239,6 +248,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "eval": _eval,
     "generate": _generate,
     "grow": _grow,
+    "adapt": _adapt,
     "convert": _convert,
     "tokenizer": _tokenizer,
     "study": _study,

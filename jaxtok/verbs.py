@@ -18,6 +18,7 @@ from jaxtok.data.text import TextData
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.decoding.sampling import generate as generate_tokens
 from jaxtok.interop import hat, huggingface
+from jaxtok.interop.peft import read_adapter
 from jaxtok.interop.tokenformer import read_official, write_official
 from jaxtok.lm.growth import Growth
 from jaxtok.lm.hat_released import ReleasedConfig
@@ -25,12 +26,15 @@ from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.mrt5 import MrT5Config, MrT5Training
 from jaxtok.lm.t5 import SequenceToSequence, T5Config
 from jaxtok.lm.tokenformer import TokenFormerConfig
+from jaxtok.nn.lora import LoraConfig, merge
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
 from jaxtok.protocols import TextGenerator, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.tokenizers.byte_words import basic_words
 from jaxtok.training.checkpoints import Checkpoints, Meta, fork, load, must_be_free, write_config
 from jaxtok.training.experiment import Experiment, TrainConfig
+from jaxtok.training.lora import Lora
+from jaxtok.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +52,22 @@ class Opened:
     step: int = 0
 
 
-def open_model(path: Path) -> Opened:
-    """A run's newest checkpoint, the one at RUN/checkpoints/STEP, or a Hugging Face folder."""
+def open_model(path: Path, adapter: Path | None = None) -> Opened:
+    """A run's newest checkpoint, the one at RUN/checkpoints/STEP, or a Hugging Face folder.
+
+    Of a run that trains an adapter, the model with it; and with the one in the PEFT folder `adapter`, if it is given.
+    """
+    opened = _open_base(path)
+    if isinstance(opened.task, Lora):
+        merged = opened.task.merged(opened.params)
+        opened = dataclasses.replace(opened, task=opened.task.task, params=merged)
+    if adapter is not None:
+        sites, trained = read_adapter(adapter, opened.task.model)
+        opened = dataclasses.replace(opened, params=merge(opened.params, sites, trained))
+    return opened
+
+
+def _open_base(path: Path) -> Opened:
     if hat.is_folder(path):
         model, params = hat.read_folder(path)
         task, data = _use(model, path)
@@ -90,6 +108,7 @@ def evaluate(
     split: Literal["train", "validation", "test", "all"] = "validation",
     batches: int = 0,
     output: Path | None = None,
+    adapter: Path | None = None,
 ) -> dict[str, float]:
     """Loss, perplexity and bits per byte of a checkpoint on a corpus.
 
@@ -99,8 +118,9 @@ def evaluate(
       split: of the corpus; files are split by a hash of their path.
       batches: evaluate only so many; 0: all.
       output: also write the numbers into this JSON file.
+      adapter: a PEFT folder of LoRA, whose differences are added to the model.
     """
-    loaded = open_model(checkpoint)
+    loaded = open_model(checkpoint, adapter)
     data = dataclasses.replace(loaded.data, eval_limit=batches)
     if corpus:
         data = dataclasses.replace(data, corpus=corpus)
@@ -123,6 +143,7 @@ def generate(
     stop: tuple[str, ...] = (),
     stop_at_end: bool = True,
     stream: bool = True,
+    adapter: Path | None = None,
 ) -> list[bytes]:
     """Continues prompts: a single one token by token on the terminal, several as a batch.
 
@@ -139,8 +160,9 @@ def generate(
       stop: also stop behind these texts, each of a single token (with bytes: a single character).
       stop_at_end: stop where the model ends the document.
       stream: write the texts to the standard output.
+      adapter: a PEFT folder of LoRA, whose differences are added to the model.
     """
-    loaded = open_model(checkpoint)
+    loaded = open_model(checkpoint, adapter)
     tokenizer = loaded.tokenizer
     prompts = tuple(prompt_file.read_text().splitlines()) if prompt_file else prompt
     sampling, rng = Sampling(temperature=temperature, top_k=top_k, top_p=top_p), jax.random.key(seed)
@@ -249,7 +271,7 @@ def convert(
 
     A Hugging Face folder (GPT-2, Llama, Mistral, Qwen2, Gemma, T5, mT5, ByT5, the released HATs), or one of the authors
     of TokenFormer or MrT5, becomes a run that every verb takes; a run becomes such a folder, by its kind of model (of
-    ELECTRA, the discriminator).
+    ELECTRA, the discriminator), and one that trains an adapter PEFT's.
 
     Args:
       source: the folder, with config.json and model.safetensors, its shards or pytorch_model.bin; or a run.
@@ -259,6 +281,8 @@ def convert(
     must_be_free(target)
     if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
         loaded = load(source)
+        if isinstance(loaded.task, Lora):
+            return loaded.task.write(target, loaded.params)
         if isinstance(loaded.task.model, TokenFormerConfig):
             write_official(target, loaded.task.model, loaded.params, torch_bin=torch_bin)
         elif isinstance(loaded.task.model, ReleasedConfig):
@@ -281,6 +305,50 @@ def convert(
     with Checkpoints(target) as checkpoints:
         checkpoints.save(Meta(step=0, stage=0, stage_start=0, task=task, experiment=experiment), params)
     return target
+
+
+def adapt(
+    checkpoint: Positional[Path],
+    output: Path | None = None,
+    lora: LoraConfig = LoraConfig(),
+    adapter: Path | None = None,
+    corpus: str = "",
+    steps: int = 1000,
+    learning_rate: float = 2e-4,
+    batch_size: int = 0,
+    length: int = 0,
+    seed: int = 0,
+) -> Path:
+    """A new run that trains a LoRA adapter of a model; `jaxtok train OUTPUT` trains it, `jaxtok convert` writes it.
+
+    Args:
+      checkpoint: a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder.
+      output: the new run's folder; default: CHECKPOINT-adapted.
+      lora: what has a difference, and of which rank.
+      adapter: a PEFT folder of LoRA, whose differences are added to the model first.
+      corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN; default: what the run was trained on.
+      steps: of training.
+      learning_rate: its highest value; it ends at a tenth of it.
+      batch_size: rows a batch; 0: as in the run (8 for a Hugging Face folder).
+      length: tokens a row; 0: as in the run (the model's, 1024 at most, for a Hugging Face folder).
+      seed: of the adapter and the data.
+    """
+    output = output or Path(f"{str(checkpoint).rstrip('/')}-adapted")
+    must_be_free(output)
+    opened = open_model(checkpoint, adapter)
+    changes = {"corpus": corpus, "batch_size": batch_size, "length": length}
+    data = dataclasses.replace(opened.data, seed=seed, **{name: new for name, new in changes.items() if new})
+    task = Lora(task=opened.task, lora=lora)
+    params = task.start(opened.params, jax.random.key(seed))
+    optimizer = OptimizerConfig(
+        learning_rate=learning_rate, min_learning_rate=learning_rate / 10, warmup=0.03, weight_decay=0.0
+    )
+    train = TrainConfig(steps=steps, optimizer=optimizer, seed=seed)
+    experiment = Experiment(task=task, data=data, name=output.name, workdir=str(output), train=train)
+    write_config(output, experiment)
+    with Checkpoints(output) as checkpoints:
+        checkpoints.save(Meta(step=0, stage=0, stage_start=0, task=task, experiment=experiment), params)
+    return output
 
 
 def tokenizer(

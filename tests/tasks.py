@@ -31,7 +31,9 @@ from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
 from jaxtok.lm.whole_words import SubwordWords
+from jaxtok.nn.lora import LoraConfig
 from jaxtok.training.experiment import Experiment
+from jaxtok.training.lora import Lora
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.vit import TokenFormerViTConfig
 
@@ -248,6 +250,12 @@ class Labelled:
 
 MASKING = Masking(mask_id=3, kept_ids=(1, 2))
 ONE_HEAD = dict.fromkeys(("tensor 8", "2 x 2 x 2", "sequence"), "the generator has a head for every 64 channels: one")
+def lora(case: Case) -> Case:
+    """The adapter's matrices have no axis of their own that a mesh divides: only that of their parameter."""
+    config = LoraConfig(rank=2, targets=(r".*/kernel", "embedding", "head_matrix"), saved=(r"final_norm/.*",))
+    return dataclasses.replace(case, task=Lora(task=case.task, lora=config))
+
+
 def words(task) -> Case:
     """Rows of words, some of them padded."""
     data = WordPieceText(length=16, batch_size=8, max_bytes=6, max_pieces=3)
@@ -288,6 +296,7 @@ TASKS = {
             model=mrt5(T5, gate_layer=1, softmax1=True), target_rate=0.5, score_weight=0.5, hard_probability=0.5
         )
     ),
+    "lora": lambda: lora(text(LlamaConfig(**SIZES, num_kv_heads=2, mlp_dim=32, tie_embeddings=False))),
     "tokenformer_vit": images,
     "electra": lambda: encoder(lambda m: ReplacedTokens(model=m, masking=MASKING, generator_width=0.5), ONE_HEAD),
     "masked_words": lambda: encoder(
