@@ -112,8 +112,8 @@ def test_factored_pooling_is_plain_pooling(options):
 
 def test_padding_changes_nothing():
     """Neither more bytes in a word nor more words in a row; nor what stands in the padding."""
-    few = batch(length=12, max_bytes=8)
-    many = batch(length=16, max_bytes=12)
+    texts = (b"the quick brown fox, na\xc3\xafve", b"a second text")
+    few, many = batch(texts, length=9, max_bytes=6), batch(texts, length=16, max_bytes=12)
     hidden = []
     for rows in (few, many):
         hidden.append(run(noisy_params(), rows["words"], symbol_mask(rows["words"]), rows["mask"]))
