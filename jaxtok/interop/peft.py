@@ -19,6 +19,7 @@ import safetensors.numpy
 
 from jaxtok.interop.huggingface import Source, sources
 from jaxtok.interop.tensors import expected_shapes, open_safetensors
+from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.nn.lora import Site, flat, nested
 from jaxtok.protocols import Params
@@ -64,7 +65,7 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
         raise ValueError(f"{wrong[0]} is {options[wrong[0]]!r} in adapter_config.json; only plain LoRA can be read.")
     shapes, modules = expected_shapes(model), _modules(model)
     left = {name.removeprefix(_PREFIX) for name in tensors}
-    untied = ("head_matrix",) in shapes or not hasattr(model, "tie_embeddings")
+    tied = getattr(model, "tie_embeddings", getattr(model, "mask_head", False))
 
     def take(name: str) -> np.ndarray | None:
         for known in (name, name.split(".", 1)[1]):
@@ -88,7 +89,7 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
                 if targeted(name, options, linear=not lookup and not transposed):
                     raise ValueError(f"adapter_config.json targets {name}, of which the adapter has no tensors.")
                 continue
-            if lookup and not untied:
+            if lookup and tied:
                 raise ValueError(f"{name} has a difference, but its table is also the head; untie the model first.")
             rank, scale = scale_of(name, options)
             a, b = parts
@@ -121,7 +122,7 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise ValueError(f"the adapter has {sorted(left)[0]}{more}, for which the model has no place.")
-    if not untied and ("embedding",) in saved:
+    if tied and ("embedding",) in saved:
         raise ValueError("the adapter saved the embedding, which is also the model's head; untie the model first.")
     return Adapter(tuple(sites), {"pairs": pairs, "saved": nested({"/".join(p): a for p, a in saved.items()})})
 
@@ -190,7 +191,7 @@ def adapter_to(
     alpha = collections.Counter(alphas.values()).most_common(1)[0][0] if alphas else 8
     options = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "FEATURE_EXTRACTION" if isinstance(model, BertConfig) else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
         "lora_alpha": _number(alpha),

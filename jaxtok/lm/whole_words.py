@@ -158,7 +158,7 @@ class SubwordWords(WordModeling):
         return self.model.module()
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        return self.module().init(rng, jnp.zeros((1, 4), jnp.int32), method="everything")["params"]
+        return self.module().init(rng, jnp.zeros(batch["mask"].shape, jnp.int32), method="everything")["params"]
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array, train: bool = False) -> tuple[Predicted, Slots]:
         choose, swap, dropout = jax.random.split(rng, 3)

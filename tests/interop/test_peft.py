@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, read_tokenizer
+from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, read_tokenizer, write_folder
 from jaxtok.interop.peft import adapter_from, adapter_to, read_adapter, scale_of, targeted, write_adapter
 from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.llama import LlamaConfig
-from jaxtok.nn.lora import LoraConfig, find_sites, init_adapter, merge
+from jaxtok.nn.lora import LoraConfig, find_sites, init_adapter, merge, saved_paths
 from jaxtok.nn.losses import cross_entropy, masked_mean
 
 FILES = "llama_gpt2_bricks/lora_*.npz"
@@ -150,16 +150,21 @@ OURS = {
 }
 
 
+def noisy(name):
+    """Parameters, sites and an adapter without zeros."""
+    model, lora = OURS[name]
+    shapes = jax.eval_shape(lambda: init_params(Decoder(model), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(scale=0.2, size=x.shape).astype(np.float32), shapes)
+    sites = find_sites(lora, params)
+    adapter = init_adapter(jax.random.key(1), sites, saved_paths(lora, params), params)
+    return params, sites, jax.tree.map(lambda x: rng.normal(scale=0.2, size=x.shape).astype(np.float32), adapter)
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_trained_here_then_written_is_the_same(name, tmp_path):
     model, lora = OURS[name]
-    params = jax.eval_shape(lambda: init_params(Decoder(model), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
-    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), params)
-    sites = find_sites(lora, params)
-    saved = [path for path in ("final_norm/scale",) if lora.saved]
-    adapter = init_adapter(jax.random.key(1), sites, saved, params)
-    flat, back = jax.flatten_util.ravel_pytree(adapter)
-    adapter = back(jax.random.normal(jax.random.key(2), flat.shape))
+    params, sites, adapter = noisy(name)
     folder = write_adapter(tmp_path / "a", model, sites, adapter, rslora=lora.rank_stabilized)
     sites_read, read = read_adapter(folder, model)
     ours, theirs = merge(params, sites, adapter), merge(params, sites_read, read)
@@ -175,3 +180,22 @@ def test_what_peft_has_no_name_for():
     pairs = {sites[0].name: {"in": np.zeros((2, 16, 8)), "out": np.zeros((2, 8, 16))}}
     with pytest.raises(ValueError, match=r"query/kernel cannot be written for PEFT: target .*key/kernel.* together"):
         adapter_to(model, sites, {"pairs": pairs, "saved": {}})
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_peft_reads_what_is_written(name, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model, lora = OURS[name]
+    params, sites, adapter = noisy(name)
+    write_folder(tmp_path / "base", model, params)
+    write_adapter(tmp_path / "adapter", model, sites, adapter, rslora=lora.rank_stabilized)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    ids = np.arange(10).reshape(2, 5)
+    ours, _ = Decoder(model).apply({"params": merge(params, sites, adapter)}, ids)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+    plain, _ = Decoder(model).apply({"params": params}, ids)
+    assert np.abs(ours - plain).max() > 1e-2 * np.abs(expected).max()
