@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import sysconfig
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.data.text import TextData
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.llama import LlamaConfig
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import TrainConfig
-from jaxtok.training.loop import initial_state, train
+from jaxtok.training.loop import initial_state, make_train_step, train
 from jaxtok.training.lora import Lora
-from jaxtok.training.mesh import MeshConfig
+from jaxtok.training.mesh import MeshConfig, one_device
+from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.verbs import adapt, convert, evaluate, generate, open_model
 
 
@@ -75,3 +82,50 @@ def test_a_run_of_new_parameters(short):
     state = initial_state(task, TrainConfig(), short.data)
     assert set(state.params) == {"frozen", "adapter"}
     assert state.params["adapter"]["pairs"]["embedding"]["in"].shape == (384, 2)
+
+
+@pytest.mark.slow
+def test_an_adapter_learns_another_domain_and_forgets_less(tmp_path):
+    """A model of Python's documentation, trained on source code: LoRA has more than half of what full training gains,
+    and is no worse on the documentation (arXiv 2106.09685: on par with fine-tuning; 2405.09673: forgets less)."""
+    from pydoc_data.topics import topics
+
+    docs, code = tmp_path / "docs.txt", tmp_path / "code.txt"
+    docs.write_text("\n".join(topics.values()))
+    library = Path(sysconfig.get_paths()["stdlib"])
+    code.write_text(
+        "\n".join((library / f"{name}.py").read_text() for name in ("argparse", "ast", "inspect", "tarfile"))
+    )
+    model = LlamaConfig(
+        num_layers=2, d_model=48, num_heads=4, mlp_dim=128, vocab_size=384, max_length=64, tie_embeddings=True
+    )
+    task = LanguageModeling(model=model)
+
+    def data(corpus):
+        return TextData(corpus=str(corpus), length=64, batch_size=16, eval_limit=16)
+
+    def fit(task, params, corpus, steps, rate):
+        optimizer = OptimizerConfig(learning_rate=rate, min_learning_rate=rate / 10, warmup=0.1)
+        config = TrainConfig(steps=steps, optimizer=optimizer)
+        state = initial_state(task, config, data(corpus), one_device())
+        if params is not None:
+            state = state.replace(params=jax.tree.map(jnp.array, params))
+        step = make_train_step(task, config, steps, data(corpus), one_device())
+        batches = data(corpus).train_batches()
+        for _ in range(steps):
+            state, _ = step(state, next(batches))
+        return state.params
+
+    def bits(task, params, corpus):
+        return task.evaluate(params, data(corpus).eval_batches("validation"))["bits_per_byte"]
+
+    base = fit(task, None, docs, 300, 5e-3)
+    full = fit(task, base, code, 150, 2e-3)
+    lora = Lora(task=task, lora=LoraConfig(rank=8, alpha=16))
+    adapted = fit(lora, lora.start(base, jax.random.key(0)), code, 150, 5e-3)
+    before, after_full, after = bits(task, base, code), bits(task, full, code), bits(lora, adapted, code)
+    print(f"code: base {before:.3f}, full {after_full:.3f}, LoRA {after:.3f} bits a byte")
+    forgot_full, forgot = bits(task, full, docs), bits(lora, adapted, docs)
+    print(f"docs: base {bits(task, base, docs):.3f}, full {forgot_full:.3f}, LoRA {forgot:.3f}")
+    assert before - after > 0.5 * (before - after_full)
+    assert forgot <= forgot_full + 0.02
