@@ -37,9 +37,12 @@ class LoraConfig:
     alpha: float = 16.0
     rank_stabilized: bool = False
     """Scaled by alpha / sqrt(rank) instead of alpha / rank."""
-    targets: tuple[str | tuple[str, ...], ...] = (r".*/kernel",)
-    """Paths of parameters as regular expressions, such as `.*/attention/(query|value)/kernel`; by default every
-    projection. Several paths together have one difference with one U (GPT-2's joint queries, keys and values)."""
+    targets: tuple[str, ...] = (r".*/kernel",)
+    """Regular expressions of whole paths of parameters, such as `.*/attention/(query|value)/kernel`; by default every
+    projection."""
+    joint: tuple[str, ...] = ()
+    """Expressions whose parameters have one difference together, with one U: as PEFT has it for GPT-2, whose queries,
+    keys and values are one matrix, `.*/attention/(query|key|value)/kernel`. They come before the targets."""
     ranks: tuple[tuple[str, int], ...] = ()
     """(expression, rank): the first that is a whole path has its rank instead."""
     alphas: tuple[tuple[str, float], ...] = ()
@@ -55,8 +58,8 @@ class LoraConfig:
                 raise ValueError(f"lora.rank is {rank}; it must be at least 1.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; it must be in [0, 1).")
-        if not self.targets and not self.saved:
-            raise ValueError("lora.targets and lora.saved are empty; name parameters that are to train.")
+        if not self.targets and not self.joint and not self.saved:
+            raise ValueError("lora.targets, joint and saved are empty; name parameters that are to train.")
 
     def scale(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
@@ -112,21 +115,27 @@ def find_sites(config: LoraConfig, params: Params) -> tuple[Site, ...]:
             transposed=last == "head_matrix",
         )
 
-    found: dict[str, Site] = {}
-    for target in config.targets:
-        if isinstance(target, str):
-            matched = [path for path in shapes if re.fullmatch(target, path)]
-            if target == r".*/kernel":  # every projection, but none of several at once
-                matched = [path for path in matched if len(shapes[path]) in (2, 3)]
-        else:
-            matched = [path for path in target if path in shapes]
-            matched = matched if len(matched) == len(target) else []
-        if not matched:
+    def matched(pattern: str) -> list[str]:
+        paths = [path for path in shapes if re.fullmatch(pattern, path)]
+        if not paths:
             some = ", ".join(path for path in shapes if path.endswith("kernel"))
-            raise ValueError(f"lora.targets has {target!r}, which is no parameter; there are {some[:300]}.")
-        for site_paths in [matched] if not isinstance(target, str) else [[path] for path in matched]:
-            found.setdefault("+".join(site_paths), site(site_paths))
-    return tuple(found.values())
+            raise ValueError(f"lora.targets has {pattern!r}, which is no parameter; there are {some[:300]}.")
+        return paths
+
+    def order(path: str) -> tuple[int, str]:
+        name = path.split("/")[-2] if "/" in path else path
+        return (_JOINT.index(name) if name in _JOINT else len(_JOINT), path)
+
+    found = [site(sorted(matched(pattern), key=order)) for pattern in config.joint]
+    taken = {path for one in found for path in one.paths}
+    for pattern in config.targets:
+        new = [path for path in matched(pattern) if path not in taken]
+        found += [site([path]) for path in new]
+        taken.update(new)
+    return tuple(found)
+
+
+_JOINT = ("query", "key", "value")
 
 
 def saved_paths(config: LoraConfig, params: Params) -> tuple[str, ...]:

@@ -136,7 +136,7 @@ def test_ranks_and_scales():
 
 
 TINY = {"num_layers": 2, "d_model": 16, "num_heads": 2, "mlp_dim": 24, "vocab_size": 32, "max_length": 16}
-JOINT = tuple(f"stack/blocks/attention/{g}/kernel" for g in ("query", "key", "value"))
+JOINT = r".*/attention/(query|key|value)/kernel"
 OURS = {
     "llama, all-linear": (LlamaConfig(**TINY), LoraConfig(rank=3, alpha=5)),
     "llama, tables": (
@@ -145,7 +145,7 @@ OURS = {
     ),
     "gpt2, joint": (
         GPT2Config(**TINY),
-        LoraConfig(targets=(JOINT, r".*/down/kernel"), ranks=((r".*down.*", 2),), rank_stabilized=True),
+        LoraConfig(joint=(JOINT,), targets=(r".*/down/kernel",), ranks=((r".*down.*", 2),), rank_stabilized=True),
     ),
 }
 

@@ -24,7 +24,7 @@ PARAMS = {
 PARAMS = jax.tree.map(lambda x: x.astype(np.float32), PARAMS)
 CONFIGS = {
     "every projection": LoraConfig(rank=2, alpha=3.0),
-    "joint": LoraConfig(rank=3, targets=(("stack/query/kernel", "stack/key/kernel"),), rank_stabilized=True),
+    "joint": LoraConfig(rank=3, targets=(), joint=(r"stack/(query|key)/kernel",), rank_stabilized=True),
     "tables": LoraConfig(targets=("embedding", "head_matrix"), ranks=(("embedding", 4),), alphas=(("emb.*", 1.0),)),
 }
 
@@ -131,5 +131,5 @@ def test_what_cannot_be():
         LoraConfig(rank=0)
     with pytest.raises(ValueError, match=r"lora\.dropout is 1"):
         LoraConfig(dropout=1.0)
-    with pytest.raises(ValueError, match=r"lora\.targets and lora\.saved are empty"):
+    with pytest.raises(ValueError, match=r"lora\.targets, joint and saved are empty"):
         LoraConfig(targets=())
