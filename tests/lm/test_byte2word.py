@@ -321,7 +321,7 @@ def test_both_models_are_asked_for_the_same_words():
     inputs = np.where(masked[..., None] & (rows["inputs"] >= 0), 43, rows["inputs"])
     tokens, real, starts = SUBWORDS.row(inputs, rows)
     model = SUBWORDS.module()
-    hidden = model.apply({"params": params}, tokens, real)
+    hidden = jax.jit(model.apply)({"params": params}, tokens, real)
     logits = model.apply({"params": params}, hidden, method="masked_words")
     row, slot, piece = np.argwhere(np.asarray(found.weights) > 0)[-1]
     word = slots.places[row, slot]
@@ -346,8 +346,8 @@ def test_classes():
     params, rows = init_params(config, jax.random.key(0)), batch()
     assert "head_matrix" not in params
     rows = {"words": rows["words"], "mask": rows["mask"], "labels": np.array([2, 0], np.int32)}
-    loss, _ = classify.loss(params, rows, jax.random.key(0), 0)
-    logits = classify.logits(params, rows)
+    loss, _ = jax.jit(classify.loss)(params, rows, jax.random.key(0), 0)
+    logits = jax.jit(classify.logits)(params, rows)
     assert loss == pytest.approx(float(cross_entropy(logits, rows["labels"]).mean()), rel=1e-5)
     padded = {name: np.concatenate([a, np.zeros_like(a)]) for name, a in rows.items()}
     assert classify.evaluate(params, [padded])["texts"] == 2

@@ -8,7 +8,9 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxtok.tokenizers import load_tokenizer
 from jaxtok.tokenizers.byte_words import CLS, PAD, SEP, UNK, basic_words, collate, symbol_mask, word_array
+from jaxtok.verbs import tokenizer
 
 # Rust's rule also drops what Unicode has not assigned or has left to private use.
 TEXT = st.text(st.characters(exclude_categories=["Cn", "Co", "Cs"]))
@@ -64,3 +66,13 @@ def test_rows_of_words():
     np.testing.assert_array_equal(symbols, symbol_mask(ids))
     with pytest.raises(ValueError, match="a text has 2 words, but there is room for 1"):
         collate([[CLS, b"a"]], max_bytes=3, length=1)
+
+
+def test_pieces_of_words_have_no_space(tmp_path):
+    for number in range(80):
+        (tmp_path / f"{number}.txt").write_text("the quick brown fox jumps, and lazy dogs go on with their walk")
+    tokenizer(tmp_path / "words.model", corpus=str(tmp_path), vocab_size=295, model_type="bpe", words=True)
+    trained = load_tokenizer(tmp_path / "words.model")
+    pieces = [trained.token_bytes(i) for i in range(trained.vocab_size)]
+    assert not any(b" " in piece for piece in pieces if len(piece) > 1)
+    assert any(len(piece) > 2 for piece in pieces)
