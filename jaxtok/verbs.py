@@ -18,7 +18,7 @@ from jaxtok.data.text import TextData
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.decoding.sampling import generate as generate_tokens
 from jaxtok.interop import hat, huggingface
-from jaxtok.interop.peft import read_adapter
+from jaxtok.interop.peft import apply_adapter
 from jaxtok.interop.tokenformer import read_official, write_official
 from jaxtok.lm.growth import Growth
 from jaxtok.lm.hat_released import ReleasedConfig
@@ -26,7 +26,7 @@ from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.mrt5 import MrT5Config, MrT5Training
 from jaxtok.lm.t5 import SequenceToSequence, T5Config
 from jaxtok.lm.tokenformer import TokenFormerConfig
-from jaxtok.nn.lora import LoraConfig, merge
+from jaxtok.nn.lora import LoraConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
 from jaxtok.protocols import TextGenerator, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
@@ -62,8 +62,8 @@ def open_model(path: Path, adapter: Path | None = None) -> Opened:
         merged = opened.task.merged(opened.params)
         opened = dataclasses.replace(opened, task=opened.task.task, params=merged)
     if adapter is not None:
-        sites, trained = read_adapter(adapter, opened.task.model)
-        opened = dataclasses.replace(opened, params=merge(opened.params, sites, trained))
+        model, params = apply_adapter(adapter, opened.task.model, opened.params)
+        opened = dataclasses.replace(opened, task=dataclasses.replace(opened.task, model=model), params=params)
     return opened
 
 

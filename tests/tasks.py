@@ -7,30 +7,29 @@ from typing import Any
 
 import numpy as np
 
+from jaxtok.data.encoders import EncoderData
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
+from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.data.word_units import WordUnitText
 from jaxtok.data.words import WordText
-from jaxtok.data.encoders import EncoderData
-from jaxtok.data.text import TextData
-from jaxtok.lm.electra import ElectraConfig, ReplacedTokens
-from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.byte2word import Byte2WordConfig, ByteWords
+from jaxtok.lm.electra import ElectraConfig, ReplacedTokens
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.hat import HATConfig, HATModeling, LlamaStack
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedModeling
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.lexinvariant import LexinvariantConfig, LexinvariantModeling
 from jaxtok.lm.llama import LlamaConfig
+from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.lm.mrt5 import MrT5Training, mrt5
 from jaxtok.lm.t5 import SequenceToSequence, T5Config
-from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.lm.text_classification import TextClassification
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
-from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
 from jaxtok.lm.whole_words import SubwordWords
+from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.lora import Lora
@@ -130,6 +129,8 @@ def hat_released() -> Case:
     task = ReleasedModeling(model=model)
     data = WordText(length=8, batch_size=8, max_units=6, splitter=task.splitter)
     return Case(task, data, word_batch(data))
+
+
 def word_pooled() -> Case:
     """Random words in two documents, and padding at the end of the rows; every axis of a mesh divides the words."""
     data = WordUnitText(length=16, batch_size=8, max_units=5)
@@ -199,6 +200,8 @@ def images() -> Case:
 
 def lexinvariant(model, **options) -> Case:
     return dataclasses.replace(text(model), task=LexinvariantModeling(model=model, **options))
+
+
 def pairs(task) -> Case:
     """Inputs and targets of several lengths."""
     data = SpanCorruption(length=16, batch_size=8, density=0.3, mean_span=2.0)
@@ -250,6 +253,8 @@ class Labelled:
 
 MASKING = Masking(mask_id=3, kept_ids=(1, 2))
 ONE_HEAD = dict.fromkeys(("tensor 8", "2 x 2 x 2", "sequence"), "the generator has a head for every 64 channels: one")
+
+
 def lora(case: Case) -> Case:
     """The adapter's matrices have no axis of their own that a mesh divides: only that of their parameter."""
     config = LoraConfig(rank=2, targets=(r".*/kernel", "embedding", "head_matrix"), saved=(r"final_norm/.*",))

@@ -7,6 +7,7 @@ difference of its weight [d_out, d_in] is s B A; GPT-2's joint queries, keys and
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import math
 import re
@@ -21,7 +22,7 @@ from jaxtok.interop.huggingface import Source, sources
 from jaxtok.interop.tensors import expected_shapes, open_safetensors
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.gpt2 import GPT2Config
-from jaxtok.nn.lora import Site, flat, nested
+from jaxtok.nn.lora import Site, flat, merge, nested
 from jaxtok.protocols import Params
 
 _PREFIX = "base_model.model."
@@ -44,13 +45,32 @@ def read_adapter(folder: str | Path, model: Any) -> Adapter:
       FileNotFoundError: the folder has no adapter_config.json or adapter_model.safetensors.
       ValueError: it is no LoRA adapter, has options that are not known here, or is for another model.
     """
-    folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} does not exist; give a folder that PEFT has saved.")
-    file = open_safetensors(folder / "adapter_model.safetensors")
-    tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    return adapter_from(model, json.loads((folder / "adapter_config.json").read_text()), tensors)
+    return adapter_from(model, *_read(folder))
+
+
+def apply_adapter(folder: str | Path, model: Any, params: Params) -> tuple[Any, Params]:
+    """A model's config and parameters with the adapter of a PEFT folder in them.
+
+    Where the head is the embedding and the adapter is for one of the two, they come apart, as they do in PEFT.
+
+    Raises:
+      FileNotFoundError, ValueError: as `read_adapter`.
+    """
+    options, tensors = _read(folder)
+    model, params = untie(model, params, tensors)
+    sites, adapter = adapter_from(model, options, tensors)
+    return model, merge(params, sites, adapter)
+
+
+def untie(model: Any, params: Params, tensors: Mapping[str, Any]) -> tuple[Any, Params]:
+    """The model with a head of its own, if its head is the embedding and the adapter's tensors are for one of them."""
+    if not getattr(model, "tie_embeddings", False):
+        return model, params
+    tables = {_module(sources(model)[("embedding",)].name), "lm_head"}
+    tables |= {name.split(".", 1)[-1] for name in tables}
+    if not any(re.split(r"\.lora_|\.weight$", name.removeprefix(_PREFIX))[0] in tables for name in tensors):
+        return model, params
+    return dataclasses.replace(model, tie_embeddings=False), {**params, "head_matrix": params["embedding"]}
 
 
 def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Adapter:
@@ -68,7 +88,8 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
     tied = getattr(model, "tie_embeddings", getattr(model, "mask_head", False))
 
     def take(name: str) -> np.ndarray | None:
-        for known in (name, name.split(".", 1)[1]):
+        base = name.removesuffix("weight") + "base_layer.weight"  # of a table with a difference, which PEFT may save
+        for known in (name, name.split(".", 1)[1], base, base.split(".", 1)[1]):
             if known in left:
                 left.remove(known)
                 return np.asarray(tensors[_PREFIX + known if _PREFIX + known in tensors else known])
@@ -90,7 +111,7 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
                     raise ValueError(f"adapter_config.json targets {name}, of which the adapter has no tensors.")
                 continue
             if lookup and tied:
-                raise ValueError(f"{name} has a difference, but its table is also the head; untie the model first.")
+                raise ValueError(f"{name} has a difference, but its table is also the head; `untie` the model first.")
             rank, scale = scale_of(name, options)
             a, b = parts
             wide, high = (rows, sum(widths)) if not transposed else (sum(widths), rows)  # d_in, d_out
@@ -123,24 +144,43 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise ValueError(f"the adapter has {sorted(left)[0]}{more}, for which the model has no place.")
     if tied and ("embedding",) in saved:
-        raise ValueError("the adapter saved the embedding, which is also the model's head; untie the model first.")
+        raise ValueError("the adapter saved the embedding, which is also the model's head; `untie` the model first.")
     return Adapter(tuple(sites), {"pairs": pairs, "saved": nested({"/".join(p): a for p, a in saved.items()})})
 
 
+def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} does not exist; give a folder that PEFT has saved.")
+    file = open_safetensors(folder / "adapter_model.safetensors")
+    tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    return json.loads((folder / "adapter_config.json").read_text()), tensors
+
+
 def write_adapter(
-    folder: str | Path, model: Any, sites: Sequence[Site], adapter: Params, *, base: str = "", rslora: bool = False
+    folder: str | Path,
+    model: Any,
+    sites: Sequence[Site],
+    adapter: Params,
+    *,
+    base: str = "",
+    rslora: bool = False,
+    dropout: float = 0.0,
 ) -> Path:
     """Writes a PEFT folder. Ranks and scales that differ between modules become patterns.
 
     Args:
       base: name of the model that the adapter is for.
       rslora: write alphas for the scaling alpha / sqrt(r).
+      dropout: of the inputs, if somebody trains it on.
 
     Raises:
       ValueError: a part of a joint module has a difference of its own, or it is no model of Hugging Face's.
     """
     folder = Path(folder)
     options, tensors = adapter_to(model, sites, adapter, base=base, rslora=rslora)
+    options["lora_dropout"] = dropout
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     safetensors.numpy.save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})

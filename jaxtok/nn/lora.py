@@ -207,7 +207,7 @@ def merge(
     dropout: float = 0.0,
     rng: Any = None,
 ) -> Params:
-    """The parameters with the adapter's differences, times `weight`, in them, and what it has saved in their place.
+    """The parameters, or what the adapter has saved in their place, with its differences times `weight` in them.
 
     With -1 for the weight, differences are taken out again. Adapters can be merged one after the other.
 
@@ -216,10 +216,10 @@ def merge(
     """
     leaves = flat(params)
     check(params, sites, adapter)
-    for path, delta in differences(sites, adapter["pairs"], dropout, rng).items():
-        leaves[path] = (leaves[path].astype(jnp.float32) + weight * delta).astype(leaves[path].dtype)
     if weight > 0:
         leaves |= flat(adapter.get("saved", {}))
+    for path, delta in differences(sites, adapter["pairs"], dropout, rng).items():
+        leaves[path] = (leaves[path].astype(jnp.float32) + weight * delta).astype(leaves[path].dtype)
     return nested(leaves)
 
 

@@ -54,8 +54,10 @@ class Lora:
         Raises:
           ValueError: the model is none of Hugging Face's, or PEFT has no name for a difference.
         """
-        sites = find_sites(self.lora, params["frozen"])
-        return write_adapter(folder, self.task.model, sites, params["adapter"], rslora=self.lora.rank_stabilized)
+        sites, lora = find_sites(self.lora, params["frozen"]), self.lora
+        return write_adapter(
+            folder, self.task.model, sites, params["adapter"], rslora=lora.rank_stabilized, dropout=lora.dropout
+        )
 
     def trainable(self, params: Params) -> Params | None:
         """All of the adapter; the optimizer leaves out what is frozen."""

@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 
 from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, read_tokenizer, write_folder
-from jaxtok.interop.peft import adapter_from, adapter_to, read_adapter, scale_of, targeted, write_adapter
+from jaxtok.interop.peft import (
+    adapter_from,
+    adapter_to,
+    apply_adapter,
+    read_adapter,
+    scale_of,
+    targeted,
+    untie,
+    write_adapter,
+)
 from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.llama import LlamaConfig
@@ -44,6 +53,7 @@ def run(model, sites, params, adapter, arrays):
 def test_adapter(golden, parity):
     model, params, options = load(golden)
     tensors = golden.under("adapter")
+    model, params = untie(model, params, tensors)
     sites, adapter = adapter_from(model, options, tensors)
     arrays = golden.under("in")
     arrays = {name: arrays[name] for name in ("input_ids", "labels")}
@@ -63,8 +73,9 @@ def test_adapter(golden, parity):
 
 @pytest.mark.parity(FILES)
 def test_read_then_written_is_the_same(golden, tmp_path):
-    model, _, options = load(golden)
+    model, params, options = load(golden)
     tensors = golden.under("adapter")
+    model, _ = untie(model, params, tensors)
     sites, adapter = adapter_from(model, options, tensors)
     folder = write_adapter(tmp_path / "a", model, sites, adapter, rslora=options["use_rslora"])
     written = json.loads((folder / "adapter_config.json").read_text())
@@ -81,12 +92,11 @@ def test_read_then_written_is_the_same(golden, tmp_path):
 @pytest.mark.parity("llama_gpt2_bricks/hf_folder_llama_expected.npz")
 def test_folders(golden, parity, request):
     folder = request.config.getoption("--goldens") / "llama_gpt2_bricks"
-    model, params = read_folder(folder / "hf_folder_llama")
-    sites, adapter = read_adapter(folder / "hf_folder_llama_lora", model)
+    model, params = apply_adapter(folder / "hf_folder_llama_lora", *read_folder(folder / "hf_folder_llama"))
     tokenizer, prefix, _ = read_tokenizer(folder / "hf_folder_llama")
     text = json.loads(str(golden["in/texts"] if "in/texts" in golden.arrays else golden["texts"]))[0]
     ids = np.array([[*prefix, *tokenizer.encode(text)]])
-    logits, _ = Decoder(model).apply({"params": merge(params, sites, adapter)}, ids)
+    logits, _ = Decoder(model).apply({"params": params}, ids)
     parity("logits with the adapter", logits.reshape(golden["out/lora_logits_0"].shape), golden["out/lora_logits_0"])
 
 
@@ -199,3 +209,33 @@ def test_peft_reads_what_is_written(name, tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
     plain, _ = Decoder(model).apply({"params": params}, ids)
     assert np.abs(ours - plain).max() > 1e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("kind", ["difference of the table", "difference of the head", "saved"])
+def test_a_head_that_is_the_embedding_comes_apart_as_in_peft(kind, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    model, rng = GPT2Config(**TINY), np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(Decoder(model), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
+    params = jax.tree.map(lambda x: rng.normal(scale=0.2, size=x.shape).astype(np.float32), shapes)
+    write_folder(tmp_path / "base", model, params)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    options = {
+        "difference of the table": {"target_modules": ["wte"]},
+        "difference of the head": {"target_modules": ["lm_head"]},
+        "saved": {"target_modules": ["mlp.c_fc"], "modules_to_save": ["wte"], "fan_in_fan_out": True},
+    }[kind]
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=5, **options)).eval()
+    for tensor in theirs.parameters():
+        if tensor.requires_grad:
+            tensor.data = torch.tensor(rng.normal(scale=0.2, size=tensor.shape), dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "adapter")
+    ids = np.arange(10).reshape(2, 5)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    untied, merged = apply_adapter(tmp_path / "adapter", model, params)
+    assert not untied.tie_embeddings
+    ours, _ = Decoder(untied).apply({"params": merged}, ids)
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+    with pytest.raises(ValueError, match="head"):
+        read_adapter(tmp_path / "adapter", model)
