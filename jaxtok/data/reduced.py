@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Int
 
 from jaxtok.data.text import TextData
-from jaxtok.tokenizers.alphabet import ALPHABETS
+from jaxtok.tokenizers.characters import ALPHABETS
 
 
 @dataclasses.dataclass(frozen=True)
 class ReducedText(TextData):
-    """Text that is reduced to the alphabet of its tokenizer (`jaxtok.tokenizers.alphabet`) before it is encoded.
+    """Text that is reduced to the alphabet of its tokenizer (`jaxtok.tokenizers.characters`) before it is encoded.
 
     Nothing is lost between the reduced text and the tokens; the bytes that a loss is divided by are the reduced text's.
 

@@ -6,7 +6,7 @@ words of a batch are pooled at once, and spelled at once.
 
 The authors' code (avi-jit/eTok) is followed where the paper leaves things open. It has three peculiarities, each of
 which is a switch of the config: `prefix_ids`, `mask_pads`, `loss_on_pads`. A fourth, that its forward pass lengthens
-the caller's words in place, is not copied. Its dropout inside the encoder's MLP is not here.
+the caller's words in place, is not copied.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ class WordPooledConfig:
             causal=False,
             dropout=self.encoder_dropout,
             attention_dropout=self.encoder_dropout,
+            mlp_dropout=self.encoder_dropout,
         )
 
     @property

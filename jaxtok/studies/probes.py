@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from jaxtok.data.corpora import open_corpus
 from jaxtok.data.encoders import EncoderData
+from jaxtok.data.text import TextData
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.electra import ReplacedTokens
 from jaxtok.lm.text_classification import TextClassification
@@ -70,7 +71,8 @@ class PackageProbe:
         train = rows_of(data, self.packages, "train", self.rows)
         test = rows_of(data, self.packages, "test", self.test_rows)
         states = [features(model, params, rows) for rows in (train, test)]
-        found = {"linear_accuracy": linear_probe(*states, train["labels"], test["labels"], len(self.packages))}
+        judge = linear_probe(states[0], train["labels"], len(self.packages))
+        found = {"linear_accuracy": judge(states[1], test["labels"])}
         if self.steps:
             found["finetuned_accuracy"] = self._finetune(model, params, train, test, data)
         return found
@@ -122,28 +124,45 @@ def without_heads(model: BertConfig, num_classes: int = 0) -> BertConfig:
     return dataclasses.replace(model, num_classes=num_classes, **{k: v for k, v in off.items() if k in known})
 
 
-def rows_of(data: EncoderData, packages: Sequence[str], split: str, count: int) -> Batch:
-    """Rows [CLS] text [SEP] of the files of packages, `count` of each (or as many as there are), and their labels.
+def package_rows(
+    data: TextData, packages: Sequence[str], split: str, count: int, rows: Callable[[str | bytes], Sequence[np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the files of packages, `count` of each (or as many as there are), and their labels.
 
-    Rows are drawn from all of a package's files; which, is the same in each call.
+    They are drawn from all of a package's files; which, is the same in each call.
+
+    Args:
+      rows: the rows of a document.
 
     Raises:
       ValueError: a package has no row in this split.
     """
-    data = dataclasses.replace(data, single=1.0, short=0.0)
-    corpus, rng, items = open_corpus(data.corpus, split, text_field=data.text_field), np.random.default_rng(0), []
-    labels = []
+    corpus, rng = open_corpus(data.corpus, split, text_field=data.text_field), np.random.default_rng(0)
+    items: list[np.ndarray] = []
+    labels: list[int] = []
     for label, package in enumerate(packages):
         files = [k for k in range(len(corpus)) if corpus.file(k).startswith(f"{package}/")]
-        tokens = [data.items(corpus[k])[:-1] for k in files]
-        rows = [t[i : i + data.row_items] for t in tokens for i in range(0, len(t) - data.row_items, data.row_items)]
-        if not rows:
+        found = [row for k in files for row in rows(corpus[k])]
+        if not found:
             raise ValueError(f"the {split} split of {data.corpus} has no row of {package}; choose other packages.")
-        chosen = rng.permutation(len(rows))[:count]
-        items += [rows[k] for k in chosen]
+        chosen = rng.permutation(len(found))[:count]
+        items += [found[k] for k in chosen]
         labels += [label] * len(chosen)
-    batch = data.layout(np.stack(items), np.ones((len(items), data.row_items), np.int32), np.zeros(()))
-    return {**batch, "labels": np.array(labels, np.int32)}
+    return np.stack(items), np.array(labels, np.int32)
+
+
+def rows_of(data: EncoderData, packages: Sequence[str], split: str, count: int) -> Batch:
+    """Rows [CLS] text [SEP] of the files of packages, as `package_rows` has them, with their labels."""
+    data = dataclasses.replace(data, single=1.0, short=0.0)
+    width = data.row_items
+
+    def rows(document):
+        tokens = data.items(document)[:-1]
+        return [tokens[i : i + width] for i in range(0, len(tokens) - width, width)]
+
+    items, labels = package_rows(data, packages, split, count, rows)
+    batch = data.layout(items, np.ones(items.shape[:2], np.int32), np.zeros(()))
+    return {**batch, "labels": labels}
 
 
 def batched(rows: Batch, size: int) -> Iterator[Batch]:
@@ -167,29 +186,35 @@ def features(model: BertConfig, params: Params, rows: Batch, size: int = 64) -> 
     return np.concatenate([_mean_states(model, params, batch) for batch in batched(rows, size)])[: len(rows["labels"])]
 
 
-def linear_probe(train, test, train_labels, test_labels, classes: int, penalty: float = 1e-3) -> float:
-    """Mean accuracy over the classes of logistic regression with a quadratic penalty, on standardised features."""
-    mean, deviation = train.mean(0), train.std(0) + 1e-6
-    train, test = ((x - mean) / deviation for x in (train, test))
-    weights = np.bincount(train_labels, minlength=classes)
-    weights = (len(train_labels) / classes / np.maximum(weights, 1))[train_labels]  # each class counts the same
-    guess = np.asarray(_regress(train, train_labels, weights, classes, penalty)(test)).argmax(-1)
-    return float(np.mean([np.mean(guess[test_labels == k] == k) for k in np.unique(test_labels)]))
+def linear_probe(
+    x: Float[np.ndarray, "rows features"], labels: np.ndarray, classes: int, penalty: float = 1e-3, steps: int = 300
+) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Logistic regression with a quadratic penalty on standardised features, by Adam on all rows, classes balanced.
 
-
-def _regress(x, labels, weights, classes, penalty, steps=300):
-    """The function to logits, fitted by Adam with all rows in each step."""
+    Returns the function from other features and labels to the mean over the classes of the accuracy.
+    """
+    mean, deviation = x.mean(0), x.std(0) + 1e-6
+    standard = (x - mean) / deviation
+    weights = (len(labels) / classes / np.maximum(np.bincount(labels, minlength=classes), 1))[labels]
     optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
-    start = {"kernel": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}
 
     def loss(w):
-        nats = cross_entropy(x @ w["kernel"] + w["bias"], labels)
-        return jnp.mean(nats * weights) + penalty * jnp.sum(w["kernel"] ** 2)
+        nats = cross_entropy(standard @ w["kernel"] + w["bias"], labels)
+        return jnp.mean(nats * weights) + penalty * jnp.sum(jnp.square(w["kernel"]))
 
-    def step(carry, _):
-        w, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(w), state)
-        return (optax.apply_updates(w, updates), state), None
+    @jax.jit
+    def fit():
+        def step(carry, _):
+            updates, state = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
+            return (optax.apply_updates(carry[0], updates), state), None
 
-    (w, _), _ = jax.jit(lambda c: jax.lax.scan(step, c, length=steps))((start, optimizer.init(start)))
-    return lambda y: y @ w["kernel"] + w["bias"]
+        start = {"kernel": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}
+        return jax.lax.scan(step, (start, optimizer.init(start)), length=steps)[0][0]
+
+    w = jax.device_get(fit())
+
+    def judge(y: np.ndarray, truth: np.ndarray) -> float:
+        guess = ((y - mean) / deviation @ w["kernel"] + w["bias"]).argmax(-1)
+        return float(np.mean([np.mean(guess[truth == k] == k) for k in np.unique(truth)]))
+
+    return judge

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import sysconfig
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxtok.data.corpora import split_of
 from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.lm.whole_words import WordModeling
-from jaxtok.nn.losses import cross_entropy
 from jaxtok.protocols import Batch, Params
-
-PACKAGES = ("asyncio", "distutils", "email", "encodings", "idlelib", "importlib", "lib2to3", "multiprocessing")
-"""Of Python's library, with files in the training and in the test split (Python 3.11)."""
+from jaxtok.studies.probes import PACKAGES, linear_probe, package_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,53 +85,11 @@ _features = jax.jit(lambda task, params, batch: task.features(params, batch), st
 
 
 def rows_of(data: WordPieceText, packages: Sequence[str], split: str, count: int) -> tuple[Batch, np.ndarray]:
-    """Full rows of the packages' files in a split, `count` of each at most, and their labels; the same in each call.
+    """Full rows of the packages' files, as `package_rows` has them, and their labels."""
 
-    Raises:
-      ValueError: a package has no row there.
-    """
-    root, rng = Path(sysconfig.get_paths()["stdlib"]), np.random.default_rng(0)
-    items, labels = [], []
-    for label, package in enumerate(packages):
-        files = sorted(path for path in (root / package).rglob("*.py") if "test" not in str(path.relative_to(root)))
-        texts = [path.read_bytes() for path in files if split_of(path.relative_to(root).as_posix()) == split]
-        found = [data.items(text).reshape(-1, data.length, data.items(text).shape[-1])[:-1] for text in texts]
-        rows = np.concatenate(found) if found else ()
-        if not len(rows):
-            raise ValueError(f"the {split} split has no row of the package {package}; choose other packages.")
-        items.append(rows[rng.permutation(len(rows))[:count]])
-        labels += [label] * len(items[-1])
-    rows = np.concatenate(items)
-    return data.layout(rows, np.ones(rows.shape[:2], np.int32), np.zeros(rows.shape[:2], np.int32)), np.array(labels)
+    def rows(document):
+        items = data.items(document)
+        return items.reshape(-1, data.length, items.shape[-1])[:-1]
 
-
-def linear_probe(x: np.ndarray, labels: np.ndarray, classes: int, penalty: float = 1e-3, steps: int = 300):
-    """Logistic regression with a quadratic penalty on standardised features, by Adam on all rows, classes balanced.
-
-    Returns the function from other features and labels to the mean over the classes of the accuracy.
-    """
-    mean, deviation = x.mean(0), x.std(0) + 1e-6
-    standard = (x - mean) / deviation
-    weights = (len(labels) / classes / np.maximum(np.bincount(labels, minlength=classes), 1))[labels]
-    optimizer = optax.adam(optax.cosine_decay_schedule(0.05, steps))
-
-    def loss(w):
-        nats = cross_entropy(standard @ w["kernel"] + w["bias"], labels)
-        return jnp.mean(nats * weights) + penalty * jnp.sum(jnp.square(w["kernel"]))
-
-    @jax.jit
-    def fit():
-        def step(carry, _):
-            updates, state = optimizer.update(jax.grad(loss)(carry[0]), carry[1])
-            return (optax.apply_updates(carry[0], updates), state), None
-
-        start = {"kernel": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}
-        return jax.lax.scan(step, (start, optimizer.init(start)), length=steps)[0][0]
-
-    w = jax.device_get(fit())
-
-    def judge(y: np.ndarray, truth: np.ndarray) -> float:
-        guess = ((y - mean) / deviation @ w["kernel"] + w["bias"]).argmax(-1)
-        return float(np.mean([np.mean(guess[truth == k] == k) for k in np.unique(truth)]))
-
-    return judge
+    items, labels = package_rows(data, packages, split, count, rows)
+    return data.layout(items, np.ones(items.shape[:2], np.int32), np.zeros(items.shape[:2], np.int32)), labels

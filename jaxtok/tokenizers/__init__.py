@@ -7,10 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from jaxtok.protocols import Tokenizer
-from jaxtok.tokenizers.alphabet import ALPHABETS, AlphabetTokenizer
 from jaxtok.tokenizers.byt5 import ByT5Tokenizer
 from jaxtok.tokenizers.bytes import ByteTokenizer
-from jaxtok.tokenizers.characters import PREFIX, CharacterTokenizer
+from jaxtok.tokenizers.characters import ALPHABETS, PREFIX, AlphabetTokenizer, CharacterTokenizer
 from jaxtok.tokenizers.huggingface import HuggingFaceTokenizer
 from jaxtok.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 

@@ -12,7 +12,7 @@ import pytest
 from jaxtok.configuration import load_config
 from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.lm.byte2word import Byte2WordConfig, ByteWords, init_params
-from jaxtok.studies.words import InputSize, PackageOfWords, WordNoise, linear_probe, rows_of
+from jaxtok.studies.words import InputSize, PackageOfWords, WordNoise, rows_of
 from jaxtok.verbs import tokenizer
 
 
@@ -44,17 +44,8 @@ def test_rows_of_packages():
     assert batch["mask"].min() == 1  # full rows
     again, _ = rows_of(data, ("asyncio", "email"), "train", 5)
     np.testing.assert_array_equal(batch["words"], again["words"])
-    with pytest.raises(ValueError, match="the train split has no row of the package nothing"):
+    with pytest.raises(ValueError, match="the train split of python has no row of nothing"):
         rows_of(data, ("nothing",), "train", 5)
-
-
-def test_a_probe_tells_apart_what_can_be():
-    rng = np.random.default_rng(0)
-    labels = np.arange(90) % 3
-    x = rng.normal(size=(90, 4)) + 6 * np.eye(4)[labels]
-    judge = linear_probe(x, labels, 3)
-    assert judge(x, labels) == 1
-    assert judge(rng.permutation(x), labels) < 0.6
 
 
 @pytest.mark.slow
@@ -72,4 +63,4 @@ def test_words_from_bytes_are_as_good_as_subwords(tmp_path):
     ours, theirs = (results[f"{arm.name}/0"]["test"] for arm in arms)
     assert ours["input_params"] < 0.4 * theirs["input_params"]
     assert ours["nats_per_word"] < 1.1 * theirs["nats_per_word"]
-    assert ours["package_accuracy"] > 2 / 8
+    assert ours["package_accuracy"] > 2 / 9
