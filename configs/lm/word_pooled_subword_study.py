@@ -28,8 +28,8 @@ def subwords(arm, name, steps, length, **sizes):
 config = dataclasses.replace(
     study,
     arms=(
-        subwords(arms["pooled"], "pooled_subwords", 200, 48, max_units=6),
-        subwords(arms["plain_positions"], "plain_subwords", 520, 96, max_length=96),
+        subwords(arms["pooled"], "pooled_subwords", 500, 48, max_units=6),
+        subwords(arms["plain_positions"], "plain_subwords", 1300, 96, max_length=96),
     ),
     title="Word-pooled and plain models of subwords",
     workdir="runs/word_pooled_subword_study",

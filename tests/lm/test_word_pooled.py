@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import jax
@@ -393,17 +392,3 @@ def test_inputs_that_cannot_be():
     words, lengths = random_words(TINY, 1, 3)
     words[0, 0, 0] = TINY.vocab_size  # no such unit: the loop stops at a loss that is no number
     assert np.isnan(logits_of(TINY, words, lengths)).any()
-
-
-@pytest.mark.slow
-def test_pooled_words_are_learned_faster_than_plain_characters(tmp_path):
-    """The study's first two arms: at the same compute, fewer bits a character, and no fewer words right."""
-    study = load_config(Path(__file__).parents[2] / "configs/lm/word_pooled_study.py")
-    arms = tuple(arm for arm in study.arms if arm.name in ("pooled", "plain"))
-    study = dataclasses.replace(study, arms=arms, workdir=str(tmp_path))
-    assert study.run()
-    results = json.loads((tmp_path / "results.json").read_text())
-    pooled, plain = (results[f"{name}/0"] for name in ("pooled", "plain"))
-    assert pooled["train_flops"] < 1.05 * plain["train_flops"]
-    assert pooled["test"]["bits_per_byte"] < plain["test"]["bits_per_byte"] - 0.2
-    assert pooled["test"]["next_word_accuracy"] >= plain["test"]["next_word_accuracy"] - 0.005
