@@ -167,11 +167,13 @@ class Connector(nn.Module):
             key, value = (jnp.repeat(x, heads // shared, axis=1) for x in (key, value))
             of_byte = jnp.take(query, word, axis=0, mode="clip")
             scores = jnp.einsum("thd,thd->th", of_byte, key, preferred_element_type=jnp.float32) / math.sqrt(dim)
-            highest = jax.ops.segment_max(scores, word, words)
+            highest = jax.ops.segment_max(scores, word, words, indices_are_sorted=True)
             highest = jax.lax.stop_gradient(jnp.where(jnp.isfinite(highest), highest, 0))
             weights = jnp.exp(scores - jnp.take(highest, word, axis=0, mode="clip"))
-            total = jax.ops.segment_sum(weights, word, words)
-            pooled = jax.ops.segment_sum(weights[..., None] * value.astype(jnp.float32), word, words)
+            total = jax.ops.segment_sum(weights, word, words, indices_are_sorted=True)
+            pooled = jax.ops.segment_sum(
+                weights[..., None] * value.astype(jnp.float32), word, words, indices_are_sorted=True
+            )
             return pooled / jnp.where(total > 0, total, 1)[..., None]
 
         pool = jax.checkpoint(jax.vmap(pool), prevent_cse=False)  # what is between is wide, and cheap to compute again
@@ -332,42 +334,36 @@ def byte_stream(batch: Batch, length: int, eot: int) -> dict[str, jax.Array]:
     What does not fit in is lost. The bytes of a row's first input word, if it has one, are context.
     """
     lengths, following, segments = batch["lengths"], batch["target_lengths"], batch["segments"]
-    rows, words = lengths.shape
+    words, places = lengths.shape[1], jnp.arange(length)
     units = jnp.concatenate([batch["words"][:, :1], batch["targets"]], 1)
-    sizes = jnp.concatenate([lengths[:, :1], following], 1) * (_behind(segments, segments[:, :1]) > 0)
+    of_segment = jnp.concatenate([segments[:, :1], segments], 1)
+    sizes = jnp.concatenate([lengths[:, :1], following], 1) * (of_segment > 0)
     ends = jnp.cumsum(sizes, 1)
     starts = ends - sizes
-    place = starts[..., None] + jnp.arange(units.shape[-1])
-    place = jnp.where(jnp.arange(units.shape[-1]) < sizes[..., None], place, length)
-    row = jnp.arange(rows)[:, None, None]
-
-    def spread(values, empty):
-        values = jnp.broadcast_to(values, units.shape)
-        return jnp.full((rows, length), empty, jnp.int32).at[row, place].set(values, mode="drop")
-
-    word = spread(jnp.arange(words + 1)[:, None], words)
-    real = jnp.arange(length) < ends[:, -1:]
+    real = places < ends[:, -1:]
+    word = jax.vmap(lambda row: jnp.searchsorted(row, places, side="right"))(ends)  # the first one that ends behind it
+    word = jnp.minimum(word, words).astype(jnp.int32)
 
     def of_word(values):
         return jnp.take_along_axis(values, word, 1)
 
+    unit = word * units.shape[-1] + jnp.clip(places - of_word(starts), 0, units.shape[-1] - 1)
+    tokens = jnp.where(real, jnp.take_along_axis(units.reshape(len(units), -1), unit, 1), 0)
     opens = lengths == 0  # documents that begin in the row
     first = jax.lax.cummax(jnp.pad(jnp.where(opens, starts[:, 1:], 0), ((0, 0), (1, 0))), axis=1)
-    of_segment = _behind(segments, segments[:, :1])
     begun = (segments > 1) | opens[:, :1]
-    last = jnp.arange(length) == of_word(ends) - 1
-    tokens = spread(units, 0)
+    last = places == of_word(ends) - 1
     ended = jnp.pad((following == 0) & (segments > 0), ((0, 0), (0, 1)))
     goes_on = jnp.pad((following > 0) & (segments > 0), ((0, 0), (0, 1)))
     ends_here = real & last & of_word(ended)
     mask = real & jnp.where(last, ends_here | of_word(goes_on), word > 0)
-    mask &= ends_here | (jnp.arange(length) < jnp.minimum(ends[:, -1:], length) - 1)
+    mask &= ends_here | (places < jnp.minimum(ends[:, -1:], length) - 1)
     shifted = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
     return {
         "tokens": tokens,
         "word": word,
         "word_positions": jnp.maximum(batch["positions"] - begun, 0),
-        "positions": jnp.maximum(jnp.arange(length) - of_word(first), 0),
+        "positions": jnp.maximum(places - of_word(first), 0),
         "segments": jnp.where(real, of_word(of_segment), 0),
         "word_segments": jnp.where(opens, 0, segments),
         "unknown": opens,
@@ -375,10 +371,6 @@ def byte_stream(batch: Batch, length: int, eot: int) -> dict[str, jax.Array]:
         "mask": mask.astype(jnp.float32),
         "target_word": jnp.where(mask & ~ends_here, jnp.where(last, word, word - 1), words),
     }
-
-
-def _behind(array, first):
-    return jnp.concatenate([first, array], 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
