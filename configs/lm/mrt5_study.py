@@ -2,15 +2,16 @@
 
     jaxtok study configs/lm/mrt5_study.py
 
-Span corruption of rows of 128 bytes. As in the paper, one ByT5 is trained first, and each arm goes on from its weights:
-without deletion, with a gate that is controlled to delete 50 or 80 % of the bytes, and with random deletion. `bits per
-byte` is with deleted bytes taken out, `soft bits per byte` as in training; the speed-ups are of the encoder, at rows of
-1,024 bytes. What to expect: the README's table.
+The task is to write 63 bytes of a text again without their vowels, the paper's first diagnostic: unlike span
+corruption, it makes models of minutes look at their inputs. As in the paper's pre-training, one ByT5 is trained first,
+and each arm goes on from its weights: without deletion, with a gate that is controlled to delete a part of the bytes,
+and with random deletion. `bits per byte` is with deleted bytes taken out, `soft bits per byte` as in training; the
+speed-ups are of the encoder, at rows of 1,024 bytes. What to expect: the README's table.
 """
 
 import dataclasses
 
-from jaxtok.data.span_corruption import SpanCorruption
+from jaxtok.data.character_edits import CharacterEdits
 from jaxtok.lm.mrt5 import MrT5Training, mrt5
 from jaxtok.lm.t5 import SequenceToSequence, T5Config
 from jaxtok.studies.deletion import Continued, EncoderSpeed, SoftDeletion
@@ -32,34 +33,36 @@ byt5 = T5Config(
     scale_outputs=False,
     depth_scaled_init=True,
 )
-reducing = mrt5(byt5, gate_layer=1, softmax1=True)
+reducing = mrt5(byt5, gate_layer=2, softmax1=True)
 
 
-def arm(name, task, steps=400, rate=1e-3):
+def arm(name, task, steps=300, rate=1e-3):
+    # With Adam's usual memory; a shorter one lets the gate run away before there is anything to see in the input.
     optimizer = OptimizerConfig(
-        learning_rate=rate, min_learning_rate=0.0, schedule="linear", warmup=0.05, b2=0.99, weight_decay=0.0
+        learning_rate=rate, min_learning_rate=0.0, schedule="linear", warmup=0.0, b2=0.999, weight_decay=0.01, clip=0.0
     )
     return Experiment(
         name=name,
         task=task,
-        data=SpanCorruption(length=128, batch_size=16, mean_span=5.0, eval_limit=8),
-        train=TrainConfig(steps=steps, optimizer=optimizer, eval_every=steps // 4, checkpoint_every=steps),
+        data=CharacterEdits(corpus="python", length=64, batch_size=24, eval_limit=8),
+        train=TrainConfig(steps=steps, optimizer=optimizer, eval_every=steps // 3, checkpoint_every=steps),
         mesh=MeshConfig(data=1),
     )
 
 
 def deleting(rate):
-    return MrT5Training(model=reducing, target_rate=rate, k_i=1e-3, hard_probability=0.25)
+    return MrT5Training(model=reducing, target_rate=rate, k_i=1e-3, hard_probability=0.5)
 
 
 without_gate = dataclasses.replace(reducing, reduction="random", amount=0.5)
 config = Continued(
-    base=arm("base", SequenceToSequence(model=byt5), steps=1500, rate=3e-3),
+    base=arm("base", SequenceToSequence(model=byt5), steps=1500, rate=2e-3),
     arms=(
         arm("ByT5", SequenceToSequence(model=byt5)),
+        arm("MrT5, target 25 %", deleting(0.25)),
         arm("MrT5, target 50 %", deleting(0.5)),
         arm("MrT5, target 80 %", deleting(0.8)),
-        arm("random, 50 %", MrT5Training(model=without_gate, hard_probability=0.25)),
+        arm("random, 50 %", MrT5Training(model=without_gate, hard_probability=0.5)),
     ),
     measures=(SoftDeletion(batches=16), EncoderSpeed()),
     columns=("bits_per_byte", "soft_bits_per_byte", "deletion_rate", "speedup_50", "speedup_80"),
