@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -47,7 +47,7 @@ class T5Config(LinearStack):
     num_heads: int = 8
     head_size: int = 64
     mlp_dim: int = 2048
-    activation: str = "relu"
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "relu"
     vocab_size: int = 32128
     max_length: int = 2048
     """The longest input and the longest output that are taken; the model itself has no limit."""
