@@ -369,6 +369,7 @@ class ByteWords(WordModeling):
     model: Byte2WordConfig
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.model.piece_head:
             raise ValueError("model.piece_head is False; pieces are predicted by this head: set it.")
 

@@ -54,6 +54,10 @@ class WordModeling:
     masking: Masking = WORD_MASKING
     """Of words, by their first symbol; mask_share, random_share, rest: masked, another word of the batch, itself."""
 
+    def __post_init__(self):
+        if self.masking.with_replacement:
+            raise ValueError("masking.with_replacement is True; words are chosen once: set False.")
+
     def predict(self, params: Params, batch: Batch, rng: jax.Array, train: bool = False) -> tuple[Predicted, Slots]:
         """What the model says of the words that the key chooses."""
         raise NotImplementedError
@@ -146,6 +150,7 @@ class SubwordWords(WordModeling):
     """Pieces of a row, of which a word beyond is not seen; 0: twice its words."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.model.mask_head:
             raise ValueError("model.mask_head is False; pieces are predicted by this head: set it.")
         if self.max_tokens < 0 or self.max_tokens > self.model.max_length:

@@ -393,6 +393,8 @@ def test_impossible_models_are_refused():
         init_params(dataclasses.replace(TINY, vocab_size=0), jax.random.key(0))
     with pytest.raises(ValueError, match="piece_head is False"):
         ByteWords(model=dataclasses.replace(TINY, piece_head=False))
+    with pytest.raises(ValueError, match=r"with_replacement is True"):
+        ByteWords(model=TINY, masking=dataclasses.replace(WORD_MASKING, with_replacement=True))
     with pytest.raises(ValueError, match="num_classes is 0"):
         ByteWordsClassification(model=TINY)
     with pytest.raises(ValueError, match=r"max_tokens is 50; .* max_length = 40"):
