@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import unicodedata
 import zlib
-from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 import numpy as np
@@ -104,16 +103,6 @@ class Noise:
         elif kind == "substitute" or self.kind == "any":
             characters[place] = other_letter(characters[place], rng)
         return "".join(characters)
-
-
-def noisy_words(words: Sequence[bytes], rate: float, rng: np.random.Generator) -> list[bytes]:
-    """Each word with probability `rate` with one error of any kind; a word without one is the same object."""
-    noise, hit = Noise(rate=1.0, of="words"), rng.random(len(words)) < rate
-    texts = (word.decode(errors="surrogateescape") for word in words)
-    return [
-        noise.word(text, rng).encode(errors="surrogateescape") if h else word
-        for word, text, h in zip(words, texts, hit)
-    ]
 
 
 def other_letter(character: str, rng: np.random.Generator) -> str:

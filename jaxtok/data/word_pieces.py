@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 
-from jaxtok.data.noise import noisy_words
+from jaxtok.data.noise import Noise
 from jaxtok.data.text import TextData
 from jaxtok.protocols import Batch
 from jaxtok.tokenizers import load_tokenizer
@@ -46,10 +46,7 @@ class WordPieceText(TextData):
     def items(self, document: str | bytes) -> np.ndarray:
         """Words with their symbols, pieces, pieces as read, bytes and whether cut: int32 [words, ...], whole rows."""
         words, room = basic_words(document), self.length - 2
-        read = words
-        if self.noise:
-            data = document if isinstance(document, bytes) else document.encode()
-            read = noisy_words(words, self.noise, np.random.default_rng([self.noise_seed, zlib.crc32(data)]))
+        read = self._noisy(document, words) if self.noise else words
         m, k = self.max_bytes, self.max_pieces
         rows = max(-(-len(words) // room), 1)
         array = np.full((rows, self.length, m + 2 * k + 2), -1, np.int32)
@@ -62,10 +59,18 @@ class WordPieceText(TextData):
                 ids, lengths = _pieces(self.tokenizer, words[i])
                 kept = ids[:k]
                 line[m : m + len(kept)] = kept
-                inputs = kept if read[i] is words[i] else _pieces(self.tokenizer, read[i])[0][:k]
+                inputs = kept if read[i] == words[i] else _pieces(self.tokenizer, read[i])[0][:k]
                 line[m + k : m + k + len(inputs)] = inputs
                 line[-2:] = sum(lengths[:k]), len(ids) > k or len(words[i]) > m
         return array.reshape(-1, array.shape[-1])
+
+    def _noisy(self, document: str | bytes, words: list[bytes]) -> list[bytes]:
+        """The words with their errors, which depend on the document and the seed alone."""
+        noise = Noise(rate=self.noise, of="words")
+        data = document if isinstance(document, bytes) else document.encode()
+        rng = np.random.default_rng([self.noise_seed, zlib.crc32(data)])
+        texts = (word.decode(errors="surrogateescape") for word in words)
+        return [noise.word(text, rng).encode(errors="surrogateescape") for text in texts]
 
     def layout(self, rows: np.ndarray, segments: np.ndarray, positions: np.ndarray) -> Batch:
         m, k = self.max_bytes, self.max_pieces
