@@ -20,6 +20,7 @@ from jaxtok.decoding.sampling import generate as generate_tokens
 from jaxtok.interop import hat, huggingface
 from jaxtok.interop.peft import apply_adapter
 from jaxtok.interop.tokenformer import read_official, write_official
+from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.growth import Growth
 from jaxtok.lm.hat_released import ReleasedConfig
 from jaxtok.lm.language_modeling import LanguageModeling
@@ -90,6 +91,11 @@ def _use(model: Any, folder: Path) -> tuple[Any, TextData]:
     """How a model of a Hugging Face folder is trained and evaluated, by its kind."""
     if isinstance(model, ReleasedConfig):
         return hat.task_and_data(model)
+    if isinstance(model, BertConfig):
+        raise ValueError(
+            f"{folder} holds an encoder, which neither continues text nor tells its probability; read it with "
+            "jaxtok.interop.huggingface.read_folder, and train it with a task of its own."
+        )
     has_tokenizer = (folder / "tokenizer.json").is_file()
     options: dict[str, Any] = {"length": min(1024, model.max_length), "batch_size": 8}
     if has_tokenizer:

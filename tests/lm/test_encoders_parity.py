@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok import verbs
 from jaxtok.interop.huggingface import params_from, params_to, read_encoder_config, read_folder, write_folder
 from jaxtok.lm.bert import PUBLISHED, Bert, BertConfig, init_params
 from jaxtok.nn.losses import cross_entropy, masked_mean
@@ -171,6 +172,13 @@ def test_padding_at_the_end_changes_nothing():
     padded = np.concatenate([tokens, np.full((1, 4), config.pad_id)], 1)
     alone = Bert(config).apply({"params": params}, tokens)
     np.testing.assert_allclose(Bert(config).apply({"params": params}, padded)[:, :10], alone, atol=1e-6)
+
+
+def test_verbs_for_language_models_refuse_an_encoder(tmp_path):
+    config = BertConfig(vocab_size=16, num_layers=1, d_model=8, num_heads=1, mlp_dim=8, max_positions=8)
+    write_folder(tmp_path / "bert", config, init_params(config, jax.random.key(0)))
+    with pytest.raises(ValueError, match="holds an encoder"):
+        verbs.generate(tmp_path / "bert")
 
 
 def test_too_long_a_text_is_refused():
