@@ -122,6 +122,13 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.line(f"| {name} | {what} | {error:.1e} |")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compiled_programs():
+    """They would fill the memory."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session", params=CAUSAL_LMS)
 def causal_lm(request) -> tuple[Any, Any]:
     """A model of the registry, and its parameters, none of them zero."""
