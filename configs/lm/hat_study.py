@@ -3,8 +3,8 @@
     jaxtok tokenizer runs/hat_study/python.model --vocab-size 2048
     jaxtok study configs/lm/hat_study.py
 
-All have a body of 4 layers of width 128. Compute is counted with the padding of HAT's words. Expect HAT to have read
-about 2.5 times the text of the model of bytes, and to be ahead of it.
+All have a body of 4 layers of width 128. Compute is counted with the padding of HAT's words. Expect HAT to be ahead of
+the model of bytes (2.8 bits per byte to 3.4 with one seed), and behind that of subwords, whose start is better.
 """
 
 from jaxtok.data.noise import Noise
