@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxtok.lm.decoder import Decoder, DecoderConfig
 from jaxtok.lm.growth import Growth, grow_task, new_token_mask
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics
 from jaxtok.nn.parameter_attention import TokenCounts
 from jaxtok.protocols import Batch, Params
 
@@ -44,19 +44,7 @@ class LanguageModeling:
         Raises:
           ValueError: there was not a single target to predict.
         """
-        nats = tokens = text_bytes = 0.0
-        for batch in batches:
-            sums = jax.device_get(_evaluation_sums(self, params, batch))
-            nats, tokens, text_bytes = nats + float(sums[0]), tokens + float(sums[1]), text_bytes + float(sums[2])
-        if not tokens:
-            raise ValueError("the evaluation data hold no token to predict; choose a larger corpus or split.")
-        return {
-            "loss": nats / tokens,
-            "perplexity": math.exp(min(nats / tokens, 700.0)),
-            "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
-            "tokens": tokens,
-            "bytes": text_bytes,
-        }
+        return text_metrics(jax.device_get(_evaluation_sums(self, params, batch)) for batch in batches)
 
     def trainable(self, params: Params) -> Params | None:
         return new_token_mask(params, self.frozen_tokens) if self.frozen_tokens.total() else None

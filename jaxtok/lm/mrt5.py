@@ -37,9 +37,9 @@ from jaxtok.lm.t5 import (
     position_bias,
     shift_right,
     sums_of,
-    totals,
 )
 from jaxtok.nn.activations import gelu
+from jaxtok.nn.losses import text_metrics
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params
@@ -666,7 +666,7 @@ class MrT5Training(SequenceToSequence):
                 emptied, slots = emptied + float(counts["emptied"]), slots + (capacity or length) / length
                 yield part
 
-        metrics = totals(numbers := list(sums()))
+        metrics = text_metrics(numbers := list(sums()))
         rates = {"deletion_rate": deleted / max(real, 1.0), "slots": slots / len(numbers), "emptied": emptied}
         return metrics | rates
 

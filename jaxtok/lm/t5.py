@@ -24,7 +24,7 @@ from jaxtok.decoding.sampling import Sampling
 from jaxtok.decoding.sampling import generate as generate_tokens
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.linear import MLP, LinearStack
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics
 from jaxtok.nn.relative import RelativeBias
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params
@@ -390,7 +390,7 @@ class SequenceToSequence:
         Raises:
           ValueError: there was not a single target to predict.
         """
-        return totals(jax.device_get(evaluation_sums(self, params, batch)) for batch in batches)
+        return text_metrics(jax.device_get(evaluation_sums(self, params, batch)) for batch in batches)
 
     def trainable(self, params: Params) -> Params | None:
         return None
@@ -490,22 +490,6 @@ def sums_of(logits, batch) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Nats, targets and bytes."""
     nats = cross_entropy(logits, batch["targets"])
     return jnp.sum(nats * batch["mask"]), jnp.sum(batch["mask"]), jnp.sum(batch["bytes"] * batch["mask"])
-
-
-def totals(sums: Iterable[tuple[Any, Any, Any]]) -> dict[str, float]:
-    """Metrics of an evaluation, from those of its batches."""
-    nats = tokens = text_bytes = 0.0
-    for part in sums:
-        nats, tokens, text_bytes = nats + float(part[0]), tokens + float(part[1]), text_bytes + float(part[2])
-    if not tokens:
-        raise ValueError("the evaluation data hold no token to predict; choose a larger corpus or split.")
-    return {
-        "loss": nats / tokens,
-        "perplexity": math.exp(min(nats / tokens, 700.0)),
-        "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
-        "tokens": tokens,
-        "bytes": text_bytes,
-    }
 
 
 def pad_inputs(config: T5Config, inputs: Sequence[Sequence[int]]) -> Int[np.ndarray, "batch length"]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -22,3 +26,26 @@ def cross_entropy(
 def masked_mean(values: Float[Array, "*shape"], mask: Float[Array, "*shape"]) -> Float[Array, ""]:
     """The mean over the positions where the mask is 1; 0 where it is nowhere 1."""
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
+
+
+def text_metrics(sums: Iterable[tuple[Any, Any, Any]]) -> dict[str, float]:
+    """Loss (nats a token), perplexity, and bits per byte, which compares models across tokenizers.
+
+    Args:
+      sums: nats, tokens and bytes of text of each batch of an evaluation.
+
+    Raises:
+      ValueError: there was not a single token.
+    """
+    nats = tokens = text_bytes = 0.0
+    for part in sums:
+        nats, tokens, text_bytes = nats + float(part[0]), tokens + float(part[1]), text_bytes + float(part[2])
+    if not tokens:
+        raise ValueError("the evaluation data hold no token to predict; choose a larger corpus or split.")
+    return {
+        "loss": nats / tokens,
+        "perplexity": math.exp(min(nats / tokens, 700.0)),
+        "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
+        "tokens": tokens,
+        "bytes": text_bytes,
+    }
