@@ -33,8 +33,12 @@ from jaxtok.data.text import TextData
 from jaxtok.decoding.sampling import Sampling, generate
 from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.mrt5 import PUBLISHED as MRT5
+from jaxtok.lm.mrt5 import MrT5Config, MrT5Training
+from jaxtok.lm.t5 import init_params
 from jaxtok.lm.tokenformer import PUBLISHED, TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
+from jaxtok.studies.deletion import encoders, slots
 from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.loop import initial_state, make_train_step
 from jaxtok.training.mesh import one_device, unboxed
@@ -71,7 +75,7 @@ CASES = {
 
 
 def bench(
-    what: tuple[Literal["train", "compile", "decode", "loader", "profile"], ...] = PARTS,
+    what: tuple[Literal["train", "compile", "decode", "loader", "profile", "deletion"], ...] = PARTS,
     models: tuple[Literal["tiny", "small", "grown", "124m"], ...] = ("small", "grown", "124m"),
     output: Path | None = None,
     seconds: float = 5.0,
@@ -84,7 +88,8 @@ def bench(
     Args:
       what: train: a step of each model and of the Transformer of its size; compile: a step of 4 and of 24 layers;
         decode: tokens with the cache; loader: batches, against the first model's steps; profile: where the time of
-        each model's step goes.
+        each model's step goes; deletion: the encoder of ByT5-small and of MrT5 that deletes 50 and 80 % of 1,024 bytes
+        (2.5 GB; whatever the models).
       models: small and grown are the quickstart's; 124m is the published size, on one row of 512 tokens.
       output: also write the rows and the machine's description into this JSON file.
       seconds: for each measurement (at least three samples are taken).
@@ -115,6 +120,9 @@ def bench(
                 work.append((part, first, functools.partial(compilation, cases[first])))
             case "loader":
                 work.append((part, first, functools.partial(loader, cases[first], seconds)))
+            case "deletion":
+                model = dataclasses.replace(MRT5["mrt5-small"], dtype=dtype)
+                work.append((part, "mrt5-small", functools.partial(deletion, model, seconds)))
 
     console = rich.console.Console(quiet=quiet)
     if not console.is_terminal:
@@ -194,6 +202,23 @@ def compilation(case: Case) -> Iterator[Row]:
     for layers in (4, 24):
         step = TrainStep(dataclasses.replace(case.model, num_layers=layers), case.batch_size, case.length)
         yield {"layers": layers, "compile_seconds": step.compile_seconds}
+
+
+def deletion(model: MrT5Config, seconds: float, rows: int = 1, length: int = 1024) -> Iterator[Row]:
+    """The encoder that deletes bytes, against the same without a gate, in turns; in evaluation, random parameters."""
+    params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
+    programs = encoders(MrT5Training(model=model), params, rows, length)
+    samples = measure(programs, seconds)
+    whole = model.plain.encoder_flops(length)
+    for name in programs:
+        flops = whole if name == "whole" else model.encoder_flops(length, slots(length, int(name)))
+        yield {
+            "deleted": "0 %" if name == "whole" else f"{name} %",
+            "seconds": _median(samples[name].seconds),
+            "fraction_of_peak": samples[name].fraction(rows * flops),
+            "times_as_fast": _median(samples["whole"].seconds / samples[name].seconds),
+            "times_fewer_flops": whole / flops,
+        }
 
 
 def decode(case: Case, seconds: float, new_tokens: int = 24, chunk: int = 8) -> Iterator[Row]:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtok.bench import CASES, bench, matrix_products, measure, product_flops, random_batch
+from jaxtok.bench import CASES, bench, deletion, matrix_products, measure, product_flops, random_batch
 from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.mrt5 import MrT5Config
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.training.peak import matmul_rate
 
@@ -50,6 +51,15 @@ def test_numbers_are_plausible(report):
     assert all(row["batches_per_second"] > 0 for row in rows if row["part"] == "loader")
     shares = {row["time_of"]: row["share_of_step"] for row in rows if row["part"] == "profile"}
     assert shares["forward"] + shares["backward"] + shares["optimizer"] == pytest.approx(shares["step"]) == 1
+
+
+def test_deletion_is_measured_against_the_same_encoder(monkeypatch):
+    monkeypatch.setattr("jaxtok.bench.matmul_rate", lambda seconds: 1e9)
+    model = MrT5Config(num_layers=2, d_model=16, num_heads=1, head_size=16, mlp_dim=16, vocab_size=260, gate_layer=1)
+    rows = {row["deleted"]: row for row in deletion(model, seconds=0.01, length=32)}
+    assert list(rows) == ["0 %", "50 %", "80 %"] and rows["0 %"]["times_as_fast"] == 1
+    assert rows["80 %"]["times_fewer_flops"] > rows["50 %"]["times_fewer_flops"] > rows["0 %"]["times_fewer_flops"] == 1
+    assert all(row["seconds"] > 0 and row["fraction_of_peak"] > 0 for row in rows.values())
 
 
 def test_measure_takes_turns(monkeypatch):

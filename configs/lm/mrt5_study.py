@@ -5,8 +5,9 @@
 The task is to write 63 bytes of a text again without their vowels, the paper's first diagnostic: unlike span
 corruption, it makes models of minutes look at their inputs. As in the paper's pre-training, one ByT5 is trained first,
 and each arm goes on from its weights: without deletion, with a gate that is controlled to delete a part of the bytes,
-and with random deletion. `bits per byte` is with deleted bytes taken out, `soft bits per byte` as in training; the
-speed-ups are of the encoder, at rows of 1,024 bytes. What to expect: the README's table.
+and with random deletion. (A target of 80 % made the gate delete whole batches: what is to be copied cannot go.)
+`bits per byte` is with deleted bytes taken out, `soft bits per byte` as in training; the speed-ups are of the encoder,
+at rows of 1,024 bytes. What to expect: the README's table.
 """
 
 import dataclasses
@@ -61,7 +62,6 @@ config = Continued(
         arm("ByT5", SequenceToSequence(model=byt5)),
         arm("MrT5, target 25 %", deleting(0.25)),
         arm("MrT5, target 50 %", deleting(0.5)),
-        arm("MrT5, target 80 %", deleting(0.8)),
         arm("random, 50 %", MrT5Training(model=without_gate, hard_probability=0.5)),
     ),
     measures=(SoftDeletion(batches=16), EncoderSpeed()),
