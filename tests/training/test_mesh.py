@@ -58,9 +58,20 @@ def on_one_device():
     return run
 
 
+EVERYWHERE = ("tokenformer", "transformer", "tokenformer_vit", "electra")
+"""Of the other tasks, meshes of one axis are tested with --slow: those of several have all axes between them."""
+
+
+def tasks_on_meshes():
+    for name in TASKS:
+        for mesh, config in MESHES.items():
+            axes = sum(getattr(config, axis) > 1 for axis in ("data", "fsdp", "tensor", "sequence"))
+            marks = [pytest.mark.slow] if axes == 1 and name not in EVERYWHERE else []
+            yield pytest.param(name, mesh, marks=marks, id=f"{name}-{mesh}")
+
+
 @needs_eight
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize(("name", "mesh"), tasks_on_meshes())
 def test_every_task_is_the_same_on_every_mesh(name, mesh, on_one_device):
     """Loss, gradient norm, and the parameters behind two updates. (One learns nothing: its rate is 0.)"""
     case = TASKS[name]()
