@@ -405,9 +405,10 @@ def _evaluate(task, params, experiment, layout, rows, interrupt) -> dict[str, fl
 
 
 def batch_items(data: Any) -> int:
-    """Tokens in a batch of text; elsewhere, its rows."""
+    """Tokens in a batch of text (words, where rows are of words); elsewhere, its rows."""
     spec = data.batch_spec()
-    return math.prod(spec["tokens"][0]) if "tokens" in spec else data.batch_size
+    shape, _ = spec.get("tokens") or spec.get("mask") or ((data.batch_size,), None)
+    return math.prod(shape)
 
 
 def _check_config(directory: Path, experiment: Experiment) -> None:
