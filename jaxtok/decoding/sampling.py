@@ -39,6 +39,17 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
 
 
+def sampling_key(rng: jax.Array | None, sampling: Sampling) -> jax.Array:
+    """The key, or where none is needed any.
+
+    Raises:
+      ValueError: it is needed, as the temperature is not 0, and None.
+    """
+    if rng is None and sampling.temperature:
+        raise ValueError("rng is None; give a key such as jax.random.key(0), or decode with temperature 0.")
+    return jax.random.key(0) if rng is None else rng
+
+
 def sample(
     logits: Float[Array, "batch vocab"], rng: jax.Array | None, sampling: Sampling = Sampling()
 ) -> Int[Array, " batch"]:
@@ -105,10 +116,7 @@ def generate(
         raise ValueError(f"max_new_tokens is {max_new_tokens} and chunk is {chunk}; both must be at least 1.")
     if not 1 <= num_ids <= vocab:
         raise ValueError(f"num_ids is {num_ids}; it must be between 1 and the model's vocab_size = {vocab}.")
-    if rng is None:
-        if sampling.temperature:
-            raise ValueError("rng is None; give a key such as jax.random.key(0), or decode with temperature 0.")
-        rng = jax.random.key(0)  # never used
+    rng = sampling_key(rng, sampling)
     lengths = _check_prompts(prompts, vocab)
     if max(lengths) + max_new_tokens > max_length:
         raise ValueError(

@@ -103,8 +103,7 @@ class Backbone(nn.Module):
         return self.final_norm(x), cache
 
     def init_cache(self, batch: int, length: int) -> KVCache:
-        cfg = self.config
-        return KVCache.init(cfg.num_layers, batch, length, cfg.kv_heads, cfg.head_dim, jnp.dtype(cfg.dtype))
+        return self.config.init_cache(batch, length)
 
 
 class Decoder(Backbone):

@@ -26,11 +26,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
-from jaxtok.decoding.sampling import Sampling, sample
+from jaxtok.decoding.sampling import Sampling, sample, sampling_key
 from jaxtok.nn.cache import KVCache
-from jaxtok.nn.linear import Linear, LinearStack
+from jaxtok.nn.linear import LinearStack
 from jaxtok.nn.losses import cross_entropy, masked_mean
-from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params
 from jaxtok.tokenizers.words import WordSplitter
@@ -140,16 +139,12 @@ class HAT(nn.Module):
             return self.param(name, init, (cfg.alphabet, char.d_model), char.param_dtype)
 
         def linear(features, of):
-            init = nn.initializers.normal(of.init_std)
-            return Linear(features, ("d_model", None), False, init, of.dtype, of.param_dtype)
-
-        def norm(of):
-            return Norm(of.norm, eps=of.norm_eps, dtype=of.dtype, param_dtype=of.param_dtype)
+            return of.linear(features, ("d_model", None), of.init_std, False, None)
 
         self.embedding, self.head_matrix = table("embedding"), table("head_matrix")
-        self.encoder, self.encoder_norm = Stack(cfg.encoder), norm(cfg.encoder)
-        self.backbone_stack, self.backbone_norm = Stack(cfg.backbone), norm(cfg.backbone)
-        self.decoder, self.decoder_norm = Stack(cfg.decoder), norm(cfg.decoder)
+        self.encoder, self.encoder_norm = Stack(cfg.encoder), cfg.encoder.norm_module()
+        self.backbone_stack, self.backbone_norm = Stack(cfg.backbone), cfg.backbone.norm_module()
+        self.decoder, self.decoder_norm = Stack(cfg.decoder), cfg.decoder.norm_module()
         self.word_in, self.word_out = linear(cfg.backbone.d_model, char), linear(char.d_model, cfg.backbone)
         if cfg.start:
             init = nn.with_logical_partitioning(nn.initializers.normal(char.init_std), ("d_model",))
@@ -362,10 +357,7 @@ def generate_words(
     """
     if not prompts or max_bytes < 1:
         raise ValueError(f"there are {len(prompts)} prompts and max_bytes is {max_bytes}; both must be at least 1.")
-    if rng is None:
-        if sampling.temperature:
-            raise ValueError("rng is None; give a key such as jax.random.key(0), or decode with temperature 0.")
-        rng = jax.random.key(0)  # never used
+    rng = sampling_key(rng, sampling)
     starts = [[b"", *words] if config.start else list(words) for words, _ in prompts]
     if not all(starts):
         raise ValueError("a prompt is empty; give at least a word, or a model with a start vector.")
@@ -415,9 +407,6 @@ def _generate(model: HAT, sampling, max_bytes, params, words, lengths, counts, b
     def run(method, *args, **kwargs):
         return model.apply({"params": params}, *args, method=method, **kwargs)
 
-    def new_cache(stack, slots):
-        return KVCache.init(stack.num_layers, batch, slots, stack.kv_heads, stack.head_dim, jnp.dtype(stack.dtype))
-
     def spell(state: _State):
         """One word a row: its bytes and their number, and whether the document ends instead."""
         forced = jnp.where(state.step == 0, begun_lengths, 0)
@@ -439,7 +428,15 @@ def _generate(model: HAT, sampling, max_bytes, params, words, lengths, counts, b
             return place + 1, cache, run("letters", drawn), word, length + ~done, done, ended
 
         none, no = jnp.zeros(batch, jnp.int32), state.stopped
-        first = (0, new_cache(cfg.decoder, units + 1), state.predictive[:, None], begun * 0, none, no, no & False)
+        first = (
+            0,
+            cfg.decoder.init_cache(batch, units + 1),
+            state.predictive[:, None],
+            begun * 0,
+            none,
+            no,
+            no & False,
+        )
         *_, word, length, _, ended = jax.lax.while_loop(lambda carry: ~carry[5].all(), byte, first)
         return word, length, ended
 
@@ -458,7 +455,7 @@ def _generate(model: HAT, sampling, max_bytes, params, words, lengths, counts, b
             step=state.step + 1,
         )
 
-    cache = new_cache(cfg.backbone, longest + max_bytes + 1)
+    cache = cfg.backbone.init_cache(batch, longest + max_bytes + 1)
     outputs, cache = run("backbone", run("encode", words, lengths), cache=cache)
     last = jnp.take_along_axis(outputs, (counts - 1)[:, None, None], 1)
     state = _State(

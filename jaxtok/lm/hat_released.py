@@ -27,12 +27,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
-from jaxtok.decoding.sampling import Sampling, sample
+from jaxtok.decoding.sampling import Sampling, sample, sampling_key
 from jaxtok.lm.hat import LlamaStack
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.linear import Linear
 from jaxtok.nn.losses import cross_entropy, masked_mean
-from jaxtok.nn.norms import Norm
 from jaxtok.nn.rotary import RopeScaling, apply_rotary
 from jaxtok.nn.transformer import REMAT_POLICIES, Block, Stack
 from jaxtok.protocols import Batch, Params
@@ -231,7 +230,7 @@ class GuidedStack(nn.Module):
 
 
 def _linear(of: LlamaStack, features: int, axes: tuple[str, str], name: str) -> Linear:
-    return Linear(features, axes, False, nn.initializers.normal(of.init_std), of.dtype, of.param_dtype, name=name)
+    return of.linear(features, axes, of.init_std, False, name)
 
 
 class ReleasedHAT(nn.Module):
@@ -250,8 +249,7 @@ class ReleasedHAT(nn.Module):
         self.embedding, self.head_matrix = table("embedding"), table("head_matrix")
         self.encoder, self.connector = Stack(char), Connector(cfg)
         self.backbone_stack, self.decoder = Stack(cfg.backbone), GuidedStack(cfg)
-        last = cfg.decoder
-        self.final_norm = Norm(last.norm, eps=last.norm_eps, dtype=last.dtype, param_dtype=last.param_dtype)
+        self.final_norm = cfg.decoder.norm_module()
         init = nn.with_logical_partitioning(nn.initializers.normal(cfg.backbone.init_std), ("d_model",))
         width = (cfg.backbone.d_model,)
         self.first_word = self.param("first_word", init, width, cfg.backbone.param_dtype)
@@ -520,10 +518,7 @@ def generate_bytes(
         raise ValueError(f"there are {len(prompts)} prompts and max_bytes is {max_bytes}; both must be at least 1.")
     if not all(prompts):
         raise ValueError("a prompt is empty; give at least a byte, as the first one is not predicted.")
-    if rng is None:
-        if sampling.temperature:
-            raise ValueError("rng is None; give a key such as jax.random.key(0), or decode with temperature 0.")
-        rng = jax.random.key(0)  # never used
+    rng = sampling_key(rng, sampling)
     splitter = WordSplitter("unicode", config.max_word_size)
     model, count = ReleasedHAT(config), len(prompts)
     rows = [[bytearray(word) for word in words] for words in prompts]
@@ -581,15 +576,13 @@ def _prefill(model: ReleasedHAT, max_bytes, params, tokens, word, numbers, total
     def run(method, *args, **kwargs):
         return model.apply({"params": params}, *args, method=method, **kwargs)
 
-    def new_cache(stack, slots=length + max_bytes):
-        return KVCache.init(stack.num_layers, batch, slots, stack.kv_heads, stack.head_dim, jnp.dtype(stack.dtype))
-
-    states, encoder = run("encode", tokens, cache=new_cache(cfg.encoder))
+    slots = length + max_bytes
+    states, encoder = run("encode", tokens, cache=cfg.encoder.init_cache(batch, slots))
     latents = run("connect", states, jnp.where(word < closed[:, None], word, most), numbers)
-    outputs, backbone = run("backbone", latents, cache=new_cache(cfg.backbone, most + max_bytes))
+    outputs, backbone = run("backbone", latents, cache=cfg.backbone.init_cache(batch, most + max_bytes))
     first = jnp.broadcast_to(run("first_guide").astype(outputs.dtype), outputs[:, :1].shape)
     guides = jnp.concatenate([first, outputs], 1)
-    logits, decoder = run("decode", states, guides, jnp.minimum(word, most), cache=new_cache(cfg.decoder))
+    logits, decoder = run("decode", states, guides, jnp.minimum(word, most), cache=cfg.decoder.init_cache(batch, slots))
     return _State(
         encoder=encoder.truncate(total),
         backbone=backbone.truncate(closed),

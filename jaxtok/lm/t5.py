@@ -264,10 +264,7 @@ class T5(nn.Module):
 
     def init_cache(self, batch: int, length: int, inputs: int = 0) -> KVCache:
         """Room for `length` tokens, and for the keys and values of `inputs` slots."""
-        cfg = self.config.decoder_stack
-        return KVCache.init(
-            cfg.num_layers, batch, length, cfg.num_heads, cfg.head_dim, jnp.dtype(cfg.dtype), context_slots=inputs
-        )
+        return self.config.decoder_stack.init_cache(batch, length, inputs)
 
 
 def shift_right(targets: Int[Array, "batch length"], start: int = 0) -> Int[Array, "batch length"]:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
 from jaxtok.data.word_units import BYTE_OFFSET, RULES, Rule, WordUnitText, load_units
-from jaxtok.decoding.sampling import Sampling, sample
+from jaxtok.decoding.sampling import Sampling, sample, sampling_key
 from jaxtok.lm import decoder
 from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.nn.cache import KVCache
@@ -376,7 +376,7 @@ def spell_words(
     cfg, rows = model.config, len(z)
     spell = functools.partial(model.apply, {"params": params})
     slots, stack = cfg.prefixes + cfg.max_units, cfg.speller
-    cache = KVCache.init(stack.num_layers, rows, slots, stack.kv_heads, stack.head_dim, jnp.dtype(cfg.dtype))
+    cache = stack.init_cache(rows, slots)
     logits, cache = spell(z, cache, method="spell_first")
     rng = jax.random.key(0) if rng is None else rng
     allowed = jnp.ones((1, cfg.vocab_size), bool) if allowed is None else allowed
@@ -447,7 +447,7 @@ def generate_words(
     cfg, stack, (batch, width) = model.config, model.config.body, lengths.shape
     apply = functools.partial(model.apply, {"params": params})
     slots = (width + new) * cfg.prefixes
-    cache = KVCache.init(stack.num_layers, batch, slots, stack.kv_heads, stack.head_dim, jnp.dtype(cfg.dtype))
+    cache = stack.init_cache(batch, slots)
     z, cache = apply(apply(words, lengths, method="pool"), cache=cache, method="body")
     z, cache = z[jnp.arange(batch), counts - 1], cache.truncate(counts * cfg.prefixes)
 
@@ -563,9 +563,7 @@ class WordPooling:
             raise ValueError("there is no prompt; give at least one.")
         if max_bytes < 1:
             raise ValueError(f"max_bytes is {max_bytes}; it must be at least 1.")
-        if rng is None and sampling.temperature:
-            raise ValueError("rng is None; give a key such as jax.random.key(0), or decode with temperature 0.")
-        rng = jax.random.key(0) if rng is None else rng
+        rng = sampling_key(rng, sampling)
         cfg, units = self.model, load_units(self.tokenizer)
         data = WordUnitText(tokenizer=self.tokenizer, rule=self.rule, max_units=cfg.max_units)
         rows = [[(), *(ids for ids, _ in data.words(prompt))] for prompt in prompts]

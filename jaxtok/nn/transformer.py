@@ -146,6 +146,11 @@ class StackConfig:
         """Forward FLOPs of one token in the stack, at a context of `length` (counted whole, masked or not)."""
         return self.num_layers * (2 * self.projection_params() + 4 * self.num_heads * self.head_dim * length)
 
+    def init_cache(self, batch: int, slots: int, context_slots: int = 0) -> KVCache:
+        """An empty cache of the stack's keys and values, and of those of its context."""
+        dtype = jnp.dtype(self.dtype)
+        return KVCache.init(self.num_layers, batch, slots, self.kv_heads, self.head_dim, dtype, context_slots)
+
     def norm_module(self, name: str | None = None, kind: str = "") -> Norm:
         """A norm of the stack's kind, or of another."""
         return Norm(kind or self.norm, eps=self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
@@ -162,7 +167,7 @@ class _Attention(nn.Module):
         axis = "heads" if count == cfg.num_heads else "kv_heads"
         y = constrain(y.reshape(*y.shape[:-1], count, cfg.head_dim), axis, "head_dim")
         if cfg.qk_norm and group in ("query", "key"):
-            y = Norm("rms", eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name=f"{group}_norm")(y)
+            y = cfg.norm_module(f"{group}_norm", "rms")(y)
         return y
 
     def sow_scored(self, q, k):
