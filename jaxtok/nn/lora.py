@@ -97,13 +97,13 @@ def find_sites(config: LoraConfig, params: Params) -> tuple[Site, ...]:
     """
     shapes = {path: value_of(leaf).shape for path, leaf in flat(params).items()}
 
-    def site(paths: Sequence[str]) -> Site:
+    def site(paths: Sequence[str], field: str) -> Site:
         first, shape = paths[0], shapes[paths[0]]
         last = first.rsplit("/", 1)[-1]
         table = last in TABLES
         layers = shape[0] if len(shape) == 3 else 1
         if len(shape) not in (2, 3) or (not table and last != "kernel"):
-            raise ValueError(f"lora.targets has {first} of shape {shape}, which is no projection; leave it out.")
+            raise ValueError(f"lora.{field} has {first} of shape {shape}, which is no projection; leave it out.")
         rank = next((rank for pattern, rank in config.ranks if re.fullmatch(pattern, first)), config.rank)
         alpha = next((alpha for pattern, alpha in config.alphas if re.fullmatch(pattern, first)), config.alpha)
         return Site(
@@ -115,22 +115,22 @@ def find_sites(config: LoraConfig, params: Params) -> tuple[Site, ...]:
             transposed=last == "head_matrix",
         )
 
-    def matched(pattern: str) -> list[str]:
+    def matched(pattern: str, field: str) -> list[str]:
         paths = [path for path in shapes if re.fullmatch(pattern, path)]
         if not paths:
             some = ", ".join(path for path in shapes if path.endswith("kernel"))
-            raise ValueError(f"lora.targets has {pattern!r}, which is no parameter; there are {some[:300]}.")
+            raise ValueError(f"lora.{field} has {pattern!r}, which is no parameter; there are {some[:300]}.")
         return paths
 
     def order(path: str) -> tuple[int, str]:
         name = path.split("/")[-2] if "/" in path else path
         return (_JOINT.index(name) if name in _JOINT else len(_JOINT), path)
 
-    found = [site(sorted(matched(pattern), key=order)) for pattern in config.joint]
+    found = [site(sorted(matched(pattern, "joint"), key=order), "joint") for pattern in config.joint]
     taken = {path for one in found for path in one.paths}
     for pattern in config.targets:
-        new = [path for path in matched(pattern) if path not in taken]
-        found += [site([path]) for path in new]
+        new = [path for path in matched(pattern, "targets") if path not in taken]
+        found += [site([path], "targets") for path in new]
         taken.update(new)
     return tuple(found)
 

@@ -123,6 +123,8 @@ def test_what_cannot_be():
         merge(PARAMS, (), {"pairs": {}, "saved": {"head": {"kernel": jnp.zeros(2)}}})
     with pytest.raises(ValueError, match=r"lora\.targets has 'middle', which is no parameter"):
         find_sites(LoraConfig(targets=("middle",)), PARAMS)
+    with pytest.raises(ValueError, match=r"lora\.joint has 'middle', which is no parameter"):
+        find_sites(LoraConfig(joint=("middle",)), PARAMS)
     with pytest.raises(ValueError, match=r"stack/query/bias of shape \(3, 8\), which is no projection"):
         find_sites(LoraConfig(targets=(".*",)), PARAMS)
     with pytest.raises(ValueError, match=r"lora\.saved has 'middle'"):
