@@ -32,7 +32,7 @@ from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
 from jaxtok.protocols import TextGenerator, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.tokenizers.byte_words import basic_words
-from jaxtok.training.checkpoints import Checkpoints, Meta, fork, load, must_be_free, write_config
+from jaxtok.training.checkpoints import begin, fork, load, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.lora import Lora
 from jaxtok.training.optimizer import OptimizerConfig
@@ -307,10 +307,7 @@ def convert(
         shutil.copy(source / "tokenizer.json", target)
     task, data = _use(model, target)
     experiment = Experiment(task=task, data=data, name=target.name, workdir=str(target), train=TrainConfig())
-    write_config(target, experiment)
-    with Checkpoints(target) as checkpoints:
-        checkpoints.save(Meta(step=0, stage=0, stage_start=0, task=task, experiment=experiment), params)
-    return target
+    return begin(experiment, params)
 
 
 def adapt(
@@ -351,10 +348,7 @@ def adapt(
     )
     train = TrainConfig(steps=steps, optimizer=optimizer, seed=seed)
     experiment = Experiment(task=task, data=data, name=output.name, workdir=str(output), train=train)
-    write_config(output, experiment)
-    with Checkpoints(output) as checkpoints:
-        checkpoints.save(Meta(step=0, stage=0, stage_start=0, task=task, experiment=experiment), params)
-    return output
+    return begin(experiment, params)
 
 
 def tokenizer(

@@ -383,6 +383,15 @@ def read_config(directory: Path) -> Experiment:
         raise ValueError(f"{path} is no JSON ({error}); restore it, or choose another --workdir.") from error
 
 
+def begin(experiment: Experiment, params: Any) -> Path:
+    """Writes step 0 of a run with these parameters into its folder; `train` goes on from there."""
+    write_config(experiment.directory, experiment)
+    with Checkpoints(experiment.directory) as checkpoints:
+        meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
+        checkpoints.save(meta, params)
+    return experiment.directory
+
+
 def fork(
     checkpoint: str | Path,
     output: str | Path,

@@ -24,7 +24,7 @@ from jaxtok.lm.mrt5 import MrT5Training, from_t5, new_controller
 from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
 from jaxtok.lm.t5 import SequenceToSequence, T5Config
 from jaxtok.tokenizers.words import WordSplitter
-from jaxtok.training.checkpoints import Checkpoints, Meta, load, must_be_free, write_config
+from jaxtok.training.checkpoints import begin, load, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
@@ -249,7 +249,4 @@ def start_from_byt5(config: Experiment | Path | str, source: Path | str) -> Path
         params = from_t5(task.model, params, jax.random.key(experiment.train.seed))
         if task.target_rate:
             params["controller"] = new_controller()
-    write_config(experiment.directory, experiment)
-    with Checkpoints(experiment.directory) as checkpoints:
-        checkpoints.save(Meta(step=0, stage=0, stage_start=0, task=task, experiment=experiment), params)
-    return experiment.directory
+    return begin(experiment, params)
