@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain, gather
-from jaxtok.nn.cache import KVCache
+from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.norms import NORMS
 from jaxtok.nn.relative import RelativeBias, distance_buckets
 from jaxtok.nn.transformer import Stack, StackConfig
@@ -89,8 +89,7 @@ class Backbone(nn.Module):
             )
         if cache is not None and segments is not None:
             raise ValueError("segments and a cache were given together; a cached row is one segment.")
-        start = jnp.zeros((1, 1), jnp.int32) if cache is None else cache.length[:, None]
-        places = start + jnp.arange(length)
+        places = places_of(x[:1] if cache is None else x, cache)  # of all rows, where they are equal
         positions = jnp.broadcast_to(places if positions is None else positions, (batch, length))
         if self.config.learned_positions:
             x = x + jnp.take(self.positions.astype(x.dtype), positions, axis=0)

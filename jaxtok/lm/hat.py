@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
 from jaxtok.decoding.sampling import Sampling, sample, sampling_key
-from jaxtok.nn.cache import KVCache
+from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import LinearStack
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.transformer import Stack
@@ -189,8 +189,7 @@ class HAT(nn.Module):
     def backbone(self, vectors, *, positions=None, segments=None, cache: KVCache | None = None):
         """b_i [batch, words, d_model], and the cache with these words appended."""
         if positions is None:
-            first = jnp.zeros((len(vectors), 1), jnp.int32) if cache is None else cache.length[:, None]
-            positions = first + jnp.arange(vectors.shape[1])
+            positions = places_of(vectors, cache)
         x, cache = self.backbone_stack(vectors, positions, segments, cache)
         return self.backbone_norm(x), cache
 
@@ -208,8 +207,7 @@ class HAT(nn.Module):
 
     def spell_on(self, x: Float[Array, "rows new char_dim"], cache: KVCache | None = None):
         """Logits [rows, new, alphabet] behind these inputs of the decoder, and the cache with them appended."""
-        first = jnp.zeros((len(x), 1), jnp.int32) if cache is None else cache.length[:, None]
-        x, cache = self.decoder(x, first + jnp.arange(x.shape[1]), None, cache)
+        x, cache = self.decoder(x, places_of(x, cache), None, cache)
         matrix = gather(self.head_matrix.astype(x.dtype), "vocab", "d_model")
         logits = jnp.einsum("nld,vd->nlv", self.decoder_norm(x), matrix, preferred_element_type=jnp.float32)
         return logits, cache

@@ -29,7 +29,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.axes import constrain, gather
 from jaxtok.decoding.sampling import Sampling, sample, sampling_key
 from jaxtok.lm.hat import LlamaStack
-from jaxtok.nn.cache import KVCache
+from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import Linear
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.rotary import RopeScaling, apply_rotary
@@ -316,10 +316,7 @@ class ReleasedHAT(nn.Module):
 
 
 def _places(x, positions, cache):
-    if positions is not None:
-        return positions
-    first = jnp.zeros((len(x), 1), jnp.int32) if cache is None else cache.length[:, None]
-    return first + jnp.arange(x.shape[1])
+    return places_of(x, cache) if positions is None else positions
 
 
 def byte_stream(batch: Batch, length: int, eot: int) -> dict[str, jax.Array]:

@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.axes import constrain, gather
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.decoding.sampling import generate as generate_tokens
-from jaxtok.nn.cache import KVCache
+from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import MLP, LinearStack
 from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics
 from jaxtok.nn.relative import RelativeBias
@@ -172,8 +172,7 @@ class Encoder(Side):
 
 class Decoder(Side):
     def __call__(self, x, encoded: Encoded, cache: KVCache | None = None, deterministic: bool = True):
-        start = jnp.zeros((1, 1), jnp.int32) if cache is None else cache.length[:, None]
-        places = start + jnp.arange(x.shape[1])
+        places = places_of(x[:1] if cache is None else x, cache)  # of all rows, where they are equal
         slots = jnp.arange(x.shape[1] if cache is None else cache.slots)[None]
         x, cache = self.stack(
             self.drop(x, deterministic),

@@ -57,3 +57,9 @@ class KVCache:
         take = jax.vmap(lambda row, i: row[:, i], in_axes=(1, 0), out_axes=1)
         kept = jnp.full_like(self.length, index.shape[1]) if length is None else length
         return self.replace(keys=take(self.keys, index), values=take(self.values, index), length=kept)
+
+
+def places_of(x: Array, cache: KVCache | None) -> Int[Array, "batch length"]:
+    """The positions of new tokens x [batch, length, ...]: 0, 1, ..., or behind what each row's cache holds."""
+    first = jnp.zeros((len(x), 1), jnp.int32) if cache is None else cache.length[:, None]
+    return first + jnp.arange(x.shape[1])
