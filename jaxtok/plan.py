@@ -445,12 +445,18 @@ def _model(experiment: Experiment) -> Any:
     return getattr(experiment.task, "model", None)
 
 
+def remat_of(model: Any) -> str:
+    """A model's policy, or those of its parts."""
+    parts = vars(model).values() if dataclasses.is_dataclass(model) and not hasattr(model, "remat") else (model,)
+    return ", ".join(sorted({part.remat for part in parts if hasattr(part, "remat")})) or "none"
+
+
 def _local_bytes(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def _head(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
-    model = _model(experiment)
+    model, spec = _model(experiment), experiment.data.batch_spec()
     return {
         "name": experiment.name,
         "parameters": count(abstract_params(experiment.task, experiment.data)),
@@ -458,15 +464,16 @@ def _head(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         "devices": len(devices),
         "chip": devices[0].device_kind,
         "mesh": experiment.mesh.shape(len(devices)),
-        "remat": getattr(model, "remat", None),
+        "remat": remat_of(model),
         "batch_size": experiment.data.batch_size,
+        "items": "tokens" if "tokens" in spec else "words" if "words" in spec else "rows",
         "accumulate": experiment.train.accumulate,
     }
 
 
 def _describe(experiment: Experiment, devices: int) -> str:
     mesh = " ".join(f"{axis} {n}" for axis, n in experiment.mesh.shape(devices).items() if n > 1)
-    return f"{experiment.name}: {mesh or 'one device'}, remat {getattr(_model(experiment), 'remat', '')}"
+    return f"{experiment.name}: {mesh or 'one device'}, remat {remat_of(_model(experiment))}"
 
 
 def _table(row: Row) -> rich.table.Table:
@@ -488,7 +495,7 @@ def _table(row: Row) -> rich.table.Table:
         add("to change", text)
     if "seconds" in row:
         seconds = row["seconds"]
-        add("step", f"{row['step_seconds']:.3f} s (estimate), {row['tokens_per_second']:,.0f} tokens/s")
+        add("step", f"{row['step_seconds']:.3f} s (estimate), {row['tokens_per_second']:,.0f} {row['items']}/s")
         add(
             "of peak", f"{row['fraction_of_peak']:.2f} ({row['model_teraflops']:.1f} TFLOP of the model on each device)"
         )

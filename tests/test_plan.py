@@ -14,7 +14,7 @@ import pytest
 from jaxtok.data.text import TextData
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
-from jaxtok.plan import SLICES, advice, place, plan, topology_devices, variants
+from jaxtok.plan import SLICES, advice, place, plan, remat_of, topology_devices, variants
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.mesh import MeshConfig, make_layout
 
@@ -108,6 +108,13 @@ def test_advice_for_parameters_that_are_too_many():
     experiment = dataclasses.replace(EXPERIMENT, task=dataclasses.replace(EXPERIMENT.task, model=full))
     texts = advice(experiment, layout, chip)
     assert "raise mesh.fsdp (now 1)" in texts[0] and "remat = full (now dots)" in texts[1]
+
+
+def test_remat_of_a_model_in_parts():
+    assert remat_of(EXPERIMENT.task.model) == "projections"
+    parts = [dataclasses.replace(EXPERIMENT.task.model, remat=remat) for remat in ("full", "dots", "full")]
+    assert remat_of(dataclasses.make_dataclass("Model", ["encoder", "backbone", "decoder"])(*parts)) == "dots, full"
+    assert remat_of(None) == "none"
 
 
 @libtpu
