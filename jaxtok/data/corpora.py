@@ -43,7 +43,8 @@ def open_corpus(spec: str, split: str = "train", *, text_field: str = "text", ho
         split: "train", "validation", "test" or "all".
         text_field: the field of a JSONL, Parquet or TFDS row that holds the text.
         holdout: the share of the documents in the validation split, and also in the test split. In which split a
-            document is depends only on its path relative to `spec` and its row.
+            document is depends only on its path relative to `spec` and its row; but a corpus of few documents, three
+            at least, has one in each split.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
@@ -68,7 +69,15 @@ def open_corpus(spec: str, split: str = "train", *, text_field: str = "text", ho
 
 def split_of(key: str, holdout: float = 0.05) -> str:
     """The split of the document with this key: the same on every machine, whatever else the corpus holds."""
-    share = int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()) / 2**64
+    return _split_at(_share(key), holdout)
+
+
+def _share(key: str) -> float:
+    """A hash of a document's key, in [0, 1)."""
+    return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()) / 2**64
+
+
+def _split_at(share: float, holdout: float) -> str:
     return "validation" if share < holdout else "test" if share < 2 * holdout else "train"
 
 
@@ -91,25 +100,38 @@ class Corpus(Sequence):
 
 def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: frozenset[str]) -> Corpus:
     """The documents of `split`; those hashed into one of `own_splits`, which the data set has anyway, are "train"."""
-    kept, names, shard_of, row_of, total = [], [], [], [], 0
-    for key, shard in shards:
-        total += len(shard)
-        rows = range(len(shard))
-        if split != "all" and key not in own_splits - {"train"}:
-            keys = [key] if isinstance(shard, _TextFile) else (f"{key}:{row}" for row in rows)
-            parts = (split_of(k, holdout) for k in keys)
-            rows = [row for row, part in enumerate(parts) if split == ("train" if part in own_splits else part)]
-        if rows:
-            shard_of.append(np.full(len(rows), len(kept), np.int32))
-            row_of.append(np.asarray(rows, np.int64))
-            kept.append(shard)
-            names.append(key)
+    shards = list(shards)
+    rows = [range(len(shard)) for _, shard in shards]
+    total = sum(map(len, rows))
+    divided = [] if split == "all" else [n for n, (key, _) in enumerate(shards) if key not in own_splits - {"train"}]
+    if divided:
+        shares = []
+        for n in divided:
+            key, shard = shards[n]
+            keys = [key] if isinstance(shard, _TextFile) else (f"{key}:{row}" for row in rows[n])
+            shares.append(np.array([_share(k) for k in keys]))
+        _fill(every := np.concatenate(shares), holdout, own_splits)
+        for n, of_shard in zip(divided, np.split(every, np.cumsum([len(s) for s in shares])[:-1])):
+            parts = (_split_at(share, holdout) for share in of_shard)
+            rows[n] = [row for row, part in enumerate(parts) if split == ("train" if part in own_splits else part)]
+    kept = [n for n, of_shard in enumerate(rows) if len(of_shard)]
     if not kept:
         raise ValueError(
             f"the {split} split of {spec} is empty, as its documents are few ({total}): "
             "give more documents, one bigger text file, or a larger holdout"
         )
-    return Corpus(kept, np.concatenate(shard_of), np.concatenate(row_of), names)
+    shard_of = np.repeat(np.arange(len(kept), dtype=np.int32), [len(rows[n]) for n in kept])
+    row_of = np.concatenate([np.asarray(rows[n], np.int64) for n in kept])
+    return Corpus([shards[n][1] for n in kept], shard_of, row_of, [shards[n][0] for n in kept])
+
+
+def _fill(shares: np.ndarray, holdout: float, own_splits: frozenset[str]) -> None:
+    """Where a split that is held out would have no document, the next one of train in the order of hashes is its."""
+    for number, part in enumerate(("validation", "test")):
+        low, high = number * holdout, (number + 1) * holdout
+        train = np.flatnonzero(shares >= 2 * holdout)
+        if part not in own_splits and len(train) > 1 and not ((shares >= low) & (shares < high)).any():
+            shares[train[shares[train].argmin()]] = low
 
 
 # --- Kinds of shards. All open their files anew to read, so that they can be pickled and used from threads. ---

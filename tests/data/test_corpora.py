@@ -128,6 +128,16 @@ def test_the_split_of_a_document_does_not_depend_on_the_others(specs, tmp_path):
     assert set(texts(open_corpus(str(tmp_path), "validation"))) == validation & set(DOCUMENTS[:150])
 
 
+@pytest.mark.parametrize("count", [3, 4, 20])
+def test_few_documents_fill_every_split(tmp_path, count):
+    names = [f"a{i}" for i in range(60) if split_of(f"a{i}.txt") == "train"][:count]
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(name)
+    splits = [[bytes(document).decode() for document in open_corpus(str(tmp_path), split)] for split in SPLITS]
+    assert [len(documents) for documents in splits] == [count - 2, 1, 1]
+    assert sorted(name for documents in splits for name in documents) == sorted(names)
+
+
 def test_holdout_is_a_share(specs):
     sizes = [len(open_corpus(specs["jsonl"], "test", holdout=share)) for share in (0.05, 0.2, 0.4)]
     assert sizes[0] < 30 < sizes[1] < 90 < sizes[2] < 150
