@@ -132,7 +132,9 @@ class ImageData:
     def _readable(self, split: str) -> Pictures:
         pictures = self.pictures(split)
         if not any(self._image(pictures, index) is not None for index in range(len(pictures))):
-            raise ValueError(f"not one of the {len(pictures)} pictures in the {split} split of {self.images} can be read")
+            raise ValueError(
+                f"not one of the {len(pictures)} pictures in the {split} split of {self.images} can be read"
+            )
         return pictures
 
     def _in_threads(self, batches: int, make: Any) -> grain.IterDataset[Batch]:
