@@ -123,8 +123,8 @@ def evaluate(
 
     Args:
       checkpoint: a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder.
-      corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN (of images: emoji, sprites, digits, folder:PATH,
-        tfds:NAME or arrayrecord:PATTERN); default: what the run was trained on.
+      corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN (of images: emoji, sprites, digits,
+        folder:PATH, tfds:NAME or arrayrecord:PATTERN); default: what the run was trained on.
       split: of the corpus; files are split by a hash of their path.
       batches: evaluate only so many; 0: all.
       output: also write the numbers into this JSON file.
@@ -176,7 +176,7 @@ def generate(
     loaded = open_model(checkpoint, adapter)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
-        raise ValueError(f"{checkpoint} is a {type(loaded.task).__name__}, which has no text to continue.")
+        raise ValueError(f"{checkpoint} is of {type(loaded.task).__name__}, whose data are no text to continue.")
     prompts = tuple(prompt_file.read_text().splitlines()) if prompt_file else prompt
     sampling, rng = Sampling(temperature=temperature, top_k=top_k, top_p=top_p), jax.random.key(seed)
     if isinstance(loaded.task, TextGenerator):
@@ -301,6 +301,8 @@ def convert(
         elif isinstance(loaded.task.model, ReleasedConfig):
             hat.write_folder(target, loaded.task.model, loaded.params)
         else:
+            if not hasattr(loaded.task, "export") and not hasattr(loaded.task.model, "vocab_size"):
+                raise ValueError(f"{source} is of {type(loaded.task).__name__}, for which there is no other layout.")
             export = getattr(loaded.task, "export", lambda params: (loaded.task.model, params))
             huggingface.write_folder(target, *export(loaded.params))
         tokenizer = Path(getattr(loaded.experiment.data, "tokenizer", ""))
@@ -350,7 +352,7 @@ def adapt(
     must_be_free(output)
     opened = open_model(checkpoint, adapter)
     if opened.tokenizer is None:
-        raise ValueError(f"{checkpoint} is a {type(opened.task).__name__}; adapters are for models of text.")
+        raise ValueError(f"{checkpoint} is of {type(opened.task).__name__}, and adapters are for models of text.")
     changes = {"corpus": corpus, "batch_size": batch_size, "length": length}
     data = dataclasses.replace(opened.data, seed=seed, **{name: new for name, new in changes.items() if new})
     task = Lora(task=opened.task, lora=lora)

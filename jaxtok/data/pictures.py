@@ -83,8 +83,8 @@ def open_pictures(
             * `emoji`: 1,911 emoji of 64 x 64 pixels in 10 classes, from the npm package emoji-datasource-twitter
               16.0.0 (the art is Twemoji, CC-BY 4.0: name Twitter, Inc and other contributors where you show it).
               It is got with the machine's own `npm` once and kept in the user's cache folder;
-            * `sprites`: 472 game sprites of several sizes in 8 classes, from the wheel arcade 3.3.3 (Kenney's, CC0), got
-              with `pip` and kept likewise;
+            * `sprites`: 472 game sprites of several sizes in 8 classes, from the wheel arcade 3.3.3 (Kenney's, CC0),
+              got with `pip` and kept likewise;
             * `emoji:FILE`, `sprites:FILE`: the same from the package's archive, for machines without a network;
             * `digits`: scikit-learn's 1,797 handwritten digits, 8 x 8 grey pixels;
             * `folder:PATH`: every file in it and below whose suffix Pillow knows, in the order of their paths; the

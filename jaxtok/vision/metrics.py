@@ -39,8 +39,8 @@ def psnr(images: Images, others: Images) -> Float[Array, " batch"]:
 def ssim(images: Images, others: Images) -> Float[Array, " batch"]:
     """Structural similarity of each pair (Wang et al. 2004): 1 if they are equal.
 
-    With the paper's Gaussian window of 11 x 11 pixels (sigma 1.5), wherever it fits into the image, and the variances of
-    a population; the mean over places and channels.
+    With the paper's Gaussian window of 11 x 11 pixels (sigma 1.5), wherever it fits into the image, and the variances
+    of a population; the mean over places and channels.
 
     Raises:
       ValueError: the shapes differ, or the window does not fit.
@@ -136,11 +136,11 @@ def feature_statistics(
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared distance of two Gaussians (arXiv 1706.08500, eq. 6).
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared distance of two Gaussians (arXiv 1706.08500, eq. 6)
 
-    The trace of the root is the sum of the roots of the eigenvalues of A C_b A, where A is the root of C_a: all are real
-    and not negative, also where there are fewer images than features; what rounding makes negative counts as 0. FID is
-    this distance of the 2,048 features of Inception-v3's last pooling, and only that.
+    The trace of the root is the sum of the roots of the eigenvalues of A C_b A, where A is the root of C_a: all are
+    real and not negative, also where there are fewer images than features; what rounding makes negative counts as 0.
+    FID is this distance of the 2,048 features of Inception-v3's last pooling, and only that.
 
     Raises:
       ValueError: a set has fewer than two images, or the features differ in number.
@@ -157,8 +157,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 def inception_score(probabilities: Shaped[Array, "images classes"], splits: int = 10) -> tuple[float, float]:
     """exp of the mean KL divergence of p(class | image) from its mean over the images (arXiv 1606.03498, section 4).
 
-    Mean and standard deviation over `splits` parts of the images, which are taken in their order: shuffle them, if it is
-    that of the classes. It is called IS where the classes are those of Inception-v3.
+    Mean and standard deviation over `splits` parts of the images, which are taken in their order: shuffle them, if it
+    is that of the classes. It is called IS where the classes are those of Inception-v3.
 
     Raises:
       ValueError: there are fewer images than splits, or the rows are no probabilities.
