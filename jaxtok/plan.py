@@ -36,7 +36,7 @@ from jaxtok.kernels.attention import kernel_flops
 from jaxtok.training.checkpoints import abstract_params
 from jaxtok.training.compiled import Collective, Operation, Program, read_program, shapes
 from jaxtok.training.experiment import Experiment, resolve
-from jaxtok.training.loop import abstract_state, batch_items, count, make_train_step
+from jaxtok.training.loop import abstract_state, batch_items, batch_unit, count, make_train_step
 from jaxtok.training.mesh import Layout, make_layout
 from jaxtok.training.peak import PEAK_FLOPS
 
@@ -336,7 +336,7 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         row |= {
             "seconds": dict(seconds),
             "step_seconds": step,
-            "tokens_per_second": batch_items(experiment.data) / step,
+            f"{batch_unit(experiment.data)}_per_second": batch_items(experiment.data) / step,
             "fraction_of_peak": flops / step / chip.peak,
             "largest_costs": largest_costs(program, chip),
         }
@@ -456,7 +456,7 @@ def _local_bytes(leaf: Any) -> int:
 
 
 def _head(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
-    model, spec = _model(experiment), experiment.data.batch_spec()
+    model, unit = _model(experiment), batch_unit(experiment.data)
     return {
         "name": experiment.name,
         "parameters": count(abstract_params(experiment.task, experiment.data)),
@@ -466,7 +466,8 @@ def _head(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         "mesh": experiment.mesh.shape(len(devices)),
         "remat": remat_of(model),
         "batch_size": experiment.data.batch_size,
-        "items": "tokens" if "tokens" in spec else "words" if "words" in spec else "rows",
+        "unit": unit,
+        "items": "words" if "words" in experiment.data.batch_spec() else unit,
         "accumulate": experiment.train.accumulate,
     }
 
@@ -495,7 +496,8 @@ def _table(row: Row) -> rich.table.Table:
         add("to change", text)
     if "seconds" in row:
         seconds = row["seconds"]
-        add("step", f"{row['step_seconds']:.3f} s (estimate), {row['tokens_per_second']:,.0f} {row['items']}/s")
+        rate = row[f"{row['unit']}_per_second"]
+        add("step", f"{row['step_seconds']:.3f} s (estimate), {rate:,.0f} {row['items']}/s")
         add(
             "of peak", f"{row['fraction_of_peak']:.2f} ({row['model_teraflops']:.1f} TFLOP of the model on each device)"
         )

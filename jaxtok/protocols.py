@@ -26,6 +26,12 @@ positions  int32    the input's place in its document, as far as this row holds 
 segments   int32    1, 2, ... for the documents in a row, 0 for padding; no attention crosses segments
 mask       float32  1 where the target counts in the loss, else 0
 bytes      int32    how many bytes of text the target stands for (0 for special tokens and padding)
+
+A batch of images has
+
+images     uint8    [batch, height, width, 3]
+labels     int32    [batch], the class
+mask       float32  [batch], 1 where the image counts, 0 where it only fills the batch
 """
 
 
@@ -71,6 +77,37 @@ class CausalLM(Protocol):
 
     def init_cache(self, batch: int, length: int) -> Any:
         """An empty `KVCache` with room for `length` tokens in each of `batch` rows."""
+        ...
+
+
+class Batches(Protocol):
+    """Batches of training, without end; its state goes through JSON, and is that of all processes' rows."""
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to where an iterator was whose state this is (those of several processes, as one dictionary)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Data(Protocol):
+    """Where batches come from; a frozen dataclass, so that a run's config tells it.
+
+    `rows` are those of each batch that a process needs; by default all. The rows are the same however they are divided.
+    """
+
+    batch_size: int
+    """Rows of a batch, over all devices and processes."""
+
+    def train_batches(self, rows: range | None = None) -> Batches: ...
+    def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
+        """One pass over a split; the last batch is filled up with rows that do not count."""
+        ...
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and dtype of each array in a batch of all processes; told without opening the data."""
         ...
 
 
