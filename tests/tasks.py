@@ -33,8 +33,12 @@ from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.lora import Lora
+from jaxtok.vision.autoencoding import Autoencoding
+from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.classification import ImageClassification
+from jaxtok.vision.discriminator import DiscriminatorConfig
 from jaxtok.vision.vit import TokenFormerViTConfig
+from jaxtok.vision.vqgan import VQGANConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +178,11 @@ class Images:
 
     batch_size: int
     size: int
+    dtype: str = "float32"
 
     def batch_spec(self):
         return {
-            "images": ((self.batch_size, self.size, self.size, 3), np.float32),
+            "images": ((self.batch_size, self.size, self.size, 3), np.dtype(self.dtype)),
             "labels": ((self.batch_size,), np.int32),
             "mask": ((self.batch_size,), np.float32),
         }
@@ -196,6 +201,19 @@ def images() -> Case:
     return Case(
         ImageClassification(model=model), Images(8, 8), batch, {"sequence": "an image is 4 patches and a token"}
     )
+
+
+TOKENIZER = {"image_size": 8, "width": 64, "multipliers": (1, 1), "res_blocks": 1, "attention_resolutions": ()}
+
+
+def autoencoding(model, **options) -> Case:
+    rng = np.random.default_rng(0)
+    batch = {
+        "images": rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8),
+        "labels": np.zeros(8, np.int32),
+        "mask": (np.arange(8) < 7).astype(np.float32),
+    }
+    return Case(Autoencoding(model=model, **options), Images(8, 8, "uint8"), batch)
 
 
 def lexinvariant(model, **options) -> Case:
@@ -303,6 +321,14 @@ TASKS = {
     ),
     "lora": lambda: lora(text(LlamaConfig(**SIZES, num_kv_heads=2, mlp_dim=32, tie_embeddings=False))),
     "tokenformer_vit": images,
+    "bae": lambda: autoencoding(
+        BAEConfig(**TOKENIZER, embed_dim=64, bits=8, sub_codes=2, code_weight=0.1),
+        discriminator=DiscriminatorConfig(width=8, layers=1, start_step=0, augment=True),
+        perceptual="mse",
+    ),
+    "vqgan": lambda: autoencoding(
+        VQGANConfig(**TOKENIZER | {"multipliers": (1,)}, embed_dim=32, codebook_size=64), discriminator=None, perceptual="none"
+    ),
     "electra": lambda: encoder(lambda m: ReplacedTokens(model=m, masking=MASKING, generator_width=0.5), ONE_HEAD),
     "masked_words": lambda: encoder(
         lambda m: MaskedWords(model=dataclasses.replace(m, mask_head=True, replaced_head=False), masking=MASKING)

@@ -2,7 +2,8 @@
 
 Names: `ae.encoder.blocks.3.conv1.weight`, `ae.quantize...`, `ae.generator...`, `disc.main.2.weight`, `perceptual...`, in
 .th or .pt (PyTorch, tensors only) or .safetensors. What their classes hold and nothing here uses (a 1 x 1 convolution in
-residual blocks that keep their width, the `logsigma` of the generator) is kept aside, or written as zeros.
+residual blocks that keep their width, the bias of attention's keys, the `logsigma` of the generator) is kept aside, or
+written as zeros.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxtok.nn.convolution import Layer, encoder_levels, generator_levels
@@ -54,7 +56,9 @@ def autoencoder_names(config: TokenizerConfig) -> dict[Path_, str]:
                 path = (tower, f"blocks_{number}", *filter(None, [ours]))
                 name = ".".join(filter(None, [f"{tower}.blocks.{number}", theirs]))
                 first = "scale" if "norm" in (kind, ours.rstrip("12")) else "kernel"
-                names |= {(*path, first): f"{name}.weight", (*path, "bias"): f"{name}.bias"}
+                names[*path, first] = f"{name}.weight"
+                if ours != "key":
+                    names[*path, "bias"] = f"{name}.bias"
     if isinstance(config, VQGANConfig) and config.quantizer_kind == "nearest":
         return names | {("quantizer", "embedding"): "quantize.embedding.weight"}
     proj = "quantize.proj.0" if isinstance(config, BAEConfig) else "quantize.proj"
@@ -80,6 +84,8 @@ def unused_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
             if kind == "res" and before == features:
                 name = f"{tower}.blocks.{number}.conv_out"
                 shapes |= {f"{name}.weight": (features, before, 1, 1), f"{name}.bias": (features,)}
+            if kind == "attention":
+                shapes[f"{tower}.blocks.{number}.k.bias"] = (features,)
     last, image = config.width * config.multipliers[0], config.channels
     return shapes | {
         "generator.logsigma.0.weight": (last, last, 3, 3),
@@ -211,8 +217,6 @@ def from_official(task: Autoencoding, tensors: Tensors) -> tuple[Params, dict[st
 
 
 def _same_shapes(task: Autoencoding, params: Params) -> None:
-    import jax
-
     size, channels = task.model.image_size, task.model.channels
     image = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
     expected = jax.eval_shape(lambda x: task.module().init(jax.random.key(0), x)["params"], image)

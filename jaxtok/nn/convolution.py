@@ -220,7 +220,10 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention with one head over all positions, added to its input."""
+    """Attention with one head over all positions, added to its input.
+
+    The keys have no bias: it would add one number to all scores of a query, which changes nothing. (The authors' have.)
+    """
 
     features: int
     dtype: Any = jnp.float32
@@ -233,7 +236,7 @@ class Attention(nn.Module):
         y = GroupNorm(**kinds, name="norm")(x)
 
         def linear(name, y):
-            return Conv(features, 1, padding=(0, 0), **kinds, name=name)(y)
+            return Conv(features, 1, padding=(0, 0), use_bias=name != "key", **kinds, name=name)(y)
 
         q, k, v = (linear(name, y).reshape(batch, height * width, features) for name in ("query", "key", "value"))
         scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(features)

@@ -33,13 +33,14 @@ class LPIPS(nn.Module):
         def param(name, shape):
             return self.param(name, nn.initializers.constant(jnp.nan), shape, jnp.float32)
 
-        channels, self.convs, self.heads = 3, {}, []
+        channels, convs, heads = 3, {}, []
         for stage, (features, numbers) in enumerate(zip(self.widths, STAGES)):
             for number in numbers:
                 kernel = param(f"conv_{number}_kernel", (3, 3, channels, features))
-                self.convs[f"{number}"] = kernel, param(f"conv_{number}_bias", (features,))
+                convs[f"{number}"] = kernel, param(f"conv_{number}_bias", (features,))
                 channels = features
-            self.heads.append(param(f"head_{stage}", (features,)))
+            heads.append(param(f"head_{stage}", (features,)))
+        self.convs, self.heads = convs, heads
 
     def features(self, images: Float[Array, "batch height width channels"]) -> list[Float[Array, "batch h w features"]]:
         """Of each stage, for images in [0, 1] (LPIPS itself was made for [-1, 1]; ELM's code gives it [0, 1])."""
