@@ -56,8 +56,15 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}.")
     if path.suffix == ".safetensors":
-        with open_safetensors(path) as file:
-            return {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+        open_safetensors(path)
+        found = {}
+        with safetensors.safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118
+                try:
+                    found[name] = file.get_tensor(name)
+                except TypeError:  # bfloat16
+                    found[name] = np.asarray(open_safetensors(path).get_tensor(name).astype(np.float32))
+        return found
     torch = torch_for(f"reading {path.name}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -327,7 +327,9 @@ TASKS = {
         perceptual="mse",
     ),
     "vqgan": lambda: autoencoding(
-        VQGANConfig(**TOKENIZER | {"multipliers": (1,)}, embed_dim=32, codebook_size=64), discriminator=None, perceptual="none"
+        VQGANConfig(**TOKENIZER | {"multipliers": (1,)}, embed_dim=32, codebook_size=64),
+        discriminator=None,
+        perceptual="none",
     ),
     "electra": lambda: encoder(lambda m: ReplacedTokens(model=m, masking=MASKING, generator_width=0.5), ONE_HEAD),
     "masked_words": lambda: encoder(

@@ -111,7 +111,9 @@ class NearestQuantizer(nn.Module):
         codes = jnp.argmin(distances, -1)
         nearest = jnp.take(table, codes, axis=0)
         axes, still = (1, 2, 3), jax.lax.stop_gradient
-        loss = jnp.mean(jnp.square(still(nearest) - x), axes) + self.beta * jnp.mean(jnp.square(nearest - still(x)), axes)
+        loss = jnp.mean(jnp.square(still(nearest) - x), axes) + self.beta * jnp.mean(
+            jnp.square(nearest - still(x)), axes
+        )
         counts = code_counts(codes, self.codebook_size)
         metrics = {"perplexity": perplexity(counts), "mean_distance": still(distances.mean())}
         return Quantized(straight_through(nearest, x), codes[..., None].astype(jnp.int32), loss, metrics)
@@ -175,8 +177,8 @@ class GumbelQuantizer(nn.Module):
 class BinaryQuantizer(nn.Module):
     """Independent bits, each with a learned vector; the sum of the vectors of the bits that are 1 goes on.
 
-    z = sigmoid(a) or tanh(a) of a linear map a, p = z or z/2 + 1/2. A bit is 1 where p > 1/2, or with probability p; its
-    code is the bit, or 2 bit - 1 with tanh, and has the gradient of z.
+    z = sigmoid(a) or tanh(a) of a linear map a, p = z or z/2 + 1/2. A bit is 1 where p > 1/2, or with probability p;
+    its code is the bit, or 2 bit - 1 with tanh, and has the gradient of z.
 
     The loss is mean(s (1 - s)) with s = sigmoid(z), of what is an activation already, as in the authors' code: with a
     sigmoid, it pushes every bit towards 1. `corrected` is p (1 - p).

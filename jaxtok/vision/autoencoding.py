@@ -103,9 +103,7 @@ class Autoencoder(nn.Module):
         features, quantized = self.features(images, draws, **options)
         return self.generator.last(features), quantized
 
-    def decode(
-        self, codes: Int[Array, "batch rows columns sub_codes"]
-    ) -> Float[Array, "batch height width channels"]:
+    def decode(self, codes: Int[Array, "batch rows columns sub_codes"]) -> Float[Array, "batch height width channels"]:
         return self.generator(self.quantizer.embed(codes))
 
 

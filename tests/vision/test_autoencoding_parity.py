@@ -103,7 +103,9 @@ def test_blocks(golden, parity):
         found = {k: np.asarray(grads[a][b]) for k, (a, b) in names.items()}
         found = {k: g.transpose(3, 2, 0, 1) if g.ndim == 4 else g for k, g in found.items()}
         theirs = golden.under(f"grad/{name}")
-        found = {k: np.zeros_like(g) for k, g in theirs.items() if k == "k.bias"} | found  # ours has none: see Attention
+        found = {
+            k: np.zeros_like(g) for k, g in theirs.items() if k == "k.bias"
+        } | found  # ours has none: see Attention
         floored(parity, f"{name} gradients", found | {"x": nchw(dx)}, theirs)
 
 
