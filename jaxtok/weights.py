@@ -35,7 +35,7 @@ def torch_for(purpose: str) -> Any:
 
 
 def read_weights(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors in a file (.safetensors, else PyTorch's), or in all such files of a folder.
+    """The tensors in a file (.safetensors, else PyTorch's), or in all such files of a folder; floats in float32.
 
     Raises:
       FileNotFoundError: there is no such file, or none in the folder.
@@ -56,15 +56,10 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file of weights {path}.")
     if path.suffix == ".safetensors":
-        open_safetensors(path)
-        found = {}
+        open_safetensors(path)  # a damaged one is an error that says so
         with safetensors.safe_open(path, framework="numpy") as file:
-            for name in file.keys():  # noqa: SIM118
-                try:
-                    found[name] = file.get_tensor(name)
-                except TypeError:  # bfloat16
-                    found[name] = np.asarray(open_safetensors(path).get_tensor(name).astype(np.float32))
-        return found
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return {name: x if x.dtype.kind in "iub" else x.astype(np.float32) for name, x in found.items()}
     torch = torch_for(f"reading {path.name}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import jax
+import numpy as np
+
+from jaxtok.training.mesh import unboxed
 from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.vqgan import VQGANConfig
@@ -14,6 +18,14 @@ SIZES = {
     "attention_resolutions": (),
     "embed_dim": 32,
 }
+
+
+def random_params(task, seed=0):
+    """Parameters of the task's shapes, without compiling its initialisation."""
+    size, rng = task.image_size, np.random.default_rng(seed)
+    batch = {"images": jax.ShapeDtypeStruct((1, size, size, 3), np.float32)}
+    shapes = unboxed(jax.eval_shape(task.init, jax.random.key(0), batch))
+    return jax.tree.map(lambda x: 0.1 * rng.normal(size=x.shape).astype(np.float32), shapes)
 
 
 def alone(model) -> Autoencoding:

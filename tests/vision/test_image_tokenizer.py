@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from image_tokenizers import DRAWN, EXACT, IMAGE_TOKENIZERS, TAKE_A_KEY
+from image_tokenizers import DRAWN, EXACT, IMAGE_TOKENIZERS, TAKE_A_KEY, random_params
 
 from jaxtok.protocols import ImageTokenizer
-from jaxtok.training.mesh import unboxed
 
 
 @pytest.fixture(scope="module", params=IMAGE_TOKENIZERS)
@@ -18,8 +17,7 @@ def case(request):
     task = IMAGE_TOKENIZERS[request.param]()
     size = task.image_size
     images = np.random.default_rng(0).random((2, size, size, 3), np.float32)
-    batch = {"images": images, "mask": np.ones(2, np.float32)}
-    params = unboxed(jax.jit(task.init)(jax.random.key(0), batch))
+    params = random_params(task)
     rng = jax.random.key(1) if request.param in (*DRAWN, *TAKE_A_KEY) else None
     return request.param, task, params, images, task.encode(params, images, rng)
 
