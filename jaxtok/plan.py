@@ -36,7 +36,7 @@ from jaxtok.kernels.attention import kernel_flops
 from jaxtok.training.checkpoints import abstract_params
 from jaxtok.training.compiled import Collective, Operation, Program, read_program, shapes
 from jaxtok.training.experiment import Experiment, resolve
-from jaxtok.training.loop import abstract_state, batch_items, count, make_train_step
+from jaxtok.training.loop import abstract_state, batch_items, batch_unit, count, make_train_step
 from jaxtok.training.mesh import Layout, make_layout
 from jaxtok.training.peak import PEAK_FLOPS
 
@@ -336,7 +336,7 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         row |= {
             "seconds": dict(seconds),
             "step_seconds": step,
-            "tokens_per_second": batch_items(experiment.data) / step,
+            f"{batch_unit(experiment.data)}_per_second": batch_items(experiment.data) / step,
             "fraction_of_peak": flops / step / chip.peak,
             "largest_costs": largest_costs(program, chip),
         }
@@ -488,7 +488,8 @@ def _table(row: Row) -> rich.table.Table:
         add("to change", text)
     if "seconds" in row:
         seconds = row["seconds"]
-        add("step", f"{row['step_seconds']:.3f} s (estimate), {row['tokens_per_second']:,.0f} tokens/s")
+        unit = "images" if "images_per_second" in row else "tokens"
+        add("step", f"{row['step_seconds']:.3f} s (estimate), {row[f'{unit}_per_second']:,.0f} {unit}/s")
         add(
             "of peak", f"{row['fraction_of_peak']:.2f} ({row['model_teraflops']:.1f} TFLOP of the model on each device)"
         )

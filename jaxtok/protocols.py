@@ -84,6 +84,37 @@ class CausalLM(Protocol):
         ...
 
 
+class Batches(Protocol):
+    """Batches of training, without end; its state goes through JSON, and is that of all processes' rows."""
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to where an iterator was whose state this is (those of several processes, as one dictionary)."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Data(Protocol):
+    """Where batches come from; a frozen dataclass, so that a run's config tells it.
+
+    `rows` are those of each batch that a process needs; by default all. The rows are the same however they are divided.
+    """
+
+    batch_size: int
+    """Rows of a batch, over all devices and processes."""
+
+    def train_batches(self, rows: range | None = None) -> Batches: ...
+    def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
+        """One pass over a split; the last batch is filled up with rows that do not count."""
+        ...
+
+    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Shape and dtype of each array in a batch of all processes; told without opening the data."""
+        ...
+
+
 class Task(Protocol):
     """Something that learns: what the one training loop trains.
 

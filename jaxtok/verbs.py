@@ -44,8 +44,9 @@ class Opened:
 
     task: Any
     params: Any
-    data: TextData
-    tokenizer: Tokenizer
+    data: Any
+    tokenizer: Tokenizer | None
+    """None, where the data are no text."""
     prefix: list[int]
     """Ids in front of every text."""
     stops: list[int]
@@ -82,6 +83,8 @@ def _open_base(path: Path) -> Opened:
         return Opened(task, params, data, *huggingface.read_tokenizer(path))
     loaded = load(path)
     data = loaded.experiment.data
+    if not hasattr(data, "tokenizer"):
+        return Opened(loaded.task, loaded.params, data, None, [], [], loaded.meta.step)
     tokenizer = load_tokenizer(data.tokenizer)
     end = [tokenizer.eod_id]
     return Opened(loaded.task, loaded.params, data, tokenizer, end, end, loaded.meta.step)
@@ -116,11 +119,12 @@ def evaluate(
     output: Path | None = None,
     adapter: Path | None = None,
 ) -> dict[str, float]:
-    """Loss, perplexity and bits per byte of a checkpoint on a corpus.
+    """Loss, perplexity and bits per byte of a checkpoint on a corpus; of a model of images, its own numbers.
 
     Args:
       checkpoint: a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder.
-      corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN; default: what the run was trained on.
+      corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN (of images: emoji, sprites, digits,
+        folder:PATH, tfds:NAME or arrayrecord:PATTERN); default: what the run was trained on.
       split: of the corpus; files are split by a hash of their path.
       batches: evaluate only so many; 0: all.
       output: also write the numbers into this JSON file.
@@ -128,10 +132,11 @@ def evaluate(
     """
     loaded = open_model(checkpoint, adapter)
     data = dataclasses.replace(loaded.data, eval_limit=batches)
+    source = "corpus" if hasattr(data, "corpus") else "images"
     if corpus:
-        data = dataclasses.replace(data, corpus=corpus)
+        data = dataclasses.replace(data, **{source: corpus})
     metrics = loaded.task.evaluate(loaded.params, data.eval_batches(split))
-    row = {"checkpoint": str(checkpoint), "corpus": data.corpus, "split": split, "step": loaded.step} | metrics
+    row = {"checkpoint": str(checkpoint), source: getattr(data, source), "split": split, "step": loaded.step} | metrics
     if output:
         output.write_text(json.dumps(row, indent=2) + "\n")
     return row
@@ -170,6 +175,8 @@ def generate(
     """
     loaded = open_model(checkpoint, adapter)
     tokenizer = loaded.tokenizer
+    if tokenizer is None:
+        raise ValueError(f"{checkpoint} is of {type(loaded.task).__name__}, whose data are no text to continue.")
     prompts = tuple(prompt_file.read_text().splitlines()) if prompt_file else prompt
     sampling, rng = Sampling(temperature=temperature, top_k=top_k, top_p=top_p), jax.random.key(seed)
     if isinstance(loaded.task, TextGenerator):
@@ -294,9 +301,11 @@ def convert(
         elif isinstance(loaded.task.model, ReleasedConfig):
             hat.write_folder(target, loaded.task.model, loaded.params)
         else:
+            if not hasattr(loaded.task, "export") and not hasattr(loaded.task.model, "vocab_size"):
+                raise ValueError(f"{source} is of {type(loaded.task).__name__}, for which there is no other layout.")
             export = getattr(loaded.task, "export", lambda params: (loaded.task.model, params))
             huggingface.write_folder(target, *export(loaded.params))
-        tokenizer = Path(loaded.experiment.data.tokenizer)
+        tokenizer = Path(getattr(loaded.experiment.data, "tokenizer", ""))
         if tokenizer.is_file():
             shutil.copy(tokenizer, target)
         return target
@@ -342,6 +351,8 @@ def adapt(
     output = output or Path(f"{str(checkpoint).rstrip('/')}-adapted")
     must_be_free(output)
     opened = open_model(checkpoint, adapter)
+    if opened.tokenizer is None:
+        raise ValueError(f"{checkpoint} is of {type(opened.task).__name__}, and adapters are for models of text.")
     changes = {"corpus": corpus, "batch_size": batch_size, "length": length}
     data = dataclasses.replace(opened.data, seed=seed, **{name: new for name, new in changes.items() if new})
     task = Lora(task=opened.task, lora=lora)

@@ -60,7 +60,7 @@ def open_corpus(spec: str, split: str = "train", *, text_field: str = "text", ho
     elif spec.startswith("tfds:"):
         own_splits, shards = _tfds(spec.removeprefix("tfds:"), split, text_field)
     elif spec.startswith("arrayrecord:"):
-        shards = list(_array_records(spec.removeprefix("arrayrecord:")))
+        shards = list(array_records(spec.removeprefix("arrayrecord:")))
     else:
         shards = list(_local(Path(spec), text_field))
     return _select(spec, split, shards, holdout, own_splits)
@@ -281,7 +281,7 @@ def _shard(path: Path, field: str) -> Shard:
     return _TextFile(path)
 
 
-def _array_records(pattern: str) -> Shards:
+def array_records(pattern: str) -> Shards:
     if Path(pattern).is_dir():
         pattern = os.path.join(glob.escape(pattern), "*")
     paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))

@@ -67,7 +67,8 @@ class Experiment:
 
     task: Any
     """Fills the Task waist (`jaxtok.protocols.Task`)."""
-    data: TextData = TextData()
+    data: Any = TextData()
+    """Fills the Data waist (`jaxtok.protocols.Data`): text, or `jaxtok.data.images.ImageData`."""
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     """How the devices divide the work; a run can be resumed on another mesh."""
@@ -102,10 +103,17 @@ def resolve(experiment: Experiment) -> Experiment:
     """The experiment with the model's vocabulary taken from the tokenizer, where it was left open.
 
     Raises:
-      ValueError: the tokenizer has more ids than the model, or a row is longer than the model's context.
+      ValueError: the tokenizer has more ids than the model, a row is longer than the model's context, or images have
+        more classes than the model.
     """
     model = getattr(experiment.task, "model", None)
-    if not hasattr(model, "vocab_size"):
+    known = getattr(model, "num_classes", None)
+    if known is not None and (classes := getattr(experiment.data, "classes", ())) and len(classes) > known:
+        raise ValueError(
+            f"task.model.num_classes is {known}, but the data have {len(classes)} classes ({', '.join(classes[:3])}, "
+            "...); raise it."
+        )
+    if not hasattr(model, "vocab_size") or not hasattr(experiment.data, "tokenizer"):
         return experiment
     ids = load_tokenizer(experiment.data.tokenizer).vocab_size
     if not model.vocab_size:

