@@ -215,3 +215,9 @@ def test_optimizers_that_cannot_be():
         PartOptimizer()
     with pytest.raises(ValueError, match="start is -1"):
         PartOptimizer(part="a", start=-1)
+
+
+def test_an_average_does_not_grow(experiment):
+    optimizer = dataclasses.replace(experiment.train.optimizer, ema_decay=0.9)
+    with pytest.raises(ValueError, match=r"ema_decay is 0\.9, but a growth keeps"):
+        dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, optimizer=optimizer))
