@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import flax.traverse_util
 import jax
 import numpy as np
 
@@ -25,7 +27,7 @@ from jaxtok.vision.vqgan import VQGANConfig
 from jaxtok.weights import read_weights, write_weights
 
 Tensors = Mapping[str, np.ndarray]
-Path_ = tuple[str, ...]
+Place = tuple[str, ...]
 
 _INSIDE = {
     "conv": {"": ""},
@@ -45,9 +47,9 @@ def _layers(levels: list[list[Layer]], channels: int) -> Iterator[tuple[int, str
         channels = features
 
 
-def autoencoder_names(config: TokenizerConfig) -> dict[Path_, str]:
+def autoencoder_names(config: TokenizerConfig) -> dict[Place, str]:
     """Paths of our parameters of the autoencoder to their names."""
-    names: dict[Path_, str] = {}
+    names: dict[Place, str] = {}
     for tower, levels, channels in _towers(config):
         for number, kind, before, features in _layers(levels, channels):
             for ours, theirs in _INSIDE[kind].items():
@@ -113,9 +115,9 @@ def _norms(config: DiscriminatorConfig) -> list[int]:
     return [3 * number for number in range(1, config.layers + 1)]
 
 
-def discriminator_names(config: DiscriminatorConfig) -> dict[Path_, str]:
+def discriminator_names(config: DiscriminatorConfig) -> dict[Place, str]:
     """Paths of our parameters of the discriminator to their names."""
-    names: dict[Path_, str] = {}
+    names: dict[Place, str] = {}
     for number in (0, *(n - 1 for n in _norms(config)), 3 * config.layers + 2):
         names["main_" + str(number), "kernel"] = f"main.{number}.weight"
         if number in (0, 3 * config.layers + 2):
@@ -126,7 +128,7 @@ def discriminator_names(config: DiscriminatorConfig) -> dict[Path_, str]:
     return names
 
 
-def _statistics_names(config: DiscriminatorConfig) -> dict[Path_, str]:
+def _statistics_names(config: DiscriminatorConfig) -> dict[Place, str]:
     return {
         (f"main_{number}", kind): f"main.{number}.running_{kind}"
         for number in _norms(config)
@@ -161,7 +163,7 @@ def discriminator_tensors(config: DiscriminatorConfig, params: Params, statistic
     return _write(discriminator_names(config), params) | _write(_statistics_names(config), statistics)
 
 
-def _read(names: Mapping[Path_, str], tensors: Tensors, also: set[str]) -> Params:
+def _read(names: Mapping[Place, str], tensors: Tensors, also: set[str]) -> Params:
     if missing := [name for name in names.values() if name not in tensors]:
         raise ValueError(f"there is no tensor {missing[0]}; give the weights of a model of this config.")
     if unknown := sorted(set(tensors) - set(names.values()) - also):
@@ -176,7 +178,7 @@ def _read(names: Mapping[Path_, str], tensors: Tensors, also: set[str]) -> Param
     return tree
 
 
-def _write(names: Mapping[Path_, str], params: Params) -> dict[str, np.ndarray]:
+def _write(names: Mapping[Place, str], params: Params) -> dict[str, np.ndarray]:
     found = {}
     for path, name in names.items():
         leaf: Any = params
@@ -219,23 +221,22 @@ def from_official(task: Autoencoding, tensors: Tensors) -> tuple[Params, dict[st
 def _same_shapes(task: Autoencoding, params: Params) -> None:
     size, channels = task.model.image_size, task.model.channels
     image = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
-    expected = jax.eval_shape(lambda x: task.module().init(jax.random.key(0), x)["params"], image)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
-        name, found = [getattr(key, "key", None) for key in path if hasattr(key, "key")], params["autoencoder"]
-        for key in name:
-            found = found[key]
-        if found.shape != leaf.shape:
+    expected = nn.meta.unbox(jax.eval_shape(lambda x: task.module().init(jax.random.key(0), x)["params"], image))
+    found = flax.traverse_util.flatten_dict(params["autoencoder"])
+    for path, leaf in flax.traverse_util.flatten_dict(expected).items():
+        if found[path].shape != leaf.shape:
             raise ValueError(
-                f"{'/'.join(name)} has the shape {found.shape}, and the config's {leaf.shape}; choose the config of "
-                "these weights."
+                f"{'/'.join(path)} has the shape {found[path].shape}, and the config's {leaf.shape}; choose the config "
+                "of these weights."
             )
 
 
-def to_official(task: Autoencoding, params: Params, aside: Tensors = {}) -> dict[str, np.ndarray]:  # noqa: B006
+def to_official(task: Autoencoding, params: Params, aside: Tensors | None = None) -> dict[str, np.ndarray]:
     """The tensors of a whole checkpoint, as their classes load them with strict = True.
 
     What nothing here uses is taken from `aside`, or zero.
     """
+    aside = aside or {}
     found = {f"ae.{k}": v for k, v in autoencoder_tensors(task.model, params["autoencoder"]).items()}
     for name, shape in unused_shapes(task.model).items():
         found[f"ae.{name}"] = np.asarray(aside.get(f"ae.{name}", np.zeros(shape, np.float32)))
@@ -255,7 +256,7 @@ def read_official(path: str | Path, task: Autoencoding) -> tuple[Params, dict[st
     return from_official(task, read_weights(path))
 
 
-def write_official(path: str | Path, task: Autoencoding, params: Params, aside: Tensors = {}) -> Path:  # noqa: B006
+def write_official(path: str | Path, task: Autoencoding, params: Params, aside: Tensors | None = None) -> Path:
     """`to_official` in a file, safetensors or PyTorch's by its name.
 
     Raises:

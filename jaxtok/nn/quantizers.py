@@ -104,7 +104,8 @@ class NearestQuantizer(nn.Module):
     def _table(self) -> Float[Array, "codes features"]:
         return gather(self.embedding.astype(jnp.float32), "vocab", "d_model")
 
-    def __call__(self, x: Float[Array, "batch rows columns features"], draws=None, **_) -> Quantized:
+    def __call__(self, x: Float[Array, "batch rows columns features"], draws: None = None, **options: Any) -> Quantized:
+        """Nothing is drawn, and it has no options (those of other quantisers are passed over)."""
         x, table = x.astype(jnp.float32), self._table()
         distances = jnp.sum(jnp.square(x), -1, keepdims=True) + jnp.sum(jnp.square(table), -1)
         distances -= 2 * jnp.einsum("...d,kd->...k", x, table, precision="highest")
@@ -207,9 +208,9 @@ class BinaryQuantizer(nn.Module):
         self,
         x: Float[Array, "batch rows columns channels"],
         draws: Float[Array, "batch rows columns bits"] | None = None,
-        **_,
+        **options: Any,
     ) -> Quantized:
-        """`draws` are uniform numbers, below p where the bit is 1; None: p is compared with 1/2."""
+        """`draws` are uniform numbers, below p where the bit is 1; None: p is compared with 1/2. No options."""
         z, p = self.activations(x)
         bits = p > 0.5 if draws is None else draws < p
         code = straight_through(self._code(bits), z)

@@ -118,7 +118,11 @@ class Draws:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Autoencoding:
-    """Trains an image tokenizer, and is one (`jaxtok.protocols.ImageTokenizer`), on batches of
+    """Trains an image tokenizer, and is one (`jaxtok.protocols.ImageTokenizer`).
+
+    The discriminator is to have an optimizer of its own that starts at `discriminator.start_step + 1`
+    (`jaxtok.training.recipes.image_tokenizer`). Where a batch is accumulated in parts, batch norms and the adaptive
+    weight are of each part. Batches have
 
     images  uint8, or float32 in [0, 1]  [batch, height, width, channels]
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
@@ -268,7 +272,7 @@ class Autoencoding:
         return lambda x, y: jnp.zeros(len(x))
 
     def draw(self, rng: jax.Array, batch: Batch, step: jax.Array) -> Draws:
-        """What the step draws: codes, and augmentations where there are any."""
+        """What a step draws: codes, and augmentations where there are any."""
         codes, fakes, reals = jax.random.split(rng, 3)
         count, height, width, _ = batch["images"].shape
         drawn = Draws(self.model.draw(codes, count))
@@ -351,8 +355,8 @@ class Autoencoding:
     def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
         """Means over images of the loss (nll), L1, squared error and PSNR (dB, of pixels within [0, 1]), and how many.
 
-        Of vocabularies up to 2^20, also the codes used, and their perplexity. Codes that are drawn, are drawn by the
-        batch's number.
+        Of vocabularies up to 2^20, also the codes used, and their perplexity. Codes that are drawn by their definition
+        are drawn by the batch's number.
 
         Raises:
           ValueError: there was not a single image.
@@ -377,8 +381,9 @@ class Autoencoding:
         return {**jax.tree.map(lambda _: 1.0, params), "statistics": fixed}
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the autoencoder, seven passes' worth of the discriminator forward (the
-        fakes of the generator's step with their gradient alone), and the features of LPIPS, without recomputation."""
+        """Of one training step, without recomputation and what the adaptive weight takes: three times the autoencoder;
+        of the discriminator a pass and its gradient by the fakes, and three times real and fake; of LPIPS' features
+        the images' pass, and the fakes' with its gradient."""
         total = 3 * self.model.flops()
         if self.discriminator is not None:
             total += (2 + 2 * 3) * self.discriminator.flops(self.image_size, self.model.channels)
@@ -418,6 +423,7 @@ def _decode_codes(task: Autoencoding, autoencoder: Params, codes):
 
 def _sums(task: Autoencoding, params: Params, batch: Batch, rng):
     x, mask = as_float(batch["images"]), batch["mask"]
+    rng = rng if task.model.needs_draws else None
     fake, quantized = _quantized(task, params["autoencoder"], x, rng, "__call__")
     l1 = jnp.abs(x - fake).mean((1, 2, 3))
     nll = l1 + task.perceptual_weight * task.distance(params)(x, fake)
