@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxtok.data.encoders import EncoderData
+from jaxtok.data.images import ImageData
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
 from jaxtok.data.word_pieces import WordPieceText
@@ -172,35 +173,18 @@ def word_pooled() -> Case:
     return Case(WordPooling(model=model), data, {name: batch[name].astype(dtype) for name, (_, dtype) in spec.items()})
 
 
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """Stands for an image data set: the shapes of its batches."""
-
-    batch_size: int
-    size: int
-    dtype: str = "float32"
-
-    def batch_spec(self):
-        return {
-            "images": ((self.batch_size, self.size, self.size, 3), np.dtype(self.dtype)),
-            "labels": ((self.batch_size,), np.int32),
-            "mask": ((self.batch_size,), np.float32),
-        }
-
-
 def images() -> Case:
     model = TokenFormerViTConfig(
         image_size=8, patch_size=4, num_classes=4, num_layers=2, d_model=16, num_heads=8, tokens=uniform_counts(16, 32)
     )
+    data = ImageData(images="digits", size=8, batch_size=8)
     rng = np.random.default_rng(0)
     batch = {
-        "images": rng.normal(size=(8, 8, 8, 3)).astype(np.float32),
+        "images": rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8),
         "labels": rng.integers(0, 4, 8).astype(np.int32),
         "mask": np.ones(8, np.float32),
     }
-    return Case(
-        ImageClassification(model=model), Images(8, 8), batch, {"sequence": "an image is 4 patches and a token"}
-    )
+    return Case(ImageClassification(model=model), data, batch, {"sequence": "an image is 4 patches and a token"})
 
 
 TOKENIZER = {"image_size": 8, "width": 64, "multipliers": (1, 1), "res_blocks": 1, "attention_resolutions": ()}
@@ -213,7 +197,7 @@ def autoencoding(model, **options) -> Case:
         "labels": np.zeros(8, np.int32),
         "mask": (np.arange(8) < 7).astype(np.float32),
     }
-    return Case(Autoencoding(model=model, **options), Images(8, 8, "uint8"), batch)
+    return Case(Autoencoding(model=model, **options), ImageData(images="digits", size=8, batch_size=8), batch)
 
 
 def lexinvariant(model, **options) -> Case:

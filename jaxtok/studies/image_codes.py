@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 from jaxtok.data.images import ImageData
 from jaxtok.protocols import Params

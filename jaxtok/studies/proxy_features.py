@@ -70,9 +70,7 @@ def train_proxy(data: ImageData, directory: str | Path, *, steps: int = 300, wid
       ValueError: the size is no multiple of 8, or the folder holds a run with other settings.
     """
     if data.size % 8:
-        raise ValueError(
-            f"data.size is {data.size}; the proxy cuts images into 8 x 8 patches, so give a multiple of 8."
-        )
+        raise ValueError(f"data.size is {data.size}; the proxy needs a multiple of 8, as it has 8 x 8 patches.")
     model = LinearViTConfig(
         image_size=data.size,
         patch_size=data.size // 8,

@@ -136,22 +136,27 @@ def feature_statistics(
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared distance of two Gaussians (arXiv 1706.08500, eq. 6)
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared distance of two Gaussians.
 
-    The trace of the root is the sum of the roots of the eigenvalues of A C_b A, where A is the root of C_a: all are
-    real and not negative, also where there are fewer images than features; what rounding makes negative counts as 0.
-    FID is this distance of the 2,048 features of Inception-v3's last pooling, and only that.
+    Equation 6 of arXiv 1706.08500. The trace of the root is the sum of the singular values of A B, where A and B are
+    the roots of C_a and C_b, from their eigenvalues: it stays exact where there are fewer images than features, and most
+    eigenvalues are zero. FID is this distance of the 2,048 features of Inception-v3's last pooling, only that.
 
     Raises:
       ValueError: a set has fewer than two images, or the features differ in number.
     """
     if np.shape(a.mean) != np.shape(b.mean):
         raise ValueError(f"features of shapes {np.shape(a.mean)} and {np.shape(b.mean)} cannot be compared.")
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    product = np.linalg.eigvalsh(root @ b.covariance @ root)
-    traces = np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(np.maximum(product, 0)).sum()
+    shared = np.linalg.svd(_root(a.covariance) @ _root(b.covariance), compute_uv=False).sum()
+    traces = np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared
     return float(max(np.sum((a.mean - b.mean) ** 2) + traces, 0.0))
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """The symmetric root; eigenvalues within rounding of zero count as zero."""
+    values, vectors = np.linalg.eigh(covariance)
+    values = np.where(values > values.max() * len(values) * np.finfo(np.float64).eps, values, 0)
+    return (vectors * np.sqrt(values)) @ vectors.T
 
 
 def inception_score(probabilities: Shaped[Array, "images classes"], splits: int = 10) -> tuple[float, float]:

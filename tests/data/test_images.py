@@ -85,7 +85,7 @@ def as_set(images):
     return {image.tobytes() for image in images}
 
 
-# --------------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------------------------------- batches
 
 
 def test_batches_are_as_the_spec_says(data):
@@ -200,17 +200,21 @@ def cubic(d, a=-0.5):
     return np.where(d < 1, near, (((d - 5) * d + 8) * d - 4) * a)
 
 
+def resize(x, shape, kernel, support):
+    """The width, then the height; Pillow rounds to 8 bits behind each."""
+    for axis in (1, 0):
+        x = np.moveaxis(resample(np.moveaxis(x, axis, 0), shape[axis], kernel, support), 0, axis)
+        x = np.clip(np.floor(x + 0.5), 0, 255)
+    return x
+
+
 def reference_crop(pixels, size):
     x = pixels.astype(np.float64)
     while min(x.shape[:2]) >= 2 * size:
-        for axis in (0, 1):
-            half = x.shape[axis] // 2
-            x = np.moveaxis(resample(np.moveaxis(x, axis, 0), half, np.ones_like, 0.5 + 1e-9), 0, axis)
+        x = resize(x, (x.shape[0] // 2, x.shape[1] // 2), np.ones_like, 0.5 + 1e-9)
     scale = size / min(x.shape[:2])
     shape = [round(n * scale) for n in x.shape[:2]]
-    for axis in (0, 1):
-        x = np.moveaxis(resample(np.moveaxis(x, axis, 0), shape[axis], cubic, 2.0), 0, axis)
-        x = np.clip(x, 0, 255)
+    x = resize(x, shape, cubic, 2.0)
     top, left = ((n - size) // 2 for n in shape)
     return x[top : top + size, left : left + size]
 
@@ -222,7 +226,8 @@ def test_the_centre_crop_is_adms(height, width, size):
     smooth = np.asarray(Image.fromarray(pixels_of(3, 6, 6)).resize((width, height), Image.Resampling.BICUBIC))
     got = centre_crop(Image.fromarray(smooth), size)
     assert got.shape == (size, size, 3) and got.dtype == np.uint8
-    np.testing.assert_allclose(got, reference_crop(smooth, size), atol=2.0)  # Pillow rounds behind each pass
+    difference = np.abs(got - reference_crop(smooth, size))
+    assert difference.max() <= 1 and difference.mean() < 0.1  # Pillow's weights have 22 bits
 
 
 def test_random_crops_cover_what_they_should():
@@ -277,7 +282,7 @@ def half_transparent():
 
 ODD = {
     "cmyk": (encoded(Image.fromarray(RED).convert("CMYK"), "JPEG", quality=95), (10, 14), [200, 30, 30]),
-    "palette": (encoded(Image.fromarray(RED).convert("P")), (10, 14), [200, 30, 30]),
+    "palette": (encoded(Image.fromarray(RED).quantize(4)), (10, 14), [200, 30, 30]),
     "palette and transparency": (palette_with_transparency(), (8, 8), [200, 30, 30]),
     "grey": (encoded(RED[..., 0]), (10, 14), [200, 200, 200]),
     "grey and alpha": (encoded(Image.new("LA", (8, 8), (0, 51))), (8, 8), [204, 204, 204]),
@@ -436,7 +441,7 @@ class TinyImages(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, numbers):
         for number in numbers:
-            yield number, {"image": pixels_of(number), "label": number % 3}
+            yield number, {"image": io.BytesIO(encoded(pixels_of(number))), "label": number % 3}
 
 
 def test_tfds(tmp_path):
@@ -448,7 +453,7 @@ def test_tfds(tmp_path):
     assert isinstance(everything[0].content, bytes)  # not decoded by TFDS
     expected = {(number % 3, pixels_of(number).tobytes()) for number in range(COUNT)}
     assert set(contents(everything)) == expected
-    parts = [set(contents(open_pictures(spec, split))) for split in ("train", "validation", "test")]
+    parts = [set(contents(open_pictures(spec, split, holdout=0.3))) for split in ("train", "validation", "test")]
     assert set.union(*parts) == expected and sum(map(len, parts)) == COUNT and len(parts[2]) == 20
     unlabelled = ImageData(images=spec, label_field="", size=8)
     assert unlabelled.classes == () and not joined(unlabelled.eval_batches("test"), "labels").any()
@@ -538,7 +543,7 @@ def test_without_a_network(package, tmp_path):
 
 def test_another_archive_is_refused(package, monkeypatch):
     archive = package(sha256="0" * 64)
-    with pytest.raises(ValueError, match="not emoji-datasource-twitter-16.0.0.tgz as it was published"):
+    with pytest.raises(ValueError, match=r"not emoji-datasource-twitter-16\.0\.0\.tgz as it was published"):
         open_pictures(f"emoji:{archive}")
     package()
     monkeypatch.setattr(pictures_module, "_MAX_MEMBER", 100)
@@ -567,8 +572,7 @@ def test_the_published_packages(spec, count, classes, tmp_path, monkeypatch):
     found = open_pictures(spec, "all")
     assert (len(found), len(found.classes)) == (count, classes)
     assert contents(found) == contents(open_pictures(spec, "all"))  # from the cache
-    for picture in found:
-        assert min(decode(picture.content).size) >= 16
+    assert len({picture.name for picture in found}) == count
 
 
 # ------------------------------------------------------------------------------------------------------------ one loop
@@ -642,7 +646,7 @@ def test_bad_sources(tmp_path):
             open_pictures(spec)
     with pytest.raises(FileNotFoundError, match="no folder of pictures"):
         open_pictures(f"folder:{tmp_path}/missing")
-    with pytest.raises(ValueError, match="no file in .* has the name of a picture"):
+    with pytest.raises(ValueError, match=r"no file in .* has the name of a picture"):
         open_pictures(f"folder:{tmp_path}")
     with pytest.raises(FileNotFoundError, match="no ArrayRecord file"):
         open_pictures(f"arrayrecord:{tmp_path}/missing")
@@ -651,7 +655,7 @@ def test_bad_sources(tmp_path):
         [open_pictures(f"folder:{tmp_path}", split) for split in ("train", "validation")]
     with pytest.raises(ValueError, match="split='dev'"):
         open_pictures("digits", "dev")
-    with pytest.raises(ValueError, match="holdout=0.7"):
+    with pytest.raises(ValueError, match=r"holdout=0\.7"):
         open_pictures("digits", holdout=0.7)
 
 

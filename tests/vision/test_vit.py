@@ -272,3 +272,28 @@ def test_learns_random_labels():
     accuracy = jax.jit(lambda state, keys: jax.lax.scan(step, state, keys)[1])(state, keys)
     assert accuracy[0] < 0.5
     assert accuracy[-1] > 0.9
+
+
+# --------------------------------------------------------------------------------------------------------------- pixels
+
+
+def test_bytes_are_normalised_and_floats_are_not():
+    task, params = ImageClassification(model=LINEAR, pixel_mean=0.4, pixel_std=0.2), make_params(LINEAR)
+    pixels = np.random.default_rng(3).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    floats = ((pixels / 255 - 0.4) / 0.2).astype(np.float32)
+    np.testing.assert_allclose(task.logits(params, pixels), logits_of(LINEAR, params, floats), rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(task.logits(params, floats), ViT(LINEAR).apply({"params": params}, floats))
+    shapes = jax.tree.map(jnp.shape, jax.eval_shape(task.init, jax.random.key(0), {"images": pixels}))
+    assert jax.tree.leaves(shapes) == jax.tree.leaves(jax.tree.map(jnp.shape, params))
+    with pytest.raises(ValueError, match="pixel_std is 0"):
+        dataclasses.replace(task, pixel_std=0)
+
+
+@MODELS
+def test_the_head_is_linear_in_the_features(config):
+    task, params, images = ImageClassification(model=config), make_params(config), make_batch()["images"]
+    features = task.features(params, images)
+    assert features.shape == (6, config.d_model) and features.dtype == jnp.float32
+    head = params["head"]
+    expected = features @ head["kernel"] + head["bias"]
+    np.testing.assert_allclose(expected, task.logits(params, images), rtol=1e-4, atol=1e-4)
