@@ -36,6 +36,7 @@ from jaxtok.nn.quantizers import Quantized, code_counts, perplexity
 from jaxtok.protocols import Batch, Params
 from jaxtok.vision.augmentation import AugmentationDraws, augment, draw_augmentation
 from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, hinge_loss, new_statistics
+from jaxtok.vision.metrics import psnr
 from jaxtok.vision.perceptual import LPIPS, VGG_WIDTHS, read_lpips
 
 COUNTED = 2**20
@@ -353,7 +354,8 @@ class Autoencoding:
         return params if self.discriminator is None else {**params, "statistics": metrics["state"]}
 
     def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means over images of the loss (nll), L1, squared error and PSNR (dB, of pixels within [0, 1]), and how many.
+        """Means over images of the loss (nll) and L1, of the squared error and PSNR (dB, at most 100) of pixels that are
+        limited to [0, 1], and the number of images.
 
         Of vocabularies up to 2^20, also the codes used, and their perplexity. Codes that are drawn by their definition
         are drawn by the batch's number.
@@ -366,10 +368,10 @@ class Autoencoding:
             rng = jax.random.fold_in(jax.random.key(0), number)
             found, used = jax.device_get(_evaluation_sums(self, params, batch, rng))
             sums, counts = sums + np.asarray(found, np.float64), counts + np.asarray(used, np.float64)
-        loss, l1, mse, psnr, images = sums.tolist()
+        loss, l1, mse, ratio, images = sums.tolist()
         if not images:
             raise ValueError("the evaluation data hold no image; choose a larger data set or split.")
-        row = {"loss": loss / images, "l1": l1 / images, "mse": mse / images, "psnr": psnr / images, "images": images}
+        row = {"loss": loss / images, "l1": l1 / images, "mse": mse / images, "psnr": ratio / images, "images": images}
         if np.size(counts) > 1:
             row |= {"codes_used": float(np.sum(counts > 0)), "perplexity": float(perplexity(jnp.asarray(counts)))}
         return row
@@ -427,9 +429,10 @@ def _sums(task: Autoencoding, params: Params, batch: Batch, rng):
     fake, quantized = _quantized(task, params["autoencoder"], x, rng, "__call__")
     l1 = jnp.abs(x - fake).mean((1, 2, 3))
     nll = l1 + task.perceptual_weight * task.distance(params)(x, fake)
-    mse = jnp.square(x - jnp.clip(fake, 0, 1)).mean((1, 2, 3))
-    psnr = -10 * jnp.log10(jnp.maximum(mse, 1e-10))
-    sums = jnp.stack([jnp.sum(value * mask) for value in (nll, l1, mse, psnr, jnp.ones_like(mask))])
+    shown = jnp.clip(fake, 0, 1)
+    mse = jnp.square(x - shown).mean((1, 2, 3))
+    ratio = jnp.minimum(psnr(x, shown), 100.0)
+    sums = jnp.stack([jnp.sum(value * mask) for value in (nll, l1, mse, ratio, jnp.ones_like(mask))])
     size = task.vocab_size**task.sub_codes
     if size > COUNTED:
         return sums, 0.0

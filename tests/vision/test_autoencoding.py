@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from image_tokenizers import SIZES, random_params
 
+from jaxtok.configuration import load_config
 from jaxtok.interop.vqgan import from_official, read_official, to_official, unused_shapes, write_official
 from jaxtok.nn.convolution import Encoder, GroupNorm
 from jaxtok.training.checkpoints import load
@@ -436,3 +438,14 @@ def test_lpips_is_read_when_a_run_begins(lpips_file, tmp_path):
     np.testing.assert_allclose(task.distance(state.params)(x, y), expected, rtol=1e-5)
     with pytest.raises(FileNotFoundError, match="no file of weights"):
         dataclasses.replace(task, perceptual=str(tmp_path / "nothing.pth")).load_weights(state.params)
+
+
+@pytest.mark.slow
+def test_bae_uses_its_codes_and_vq_does_not(tmp_path):
+    """ELM's claim, on emoji: the study of configs/vision/tokenizers_study.py."""
+    study = load_config(Path(__file__).parents[2] / "configs" / "vision" / "tokenizers_study.py")
+    assert dataclasses.replace(study, workdir=str(tmp_path)).run()
+    found = {row["arm"]: row["test"] for row in json.loads((tmp_path / "results.json").read_text()).values()}
+    drawn, compared, vq = (found[arm.name] for arm in study.arms)
+    assert drawn["share_used"] > 0.5 and compared["share_used"] > 0.5 and vq["share_used"] < 0.3
+    assert drawn["l1"] < 0.9 * vq["l1"]
