@@ -354,8 +354,8 @@ class Autoencoding:
         return params if self.discriminator is None else {**params, "statistics": metrics["state"]}
 
     def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means over images of the loss (nll) and L1, of the squared error and PSNR (dB, at most 100) of pixels that are
-        limited to [0, 1], and the number of images.
+        """Means over images of the loss (nll) and L1, and of the squared error and PSNR (dB, at most 100) of pixels
+        that are limited to [0, 1]; and the number of images.
 
         Of vocabularies up to 2^20, also the codes used, and their perplexity. Codes that are drawn by their definition
         are drawn by the batch's number.
