@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxtok.axes import constrain
 from jaxtok.nn.convolution import AutoencoderConfig, Encoder, Generator, last_conv, last_name
 from jaxtok.nn.losses import masked_mean
 from jaxtok.nn.quantizers import Quantized, code_counts, perplexity
@@ -438,7 +439,7 @@ def _sums(task: Autoencoding, params: Params, batch: Batch, rng):
         return sums, 0.0
     whole = sum(quantized.codes[..., n] * task.vocab_size ** (task.sub_codes - 1 - n) for n in range(task.sub_codes))
     places = jnp.where(mask[:, None, None] > 0, whole, size)  # what fills the batch falls off the end
-    return sums, code_counts(places, size)
+    return sums, constrain(code_counts(places, size), None)  # whole on each device
 
 
 _encode = jax.jit(_encode_images, static_argnums=0)

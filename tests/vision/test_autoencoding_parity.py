@@ -285,7 +285,7 @@ def adversarial(c, **options) -> Recorded:
             start_step=c["disc_start_step"],
             max_weight=c["disc_weight_max"],
             augment=c["diff_aug"],
-            augment_fakes=False,
+            augment_fakes="quantizer" in c,  # the authors' VQGAN augments both, their BAE the real ones
         ),
         perceptual="mse",
         perceptual_weight=c["perceptual_weight"],
