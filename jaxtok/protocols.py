@@ -29,9 +29,13 @@ bytes      int32    how many bytes of text the target stands for (0 for special 
 
 A batch of images has
 
-images     uint8    [batch, height, width, 3]
+images     uint8    [batch, height, width, channels]; or float32 in [0, 1], where that is so
 labels     int32    [batch], the class
 mask       float32  [batch], 1 where the image counts, 0 where it only fills the batch
+
+and a batch of codes, in place of the images,
+
+codes      int32    [batch, positions, sub_codes], as an `ImageTokenizer` makes them
 """
 
 
@@ -137,6 +141,32 @@ class Task(Protocol):
 
     def flops(self, batch: Batch) -> float:
         """Model FLOPs of one training step on the batch (forward and backward, no recomputation)."""
+        ...
+
+
+@runtime_checkable
+class ImageTokenizer(Protocol):
+    """Images to grids of codes and back: a Task, whose parameters are what `init` makes."""
+
+    image_size: int
+    """Side of the images in pixels."""
+    grid: tuple[int, int]
+    """Rows and columns of positions; position n is row-major."""
+    sub_codes: int
+    """Codes at each position."""
+    vocab_size: int
+    """Values of each of them."""
+
+    def encode(self, params: Params, images: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """Codes int32 [batch, positions, sub_codes] of images [batch, height, width, channels] in [0, 1].
+
+        Without a key, the same images have the same codes; a tokenizer whose codes are drawn by its definition raises
+        a ValueError that says so.
+        """
+        ...
+
+    def decode(self, params: Params, codes: jax.Array) -> jax.Array:
+        """Images [batch, height, width, channels] in float32, not limited to [0, 1]."""
         ...
 
 

@@ -54,12 +54,16 @@ class Opened:
     step: int = 0
 
 
-def open_model(path: Path, adapter: Path | None = None) -> Opened:
+def open_model(path: Path, adapter: Path | None = None, ema: bool = False) -> Opened:
     """A run's newest checkpoint, the one at RUN/checkpoints/STEP, or a Hugging Face folder.
 
     Of a run that trains an adapter, the model with it; and with the one in the PEFT folder `adapter`, if it is given.
+    With `ema`, of a run that keeps a moving average of the parameters, this.
+
+    Raises:
+      ValueError: there is no average.
     """
-    opened = _open_base(path)
+    opened = _open_base(path, ema)
     if isinstance(opened.task, Lora):
         merged = opened.task.merged(opened.params)
         opened = dataclasses.replace(opened, task=opened.task.task, params=merged)
@@ -69,7 +73,9 @@ def open_model(path: Path, adapter: Path | None = None) -> Opened:
     return opened
 
 
-def _open_base(path: Path) -> Opened:
+def _open_base(path: Path, ema: bool) -> Opened:
+    if ema and (hat.is_folder(path) or huggingface.is_folder(path)):
+        raise ValueError(f"{path} is no run, so it has no moving average; leave out ema.")
     if hat.is_folder(path):
         model, params = hat.read_folder(path)
         task, data = _use(model, path)
@@ -81,7 +87,7 @@ def _open_base(path: Path) -> Opened:
             tokenizer = load_tokenizer(data.tokenizer)
             return Opened(task, params, data, tokenizer, [], [tokenizer.eod_id])
         return Opened(task, params, data, *huggingface.read_tokenizer(path))
-    loaded = load(path)
+    loaded = load(path).averaged() if ema else load(path)
     data = loaded.experiment.data
     if not hasattr(data, "tokenizer"):
         return Opened(loaded.task, loaded.params, data, None, [], [], loaded.meta.step)
@@ -118,6 +124,7 @@ def evaluate(
     batches: int = 0,
     output: Path | None = None,
     adapter: Path | None = None,
+    ema: bool = False,
 ) -> dict[str, float]:
     """Loss, perplexity and bits per byte of a checkpoint on a corpus; of a model of images, its own numbers.
 
@@ -129,8 +136,9 @@ def evaluate(
       batches: evaluate only so many; 0: all.
       output: also write the numbers into this JSON file.
       adapter: a PEFT folder of LoRA, whose differences are added to the model.
+      ema: take the moving average of the parameters, of a run that keeps one (optimizer.ema_decay).
     """
-    loaded = open_model(checkpoint, adapter)
+    loaded = open_model(checkpoint, adapter, ema)
     data = dataclasses.replace(loaded.data, eval_limit=batches)
     source = "corpus" if hasattr(data, "corpus") else "images"
     if corpus:
@@ -155,6 +163,7 @@ def generate(
     stop_at_end: bool = True,
     stream: bool = True,
     adapter: Path | None = None,
+    ema: bool = False,
 ) -> list[bytes]:
     """Continues prompts: a single one token by token on the terminal, several as a batch.
 
@@ -172,8 +181,9 @@ def generate(
       stop_at_end: stop where the model ends the document.
       stream: write the texts to the standard output.
       adapter: a PEFT folder of LoRA, whose differences are added to the model.
+      ema: take the moving average of the parameters, of a run that keeps one (optimizer.ema_decay).
     """
-    loaded = open_model(checkpoint, adapter)
+    loaded = open_model(checkpoint, adapter, ema)
     tokenizer = loaded.tokenizer
     if tokenizer is None:
         raise ValueError(f"{checkpoint} is of {type(loaded.task).__name__}, whose data are no text to continue.")

@@ -34,8 +34,12 @@ from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.lora import Lora
+from jaxtok.vision.autoencoding import Autoencoding
+from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.classification import ImageClassification
+from jaxtok.vision.discriminator import DiscriminatorConfig
 from jaxtok.vision.vit import TokenFormerViTConfig
+from jaxtok.vision.vqgan import VQGANConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,6 +187,19 @@ def images() -> Case:
     return Case(ImageClassification(model=model), data, batch, {"sequence": "an image is 4 patches and a token"})
 
 
+TOKENIZER = {"image_size": 8, "width": 64, "multipliers": (1, 1), "res_blocks": 1, "attention_resolutions": ()}
+
+
+def autoencoding(model, **options) -> Case:
+    rng = np.random.default_rng(0)
+    batch = {
+        "images": rng.integers(0, 256, (8, 8, 8, 3)).astype(np.uint8),
+        "labels": np.zeros(8, np.int32),
+        "mask": (np.arange(8) < 7).astype(np.float32),
+    }
+    return Case(Autoencoding(model=model, **options), ImageData(images="digits", size=8, batch_size=8), batch)
+
+
 def lexinvariant(model, **options) -> Case:
     return dataclasses.replace(text(model), task=LexinvariantModeling(model=model, **options))
 
@@ -288,6 +305,16 @@ TASKS = {
     ),
     "lora": lambda: lora(text(LlamaConfig(**SIZES, num_kv_heads=2, mlp_dim=32, tie_embeddings=False))),
     "tokenformer_vit": images,
+    "bae": lambda: autoencoding(
+        BAEConfig(**TOKENIZER, embed_dim=64, bits=8, sub_codes=2, code_weight=0.1),
+        discriminator=DiscriminatorConfig(width=8, layers=1, start_step=0, augment=True),
+        perceptual="mse",
+    ),
+    "vqgan": lambda: autoencoding(
+        VQGANConfig(**TOKENIZER | {"multipliers": (1,)}, embed_dim=32, codebook_size=64),
+        discriminator=None,
+        perceptual="none",
+    ),
     "electra": lambda: encoder(lambda m: ReplacedTokens(model=m, masking=MASKING, generator_width=0.5), ONE_HEAD),
     "masked_words": lambda: encoder(
         lambda m: MaskedWords(model=dataclasses.replace(m, mask_head=True, replaced_head=False), masking=MASKING)

@@ -19,11 +19,12 @@ import numpy as np
 import safetensors.numpy
 
 from jaxtok.interop.huggingface import Source, sources
-from jaxtok.interop.tensors import expected_shapes, open_safetensors
+from jaxtok.interop.tensors import expected_shapes
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.nn.lora import Site, flat, merge, nested
 from jaxtok.protocols import Params
+from jaxtok.weights import open_safetensors
 
 _PREFIX = "base_model.model."
 _MUST_BE_OFF = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "use_bdlora", "alora_invocation_tokens")

@@ -12,12 +12,12 @@ import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 
 from jaxtok.lm import bert, t5
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.lm.t5 import T5Config
+from jaxtok.weights import open_safetensors, torch_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +55,6 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._open[path]
 
 
-def open_safetensors(path: Path) -> Any:
-    """A file of tensors, open.
-
-    Raises:
-      ValueError: it is damaged.
-    """
-    try:
-        return safetensors.safe_open(path, framework="flax")  # unlike "numpy", it knows bfloat16
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}); fetch it again.") from error
-
-
 def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
     """The tensors in model.safetensors, in the shards of its index, or in pytorch_model.bin (needs PyTorch).
 
@@ -91,17 +79,6 @@ def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
             state = state.get("module", state)  # DeepSpeed keeps the model under this key
             return {name: tensor.float().numpy() for name, tensor in state.items()}
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
-
-
-def torch_for(purpose: str) -> Any:
-    """PyTorch, which only this needs."""
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(
-            f"{purpose} needs PyTorch; pip install torch, or convert the file to model.safetensors first."
-        ) from None
-    return torch
 
 
 def expected_shapes(config: Any) -> dict[tuple[str, ...], tuple[int, ...]]:

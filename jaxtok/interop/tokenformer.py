@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from jaxtok.interop.tensors import expected_shapes, read_tensors, torch_for
+from jaxtok.interop.tensors import expected_shapes, read_tensors
 from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
+from jaxtok.weights import torch_for
 
 _SITES = {  # group -> the authors' name in a layer
     "query": "attention.query",

@@ -28,7 +28,7 @@ from jaxtok.training.distributed import barrier, gather, is_main
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import write_whole
 from jaxtok.training.mesh import Layout, one_device, unboxed
-from jaxtok.training.optimizer import make_optimizer
+from jaxtok.training.optimizer import averaged_params, make_optimizer
 
 T = TypeVar("T")
 
@@ -326,6 +326,14 @@ class Loaded:
         abstract = abstract_opt_state(optimizer, abstract_params(self.task, self.experiment.data))
         with Checkpoints(self.directory) as checkpoints:
             return checkpoints.opt_state(self.meta.step, abstract)
+
+    def averaged(self) -> Loaded:
+        """With the moving average of the parameters in their place (`OptimizerConfig.ema_decay`).
+
+        Raises:
+          ValueError: the run kept none.
+        """
+        return dataclasses.replace(self, params=averaged_params(self.opt_state(), self.params))
 
 
 def find_run(path: str | Path) -> tuple[Path, int | None]:

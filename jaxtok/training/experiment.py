@@ -84,6 +84,11 @@ class Experiment:
                 f"train.accumulate is {self.train.accumulate}, which does not divide "
                 f"data.batch_size = {self.data.batch_size}."
             )
+        if self.train.optimizer.ema_decay and any(growth.optimizer == "keep" for growth in self.growth):
+            raise ValueError(
+                f"train.optimizer.ema_decay is {self.train.optimizer.ema_decay}, but a growth keeps the optimizer's "
+                "state, in which an average does not grow; choose growth.optimizer = reset, or no average."
+            )
 
     @property
     def directory(self) -> Path:

@@ -38,7 +38,7 @@ from jaxtok.training.distributed import barrier, gather, is_main
 from jaxtok.training.experiment import MAY_CHANGE, Experiment, TrainConfig, resolve
 from jaxtok.training.logs import Display, MetricsLog, NoLog
 from jaxtok.training.mesh import Layout, make_layout, one_device, unboxed
-from jaxtok.training.optimizer import learning_rate, make_optimizer
+from jaxtok.training.optimizer import descend, learning_rates, make_optimizer, move_average
 from jaxtok.training.peak import peak_flops
 
 INTERRUPTED = 75
@@ -147,7 +147,13 @@ def initial_state(task: Any, train_config: TrainConfig, data: Any, layout: Layou
         return _state(0, 0, params, optimizer.init(params), rng)
 
     with layout.active():
-        return jax.jit(make, out_shardings=_shardings(abstract_state(task, train_config, data, layout)))()
+        state = jax.jit(make, out_shardings=_shardings(abstract_state(task, train_config, data, layout)))()
+        params = task.load_weights(state.params) if hasattr(task, "load_weights") else state.params
+        if params is not state.params:
+            params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+            opt_state = jax.jit(optimizer.init, out_shardings=_shardings(state.opt_state))(params)
+            state = state.replace(params=params, opt_state=opt_state)
+    return state
 
 
 def abstract_state(task: Any, train_config: TrainConfig, data: Any, layout: Layout) -> TrainState:
@@ -272,15 +278,18 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any,
         trainable = task.trainable(state.params)
         if trainable is not None:
             grads = jax.tree.map(jnp.multiply, grads, trainable)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        rate = learning_rate(train_config.optimizer, state.step - state.stage_start, steps)
-        updates = jax.tree.map(lambda u: -rate * u, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params, step=state.step)
+        rates = learning_rates(train_config.optimizer, state.step - state.stage_start, steps)
+        updates = descend(updates, rates)
         if trainable is not None:  # weight decay moves parameters without a gradient
             updates = jax.tree.map(jnp.multiply, updates, trainable)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads), "learning_rate": rate} | metrics
+        named = {"_".join(filter(None, ("learning_rate", part))): rate for part, rate in rates.items()}
+        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads)} | named | metrics
         if hasattr(task, "after_step"):
             params = task.after_step(params, metrics, state.step)
+        metrics.pop("state", None)
+        opt_state = move_average(train_config.optimizer, opt_state, params, state.step + 1, trainable)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     state = _shardings(abstract_state(task, train_config, data, layout))

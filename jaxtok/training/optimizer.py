@@ -6,7 +6,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ SCHEDULES = ("cosine", "linear", "exponential", "constant")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class Rule:
     """An optimizer, its schedule and clipping; defaults: the TokenFormer recipe."""
 
     name: Literal["adamw", "lion", "adafactor", "sgd"] = "adamw"
@@ -60,7 +60,47 @@ class OptimizerConfig:
             raise ValueError(f"clip is {self.clip} and weight_decay {self.weight_decay}; neither can be negative.")
 
 
-def learning_rate(config: OptimizerConfig, step: Any, steps: int) -> jax.Array:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PartOptimizer(Rule):
+    """The optimizer of a part of the parameters, with a state, rates and clipping of its own."""
+
+    part: str = ""
+    """Its name at the top of the tree of parameters."""
+    start: int = 0
+    """The step of its first update; in front of it, parameters and state stay as they are. (The schedule counts from
+    the run's first step.)"""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.part:
+            raise ValueError("a part of the optimizer has no name; set part to a name at the top of the parameters.")
+        if self.start < 0:
+            raise ValueError(f"start is {self.start}; it must be 0 or more.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(Rule):
+    """How all parameters are updated, but for the parts that have an optimizer of their own."""
+
+    parts: tuple[PartOptimizer, ...] = ()
+    ema_decay: float = 0.0
+    """A moving average of the parameters, average = decay average + (1 - decay) parameters, is kept in the optimizer's
+    state; 0: none."""
+    ema_every: int = 1
+    """Updates from one step of the average to the next."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        names = [part.part for part in self.parts]
+        if len(set(names)) < len(names):
+            raise ValueError(f"optimizer.parts are {', '.join(names)}; each part can have one optimizer.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay is {self.ema_decay}; it must be in [0, 1).")
+        if self.ema_every < 1:
+            raise ValueError(f"ema_every is {self.ema_every}; it must be at least 1.")
+
+
+def learning_rate(config: Rule, step: Any, steps: int) -> jax.Array:
     """The rate of update `step` (from 0) in a run of `steps`, as GPT-NeoX's AnnealingLR has it, in float32.
 
     With w = warmup * steps, which is not rounded, the rate is lr * step / w up to step w (so the very first update has
@@ -90,8 +130,32 @@ def learning_rate(config: OptimizerConfig, step: Any, steps: int) -> jax.Array:
     return jnp.where(step <= warm, high * step / warm, rate) if warm else rate
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The direction of the update, to be multiplied by minus the learning rate."""
+def learning_rates(config: OptimizerConfig, step: Any, steps: int) -> dict[str, jax.Array]:
+    """As `learning_rate`; those of the parts by their names, and that of the rest under ""."""
+    return {"": learning_rate(config, step, steps)} | {p.part: learning_rate(p, step, steps) for p in config.parts}
+
+
+def descend(updates: Any, rates: Mapping[str, jax.Array]) -> Any:
+    """Directions times minus their learning rates."""
+
+    def scaled(tree, rate):
+        return jax.tree.map(lambda u: -rate * u, tree)
+
+    if len(rates) == 1:
+        return scaled(updates, rates[""])
+    return {name: scaled(part, rates.get(name, rates[""])) for name, part in updates.items()}
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
+    """The direction of the update, to be multiplied by minus the learning rate.
+
+    Where parts of it start late, `update` needs the `step`, from 0.
+    """
+    optimizer = _in_parts(_direction(config), config.parts) if config.parts else _direction(config)
+    return without_frozen(_with_average(optimizer) if config.ema_decay else optimizer)
+
+
+def _direction(config: Rule) -> optax.GradientTransformation:
     scale = {
         "adamw": lambda: _adam(config),
         "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
@@ -104,28 +168,112 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         parts.append(optax.add_decayed_weights(config.weight_decay, mask=decayed))
     if config.layer_decay < 1:
         parts.append(optax.stateless(lambda updates, _: decay_by_layer(updates, config.layer_decay)))
-    return without_frozen(optax.chain(*parts))
+    return optax.chain(*parts)
 
 
-def without_frozen(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def _in_parts(rest: optax.GradientTransformation, parts: tuple[PartOptimizer, ...]) -> Any:
+    """Each part with its own optimizer, and all else with `rest`. The state is that of the rest, and theirs by name."""
+    own = {part.part: _direction(part) for part in parts}
+
+    def cut(tree):
+        if tree is None:
+            return None, dict.fromkeys(own)
+        if missing := [name for name in own if name not in tree]:
+            raise ValueError(
+                f"optimizer.parts names {missing[0]!r}, but the parameters at the top are {', '.join(sorted(tree))}."
+            )
+        # A part keeps its name, by which its moments find their place on a mesh.
+        return {k: v for k, v in tree.items() if k not in own}, {name: {name: tree[name]} for name in own}
+
+    def init(params):
+        others, cuts = cut(params)
+        return rest.init(others), {name: optimizer.init(cuts[name]) for name, optimizer in own.items()}
+
+    def update(updates, state, params=None, *, step=None, **_):
+        (grads, grads_of), (values, values_of) = cut(updates), cut(params)
+        changed, rest_state = rest.update(grads, state[0], values)
+        states = {}
+        for part in parts:
+            name, old = part.part, state[1][part.part]
+            moved, new = own[name].update(grads_of[name], old, values_of[name])
+            if part.start:
+                active = step >= part.start
+                moved = jax.tree.map(lambda u, active=active: jnp.where(active, u, 0), moved)
+                new = jax.tree.map(lambda a, b, active=active: jnp.where(active, a, b), new, old)
+            changed, states[name] = {**changed, **moved}, new
+        return changed, (rest_state, states)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class Averaged(NamedTuple):
+    """An optimizer's state beside a moving average of the parameters."""
+
+    state: Any
+    average: Any
+
+
+def _with_average(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with room for the average, which `move_average` moves, as it is of what the update makes."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(updates, state, params=None, **options):
+        changed, inner = optimizer.update(updates, state.state, params, **options)
+        return changed, Averaged(inner, state.average)
+
+    return optax.GradientTransformationExtraArgs(lambda params: Averaged(optimizer.init(params), params), update)
+
+
+def move_average(config: OptimizerConfig, opt_state: Any, params: Any, updates: Any, trainable: Any = None) -> Any:
+    """The optimizer's state behind update number `updates` (from 1), which made `params`.
+
+    What does not train (`trainable` is 0) is no average, but as it is.
+    """
+    if not config.ema_decay:
+        return opt_state
+    due, decay = updates % config.ema_every == 0, config.ema_decay
+
+    def one(average, new, trains=1.0):
+        mean = decay * average + (1 - decay) * new
+        return jnp.where(trains, jnp.where(due, mean, average), new).astype(new.dtype)
+
+    trees = [params] if trainable is None else [params, trainable]
+    return opt_state._replace(average=jax.tree.map(one, opt_state.average, *map(_not_frozen, trees)))
+
+
+def averaged_params(opt_state: Any, params: Any) -> Any:
+    """The parameters with their averages in place of themselves.
+
+    Raises:
+      ValueError: the run kept none.
+    """
+    if not isinstance(opt_state, Averaged):
+        raise ValueError("the run kept no moving average of its parameters; train it with optimizer.ema_decay > 0.")
+    return {**params, **opt_state.average} if isinstance(params, Mapping) else opt_state.average
+
+
+def without_frozen(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """The optimizer of all parameters but those under `frozen` at the top of the tree, which stay and have no state."""
+    optimizer = optax.with_extra_args_support(optimizer)
 
-    def rest(tree):
-        return {name: part for name, part in tree.items() if name != "frozen"} if is_split(tree) else tree
-
-    def is_split(tree):
-        return isinstance(tree, Mapping) and "frozen" in tree
-
-    def update(updates, state, params=None):
-        changed, state = optimizer.update(rest(updates), state, rest(params))
-        if is_split(updates):
+    def update(updates, state, params=None, **options):
+        changed, state = optimizer.update(_not_frozen(updates), state, _not_frozen(params), **options)
+        if _is_split(updates):
             changed = {**changed, "frozen": jax.tree.map(jnp.zeros_like, updates["frozen"])}
         return changed, state
 
-    return optax.GradientTransformation(lambda params: optimizer.init(rest(params)), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optimizer.init(_not_frozen(params)), update)
 
 
-def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+def _not_frozen(tree: Any) -> Any:
+    return {name: part for name, part in tree.items() if name != "frozen"} if _is_split(tree) else tree
+
+
+def _is_split(tree: Any) -> bool:
+    return isinstance(tree, Mapping) and "frozen" in tree
+
+
+def _adam(config: Rule) -> optax.GradientTransformation:
     """optax's Adam, whose first moments are (1 - b1^t) and second moments (1 - b2^t) of what they are corrected to."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.bias_correction:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 
 from jaxtok.configuration import load_config
 from jaxtok.data.encoders import EncoderData
+from jaxtok.data.images import ImageData
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
 from jaxtok.data.words import WordText
@@ -27,7 +28,9 @@ from jaxtok.tokenizers.words import WordSplitter
 from jaxtok.training.checkpoints import begin, load, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.mesh import MeshConfig
-from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.training.optimizer import OptimizerConfig, PartOptimizer
+from jaxtok.vision.autoencoding import Autoencoding, TokenizerConfig
+from jaxtok.vision.discriminator import DiscriminatorConfig
 
 
 def gpt_neox(
@@ -205,6 +208,55 @@ def mrt5(size: str, *, target_rate: float = 0.5, fsdp: int = 16) -> Experiment:
     )
     task = MrT5Training(model=model, target_rate=target_rate)
     return _span_corruption(f"mrt5_{size}", task, 5_000, optimizer, fsdp)
+
+
+def image_tokenizer(
+    model: TokenizerConfig,
+    *,
+    name: str,
+    images: str = "tfds:imagenet2012",
+    perceptual: str = "data/lpips",
+    steps: int = 1_000_000,
+    batch_size: int = 256,
+    learning_rate: float = 1.8e-5,
+    start_step: int = 400_001,
+    fsdp: int = 1,
+) -> Experiment:
+    """The recipe of ELM's tokenizers (arXiv 2410.16257): a million steps of 256 images.
+
+    Two Adams 0.9/0.999 without decay or clipping at one constant rate, LPIPS (weight 1), a discriminator of three
+    layers with an adaptive weight of 1 at most, and an average of the parameters, 0.995 every 10 steps. ELM's own
+    training script is not public; the rate (4.5e-6 times 4 images a device) and the start of the discriminator are
+    those of binary latent diffusion's command. Its images are flipped a batch at a time, ours one by one.
+    """
+    adam: dict[str, Any] = {
+        "learning_rate": learning_rate,
+        "min_learning_rate": learning_rate,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "b2": 0.999,
+        "weight_decay": 0.0,
+        "clip": 0.0,
+    }
+    discriminator = PartOptimizer(**adam, part="discriminator", start=start_step + 1)
+    return Experiment(
+        name=name,
+        task=Autoencoding(
+            model=dataclasses.replace(model, dtype="bfloat16", remat_levels=True),
+            discriminator=DiscriminatorConfig(start_step=start_step),
+            perceptual=perceptual,
+        ),
+        data=ImageData(images=images, size=model.image_size, batch_size=batch_size, workers=16, eval_limit=40),
+        train=TrainConfig(
+            steps=steps,
+            optimizer=OptimizerConfig(**adam, parts=(discriminator,), ema_decay=0.995, ema_every=10),
+            log_every=100,
+            eval_every=10_000,
+            checkpoint_every=10_000,
+            keep_checkpoints=3,
+        ),
+        mesh=MeshConfig(fsdp=fsdp),
+    )
 
 
 def _span_corruption(

@@ -62,11 +62,16 @@ EVERYWHERE = ("tokenformer", "transformer", "tokenformer_vit", "electra")
 """Of the other tasks, meshes of one axis are tested with --slow: those of several have all axes between them."""
 
 
+NOT_BY_LENGTH = ("bae", "vqgan")
+"""Nothing of them is divided by `sequence`; that mesh is tested with --slow."""
+
+
 def tasks_on_meshes():
     for name in TASKS:
         for mesh, config in MESHES.items():
             axes = sum(getattr(config, axis) > 1 for axis in ("data", "fsdp", "tensor", "sequence"))
-            marks = [pytest.mark.slow] if axes == 1 and name not in EVERYWHERE else []
+            slow = (axes == 1 and name not in EVERYWHERE) or (mesh == "sequence" and name in NOT_BY_LENGTH)
+            marks = [pytest.mark.slow] if slow else []
             yield pytest.param(name, mesh, marks=marks, id=f"{name}-{mesh}")
 
 

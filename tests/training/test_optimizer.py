@@ -6,7 +6,18 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtok.training.optimizer import OPTIMIZERS, OptimizerConfig, decayed, learning_rate, make_optimizer
+from jaxtok.training.optimizer import (
+    OPTIMIZERS,
+    OptimizerConfig,
+    PartOptimizer,
+    averaged_params,
+    decayed,
+    descend,
+    learning_rate,
+    learning_rates,
+    make_optimizer,
+    move_average,
+)
 
 
 @pytest.mark.parity("tokenformer/schedule*.npz")
@@ -127,3 +138,86 @@ def test_every_optimizer_lowers_a_quadratic(name):
 def test_impossible_values_are_named(field, value):
     with pytest.raises(ValueError, match=field):
         OptimizerConfig(**{field: value})
+
+
+ADAM = {"learning_rate": 0.1, "min_learning_rate": 0.0, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0}
+
+
+def test_parts_have_optimizers_of_their_own():
+    """Each is what it would be alone: its rate, clipping and state, from its own first step on."""
+    config = OptimizerConfig(**ADAM, parts=(PartOptimizer(**ADAM | {"learning_rate": 0.3}, part="b", start=2),))
+    params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(3)}, "frozen": {"kernel": jnp.ones(1)}}
+    rng = np.random.default_rng(0)
+    grads = [jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params) for _ in range(4)]
+    optimizer = make_optimizer(config)
+
+    def alone(name, grads, config):
+        optimizer, found = make_optimizer(config), []
+        state = optimizer.init({name: params[name]})
+        for grad in grads:
+            update, state = optimizer.update({name: grad[name]}, state, {name: params[name]})
+            found.append(descend(update, learning_rates(config, 0, 10))[name]["kernel"])
+        return found
+
+    state, found = optimizer.init(params), []
+    for step, grad in enumerate(grads):
+        update, state = optimizer.update(grad, state, params, step=step)
+        found.append(descend(update, learning_rates(config, step, 10)))
+    a = alone("a", grads, OptimizerConfig(**ADAM))
+    b = alone("b", grads[2:], OptimizerConfig(**ADAM | {"learning_rate": 0.3}))
+    for step in range(4):
+        np.testing.assert_allclose(found[step]["a"]["kernel"], a[step], rtol=1e-6)
+        expected = b[step - 2] if step >= 2 else np.zeros(3)
+        np.testing.assert_allclose(found[step]["b"]["kernel"], expected, rtol=1e-6)
+        assert not np.any(found[step]["frozen"]["kernel"])
+    with pytest.raises(ValueError, match=r"names 'c', but the parameters at the top are a, b"):
+        make_optimizer(OptimizerConfig(parts=(PartOptimizer(part="c"),))).init({"a": params["a"], "b": params["b"]})
+
+
+def test_without_parts_and_average_all_is_as_it_was():
+    """The state's tree is that of a chain, so that older checkpoints are read."""
+    params = {"a": {"kernel": jnp.ones(2)}}
+    config = OptimizerConfig()
+    plain = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(0.1, decayed))
+    assert jax.tree.structure(make_optimizer(config).init(params)) == jax.tree.structure(plain.init(params))
+    averaged = make_optimizer(OptimizerConfig(ema_decay=0.9)).init(params)
+    assert jax.tree.structure(averaged.state) == jax.tree.structure(plain.init(params))
+
+
+def test_moving_average():
+    config = OptimizerConfig(ema_decay=0.75, ema_every=2)
+    params = {"a": jnp.zeros(2), "held": jnp.zeros(2), "frozen": jnp.zeros(2)}
+    state = make_optimizer(config).init(params)
+    trainable = {"a": 1.0, "held": jnp.zeros(2), "frozen": 1.0}
+    expected = 0.0
+    for number in range(1, 5):
+        params = {"a": jnp.full(2, float(number)), "held": jnp.full(2, float(number)), "frozen": jnp.zeros(2)}
+        state = move_average(config, state, params, number, trainable)
+        if number % 2 == 0:
+            expected = 0.75 * expected + 0.25 * number
+        np.testing.assert_allclose(state.average["a"], expected)
+        np.testing.assert_array_equal(state.average["held"], number)
+    found = averaged_params(state, params)
+    assert set(found) == set(params) and float(found["a"][0]) == pytest.approx(expected)
+    with pytest.raises(ValueError, match="kept no moving average"):
+        averaged_params(make_optimizer(OptimizerConfig()).init(params), params)
+
+
+def test_optimizers_that_cannot_be():
+    for options, said in (
+        ({"ema_decay": 1.0}, "ema_decay is 1.0"),
+        ({"ema_every": 0}, "ema_every is 0"),
+        ({"parts": (PartOptimizer(part="a"), PartOptimizer(part="a"))}, "each part can have one"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            OptimizerConfig(**options)
+    with pytest.raises(ValueError, match="has no name"):
+        PartOptimizer()
+    with pytest.raises(ValueError, match="start is -1"):
+        PartOptimizer(part="a", start=-1)
+
+
+def test_an_average_does_not_grow(experiment):
+    optimizer = dataclasses.replace(experiment.train.optimizer, ema_decay=0.9)
+    with pytest.raises(ValueError, match=r"ema_decay is 0\.9, but a growth keeps"):
+        dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, optimizer=optimizer))

@@ -1,0 +1,265 @@
+"""Checkpoints of VQGAN and BAE as the authors of ELM and of binary latent diffusion write them, both ways.
+
+Names: `ae.encoder.blocks.3.conv1.weight`, `ae.quantize...`, `ae.generator...`, `disc.main.2.weight`, `perceptual...`;
+in .th or .pt (PyTorch, tensors only) or .safetensors. What their classes hold and nothing here uses (a 1 x 1
+convolution in residual blocks that keep their width, the bias of attention's keys, the `logsigma` of the generator) is
+kept aside, or written as zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import flax.traverse_util
+import jax
+import numpy as np
+
+from jaxtok.nn.convolution import Layer, encoder_levels, generator_levels
+from jaxtok.protocols import Params
+from jaxtok.vision.autoencoding import Autoencoding, TokenizerConfig
+from jaxtok.vision.binary_autoencoder import BAEConfig
+from jaxtok.vision.discriminator import DiscriminatorConfig, Statistics
+from jaxtok.vision.perceptual import lpips_params, lpips_tensors
+from jaxtok.vision.vqgan import VQGANConfig
+from jaxtok.weights import read_weights, write_weights
+
+Tensors = Mapping[str, np.ndarray]
+Place = tuple[str, ...]
+
+_INSIDE = {
+    "conv": {"": ""},
+    "norm": {"": ""},
+    "res": {name: name for name in ("norm1", "conv1", "norm2", "conv2")} | {"shortcut": "conv_out"},
+    "attention": {"norm": "norm", "query": "q", "key": "k", "value": "v", "output": "proj_out"},
+    "down": {"conv": "conv"},
+    "up": {"conv": "conv"},
+}
+"""Our names of a block's layers to theirs."""
+
+
+def _layers(levels: list[list[Layer]], channels: int) -> Iterator[tuple[int, str, int, int]]:
+    """Number, kind, and channels in front of and behind each block."""
+    for number, (kind, features) in enumerate(layer for level in levels for layer in level):
+        yield number, kind, channels, features
+        channels = features
+
+
+def autoencoder_names(config: TokenizerConfig) -> dict[Place, str]:
+    """Paths of our parameters of the autoencoder to their names."""
+    names: dict[Place, str] = {}
+    for tower, levels, channels in _towers(config):
+        for number, kind, before, features in _layers(levels, channels):
+            for ours, theirs in _INSIDE[kind].items():
+                if ours == "shortcut" and before == features:
+                    continue
+                path = (tower, f"blocks_{number}", *filter(None, [ours]))
+                name = ".".join(filter(None, [f"{tower}.blocks.{number}", theirs]))
+                first = "scale" if "norm" in (kind, ours.rstrip("12")) else "kernel"
+                names[*path, first] = f"{name}.weight"
+                if ours != "key":
+                    names[*path, "bias"] = f"{name}.bias"
+    if isinstance(config, VQGANConfig) and config.quantizer_kind == "nearest":
+        return names | {("quantizer", "embedding"): "quantize.embedding.weight"}
+    proj = "quantize.proj.0" if isinstance(config, BAEConfig) else "quantize.proj"
+    return names | {
+        ("quantizer", "proj", "kernel"): f"{proj}.weight",
+        ("quantizer", "proj", "bias"): f"{proj}.bias",
+        ("quantizer", "embedding"): "quantize.embed.weight",
+    }
+
+
+def _towers(config: TokenizerConfig):
+    return (
+        ("encoder", encoder_levels(config), config.channels),
+        ("generator", generator_levels(config), config.embed_dim),
+    )
+
+
+def unused_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of their autoencoder that ours has not."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for tower, levels, channels in _towers(config):
+        for number, kind, before, features in _layers(levels, channels):
+            if kind == "res" and before == features:
+                name = f"{tower}.blocks.{number}.conv_out"
+                shapes |= {f"{name}.weight": (features, before, 1, 1), f"{name}.bias": (features,)}
+            if kind == "attention":
+                shapes[f"{tower}.blocks.{number}.k.bias"] = (features,)
+    last, image = config.width * config.multipliers[0], config.channels
+    return shapes | {
+        "generator.logsigma.0.weight": (last, last, 3, 3),
+        "generator.logsigma.0.bias": (last,),
+        "generator.logsigma.2.weight": (image, last, 1, 1),
+        "generator.logsigma.2.bias": (image,),
+    }
+
+
+def autoencoder_params(config: TokenizerConfig, tensors: Tensors) -> Params:
+    """Our parameters of the autoencoder from their tensors (without `ae.`); those that nothing uses may be missing.
+
+    Raises:
+      ValueError: a tensor is missing or unknown.
+    """
+    return _read(autoencoder_names(config), tensors, set(unused_shapes(config)))
+
+
+def autoencoder_tensors(config: TokenizerConfig, params: Params) -> dict[str, np.ndarray]:
+    """The inverse, without what nothing uses."""
+    return _write(autoencoder_names(config), params)
+
+
+def _norms(config: DiscriminatorConfig) -> list[int]:
+    return [3 * number for number in range(1, config.layers + 1)]
+
+
+def discriminator_names(config: DiscriminatorConfig) -> dict[Place, str]:
+    """Paths of our parameters of the discriminator to their names."""
+    names: dict[Place, str] = {}
+    for number in (0, *(n - 1 for n in _norms(config)), 3 * config.layers + 2):
+        names["main_" + str(number), "kernel"] = f"main.{number}.weight"
+        if number in (0, 3 * config.layers + 2):
+            names["main_" + str(number), "bias"] = f"main.{number}.bias"
+    for number in _norms(config):
+        names["main_" + str(number), "scale"] = f"main.{number}.weight"
+        names["main_" + str(number), "bias"] = f"main.{number}.bias"
+    return names
+
+
+def _statistics_names(config: DiscriminatorConfig) -> dict[Place, str]:
+    return {
+        (f"main_{number}", kind): f"main.{number}.running_{kind}"
+        for number in _norms(config)
+        for kind in ("mean", "var")
+    }
+
+
+def discriminator_params(config: DiscriminatorConfig, tensors: Tensors) -> tuple[Params, Statistics]:
+    """Our parameters of the discriminator and its running statistics from their tensors (without `disc.`).
+
+    Without statistics among them, these are new.
+
+    Raises:
+      ValueError: a tensor is missing or unknown.
+    """
+    names = _statistics_names(config)
+    counts = {f"main.{number}.num_batches_tracked" for number in _norms(config)}
+    params = _read(discriminator_names(config), tensors, {*names.values(), *counts})
+    if not any(name in tensors for name in names.values()):
+        widths = {number: len(params[f"main_{number}"]["bias"]) for number in _norms(config)}
+        new = {"mean": np.zeros, "var": np.ones}
+        tensors = {
+            f"main.{number}.running_{kind}": make(width, np.float32)
+            for number, width in widths.items()
+            for kind, make in new.items()
+        }
+    return params, _read(names, tensors, set(tensors) - set(names.values()))
+
+
+def discriminator_tensors(config: DiscriminatorConfig, params: Params, statistics: Statistics) -> dict[str, np.ndarray]:
+    """The inverse, without the number of batches."""
+    return _write(discriminator_names(config), params) | _write(_statistics_names(config), statistics)
+
+
+def _read(names: Mapping[Place, str], tensors: Tensors, also: set[str]) -> Params:
+    if missing := [name for name in names.values() if name not in tensors]:
+        raise ValueError(f"there is no tensor {missing[0]}; give the weights of a model of this config.")
+    if unknown := sorted(set(tensors) - set(names.values()) - also):
+        raise ValueError(f"the tensor {unknown[0]} is unknown; give the weights of a model of this config.")
+    tree: dict[str, Any] = {}
+    for path, name in names.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        tensor = np.asarray(tensors[name])
+        node[path[-1]] = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
+    return tree
+
+
+def _write(names: Mapping[Place, str], params: Params) -> dict[str, np.ndarray]:
+    found = {}
+    for path, name in names.items():
+        leaf: Any = params
+        for key in path:
+            leaf = leaf[key]
+        leaf = np.asarray(leaf)
+        found[name] = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf
+    return found
+
+
+def from_official(task: Autoencoding, tensors: Tensors) -> tuple[Params, dict[str, np.ndarray]]:
+    """The task's parameters from the tensors of a whole checkpoint, and what is kept aside, under its names.
+
+    The autoencoder's may have the prefix `ae.` or none. Of the discriminator and of LPIPS, what the task has none of is
+    kept aside; what is not there is left out, as encoding and decoding need neither.
+
+    Raises:
+      ValueError: a tensor is missing or unknown, or has another shape.
+    """
+    groups: dict[str, dict[str, np.ndarray]] = {"ae": {}, "disc": {}, "perceptual": {}}
+    for name, tensor in tensors.items():
+        head, _, rest = name.partition(".")
+        group = head if head in groups else "ae"
+        groups[group][rest if head in groups else name] = tensor
+    params = {"autoencoder": autoencoder_params(task.model, groups["ae"])}
+    _same_shapes(task, params)
+    aside = {f"ae.{name}": groups["ae"][name] for name in unused_shapes(task.model) if name in groups["ae"]}
+    disc, perceptual = groups["disc"], groups["perceptual"]
+    if disc and task.discriminator is not None:
+        params["discriminator"], params["statistics"] = discriminator_params(task.discriminator, disc)
+        disc = {name: tensor for name, tensor in disc.items() if name.endswith("num_batches_tracked")}
+    if perceptual and task.uses_lpips:
+        lpips = lpips_params(perceptual, task.perceptual_widths, "the checkpoint")
+        params["frozen"] = {"lpips": lpips}
+        perceptual = {}
+    aside |= {f"disc.{name}": tensor for name, tensor in disc.items()}
+    return params, aside | {f"perceptual.{name}": tensor for name, tensor in perceptual.items()}
+
+
+def _same_shapes(task: Autoencoding, params: Params) -> None:
+    size, channels = task.model.image_size, task.model.channels
+    image = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
+    expected = nn.meta.unbox(jax.eval_shape(lambda x: task.module().init(jax.random.key(0), x)["params"], image))
+    found = flax.traverse_util.flatten_dict(params["autoencoder"])
+    for path, leaf in flax.traverse_util.flatten_dict(expected).items():
+        if found[path].shape != leaf.shape:
+            raise ValueError(
+                f"{'/'.join(path)} has the shape {found[path].shape}, and the config's {leaf.shape}; choose the config "
+                "of these weights."
+            )
+
+
+def to_official(task: Autoencoding, params: Params, aside: Tensors | None = None) -> dict[str, np.ndarray]:
+    """The tensors of a whole checkpoint, as their classes load them with strict = True.
+
+    What nothing here uses is taken from `aside`, or zero.
+    """
+    aside = aside or {}
+    found = {f"ae.{k}": v for k, v in autoencoder_tensors(task.model, params["autoencoder"]).items()}
+    for name, shape in unused_shapes(task.model).items():
+        found[f"ae.{name}"] = np.asarray(aside.get(f"ae.{name}", np.zeros(shape, np.float32)))
+    if "discriminator" in params:
+        theirs = discriminator_tensors(task.discriminator, params["discriminator"], params["statistics"])
+        for number in _norms(task.discriminator):
+            name = f"main.{number}.num_batches_tracked"
+            theirs[name] = np.asarray(aside.get(f"disc.{name}", np.zeros((), np.int64)))
+        found |= {f"disc.{name}": tensor for name, tensor in theirs.items()}
+    if "frozen" in params:
+        found |= {f"perceptual.{name}": tensor for name, tensor in lpips_tensors(params["frozen"]["lpips"]).items()}
+    return found | {name: tensor for name, tensor in aside.items() if name not in found}
+
+
+def read_official(path: str | Path, task: Autoencoding) -> tuple[Params, dict[str, np.ndarray]]:
+    """`from_official` of a file; raises also what `jaxtok.weights.read_weights` raises."""
+    return from_official(task, read_weights(path))
+
+
+def write_official(path: str | Path, task: Autoencoding, params: Params, aside: Tensors | None = None) -> Path:
+    """`to_official` in a file, safetensors or PyTorch's by its name.
+
+    Raises:
+      FileExistsError: there is such a file already.
+    """
+    return write_weights(path, to_official(task, params, aside))

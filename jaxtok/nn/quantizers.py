@@ -1,0 +1,231 @@
+"""Quantisers: vectors to codes of a finite vocabulary, with gradients that pass straight through. All in float32.
+
+Nearest neighbour (VQ-VAE, arXiv 1711.00937, as in VQGAN), Gumbel softmax (arXiv 1611.01144), and independent bits
+(binary latents, arXiv 2304.04820, which ELM, arXiv 2410.16257, calls BAE).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxtok.axes import gather
+from jaxtok.nn.convolution import Conv
+
+MAX_BITS = 31
+"""Of a code, which is an int32."""
+
+
+def pack_bits(bits: Int[Array, "*shape bits"], sub_codes: int = 1) -> Int[Array, "*shape sub_codes"]:
+    """Bits to codes: `sub_codes` chunks in order, of each the first bit the most significant (ELM, section 3).
+
+    Raises:
+      ValueError: `sub_codes` does not divide the bits, or a chunk has more than 31.
+    """
+    count = bits.shape[-1]
+    check_bits(count, sub_codes)
+    size = count // sub_codes
+    chunks = bits.astype(jnp.int32).reshape(*bits.shape[:-1], sub_codes, size)
+    return jnp.sum(chunks << jnp.arange(size - 1, -1, -1), -1)
+
+
+def unpack_bits(codes: Int[Array, "*shape sub_codes"], count: int) -> Int[Array, "*shape bits"]:
+    """The inverse of `pack_bits`; `count` is the number of bits in all sub-codes together."""
+    sub_codes = codes.shape[-1]
+    check_bits(count, sub_codes)
+    bits = (codes[..., None] >> jnp.arange(count // sub_codes - 1, -1, -1)) & 1
+    return bits.reshape(*codes.shape[:-1], count)
+
+
+def check_bits(count: int, sub_codes: int) -> None:
+    """Raises ValueError where so many bits are not so many sub-codes."""
+    if count < 1 or sub_codes < 1 or count % sub_codes:
+        raise ValueError(f"bits is {count} and sub_codes {sub_codes}; both must be positive, and the second a divisor.")
+    if count // sub_codes > MAX_BITS:
+        raise ValueError(
+            f"bits is {count} in {sub_codes} sub-codes; one holds at most {MAX_BITS}: choose more sub_codes."
+        )
+
+
+@flax.struct.dataclass
+class Quantized:
+    """What a quantiser makes of vectors."""
+
+    vectors: Float[Array, "batch rows columns embed_dim"]
+    """For the generator."""
+    codes: Int[Array, "batch rows columns sub_codes"]
+    loss: Float[Array, " batch"]
+    """The quantiser's own loss of each image."""
+    metrics: dict[str, Any]
+
+
+def straight_through(value: Array, gradient: Array) -> Array:
+    """`value`, exactly, with the gradient of `gradient`."""
+    return jax.lax.stop_gradient(value) + (gradient - jax.lax.stop_gradient(gradient))
+
+
+def perplexity(counts: Float[Array, " codes"]) -> Float[Array, ""]:
+    """exp of the entropy of the shares: how many codes equally often used would be as uncertain."""
+    shares = counts / jnp.maximum(counts.sum(), 1)
+    return jnp.exp(-jnp.sum(shares * jnp.log(shares + 1e-10)))
+
+
+def code_counts(codes: Int[Array, "*shape"], size: int) -> Float[Array, " codes"]:
+    """How often each of `size` codes occurs."""
+    return jnp.zeros(size, jnp.float32).at[codes.reshape(-1)].add(1.0)
+
+
+class NearestQuantizer(nn.Module):
+    """The nearest of K learned vectors; of equally near ones the first.
+
+    L = mean((sg(z_q) - z)^2) + beta mean((z_q - sg(z))^2): as in the authors' code, beta weighs the codebook's term and
+    not the commitment.
+    """
+
+    codebook_size: int
+    features: int
+    beta: float = 0.25
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        bound = 1 / self.codebook_size
+
+        def uniform(key, shape, dtype):
+            return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+        init = nn.with_logical_partitioning(uniform, ("vocab", "d_model"))
+        self.embedding = self.param("embedding", init, (self.codebook_size, self.features), self.param_dtype)
+
+    def _table(self) -> Float[Array, "codes features"]:
+        return gather(self.embedding.astype(jnp.float32), "vocab", "d_model")
+
+    def __call__(self, x: Float[Array, "batch rows columns features"], draws: None = None, **options: Any) -> Quantized:
+        """Nothing is drawn, and it has no options (those of other quantisers are passed over)."""
+        x, table = x.astype(jnp.float32), self._table()
+        distances = jnp.sum(jnp.square(x), -1, keepdims=True) + jnp.sum(jnp.square(table), -1)
+        distances -= 2 * jnp.einsum("...d,kd->...k", x, table, precision="highest")
+        codes = jnp.argmin(distances, -1)
+        nearest = jnp.take(table, codes, axis=0)
+        axes, still = (1, 2, 3), jax.lax.stop_gradient
+        loss = jnp.mean(jnp.square(still(nearest) - x), axes) + self.beta * jnp.mean(
+            jnp.square(nearest - still(x)), axes
+        )
+        counts = code_counts(codes, self.codebook_size)
+        metrics = {"perplexity": perplexity(counts), "mean_distance": still(distances.mean())}
+        return Quantized(straight_through(nearest, x), codes[..., None].astype(jnp.int32), loss, metrics)
+
+    def embed(self, codes: Int[Array, "batch rows columns 1"]) -> Float[Array, "batch rows columns features"]:
+        return jnp.take(self._table(), codes[..., 0], axis=0)
+
+
+def gumbel_temperature(step: Any) -> Float[Array, ""]:
+    """tau(step) = max(1/16, 1 - step / 160,000)."""
+    return jnp.maximum(1 / 16, 1 - jnp.asarray(step, jnp.float32) / 160_000)
+
+
+class GumbelQuantizer(nn.Module):
+    """A softmax over K learned vectors, with Gumbel noise; one of them alone where it is hard.
+
+    L = kl_weight times the mean over positions of sum_n q_n log(K q_n), with q without noise.
+    """
+
+    codebook_size: int
+    features: int
+    hard: bool = False
+    """In training too; outside of it, always."""
+    kl_weight: float = 5e-4
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        self.proj = Conv(self.codebook_size, 1, padding=(0, 0), axis="channels", param_dtype=self.param_dtype)
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "d_model"))
+        self.embedding = self.param("embedding", init, (self.codebook_size, self.features), self.param_dtype)
+
+    def _table(self) -> Float[Array, "codes features"]:
+        return gather(self.embedding.astype(jnp.float32), "vocab", "d_model")
+
+    def __call__(
+        self,
+        x: Float[Array, "batch rows columns channels"],
+        draws: Float[Array, "batch rows columns codes"] | None = None,
+        *,
+        temperature: Any = 1.0,
+        train: bool = False,
+    ) -> Quantized:
+        """`draws` is standard Gumbel noise; None: none."""
+        with jax.default_matmul_precision("highest"):
+            logits = self.proj(x.astype(jnp.float32))
+        y = jax.nn.softmax((logits if draws is None else logits + draws) / temperature, -1)
+        codes = jnp.argmax(y, -1)
+        if self.hard or not train:
+            y = straight_through(jax.nn.one_hot(codes, self.codebook_size), y)
+        q = jax.nn.softmax(logits, -1)
+        divergence = jnp.sum(q * jnp.log(q * self.codebook_size + 1e-10), -1)
+        vectors = jnp.einsum("...k,kd->...d", y, self._table(), precision="highest")
+        metrics = {"perplexity": perplexity(code_counts(codes, self.codebook_size))}
+        loss = self.kl_weight * divergence.mean((1, 2))
+        return Quantized(vectors, codes[..., None].astype(jnp.int32), loss, metrics)
+
+    def embed(self, codes: Int[Array, "batch rows columns 1"]) -> Float[Array, "batch rows columns features"]:
+        return jnp.take(self._table(), codes[..., 0], axis=0)
+
+
+class BinaryQuantizer(nn.Module):
+    """Independent bits, each with a learned vector; the sum of the vectors of the bits that are 1 goes on.
+
+    z = sigmoid(a) or tanh(a) of a linear map a, p = z or z/2 + 1/2. A bit is 1 where p > 1/2, or with probability p;
+    its code is the bit, or 2 bit - 1 with tanh, and has the gradient of z.
+
+    The loss is mean(s (1 - s)) with s = sigmoid(z), of what is an activation already, as in the authors' code: with a
+    sigmoid, it pushes every bit towards 1. `corrected` is p (1 - p).
+    """
+
+    bits: int
+    features: int
+    sub_codes: int = 1
+    tanh: bool = False
+    corrected: bool = False
+    param_dtype: Any = jnp.float32
+
+    def setup(self):
+        self.proj = Conv(self.bits, 1, padding=(0, 0), axis="channels", param_dtype=self.param_dtype)
+        init = nn.with_logical_partitioning(nn.initializers.normal(1.0), (None, "d_model"))
+        self.embedding = self.param("embedding", init, (self.bits, self.features), self.param_dtype)
+
+    def activations(self, x: Float[Array, "batch rows columns channels"]) -> tuple[Array, Array]:
+        """z and p, each [batch, rows, columns, bits]."""
+        with jax.default_matmul_precision("highest"):
+            a = self.proj(x.astype(jnp.float32))
+        z = jnp.tanh(a) if self.tanh else jax.nn.sigmoid(a)
+        return z, z / 2 + 0.5 if self.tanh else z
+
+    def __call__(
+        self,
+        x: Float[Array, "batch rows columns channels"],
+        draws: Float[Array, "batch rows columns bits"] | None = None,
+        **options: Any,
+    ) -> Quantized:
+        """`draws` are uniform numbers, below p where the bit is 1; None: p is compared with 1/2. No options."""
+        z, p = self.activations(x)
+        bits = p > 0.5 if draws is None else draws < p
+        code = straight_through(self._code(bits), z)
+        s = p if self.corrected else jax.nn.sigmoid(z)
+        loss = jnp.mean(s * (1 - s), (1, 2, 3))
+        metrics = {"bits_set": jnp.mean(bits, dtype=jnp.float32)}
+        return Quantized(self._vectors(code), pack_bits(bits, self.sub_codes), loss, metrics)
+
+    def embed(self, codes: Int[Array, "batch rows columns sub_codes"]) -> Float[Array, "batch rows columns features"]:
+        return self._vectors(self._code(unpack_bits(codes, self.bits)))
+
+    def _code(self, bits: Array) -> Float[Array, "*shape bits"]:
+        bits = bits.astype(jnp.float32)
+        return 2 * bits - 1 if self.tanh else bits
+
+    def _vectors(self, code: Float[Array, "*shape bits"]) -> Float[Array, "*shape features"]:
+        table = gather(self.embedding.astype(jnp.float32), None, "d_model")
+        return jnp.einsum("...k,kd->...d", code, table, precision="highest")

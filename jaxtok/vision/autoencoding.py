@@ -1,0 +1,447 @@
+"""Training of image tokenizers by reconstruction, with a perceptual and an adversarial term (VQGAN, arXiv 2012.09841).
+
+With l1 = |x - x^|, per image,
+
+    nll    = mean(l1) + perceptual_weight distance(x, x^)
+    g      = -mean D(x^)
+    lambda = clip(|d nll / d w| / (|d g / d w| + 1e-4), 0, max_weight), of the generator's last kernel w; 0 at first
+    L_G    = nll + lambda g + code_weight L_code
+    L_D    = (mean relu(1 - D(x)) + mean relu(1 + D(x^))) / 2
+
+The authors update the autoencoder by L_G, then the discriminator by L_D on the same x^, with an optimizer each. Neither
+loss moves the other's parameters and neither sees the other's update, so both are one step on L_G + L_D, each loss
+without gradient for what is not its own; `OptimizerConfig.parts` gives the discriminator its own optimizer.
+
+Means are over the whole batch of a mesh, so that lambda and batch norms are the same on any mesh. (The authors compute
+both on each device.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxtok.axes import constrain
+from jaxtok.nn.convolution import AutoencoderConfig, Encoder, Generator, last_conv, last_name
+from jaxtok.nn.losses import masked_mean
+from jaxtok.nn.quantizers import Quantized, code_counts, perplexity
+from jaxtok.protocols import Batch, Params
+from jaxtok.vision.augmentation import AugmentationDraws, augment, draw_augmentation
+from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, hinge_loss, new_statistics
+from jaxtok.vision.metrics import psnr
+from jaxtok.vision.perceptual import LPIPS, VGG_WIDTHS, read_lpips
+
+COUNTED = 2**20
+"""Codes of a vocabulary up to this size are counted in an evaluation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(AutoencoderConfig):
+    """An encoder, a quantiser, which a subclass chooses, and a generator."""
+
+    code_weight: float = 1.0
+    """Of the quantiser's loss."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.code_weight < 0:
+            raise ValueError(f"code_weight is {self.code_weight}; it must be 0 or more.")
+
+    @property
+    def code_values(self) -> int:
+        """Values of each sub-code."""
+        raise NotImplementedError
+
+    @property
+    def sub_codes_per_position(self) -> int:
+        return 1
+
+    def quantizer(self, name: str | None = None) -> nn.Module:
+        """Called with vectors and draws it returns `Quantized`; `embed` is the way back from codes."""
+        raise NotImplementedError
+
+    def options(self, step: Any) -> dict[str, Any]:
+        """Arguments of the quantiser that change in training."""
+        return {}
+
+    def draw(self, rng: jax.Array, batch: int) -> Array | None:
+        """What quantising a batch draws."""
+        return None
+
+    @property
+    def needs_draws(self) -> bool:
+        """By its definition, codes are drawn."""
+        return False
+
+
+class Autoencoder(nn.Module):
+    """Images to codes and back."""
+
+    config: TokenizerConfig
+
+    def setup(self):
+        self.encoder, self.generator = Encoder(self.config), Generator(self.config)
+        self.quantizer = self.config.quantizer()
+
+    def quantize(self, images: Float[Array, "batch height width channels"], draws=None, **options) -> Quantized:
+        return self.quantizer(self.encoder(images), draws, **options)
+
+    def features(self, images: Float[Array, "batch height width channels"], draws=None, **options):
+        """What goes into the generator's last convolution, and `Quantized`."""
+        quantized = self.quantize(images, draws, **options)
+        return self.generator.features(quantized.vectors), quantized
+
+    def __call__(self, images: Float[Array, "batch height width channels"], draws=None, **options):
+        """Reconstructions in float32, not limited to [0, 1], and `Quantized`."""
+        features, quantized = self.features(images, draws, **options)
+        return self.generator.last(features), quantized
+
+    def decode(self, codes: Int[Array, "batch rows columns sub_codes"]) -> Float[Array, "batch height width channels"]:
+        return self.generator(self.quantizer.embed(codes))
+
+
+@flax.struct.dataclass
+class Draws:
+    """What a training step draws."""
+
+    codes: Array | None
+    fakes: AugmentationDraws | None = None
+    reals: AugmentationDraws | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Autoencoding:
+    """Trains an image tokenizer, and is one (`jaxtok.protocols.ImageTokenizer`).
+
+    The discriminator is to have an optimizer of its own that starts at `discriminator.start_step + 1`
+    (`jaxtok.training.recipes.image_tokenizer`). Where a batch is accumulated in parts, batch norms and the adaptive
+    weight are of each part. Batches have
+
+    images  uint8, or float32 in [0, 1]  [batch, height, width, channels]
+    mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
+
+    Parameters are {"autoencoder", "discriminator", "statistics": the discriminator's running means and variances, which
+    no gradient moves, "frozen": LPIPS'}; of these only the first is needed to encode and decode.
+    """
+
+    model: TokenizerConfig
+    discriminator: DiscriminatorConfig | None = DiscriminatorConfig()
+    """None: no adversarial term."""
+    perceptual: str = ""
+    """A file or folder with the weights of LPIPS (`jaxtok.vision.perceptual.read_lpips`), read when a run begins; or
+    `mse`, the mean squared error of each image in its place; or `none`: that term is 0."""
+    perceptual_weight: float = 1.0
+    perceptual_widths: tuple[int, ...] = VGG_WIDTHS
+    """Channels of the stages of the file's network."""
+
+    def __post_init__(self):
+        if self.perceptual_weight < 0:
+            raise ValueError(f"perceptual_weight is {self.perceptual_weight}; it must be 0 or more.")
+        if self.perceptual_weight and not self.perceptual:
+            raise ValueError(
+                f"perceptual_weight is {self.perceptual_weight}, but there are no weights of LPIPS: set perceptual to "
+                "their file, or to mse, or to none."
+            )
+        if len(self.perceptual_widths) != 5 or min(self.perceptual_widths) < 1:
+            raise ValueError(f"perceptual_widths is {self.perceptual_widths}; it needs five positive numbers.")
+        if self.discriminator is not None:
+            self.discriminator.sides(self.model.image_size)
+        if self.uses_lpips and self.model.image_size < 16:
+            raise ValueError(f"image_size is {self.model.image_size}; LPIPS needs at least 16 pixels a side.")
+
+    # -- an image tokenizer
+
+    @property
+    def image_size(self) -> int:
+        return self.model.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.model.grid
+
+    @property
+    def sub_codes(self) -> int:
+        return self.model.sub_codes_per_position
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.code_values
+
+    def encode(
+        self, params: Params, images: Float[Array, "batch height width channels"], rng: jax.Array | None = None
+    ) -> Int[Array, "batch positions sub_codes"]:
+        """Codes of images in [0, 1]; positions row by row.
+
+        Args:
+          rng: for codes that are drawn. Without it, they are the likeliest.
+
+        Raises:
+          ValueError: the images are no such images, or the tokenizer's codes are drawn and there is no key.
+        """
+        size, channels = self.image_size, self.model.channels
+        if images.ndim != 4 or images.shape[1:] != (size, size, channels):
+            raise ValueError(
+                f"the images have the shape {tuple(images.shape)}; the tokenizer's are [batch, {size}, {size}, "
+                f"{channels}] (height, width, channels)."
+            )
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"the images are {images.dtype}; divide them by 255, so that they are float in [0, 1].")
+        if not isinstance(images, jax.core.Tracer) and not bool(jnp.isfinite(images).all()):
+            raise ValueError("the images hold numbers that are not finite; pixels are in [0, 1].")
+        if rng is None and self.model.needs_draws:
+            raise ValueError("this tokenizer draws its codes (deterministic is False): give encode a key, rng.")
+        return _encode(self, params["autoencoder"], images, rng)
+
+    def decode(
+        self, params: Params, codes: Int[Array, "batch positions sub_codes"]
+    ) -> Float[Array, "batch height width channels"]:
+        """Images, not limited to [0, 1].
+
+        Raises:
+          ValueError: the codes have another shape, or are outside the vocabulary.
+        """
+        rows, columns = self.grid
+        if codes.ndim != 3 or codes.shape[1:] != (rows * columns, self.sub_codes):
+            raise ValueError(
+                f"the codes have the shape {tuple(codes.shape)}; the tokenizer's are [batch, {rows * columns}, "
+                f"{self.sub_codes}] (positions, sub-codes)."
+            )
+        if not jnp.issubdtype(codes.dtype, jnp.integer):
+            raise ValueError(f"the codes are {codes.dtype}; they must be whole numbers.")
+        if not isinstance(codes, jax.core.Tracer) and codes.size:
+            low, high = int(codes.min()), int(codes.max())
+            if low < 0 or high >= self.vocab_size:
+                raise ValueError(f"the codes go from {low} to {high}; they must be in [0, {self.vocab_size}).")
+        return _decode(self, params["autoencoder"], jnp.asarray(codes))
+
+    # -- a task
+
+    def module(self) -> Autoencoder:
+        return Autoencoder(self.model)
+
+    @property
+    def uses_lpips(self) -> bool:
+        return bool(self.perceptual_weight) and self.perceptual not in ("none", "mse")
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        ours, other = jax.random.split(rng)
+        images = as_float(batch["images"])
+        params = {"autoencoder": self.module().init(ours, images)["params"]}
+        if self.discriminator is not None:
+            statistics = new_statistics(self.discriminator)
+            critic = Discriminator(self.discriminator)
+            params["discriminator"] = critic.init(other, images, statistics, train=True)["params"]
+            params["statistics"] = statistics
+        if self.uses_lpips:
+            params["frozen"] = {"lpips": self._lpips().init(other, images, images)["params"]}
+        return params
+
+    def load_weights(self, params: Params) -> Params:
+        """New parameters with those of LPIPS from its file.
+
+        Raises:
+          FileNotFoundError, ValueError: as `read_lpips`.
+        """
+        if self.perceptual_weight and self.perceptual in ("none", "mse"):
+            logging.getLogger("jaxtok").warning(
+                "perceptual is %s: the loss has no LPIPS%s.",
+                self.perceptual,
+                ", but a mean squared error" if self.perceptual == "mse" else "",
+            )
+        if not self.uses_lpips:
+            return params
+        return {**params, "frozen": {"lpips": read_lpips(self.perceptual, self.perceptual_widths)}}
+
+    def _lpips(self) -> LPIPS:
+        return LPIPS(self.perceptual_widths, dtype=self.model.dtype)
+
+    def distance(self, params: Params) -> Callable[[Array, Array], Float[Array, " batch"]]:
+        """The perceptual term of two batches of images, without its weight."""
+        if self.uses_lpips:
+            lpips = jax.lax.stop_gradient(params["frozen"]["lpips"])
+            return lambda x, y: self._lpips().apply({"params": lpips}, x, y)
+        if self.perceptual_weight and self.perceptual == "mse":
+            return lambda x, y: jnp.mean(jnp.square(x - y), (1, 2, 3))
+        return lambda x, y: jnp.zeros(len(x))
+
+    def draw(self, rng: jax.Array, batch: Batch, step: jax.Array) -> Draws:
+        """What a step draws: codes, and augmentations where there are any."""
+        codes, fakes, reals = jax.random.split(rng, 3)
+        count, height, width, _ = batch["images"].shape
+        drawn = Draws(self.model.draw(codes, count))
+        if self.discriminator is not None and self.discriminator.augment:
+            fakes, reals = (draw_augmentation(key, count, height, width) for key in (fakes, reals))
+            drawn = drawn.replace(fakes=fakes, reals=reals)
+        return drawn
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """L_G + L_D; metrics have its parts, and under `state` the discriminator's statistics behind the step."""
+        draws, mask = self.draw(rng, batch, step), batch["mask"]
+        x, distance, model = as_float(batch["images"]), self.distance(params), self.module()
+        features, quantized = model.apply(
+            {"params": params["autoencoder"]},
+            x,
+            draws.codes,
+            train=True,
+            **self.model.options(step),
+            method="features",
+        )
+        last = params["autoencoder"]["generator"][last_name(self.model)]
+        fake = last_conv(self.model, features, last)
+
+        def parts(fake):
+            return masked_mean(jnp.abs(x - fake).mean((1, 2, 3)), mask), masked_mean(distance(x, fake), mask)
+
+        def nll_of(fake):
+            l1, perceptual = parts(fake)
+            return l1 + self.perceptual_weight * perceptual
+
+        (l1, perceptual), nll = parts(fake), nll_of(fake)
+        code_loss = masked_mean(quantized.loss, mask)
+        generator_loss = nll + self.model.code_weight * code_loss
+        metrics = {"l1": l1, "perceptual": perceptual, "nll": nll, "code_loss": code_loss} | quantized.metrics
+        if self.discriminator is None:
+            return generator_loss, metrics
+
+        cfg = self.discriminator
+
+        def critic(params, images, statistics):
+            return Discriminator(cfg, self.model.dtype).apply({"params": params}, images, statistics, train=True)
+
+        def seen(images, draws):
+            return augment(images, draws) if cfg.augment else images
+
+        still = jax.lax.stop_gradient
+
+        def g_of(fake):
+            logits, statistics = critic(still(params["discriminator"]), seen(fake, draws.fakes), params["statistics"])
+            return -masked_mean(logits.mean((1, 2)), mask), statistics
+
+        def slope(term):
+            """The norm of a term's gradient by the last kernel alone."""
+            at = still({"features": features, **last})
+
+            def of(kernel):
+                return term(last_conv(self.model, at["features"], {"kernel": kernel, "bias": at["bias"]}))
+
+            return jnp.linalg.norm(jax.grad(of)(at["kernel"]).astype(jnp.float32))
+
+        g, statistics = g_of(fake)
+        weight = jnp.clip(slope(nll_of) / (slope(lambda fake: g_of(fake)[0]) + 1e-4), 0, cfg.max_weight)
+        weight = still(jnp.where(step >= cfg.start_step, weight, 0.0))
+        generator_loss += weight * g
+
+        def learn(statistics):
+            real, statistics = critic(params["discriminator"], seen(x, draws.reals), statistics)
+            unreal = still(seen(fake, draws.fakes) if cfg.augment_fakes else fake)
+            unreal, statistics = critic(params["discriminator"], unreal, statistics)
+            return masked_mean(hinge_loss(real, unreal), mask), statistics
+
+        d_loss, statistics = jax.lax.cond(step > cfg.start_step, learn, lambda s: (jnp.zeros(()), s), statistics)
+        metrics |= {"generator_loss": generator_loss, "g_loss": g, "d_loss": d_loss, "d_weight": weight}
+        return generator_loss + d_loss, metrics | {"state": statistics}
+
+    def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
+        """The parameters behind an update: the discriminator's running statistics have seen the batch."""
+        return params if self.discriminator is None else {**params, "statistics": metrics["state"]}
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """Means over images of the loss (nll) and L1, and of the squared error and PSNR (dB, at most 100) of pixels
+        that are limited to [0, 1]; and the number of images.
+
+        Of vocabularies up to 2^20, also the codes used, and their perplexity. Codes that are drawn by their definition
+        are drawn by the batch's number.
+
+        Raises:
+          ValueError: there was not a single image.
+        """
+        sums, counts = np.zeros(5), 0.0
+        for number, batch in enumerate(batches):
+            rng = jax.random.fold_in(jax.random.key(0), number)
+            found, used = jax.device_get(_evaluation_sums(self, params, batch, rng))
+            sums, counts = sums + np.asarray(found, np.float64), counts + np.asarray(used, np.float64)
+        loss, l1, mse, ratio, images = sums.tolist()
+        if not images:
+            raise ValueError("the evaluation data hold no image; choose a larger data set or split.")
+        row = {"loss": loss / images, "l1": l1 / images, "mse": mse / images, "psnr": ratio / images, "images": images}
+        if np.size(counts) > 1:
+            row |= {"codes_used": float(np.sum(counts > 0)), "perplexity": float(perplexity(jnp.asarray(counts)))}
+        return row
+
+    def trainable(self, params: Params) -> Params | None:
+        if "statistics" not in params:
+            return None
+        fixed = jax.tree.map(jnp.zeros_like, params["statistics"])
+        return {**jax.tree.map(lambda _: 1.0, params), "statistics": fixed}
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step, without recomputation and what the adaptive weight takes: three times the autoencoder;
+        of the discriminator a pass and its gradient by the fakes, and three times real and fake; of LPIPS' features
+        the images' pass, and the fakes' with its gradient."""
+        total = 3 * self.model.flops()
+        if self.discriminator is not None:
+            total += (2 + 2 * 3) * self.discriminator.flops(self.image_size, self.model.channels)
+        if self.uses_lpips:
+            total += 3 * _vgg_flops(self.perceptual_widths, self.image_size)
+        return len(batch["images"]) * total
+
+
+def as_float(images: Array) -> Float[Array, "batch height width channels"]:
+    """Pixels in [0, 1]: bytes are divided by 255."""
+    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+
+
+def _vgg_flops(widths: tuple[int, ...], side: int) -> float:
+    total, channels = 0.0, 3
+    for stage, features in enumerate(widths):
+        for _ in range(2 if stage < 2 else 3):
+            total += 2 * 9 * channels * features * (side // 2**stage) ** 2
+            channels = features
+    return total
+
+
+def _quantized(task: Autoencoding, autoencoder: Params, images, rng, method="quantize"):
+    draws = None if rng is None else task.model.draw(rng, len(images))
+    return task.module().apply({"params": autoencoder}, images, draws, method=method)
+
+
+def _encode_images(task: Autoencoding, autoencoder: Params, images, rng):
+    codes = _quantized(task, autoencoder, images, rng).codes
+    return codes.reshape(len(codes), -1, codes.shape[-1])
+
+
+def _decode_codes(task: Autoencoding, autoencoder: Params, codes):
+    codes = codes.reshape(len(codes), *task.grid, codes.shape[-1])
+    return task.module().apply({"params": autoencoder}, codes, method="decode")
+
+
+def _sums(task: Autoencoding, params: Params, batch: Batch, rng):
+    x, mask = as_float(batch["images"]), batch["mask"]
+    rng = rng if task.model.needs_draws else None
+    fake, quantized = _quantized(task, params["autoencoder"], x, rng, "__call__")
+    l1 = jnp.abs(x - fake).mean((1, 2, 3))
+    nll = l1 + task.perceptual_weight * task.distance(params)(x, fake)
+    shown = jnp.clip(fake, 0, 1)
+    mse = jnp.square(x - shown).mean((1, 2, 3))
+    ratio = jnp.minimum(psnr(x, shown), 100.0)
+    sums = jnp.stack([jnp.sum(value * mask) for value in (nll, l1, mse, ratio, jnp.ones_like(mask))])
+    size = task.vocab_size**task.sub_codes
+    if size > COUNTED:
+        return sums, 0.0
+    whole = sum(quantized.codes[..., n] * task.vocab_size ** (task.sub_codes - 1 - n) for n in range(task.sub_codes))
+    places = jnp.where(mask[:, None, None] > 0, whole, size)  # what fills the batch falls off the end
+    return sums, constrain(code_counts(places, size), None)  # whole on each device
+
+
+_encode = jax.jit(_encode_images, static_argnums=0)
+_decode = jax.jit(_decode_codes, static_argnums=0)
+_evaluation_sums = jax.jit(_sums, static_argnums=0)

@@ -1,0 +1,69 @@
+"""VQGAN (arXiv 2012.09841): an image as a grid of indices into a learned codebook, as in ELM's code.
+
+Either the nearest vector, or a Gumbel softmax. `jaxtok.vision.autoencoding.Autoencoding` trains it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float
+
+from jaxtok.nn.quantizers import GumbelQuantizer, NearestQuantizer, gumbel_temperature
+from jaxtok.vision.autoencoding import TokenizerConfig
+
+QUANTIZERS = ("nearest", "gumbel")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VQGANConfig(TokenizerConfig):
+    """Defaults: ELM's. One code a position, of `codebook_size` values."""
+
+    codebook_size: int = 1024
+    quantizer_kind: Literal["nearest", "gumbel"] = "nearest"
+    beta: float = 0.25
+    """Of the nearest: the weight of the codebook's term (the commitment has 1)."""
+    hard: bool = False
+    """Of Gumbel's: one vector alone in training too; elsewhere it always is."""
+    kl_weight: float = 5e-4
+    """Of Gumbel's."""
+    norm_first: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.codebook_size < 1:
+            raise ValueError(f"codebook_size is {self.codebook_size}; it must be at least 1.")
+        if self.quantizer_kind not in QUANTIZERS:
+            raise ValueError(f"quantizer_kind is {self.quantizer_kind!r}; it can be {', '.join(QUANTIZERS)}.")
+        for field in ("beta", "kl_weight"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
+
+    @property
+    def code_values(self) -> int:
+        return self.codebook_size
+
+    def quantizer(self, name: str | None = None) -> nn.Module:
+        if self.quantizer_kind == "nearest":
+            return NearestQuantizer(self.codebook_size, self.embed_dim, self.beta, self.param_dtype, name=name)
+        return GumbelQuantizer(
+            self.codebook_size, self.embed_dim, self.hard, self.kl_weight, self.param_dtype, name=name
+        )
+
+    def options(self, step: Any) -> dict[str, Any]:
+        return {"temperature": gumbel_temperature(step)}
+
+    def draw(self, rng: jax.Array, batch: int) -> Float[Array, "batch rows columns codes"] | None:
+        """Gumbel noise. (The authors draw it at test time too; without a key, ours leaves it out.)"""
+        return jax.random.gumbel(rng, (batch, *self.grid, self.codebook_size)) if self._is_gumbel else None
+
+    @property
+    def _is_gumbel(self) -> bool:
+        return self.quantizer_kind == "gumbel"
+
+
+PUBLISHED = {"vqgan-1024": VQGANConfig()}
+"""ELM's, for images of 256 x 256."""
