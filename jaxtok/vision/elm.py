@@ -196,7 +196,7 @@ class Elm(ElmBase):
                 f"{cfg.grid} positions with {cfg.sub_codes} sub-codes has {cfg.positions} x {cfg.sub_codes}."
             )
         condition = self.embed_class(labels, deterministic)
-        x = jnp.concatenate([condition, self.embed(codes[:, :-1])], axis=1)
+        x = jnp.concatenate([condition, self.embed(codes)[:, :-1]], axis=1)  # all, so that a mesh can divide them
         x = self.embedding_dropout(constrain(x, "d_model"), deterministic)
         return self.hidden(x, condition, deterministic=deterministic)[0]
 
@@ -244,6 +244,71 @@ class Elm(ElmBase):
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         return self.config.init_cache(batch, length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ElmTextConfig(ElmConfig):
+    """A model of one code a position, seen as a language model: its text is a class and then an image's codes.
+
+    Ids below 2^code_bits are codes, and those from there on are classes, the last of them no class.
+    """
+
+    sub_codes: int = 1
+    code_bits: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sub_codes != 1 or self.modulation:
+            raise ValueError(
+                f"sub_codes is {self.sub_codes} and modulation {self.modulation}; a text has one code a position, and "
+                "nothing but its tokens."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.codebook + self.num_classes + 1
+
+    @property
+    def max_length(self) -> int:
+        return 1 + self.positions
+
+
+class ElmText(Elm):
+    """The same parameters as a `jaxtok.protocols.CausalLM`, for what is written against that waist."""
+
+    config: ElmTextConfig
+
+    def __call__(self, tokens, *, positions=None, segments=None, cache=None, deterministic: bool = True):
+        """As `jaxtok.lm.decoder.Decoder`. Classes are no targets: their logits are 20 below the least of the codes'."""
+        x = self.embed(tokens)
+        x, cache = self.hidden(x, positions=positions, segments=segments, cache=cache, deterministic=deterministic)
+        return self.head(x), cache
+
+    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length d_model"]:
+        codes = self.config.codebook
+        of_code = jnp.take(self.embedding[0], jnp.minimum(tokens, codes - 1), axis=0)
+        of_class = jnp.take(self.class_embedding, jnp.maximum(tokens - codes, 0), axis=0)
+        return constrain(jnp.where((tokens < codes)[..., None], of_code, of_class), "d_model")
+
+    def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
+        batch, length = x.shape[:2]
+        if length > self.config.max_length:
+            raise ValueError(
+                f"there are {length} tokens in a row, but the model's max_length is {self.config.max_length}."
+            )
+        if cache is not None and segments is not None:
+            raise ValueError("segments and a cache were given together; a cached row is one segment.")
+        if positions is None:
+            positions = jnp.arange(length) + (0 if cache is None else cache.length[:, None])
+        rows = jnp.take(jnp.asarray(self.config.rotation()), jnp.broadcast_to(positions, (batch, length)), axis=0)
+        x = self.embedding_dropout(x, deterministic)
+        x, cache = self.stack(x, None, segments, cache, deterministic, rotary=rows)
+        return self.final_norm(x), cache
+
+    def head(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length vocab"]:
+        logits = _logits(hidden, self.head_matrix)[:, :, 0]
+        least = jnp.min(logits, -1, keepdims=True) - 20
+        return jnp.concatenate([logits, jnp.repeat(least, self.config.num_classes + 1, axis=-1)], -1)
 
 
 def _logits(hidden, matrix):

@@ -1,0 +1,12 @@
+"""ELM's masked model of size L (378M parameters) on one code of 16 bits: 2M steps of 256 images of ImageNet.
+
+    jaxtok train configs/vision/elm_masked_l.py --data.path CODES
+
+CODES is a folder of codes of a binary autoencoder of 16 bits (`jaxtok.data.codes.write_codes`). The authors released
+weights of this size; they report that masked models fall behind autoregressive ones as they grow, and no number is
+known.
+"""
+
+from jaxtok.training.recipes import elm_masked
+
+config = elm_masked("l")
