@@ -2,9 +2,9 @@
 
     jaxtok train configs/vision/elm_2b.py --data.path CODES
 
-CODES is a folder of codes of a binary autoencoder of 24 bits (`jaxtok.data.codes.write_codes`). Expect, as the authors
-report, 6.39 nats a sub-code behind 1.3M steps, and FID 1.54 with guidance. For another decomposition (2-10):
---task.model.sub-codes 2 --task.model.code-bits 10 and --data.sub-codes 2 --data.code-bits 10.
+CODES is a folder of codes of a binary autoencoder of 24 bits (`jaxtok.data.codes.write_codes`). Expect about 6.39
+nats a sub-code behind 1.3M steps (read off the authors' plot), and FID 1.54 with guidance. For T sub-codes of K bits,
+give --task.model.sub-codes T --task.model.code-bits K --data.sub-codes T --data.code-bits K, and codes of T x K bits.
 """
 
 from jaxtok.training.recipes import elm

@@ -2,9 +2,9 @@
 
     jaxtok train configs/vision/elm_b.py --data.path CODES
 
-CODES is a folder of codes of a binary autoencoder of 20 bits (`jaxtok.data.codes.write_codes`). The authors compare it
-with larger ones in its loss only; no number is known. For another decomposition (2-12): --task.model.sub-codes 2
---task.model.code-bits 12 and --data.sub-codes 2 --data.code-bits 12.
+CODES is a folder of codes of a binary autoencoder of 20 bits (`jaxtok.data.codes.write_codes`). No number of this
+size is known. For T sub-codes of K bits, give --task.model.sub-codes T --task.model.code-bits K --data.sub-codes T
+--data.code-bits K, and codes of T x K bits.
 """
 
 from jaxtok.training.recipes import elm

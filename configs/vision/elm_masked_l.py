@@ -3,8 +3,7 @@
     jaxtok train configs/vision/elm_masked_l.py --data.path CODES
 
 CODES is a folder of codes of a binary autoencoder of 16 bits (`jaxtok.data.codes.write_codes`). The authors released
-weights of this size; they report that masked models fall behind autoregressive ones as they grow, and no number is
-known.
+weights of this size.
 """
 
 from jaxtok.training.recipes import elm_masked

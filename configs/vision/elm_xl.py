@@ -3,8 +3,8 @@
     jaxtok train configs/vision/elm_xl.py --data.path CODES
 
 CODES is a folder of codes of a binary autoencoder of 20 bits (`jaxtok.data.codes.write_codes`). Expect FID 12.70 on
-ImageNet 256 without guidance (pytorch_fid, 50,000 samples). For another decomposition (2-12): --task.model.sub-codes 2
---task.model.code-bits 12 and --data.sub-codes 2 --data.code-bits 12.
+ImageNet 256 without guidance (pytorch_fid, 50,000 samples). For T sub-codes of K bits, give --task.model.sub-codes T
+--task.model.code-bits K --data.sub-codes T --data.code-bits K, and codes of T x K bits.
 """
 
 from jaxtok.training.recipes import elm

@@ -2,9 +2,9 @@
 
     jaxtok train configs/vision/elm_xxl.py --data.path CODES
 
-CODES is a folder of codes of a binary autoencoder of 24 bits (`jaxtok.data.codes.write_codes`). Expect, as the authors
-report, 6.40 nats a sub-code behind 2M steps, and FID 10.11 without guidance (pytorch_fid). For another decomposition
-(2-10): --task.model.sub-codes 2 --task.model.code-bits 10 and --data.sub-codes 2 --data.code-bits 10.
+CODES is a folder of codes of a binary autoencoder of 24 bits (`jaxtok.data.codes.write_codes`). Expect about 6.40
+nats a sub-code (read off the authors' plot), and FID 10.11 without guidance (pytorch_fid). For T sub-codes of K bits,
+give --task.model.sub-codes T --task.model.code-bits K --data.sub-codes T --data.code-bits K, and codes of T x K bits.
 """
 
 from jaxtok.training.recipes import elm

@@ -283,6 +283,16 @@ class CodeData:
         make = functools.partial(self._eval_batch, file, order, rows)
         return grain.MapDataset.range(-(-len(order) // self.batch_size)).map(make).to_iter_dataset(self._read)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, as the training split has them.
+
+        Raises:
+          FileNotFoundError: there are no codes.
+          ValueError: they are damaged.
+        """
+        return open_codes(Path(self.path) / "train").header.classes
+
     def open(self, split: str) -> CodeFile:
         """The stored codes of a split.
 

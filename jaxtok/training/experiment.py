@@ -83,6 +83,8 @@ class Experiment:
                 f"train.accumulate is {self.train.accumulate}, which does not divide "
                 f"data.batch_size = {self.data.batch_size}."
             )
+        if hasattr(self.task, "check_data"):
+            self.task.check_data(self.data)
 
     @property
     def directory(self) -> Path:

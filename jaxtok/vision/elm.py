@@ -336,6 +336,10 @@ class ElmModeling:
     def module(self) -> Elm:
         return Elm(self.model)
 
+    def check_data(self, data: Any) -> None:
+        """Raises a ValueError where the codes are cut otherwise than the model's."""
+        check_data(self.model, data)
+
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["codes"], batch["labels"])["params"]
 
@@ -370,6 +374,18 @@ class ElmModeling:
             method="nats",
         )
         return nats.mean((1, 2))
+
+
+def check_data(model: ElmConfig, data: Any) -> None:
+    """Of a run's data: grid, sub-codes and their bits are the model's.
+
+    Raises:
+      ValueError: they are not.
+    """
+    for field in ("grid", "sub_codes", "code_bits"):
+        ours, theirs = getattr(model, field), getattr(data, field, None)
+        if theirs is not None and theirs != ours:
+            raise ValueError(f"task.model.{field} is {ours}, but data.{field} is {theirs}; make them equal.")
 
 
 @functools.partial(jax.jit, static_argnums=0)

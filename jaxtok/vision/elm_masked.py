@@ -29,7 +29,7 @@ from jaxtok.nn.activations import gelu
 from jaxtok.nn.losses import by_parts, cross_entropy
 from jaxtok.nn.norms import Norm
 from jaxtok.protocols import Batch, Params
-from jaxtok.vision.elm import ElmBase, ElmConfig, code_metrics, published
+from jaxtok.vision.elm import ElmBase, ElmConfig, check_data, code_metrics, published
 from jaxtok.vision.elm_sampling import check_guidance, choose, class_ids
 
 MASK_SCHEDULES = {"cos": lambda r: np.cos(math.pi / 2 * r), "linear": lambda r: 1 - r}
@@ -185,6 +185,10 @@ class MaskedElmModeling:
 
     def module(self) -> MaskedElm:
         return MaskedElm(self.model)
+
+    def check_data(self, data: Any) -> None:
+        """Raises a ValueError where the codes are cut otherwise than the model's."""
+        check_data(self.model, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         masked = jnp.zeros(batch["codes"].shape[:2], bool)

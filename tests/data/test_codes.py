@@ -213,8 +213,18 @@ def test_the_loop_trains_on_codes(stored, tmp_path):
         mesh=MeshConfig(data=1),
         workdir=str(tmp_path / "run"),
     )
+    assert stored.classes == HEADER.classes
     train(experiment, quiet=True)
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in metrics if "loss" in row]
     assert losses[0] == pytest.approx(3 * np.log(2), abs=1e-5)
     assert len(losses) >= 5 and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize(("field", "value"), [("grid", 3), ("sub_codes", 1), ("code_bits", 6)])
+def test_codes_are_cut_as_the_models(field, value):
+    model = ElmConfig(num_layers=1, d_model=8, num_heads=1, grid=2, sub_codes=2, code_bits=3)
+    with pytest.raises(
+        ValueError, match=rf"task\.model\.{field} is {getattr(model, field)}, but data\.{field} is {value}"
+    ):
+        Experiment(task=ElmModeling(model=model), data=dataclasses.replace(DATA, **{field: value}))
