@@ -293,8 +293,9 @@ class Block(nn.Module):
         x, cache = carry
 
         def dropout(y):
+            y = constrain(y, "d_model")
             if not cfg.drop_path:
-                return nn.Dropout(cfg.dropout)(constrain(y, "d_model"), deterministic)
+                return nn.Dropout(cfg.dropout)(y, deterministic)
             if deterministic:
                 return y
             kept = 1 - cfg.drop_path * layer / max(cfg.num_layers - 1, 1)

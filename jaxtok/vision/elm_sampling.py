@@ -153,6 +153,11 @@ def generate(
         )
     if len(prefix) != len(ids):
         raise ValueError(f"there are {len(ids)} labels, but the prefix has {len(prefix)} images.")
+    if uniforms is not None and np.shape(uniforms) != (new, config.sub_codes, len(ids)):
+        raise ValueError(
+            f"uniforms have the shape {np.shape(uniforms)}; they must be "
+            f"[{new} positions, {config.sub_codes} sub-codes, {len(ids)} images]."
+        )
     codes, _ = draw(config, params, ids, prefix, sampling, sampling.weights(new), rng, uniforms)
     return codes
 

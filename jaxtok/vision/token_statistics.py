@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxtok.data.codes import CodeData, regroup
 from jaxtok.protocols import Batch, Params
 from jaxtok.vision.elm import Elm, ElmConfig
 from jaxtok.vision.elm_masked import MaskedElm, MaskedElmConfig
@@ -75,6 +76,21 @@ def token_statistics(tokens: Int[np.ndarray, "rows length"], vocab_size: int) ->
 def _entropy(values: np.ndarray) -> float:
     p = np.unique(values, return_counts=True)[1] / values.size
     return float(-np.sum(p * np.log(p)))
+
+
+def stored_tokens(data: CodeData, split: str = "train", images: int = 0) -> Int[np.ndarray, "images positions"]:
+    """The first draws of stored images as rows of tokens below 2^(sub_codes code_bits), a position's bits in one.
+
+    Args:
+      images: the first so many; 0: all.
+
+    Raises:
+      FileNotFoundError: there are no codes of this split.
+      ValueError: they do not fit the sizes of `data`, or a position has more than 24 bits.
+    """
+    file = data.open(split)
+    codes = np.asarray(file.codes[: images or None, 0])
+    return regroup(codes, data.sub_codes * data.code_bits // file.header.sub_codes, 1)[..., 0].astype(np.int32)
 
 
 def compare_tokens(

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxtok.data.codes import CodeData, Header, write_codes
 from jaxtok.vision import elm, elm_masked
 from jaxtok.vision.elm import ElmConfig
 from jaxtok.vision.elm_masked import MaskedElmConfig
@@ -19,6 +20,7 @@ from jaxtok.vision.token_statistics import (
     locality,
     plot_locality,
     plot_statistics,
+    stored_tokens,
     token_statistics,
 )
 
@@ -51,6 +53,15 @@ def test_comparisons_have_equal_samples(tmp_path):
     assert {x.samples for x in found.values()} == {63}
     assert found["images"].kl_unigram < found["text"].kl_unigram
     assert plot_statistics(found, tmp_path / "tokens.png").stat().st_size > 5000
+
+
+def test_stored_codes_are_tokens(tmp_path):
+    codes = np.random.default_rng(0).integers(0, 64, (5, 2, 4, 1))
+    header = Header(grid=(2, 2), sub_codes=1, vocab_size=64, classes=("a",))
+    write_codes(tmp_path / "train", header, [(codes, np.zeros(5, int))])
+    data = CodeData(path=str(tmp_path), grid=2, sub_codes=2, code_bits=3)
+    np.testing.assert_array_equal(stored_tokens(data), codes[:, 0, :, 0])
+    assert stored_tokens(data, images=3).shape == (3, 4)
 
 
 @pytest.mark.parametrize(
