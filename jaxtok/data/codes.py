@@ -23,10 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import grain
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jaxtok.data.text import TextBatches
 from jaxtok.protocols import Batch
@@ -65,14 +63,6 @@ def regroup(codes: Int[Array, "*batch sub_codes"], code_bits: int, sub_codes: in
     if codes.shape[-1] == sub_codes:
         return codes
     return codes_from_bits(bits_from_codes(codes, code_bits), sub_codes)
-
-
-def hamming_weights(codes: Int[Array, "*batch"], code_bits: int, distance: int) -> Float[Array, "*batch vocab"]:
-    """exp(-3 h) for the codes whose bits differ from those of `codes` in h <= distance places, divided by their sum."""
-    differing = jnp.bitwise_xor(jnp.asarray(codes)[..., None], jnp.arange(2**code_bits))
-    h = jax.lax.population_count(differing).astype(jnp.float32)
-    weights = jnp.where(h <= distance, jnp.exp(-3 * h), 0.0)
-    return weights / weights.sum(-1, keepdims=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

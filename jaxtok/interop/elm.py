@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
@@ -165,10 +166,8 @@ def params_from(config: ElmConfig, tensors: Mapping[str, np.ndarray]) -> Params:
     problems += [f"{name} is unknown" for name in sorted(left - {"freqs_cis"})]
     if problems:
         raise ValueError(f"the tensors do not fit the config: {'; '.join(problems[:8])}.")
-    dtype = np.dtype(config.param_dtype) if config.param_dtype != "bfloat16" else None
-    return flax.traverse_util.unflatten_dict(
-        {path: np.ascontiguousarray(x if dtype is None else x.astype(dtype)) for path, x in tree.items()}
-    )
+    dtype = jnp.dtype(config.param_dtype)
+    return flax.traverse_util.unflatten_dict({path: np.ascontiguousarray(x.astype(dtype)) for path, x in tree.items()})
 
 
 def params_to(config: ElmConfig, params: Params) -> dict[str, np.ndarray]:
@@ -247,13 +246,14 @@ def read_checkpoint(
 
 
 def write_checkpoint(path: str | Path, config: ElmConfig, params: Params) -> Path:
-    """Writes a .safetensors file, or a .pth (needs PyTorch), as the authors' code reads it.
+    """Writes a .safetensors file, or a .pth (needs PyTorch), as the authors' code reads it, in float32.
 
     Raises:
       FileExistsError: it is there.
       ValueError: the name ends otherwise.
     """
-    path, tensors = Path(path), params_to(config, params)
+    path = Path(path)
+    tensors = {name: x.astype(np.float32) for name, x in params_to(config, params).items()}
     if path.exists():
         raise FileExistsError(f"{path} exists; remove it or write to another file.")
     if path.suffix not in (".safetensors", ".pth", ".pt"):
@@ -263,6 +263,6 @@ def write_checkpoint(path: str | Path, config: ElmConfig, params: Params) -> Pat
         safetensors.numpy.save_file(tensors, unfinished)
     else:
         torch = torch_for(f"writing {path.name}")
-        torch.save({name: torch.from_numpy(np.asarray(x, np.float32)) for name, x in tensors.items()}, unfinished)
+        torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, unfinished)
     unfinished.rename(path)
     return path

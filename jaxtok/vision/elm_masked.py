@@ -24,7 +24,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain
-from jaxtok.data.codes import hamming_weights
 from jaxtok.nn.activations import gelu
 from jaxtok.nn.losses import by_parts, cross_entropy
 from jaxtok.nn.norms import Norm
@@ -134,6 +133,14 @@ class MaskedElm(ElmBase):
         return jax.lax.stop_gradient(self.embedding), self.head_bias
 
 
+def hamming_weights(codes: Int[Array, "*batch"], code_bits: int, distance: int) -> Float[Array, "*batch vocab"]:
+    """exp(-3 h) for the codes whose bits differ from those of `codes` in h <= distance places, divided by their sum."""
+    differing = jnp.bitwise_xor(jnp.asarray(codes)[..., None], jnp.arange(2**code_bits))
+    h = jax.lax.population_count(differing).astype(jnp.float32)
+    weights = jnp.where(h <= distance, jnp.exp(-3 * h), 0.0)
+    return weights / weights.sum(-1, keepdims=True)
+
+
 def _logits(hidden, table, bias):
     logits = jnp.einsum("bld,vd->blv", hidden, table, preferred_element_type=jnp.float32)
     return constrain(logits + bias.astype(jnp.float32), "vocab")
@@ -170,7 +177,7 @@ class MaskedElmModeling:
     after 10,000 updates; here it stays.)"""
     label_smoothing: float = 0.0
     hamming: int = 0
-    """If positive, targets are all codes up to this Hamming distance, with `jaxtok.data.codes.hamming_weights`, at all
+    """If positive, targets are all codes up to this Hamming distance, with `hamming_weights`, at all
     positions, masked or not, and without smoothing (the authors call it useless)."""
 
     def __post_init__(self):

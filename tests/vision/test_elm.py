@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtok.data.codes import bits_from_codes, codes_from_bits, hamming_weights, regroup
+from jaxtok.data.codes import bits_from_codes, codes_from_bits, regroup
 from jaxtok.decoding import sampling
 from jaxtok.nn.linear import LinearStack
 from jaxtok.nn.losses import by_parts
@@ -28,6 +28,7 @@ from jaxtok.vision.elm_masked import (
     MaskedElmConfig,
     MaskedElmModeling,
     MaskedSampling,
+    hamming_weights,
     mask_lowest,
     published_masked,
 )

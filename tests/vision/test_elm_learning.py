@@ -1,4 +1,4 @@
-"""ELM learns: scikit-learn's digits, as the clusters of their 2 x 2 patches, which stand in for an image tokenizer."""
+"""ELM learns: scikit-learn's digits in black and white, whose 2 x 2 patches stand in for an image tokenizer's codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtok.data.codes import CodeData, Header, regroup, write_codes
+from jaxtok.data.codes import CodeData, Header, codes_from_bits, regroup, write_codes
 from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
@@ -19,27 +19,28 @@ from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling, MaskedSampling
 from jaxtok.vision.elm_sampling import ElmSampling
 
-BITS = 6
+BITS = 4
 SIZE = {"num_layers": 3, "d_model": 64, "num_heads": 4, "mlp_dim": 176, "grid": 4, "num_classes": 10, "dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
     """A folder of codes, and what turns codes into pictures again."""
-    cluster = pytest.importorskip("sklearn.cluster")
     images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
-    patches = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 4)
-    found = cluster.MiniBatchKMeans(2**BITS, random_state=0, n_init=3).fit(patches)
-    codes = found.labels_.reshape(len(images), 1, 16, 1)
+    images = (images >= 8).astype(np.int32)
+    patches = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
+    codes = codes_from_bits(patches, 1)[:, None]
     folder = tmp_path_factory.mktemp("digits")
-    header = Header(grid=(4, 4), sub_codes=1, vocab_size=2**BITS, classes=tuple("0123456789"), tokenizer="k-means")
+    header = Header(
+        grid=(4, 4), sub_codes=1, vocab_size=2**BITS, classes=tuple("0123456789"), tokenizer="a bit a pixel"
+    )
     order = np.random.default_rng(0).permutation(len(images))
     for split, part in {"train": order[:1500], "validation": order[1500:]}.items():
         write_codes(folder / split, header, [(codes[part], labels[part])])
 
     def decode(codes):
-        cells = found.cluster_centers_[np.asarray(regroup(codes, BITS // codes.shape[-1], 1))[..., 0]]
-        return cells.reshape(-1, 4, 4, 2, 2).swapaxes(2, 3).reshape(-1, 64)
+        pixels = regroup(np.asarray(codes), BITS // codes.shape[-1], 4)
+        return pixels.reshape(-1, 4, 4, 2, 2).swapaxes(2, 3).reshape(-1, 64)
 
     return folder, decode, images[order[:1500]], labels[order[:1500]]
 
@@ -94,7 +95,7 @@ def test_the_autoregressive_model_draws_digits(digits, tmp_path, sub_codes):
     }
     print(f"\n1-{BITS} as {sub_codes}: {nats:.3f} nats a position, unigram {unigram:.3f}, recognised {score}")
     assert nats < unigram - 0.4
-    assert score[1.0] > 0.5 and score[3.0] > 0.7
+    assert score[1.0] > 0.4 and score[3.0] > 0.6
 
 
 @pytest.mark.slow
@@ -106,4 +107,4 @@ def test_the_masked_model_draws_digits(digits, tmp_path):
     score = recognised(digits, codes, LABELS)
     print(f"\nmasked: {nats:.3f} nats a masked position, unigram {unigram:.3f}, recognised {score}")
     assert nats < unigram - 0.4
-    assert score > 0.7
+    assert score > 0.4

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.data.codes import bits_from_codes, codes_from_bits, hamming_weights
+from jaxtok.data.codes import bits_from_codes, codes_from_bits
 from jaxtok.interop.elm import config_from, params_from, params_to
 from jaxtok.training.optimizer import OptimizerConfig, learning_rate
 from jaxtok.vision import elm_masked, elm_sampling
 from jaxtok.vision.elm import Elm, ElmModeling
-from jaxtok.vision.elm_masked import MaskedElm, MaskedElmModeling, MaskedSampling
+from jaxtok.vision.elm_masked import MaskedElm, MaskedElmModeling, MaskedSampling, hamming_weights
 from jaxtok.vision.elm_sampling import ElmSampling
 from jaxtok.vision.token_statistics import attention_locality, token_statistics
 
