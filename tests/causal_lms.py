@@ -7,6 +7,7 @@ from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import TransformerConfig
 from jaxtok.lm.word_pooled import PlainConfig
+from jaxtok.vision.elm import ElmText, ElmTextConfig
 
 # untied: a tied model of random weights repeats its last token for ever
 SIZES = {
@@ -30,5 +31,8 @@ CAUSAL_LMS = {
     "semi_lexinvariant": lambda: Lexinvariant(LlamaConfig(**LLAMA | TIED), random_symbols=0.5, block=12),
     "mistral": lambda: Decoder(LlamaConfig(**LLAMA, mlp_dim=24, window=16)),
     "word_pooled_plain": lambda: Decoder(PlainConfig(**SIZES | {"rotary_fraction": 0.0}, mlp_dim=64)),
+    "elm": lambda: ElmText(
+        ElmTextConfig(num_layers=2, d_model=16, num_heads=2, mlp_dim=24, grid=9, code_bits=4, num_classes=15)
+    ),
     "transformer": lambda: Decoder(TransformerConfig(**SIZES, mlp_dim=24)),
 }

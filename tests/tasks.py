@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxtok.data.codes import CodeData
 from jaxtok.data.encoders import EncoderData
 from jaxtok.data.images import ImageData
 from jaxtok.data.span_corruption import SpanCorruption
@@ -38,6 +39,8 @@ from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.discriminator import DiscriminatorConfig
+from jaxtok.vision.elm import ElmConfig, ElmModeling
+from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 from jaxtok.vision.vit import TokenFormerViTConfig
 from jaxtok.vision.vqgan import VQGANConfig
 
@@ -200,6 +203,22 @@ def autoencoding(model, **options) -> Case:
     return Case(Autoencoding(model=model, **options), ImageData(images="digits", size=8, batch_size=8), batch)
 
 
+ELM = {"num_layers": 2, "d_model": 32, "num_heads": 8, "mlp_dim": 32, "grid": 4, "code_bits": 5, "num_classes": 3}
+
+
+def codes(task) -> Case:
+    """Images of random codes, one of which only fills the batch."""
+    model = task.model
+    data = CodeData(grid=model.grid, sub_codes=model.sub_codes, code_bits=model.code_bits, batch_size=8)
+    rng = np.random.default_rng(0)
+    batch = {
+        "codes": rng.integers(0, model.codebook, data.batch_spec()["codes"][0]),
+        "labels": rng.integers(0, model.num_classes, 8),
+        "mask": np.arange(8) < 7,
+    }
+    return Case(task, data, {name: batch[name].astype(dtype) for name, (_, dtype) in data.batch_spec().items()})
+
+
 def lexinvariant(model, **options) -> Case:
     return dataclasses.replace(text(model), task=LexinvariantModeling(model=model, **options))
 
@@ -315,6 +334,8 @@ TASKS = {
         discriminator=None,
         perceptual="none",
     ),
+    "elm": lambda: codes(ElmModeling(model=ElmConfig(**ELM, num_kv_heads=2, modulation=True, loss_chunk=8))),
+    "elm_masked": lambda: codes(MaskedElmModeling(model=MaskedElmConfig(**ELM, sub_codes=2), rounds=4)),
     "electra": lambda: encoder(lambda m: ReplacedTokens(model=m, masking=MASKING, generator_width=0.5), ONE_HEAD),
     "masked_words": lambda: encoder(
         lambda m: MaskedWords(model=dataclasses.replace(m, mask_head=True, replaced_head=False), masking=MASKING)

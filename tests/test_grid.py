@@ -18,6 +18,7 @@ REASONS = {
     "a": "an encoder: it does not generate",
     "b": "growth appends parameter tokens, and it has none",
     "c": "no weights were released, so there is no layout to read or write; runs are saved and restored as all are",
+    "d": "it generates in rounds over all positions, for which there is nothing to cache",
 }
 
 FOLDERS = "interop/test_huggingface.py::test_written_then_read_is_the_same"
@@ -107,6 +108,20 @@ GRID = {
         "grow": "b",
         "import": "lm/test_electra.py::test_hugging_face_folders",
         "export": "lm/test_electra.py::test_hugging_face_folders",
+    },
+    "ELM": {
+        "task": "elm",
+        "generate, cached": "vision/test_elm.py::test_cached_is_recomputed",
+        "grow": "b",
+        "import": "interop/test_elm_checkpoint.py::test_written_then_read_is_the_same",
+        "export": "interop/test_elm_checkpoint.py::test_written_then_read_is_the_same",
+    },
+    "ELM (masked)": {
+        "task": "elm_masked",
+        "generate, cached": "d",
+        "grow": "b",
+        "import": "interop/test_elm_checkpoint.py::test_written_then_read_is_the_same",
+        "export": "interop/test_elm_checkpoint.py::test_written_then_read_is_the_same",
     },
 }
 """By model: its entry in `TASKS`, and for each column an entry of `CAUSAL_LMS`, a test, or the letter of a reason."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -21,6 +21,32 @@ def cross_entropy(
     if smoothing:
         chosen = (1 - smoothing) * chosen + smoothing * logits.mean(-1)
     return normalizer - chosen
+
+
+def by_parts(function: Callable[..., Array], part: int, *arrays: Array) -> Array:
+    """function(*arrays), for `part` places of a row at a time, in the backward pass too.
+
+    What it makes on the way, such as logits over a large vocabulary, then exists for these places only. Arrays and
+    result are [batch, length, ...]; places must not depend on each other. Those of one part are spread over the whole
+    row, so that a mesh that divides the length divides each part too.
+
+    Args:
+      part: places at a time, a divisor of the length; 0: all at once.
+
+    Raises:
+      ValueError: it is no divisor.
+    """
+    batch, length = arrays[0].shape[:2]
+    if not part or part == length:
+        return function(*arrays)
+    if part < 0 or length % part:
+        raise ValueError(f"the loss is cut into parts of {part} places, which do not divide the length {length}.")
+
+    def cut(x):  # [parts, batch, part, ...]
+        return jnp.moveaxis(x.reshape(batch, part, length // part, *x.shape[2:]), 2, 0)
+
+    _, y = jax.lax.scan(lambda _, xs: (None, jax.checkpoint(function)(*xs)), None, tuple(map(cut, arrays)))
+    return jnp.moveaxis(y, 0, 2).reshape(batch, length, *y.shape[3:])
 
 
 def masked_mean(values: Float[Array, "*shape"], mask: Float[Array, "*shape"]) -> Float[Array, ""]:

@@ -66,3 +66,11 @@ class Norm(nn.Module):
             case _:
                 raise ValueError(f"norm {self.kind!r} is unknown; it can be {', '.join(NORMS)}.")
         return y.astype(self.dtype)
+
+
+def unit_length(x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:
+    """x / max(|x|, 1e-12) over the last axis, in float32; 0 stays 0, with a gradient of 0 there."""
+    y = x.astype(jnp.float32)
+    square = jnp.sum(jnp.square(y), -1, keepdims=True)
+    length = jnp.sqrt(jnp.where(square > 0, square, 1.0))
+    return jnp.where(square > 0, y / jnp.maximum(length, 1e-12), 0.0).astype(x.dtype)

@@ -142,3 +142,40 @@ def apply_rotary(
         cos, sin = (jnp.where(rotated_channels, factor * part, part) for part in (cos, sin))
     rotated = jnp.einsum("blhd,de->blhe", x, partner.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
     return (x.astype(jnp.float32) * cos + rotated.astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def rotary_table_2d(
+    rows: int, columns: int, head_dim: int, base: float = 10000.0, leading: int = 0
+) -> Float[np.ndarray, "positions pairs 2"]:
+    """(cos, sin) for the cells of a grid in row-major order, behind `leading` zero rows.
+
+    A head's head_dim / 2 pairs are turned by [r f ; c f] in row r and column c, with f_m = base^(-4m / head_dim) for
+    m below head_dim / 4. A leading row is (0, 0), not (1, 0): it makes the query and key of its token zero, so that
+    token looks at everything evenly, and all see it with the score 0.
+
+    Raises:
+      ValueError: head_dim is no multiple of 4.
+    """
+    if head_dim % 4:
+        raise ValueError(f"the head size is {head_dim}; two-dimensional rotation needs a multiple of 4.")
+    frequency, _ = rotary_frequencies(head_dim // 2, base)
+    cells = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2)
+    angle = (cells[:, :, None].astype(np.float32) * frequency).reshape(len(cells), -1)
+    table = np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
+    return np.concatenate([np.zeros((leading, *table.shape[1:]), np.float32), table])
+
+
+def apply_rotary_table(
+    x: Float[Array, "batch length heads head_dim"], table: Float[Array, "#batch length pairs 2"]
+) -> Float[Array, "batch length heads head_dim"]:
+    """Turns the channel pairs (2m, 2m + 1) of x by the (cos, sin) of its place: c x1 - s x2, s x1 + c x2.
+
+    As in `apply_rotary`, the partner is fetched by a product with a constant matrix.
+    """
+    size = x.shape[-1]
+    even = np.arange(0, size, 2)
+    partner = np.zeros((size, size), np.float32)  # x @ partner = (-x2, x1) in each pair
+    partner[even + 1, even], partner[even, even + 1] = -1, 1
+    cos, sin = jnp.moveaxis(jnp.repeat(table.astype(jnp.float32), 2, axis=-2), -1, 0)[:, :, :, None]
+    rotated = jnp.einsum("blhd,de->blhe", x, partner.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+    return (x.astype(jnp.float32) * cos + rotated.astype(jnp.float32) * sin).astype(x.dtype)

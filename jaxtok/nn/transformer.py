@@ -17,8 +17,8 @@ from jaxtok.axes import constrain
 from jaxtok.kernels.attention import IMPLEMENTATIONS, Implementation
 from jaxtok.nn.attention import attend
 from jaxtok.nn.cache import KVCache
-from jaxtok.nn.norms import NORMS, Norm
-from jaxtok.nn.rotary import RopeScaling, apply_rotary, rotary_dim
+from jaxtok.nn.norms import NORMS, Norm, unit_length
+from jaxtok.nn.rotary import RopeScaling, apply_rotary, apply_rotary_table, rotary_dim
 
 REMAT_POLICIES = {
     "none": None,
@@ -63,14 +63,23 @@ class StackConfig:
     """Attention weights exp(s_i) / (1 + sum_j exp(s_j))."""
     qk_norm: bool = False
     """An RMS norm on each head's queries and keys, in front of the rotation."""
+    cosine_scores: bool = False
+    """Queries and keys of length 1, behind the rotation; with `scale_scores` off, scores are their cosines."""
     cross: bool = False
     """Blocks also attend to a context (an encoder's states), between self-attention and MLP."""
     rotary_fraction: float = 0.25
     """The part of each head that is rotated; 0: no position embedding in the stack."""
     rotary_base: float = 10000.0
     rotary_scaling: RopeScaling | None = None
+    rotary_table: bool = False
+    """The rotation is given as a table for each call (`apply_rotary_table`) instead of by positions."""
+    modulation: bool = False
+    """A condition shifts and scales what comes out of a block's norms and gates what its parts add (DiT's adaLN)."""
     dropout: float = 0.0
     """On the embeddings and on what each part of a block adds to the residual stream."""
+    drop_path: float = 0.0
+    """A part of a block is left out of a row with a probability that rises linearly from 0 in the first layer to this
+    in the last (stochastic depth, arXiv 1603.09382). If it is positive, it stands in for `dropout` in the blocks."""
     attention_dropout: float = 0.0
     """On attention weights."""
     init_std: float = 0.02
@@ -102,7 +111,7 @@ class StackConfig:
             )
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}, which is unknown; it can be {', '.join(NORMS)}.")
-        for field in ("dropout", "attention_dropout"):
+        for field in ("dropout", "attention_dropout", "drop_path"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be in [0, 1).")
         if not 0 <= self.rotary_fraction <= 1:
@@ -116,6 +125,8 @@ class StackConfig:
         for field, allowed in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it can be {', '.join(allowed)}.")
+        if self.modulation and self.post_norm:
+            raise ValueError("modulation is True, but post_norm too; only blocks with the norm in front are modulated.")
         if self.attention not in IMPLEMENTATIONS:
             raise ValueError(f"attention is {self.attention!r}; it can be {', '.join(IMPLEMENTATIONS)}.")
         if self.remat not in REMAT_POLICIES:
@@ -135,7 +146,8 @@ class StackConfig:
         return 2 / self.num_layers / math.sqrt(self.d_model)
 
     def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
-        """The module that maps [..., d_model] to [..., features] in one of the places of `GROUPS`."""
+        """The module that maps [..., d_model] to [..., features] in one of the places of `GROUPS`, or with a modulation
+        from the condition, in the place "modulation"."""
         raise NotImplementedError(f"{type(self).__name__} does not say what a projection is.")
 
     def projection_params(self) -> int:
@@ -193,15 +205,19 @@ class SelfAttention(_Attention):
     """Multi-head attention between tokens, between projections."""
 
     @nn.compact
-    def __call__(self, x, positions, segments, cache: KVCache | None, layer, deterministic, bias=()):
+    def __call__(self, x, positions, segments, cache: KVCache | None, layer, deterministic, bias=(), rotary=None):
         cfg = self.config
         q = self.heads(x, "query", cfg.num_heads, deterministic)
         k, v = (self.heads(x, group, cfg.kv_heads, deterministic) for group in ("key", "value"))
-        if cfg.rotary_fraction:
+        if cfg.rotary_table:
+            q, k = apply_rotary_table(q, rotary), apply_rotary_table(k, rotary)
+        elif cfg.rotary_fraction:
             rotate = functools.partial(
                 apply_rotary, fraction=cfg.rotary_fraction, base=cfg.rotary_base, scaling=cfg.rotary_scaling
             )
             q, k = rotate(q, positions), rotate(k, positions)
+        if cfg.cosine_scores:
+            q, k = unit_length(q), unit_length(k)
         if not cfg.scale_scores:
             q = q * math.sqrt(cfg.head_dim)
         if cfg.scale_by_layer:
@@ -260,22 +276,49 @@ class Block(nn.Module):
     config: StackConfig
 
     @nn.compact
-    def __call__(self, carry, layer, positions, segments, deterministic, bias=(), context=None, context_bias=()):
+    def __call__(
+        self,
+        carry,
+        layer,
+        positions,
+        segments,
+        deterministic,
+        bias=(),
+        context=None,
+        context_bias=(),
+        rotary=None,
+        condition=None,
+    ):
         cfg = self.config
         x, cache = carry
 
         def dropout(y):
-            return nn.Dropout(cfg.dropout)(constrain(y, "d_model"), deterministic)
+            y = constrain(y, "d_model")
+            if not cfg.drop_path:
+                return nn.Dropout(cfg.dropout)(y, deterministic)
+            if deterministic:
+                return y
+            kept = 1 - cfg.drop_path * layer / max(cfg.num_layers - 1, 1)
+            rows = jax.random.bernoulli(self.make_rng("dropout"), kept, (y.shape[0], 1, 1))
+            return jnp.where(rows, y / kept, 0).astype(y.dtype)
+
+        if cfg.modulation:
+            project = cfg.projection("modulation", 6 * cfg.d_model, name="modulation")
+            parts = jnp.split(project(nn.silu(condition)), 6, axis=-1)
+            modulations = {"attention": parts[:3], "ffn": parts[3:]}
 
         def around(part, name):  # residual and norm
             norm = cfg.norm_module(f"norm_{name}")
+            if cfg.modulation and name in modulations:
+                shift, scale, gate = modulations[name]
+                return x + dropout(gate * part(norm(x) * (1 + scale) + shift))
             y = part(x if cfg.post_norm else norm(x))
             return norm(x + dropout(y)) if cfg.post_norm else x + dropout(y)
 
         def attention(y):
             nonlocal cache
             module = SelfAttention(cfg, name="attention")
-            y, cache = module(y, positions, segments, cache, layer, deterministic, bias)
+            y, cache = module(y, positions, segments, cache, layer, deterministic, bias, rotary)
             return y
 
         def cross_attention(y):
@@ -303,7 +346,7 @@ class Stack(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch length d_model"],
-        positions: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"] | None,
         segments: Int[Array, "batch length"] | None = None,
         cache: KVCache | None = None,
         deterministic: bool = True,
@@ -311,15 +354,26 @@ class Stack(nn.Module):
         bias: tuple[Array, ...] = (),
         context: Float[Array, "batch slots d_context"] | None = None,
         context_bias: tuple[Array, ...] = (),
+        rotary: Float[Array, "#batch length pairs 2"] | None = None,
+        condition: Float[Array, "batch 1 d_model"] | None = None,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
         """Returns the hidden states behind the last block and the cache with the new tokens counted.
 
         Args:
+          positions: for the rotation by positions; None where there is none.
           bias: added to the scores of self-attention in every layer; see `attend`.
           context: what `cross` attends to. With a cache that holds its keys and values already, it can be None.
           context_bias: as `bias`, for cross-attention.
+          rotary: with `rotary_table`, the table that turns the queries and keys of these places.
+          condition: with `modulation`, what every layer projects to its shifts, scales and gates.
+
+        Raises:
+          ValueError: the config asks for a table or a condition, and there is none.
         """
         cfg = self.config
+        for name, needed, given in (("rotary", cfg.rotary_table, rotary), ("condition", cfg.modulation, condition)):
+            if needed and given is None:
+                raise ValueError(f"the stack's config needs the argument {name}; give it.")
         block: Any = Block
         if cfg.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False, static_argnums=(5,))
@@ -327,13 +381,13 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *[nn.broadcast] * 6),
+            in_axes=(0, *[nn.broadcast] * 8),
             length=cfg.num_layers,
             unroll=min(cfg.unroll, cfg.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = jnp.arange(cfg.num_layers)
         (x, cache), _ = scan(cfg, name="blocks")(
-            (x, cache), layers, positions, segments, deterministic, bias, context, context_bias
+            (x, cache), layers, positions, segments, deterministic, bias, context, context_bias, rotary, condition
         )
         return x, None if cache is None else cache.advance(x.shape[1])

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 
 from jaxtok.configuration import load_config
+from jaxtok.data.codes import CodeData
 from jaxtok.data.encoders import EncoderData
 from jaxtok.data.images import ImageData
 from jaxtok.data.span_corruption import SpanCorruption
@@ -31,6 +32,8 @@ from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig, PartOptimizer
 from jaxtok.vision.autoencoding import Autoencoding, TokenizerConfig
 from jaxtok.vision.discriminator import DiscriminatorConfig
+from jaxtok.vision.elm import ElmConfig, ElmModeling, published
+from jaxtok.vision.elm_masked import MaskedElmModeling, published_masked
 
 
 def gpt_neox(
@@ -270,6 +273,49 @@ def _span_corruption(
         ),
         train=TrainConfig(
             steps=steps, optimizer=optimizer, log_every=20, eval_every=1000, checkpoint_every=1000, keep_checkpoints=3
+        ),
+        mesh=MeshConfig(fsdp=fsdp),
+    )
+
+
+def elm(size: str, decomposition: str, *, fsdp: int = 8) -> Experiment:
+    """ELM's recipe for one of its sizes on codes cut in one of its ways: AdamW 0.9/0.95 at a constant 1e-4, decay 0.05
+    of everything but norms, clip 1, 256 images a step, 400 epochs of ImageNet; dropout 0.1, of classes too.
+
+    The codes are those of a binary autoencoder of as many bits, encoded before. The authors' decay takes hold of tables
+    too, as here. Their samples are made with a moving average of the parameters (0.9999).
+    """
+    model = published(size, decomposition, dtype="bfloat16", remat="projections", loss_chunk=32)
+    return _elm(f"elm_{size}", ElmModeling(model=model), model, fsdp)
+
+
+def elm_masked(size: str, *, fsdp: int = 8) -> Experiment:
+    """The same for the masked model of a size, on one code of 16 bits."""
+    model = published_masked(size, dtype="bfloat16", remat="projections", loss_chunk=32)
+    return _elm(f"elm_masked_{size}", MaskedElmModeling(model=model), model, fsdp)
+
+
+def _elm(name: str, task: ElmModeling | MaskedElmModeling, model: ElmConfig, fsdp: int) -> Experiment:
+    return Experiment(
+        name=name,
+        task=task,
+        data=CodeData(
+            path=f"data/imagenet256_{model.sub_codes * model.code_bits}_bits",
+            grid=model.grid,
+            sub_codes=model.sub_codes,
+            code_bits=model.code_bits,
+            batch_size=256,
+            eval_limit=40,
+        ),
+        train=TrainConfig(
+            steps=2_000_000,
+            optimizer=OptimizerConfig(
+                learning_rate=1e-4, min_learning_rate=1e-4, schedule="constant", warmup=0.0, weight_decay=0.05
+            ),
+            log_every=100,
+            eval_every=10_000,
+            checkpoint_every=10_000,
+            keep_checkpoints=3,
         ),
         mesh=MeshConfig(fsdp=fsdp),
     )

@@ -1,0 +1,12 @@
+"""ELM-2B (1909M parameters) on 2 sub-codes of 12 bits: 2M steps of 256 images of ImageNet.
+
+    jaxtok train configs/vision/elm_2b.py --data.path CODES
+
+CODES is a folder of codes of a binary autoencoder of 24 bits (`jaxtok.data.codes.write_codes`). Expect about 6.39
+nats a sub-code behind 1.3M steps (read off the authors' plot), and FID 1.54 with guidance. For T sub-codes of K bits,
+give --task.model.sub-codes T --task.model.code-bits K --data.sub-codes T --data.code-bits K, and codes of T x K bits.
+"""
+
+from jaxtok.training.recipes import elm
+
+config = elm("2b", "2-12", fsdp=16)

@@ -1,0 +1,11 @@
+"""ELM's masked model of size L (378M parameters) on one code of 16 bits: 2M steps of 256 images of ImageNet.
+
+    jaxtok train configs/vision/elm_masked_l.py --data.path CODES
+
+CODES is a folder of codes of a binary autoencoder of 16 bits (`jaxtok.data.codes.write_codes`). The authors released
+weights of this size.
+"""
+
+from jaxtok.training.recipes import elm_masked
+
+config = elm_masked("l")

@@ -1,0 +1,12 @@
+"""ELM-XL (741M parameters) on 2 sub-codes of 10 bits: 2M steps of 256 images of ImageNet.
+
+    jaxtok train configs/vision/elm_xl.py --data.path CODES
+
+CODES is a folder of codes of a binary autoencoder of 20 bits (`jaxtok.data.codes.write_codes`). Expect FID 12.70 on
+ImageNet 256 without guidance (pytorch_fid, 50,000 samples). For T sub-codes of K bits, give --task.model.sub-codes T
+--task.model.code-bits K --data.sub-codes T --data.code-bits K, and codes of T x K bits.
+"""
+
+from jaxtok.training.recipes import elm
+
+config = elm("xl", "2-10")

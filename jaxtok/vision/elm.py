@@ -1,0 +1,437 @@
+"""ELM: images as language (Elucidating the Design Space of Language Models for Image Generation, ICML 2025).
+
+A Llama on the codes of an image tokenizer, with a class in front. A position of the grid has t sub-codes of k bits,
+into which a binary autoencoder's t k bits are cut ("2-10": two of ten bits), so that a large vocabulary needs no large
+table. This file is the autoregressive model and its Task; `elm_sampling.py` draws images from it, and `elm_masked.py`
+is the masked model.
+
+    cond = E_class[y],  tok = W concat_i E_i[c_i]  (one sub-code: E[c]),  h0 = [cond ; tok_0 .. tok_{N-2}]
+    blocks of the house, causal, with rotation by row and column;  logits_i = O_i norm(h), at place n of token n
+
+All sub-codes of a position are predicted in parallel from the same state. Where paper and code differ, the authors'
+code is followed: the class token's row of the rotation is zero, so it looks at everything evenly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxtok.axes import constrain, gather
+from jaxtok.nn.cache import KVCache
+from jaxtok.nn.linear import Linear, LinearStack
+from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean
+from jaxtok.nn.rotary import rotary_table_2d
+from jaxtok.nn.transformer import Stack
+from jaxtok.protocols import Batch, Params
+
+
+def mlp_width(d_model: int, multiple_of: int = 256) -> int:
+    """Llama's: two thirds of 4 d, rounded up to a multiple."""
+    return -(-int(2 * 4 * d_model / 3) // multiple_of) * multiple_of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ElmConfig(LinearStack):
+    """The autoregressive model; defaults: ELM-L on 2 sub-codes of 10 bits, of images of 256 pixels, as trained."""
+
+    num_layers: int = 24
+    d_model: int = 1024
+    num_heads: int = 16
+    mlp_dim: int = 2816
+    grid: int = 16
+    """Positions a side; an image has grid x grid."""
+    sub_codes: int = 2
+    """At each position (t)."""
+    code_bits: int = 10
+    """Of a sub-code (k), which has 2^k values."""
+    num_classes: int = 1000
+    """One more, behind these, stands for no class."""
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    rotary_fraction: float = 1.0
+    rotary_table: bool = True
+    activation: str = "silu"
+    gated: bool = True
+    use_bias: bool = False
+    dropout: float = 0.1
+    """On what each part of a block adds."""
+    token_dropout: float = 0.1
+    """On the input embeddings."""
+    class_dropout: float = 0.1
+    """How often a class is withheld in training, for the guidance."""
+    loss_chunk: int = 0
+    """Positions whose logits exist at a time in training; 0: all. A divisor of grid x grid."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("grid", "sub_codes", "num_classes"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+        if not 1 <= self.code_bits <= 24:
+            raise ValueError(
+                f"code_bits is {self.code_bits}; it must be in 1..24, as a table has 2^code_bits rows; "
+                "cut the bits into more sub-codes."
+            )
+        for field in ("token_dropout", "class_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be in [0, 1).")
+        if self.head_dim % 4:
+            raise ValueError(
+                f"d_model is {self.d_model} and num_heads is {self.num_heads}, which gives heads of {self.head_dim} "
+                "channels; the rotation by row and column needs a multiple of 4."
+            )
+        if not self.rotary_table:
+            raise ValueError("rotary_table is False; ELM knows places by the rotation by row and column only.")
+        if self.loss_chunk < 0 or (self.loss_chunk and self.positions % self.loss_chunk):
+            raise ValueError(
+                f"loss_chunk is {self.loss_chunk}; it must divide grid x grid = {self.positions}, or be 0."
+            )
+
+    @property
+    def positions(self) -> int:
+        """Of an image (N)."""
+        return self.grid**2
+
+    @property
+    def codebook(self) -> int:
+        """Values of a sub-code (V)."""
+        return 2**self.code_bits
+
+    @property
+    def output_init_std(self) -> float:
+        return self.init_std
+
+    def rotation(self) -> Float[np.ndarray, "places pairs 2"]:
+        """For the class token (zeros) and each position."""
+        return rotary_table_2d(self.grid, self.grid, self.head_dim, self.rotary_base, leading=1)
+
+    def flops(self) -> float:
+        """Forward FLOPs of one image: projection of the sub-codes, blocks, modulations and heads."""
+        n, t, d = self.positions, self.sub_codes, self.d_model
+        once = 2 * d * d * (6 * self.num_layers + 2) if self.modulation else 0
+        return n * (self.stack_flops(n) + (2 * t * d * d if t > 1 else 0) + 2 * t * self.codebook * d) + once
+
+
+class ElmBase(nn.Module):
+    """What the autoregressive and the masked model share: the class, the blocks, the final norm."""
+
+    config: ElmConfig
+
+    def setup(self):
+        cfg = self.config
+        self.class_embedding = self.table("class_embedding", (cfg.num_classes + 1, cfg.d_model), (None, "d_model"))
+        self.stack = Stack(cfg)
+        self.final_norm = cfg.norm_module()
+        self.embedding_dropout = nn.Dropout(cfg.token_dropout)
+
+    def table(self, name, shape, axes, std=None):
+        init = nn.initializers.normal(self.config.init_std if std is None else std)
+        value = self.param(name, nn.with_logical_partitioning(init, axes), shape, self.config.param_dtype)
+        return gather(value.astype(self.config.dtype), *axes)
+
+    def linear(self, features, axes, std, bias) -> Linear:
+        return self.config.linear(features, axes, std, bias, None)
+
+    def embed_class(self, labels: Int[Array, " batch"], deterministic: bool = True) -> Float[Array, "batch 1 d_model"]:
+        """In training, some labels become that of no class."""
+        cfg = self.config
+        if cfg.class_dropout and not deterministic:
+            dropped = jax.random.bernoulli(self.make_rng("dropout"), cfg.class_dropout, labels.shape)
+            labels = jnp.where(dropped, cfg.num_classes, labels)
+        return constrain(jnp.take(self.class_embedding, labels, axis=0)[:, None], None, "d_model")
+
+
+class Elm(ElmBase):
+    """Codes and a class to logits of each position's codes, given those in front of it."""
+
+    def setup(self):
+        super().setup()
+        cfg = self.config
+        tables = (cfg.sub_codes, cfg.codebook, cfg.d_model)
+        self.embedding = self.table("embedding", tables, (None, "vocab", "d_model"))
+        self.head_matrix = self.table("head_matrix", tables, (None, "vocab", "d_model"), std=0.0)
+        if cfg.sub_codes > 1:
+            self.projection = self.linear(cfg.d_model, ("channels", "d_model"), cfg.init_std, False)
+        if cfg.modulation:
+            self.final_modulation = self.linear(2 * cfg.d_model, ("d_model", "modulation"), 0.0, True)
+
+    def __call__(
+        self, codes: Int[Array, "batch positions sub_codes"], labels: Int[Array, " batch"], deterministic: bool = True
+    ) -> Float[Array, "batch positions sub_codes vocab"]:
+        """Logits in float32, at position n of its own sub-codes, which see the class and the positions before n.
+
+        Args:
+          codes: of whole images, below 2^code_bits, in row-major order.
+          labels: classes; num_classes stands for none.
+          deterministic: no dropout; else there must be a `dropout` key.
+        """
+        return self.head(self.states(codes, labels, deterministic))
+
+    def nats(
+        self, codes: Int[Array, "batch positions sub_codes"], labels: Int[Array, " batch"], deterministic: bool = True
+    ) -> Float[Array, "batch positions sub_codes"]:
+        """-log p of each sub-code, with the logits of `loss_chunk` positions at a time."""
+        matrix = self.head_matrix  # outside of the scan over parts
+
+        def part(hidden, codes):
+            return cross_entropy(_logits(hidden, matrix), codes)
+
+        return by_parts(part, self.config.loss_chunk, self.states(codes, labels, deterministic), codes)
+
+    def states(self, codes, labels, deterministic: bool = True) -> Float[Array, "batch positions d_model"]:
+        """Hidden states behind the final norm, from which each position is predicted."""
+        cfg = self.config
+        if codes.shape[1:] != (cfg.positions, cfg.sub_codes):
+            raise ValueError(
+                f"an image has {codes.shape[1]} x {codes.shape[2]} codes, but the model's grid of {cfg.grid} x "
+                f"{cfg.grid} positions with {cfg.sub_codes} sub-codes has {cfg.positions} x {cfg.sub_codes}."
+            )
+        condition = self.embed_class(labels, deterministic)
+        x = jnp.concatenate([condition, self.embed(codes)[:, :-1]], axis=1)  # all, so that a mesh can divide them
+        x = self.embedding_dropout(constrain(x, "d_model"), deterministic)
+        return self.hidden(x, condition, deterministic=deterministic)[0]
+
+    def embed(self, codes: Int[Array, "batch length sub_codes"]) -> Float[Array, "batch length d_model"]:
+        """Of tokens: a table for each sub-code, and a projection of all of them."""
+        cfg = self.config
+        x = jax.vmap(lambda table, ids: jnp.take(table, ids, axis=0), (0, -1), -2)(self.embedding, codes)
+        x = x.reshape(*codes.shape[:-1], cfg.sub_codes * cfg.d_model)
+        return constrain(self.projection(x) if cfg.sub_codes > 1 else x, "d_model")
+
+    def hidden(
+        self,
+        x: Float[Array, "batch length d_model"],
+        condition: Float[Array, "batch 1 d_model"],
+        *,
+        place: int | Int[Array, ""] = 0,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
+        """States behind the final norm, and the cache with these inputs appended.
+
+        Args:
+          x: embeddings of the inputs from `place` on; that of place 0 is the class.
+          condition: the class's embedding, for the modulation.
+        """
+        cfg = self.config
+        rows = jax.lax.dynamic_slice_in_dim(jnp.asarray(cfg.rotation()), place, x.shape[1])[None]
+        x, cache = self.stack(
+            x,
+            None,
+            cache=cache,
+            deterministic=deterministic,
+            rotary=rows,
+            condition=condition if cfg.modulation else None,
+        )
+        x = self.final_norm(x)
+        if cfg.modulation:
+            shift, scale = jnp.split(self.final_modulation(nn.silu(condition)), 2, axis=-1)
+            x = x * (1 + scale) + shift
+        return x, cache
+
+    def head(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length sub_codes vocab"]:
+        """Logits in float32."""
+        return _logits(hidden, self.head_matrix)
+
+    def init_cache(self, batch: int, length: int) -> KVCache:
+        return self.config.init_cache(batch, length)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ElmTextConfig(ElmConfig):
+    """A model of one code a position, seen as a language model: its text is a class and then an image's codes.
+
+    Ids below 2^code_bits are codes, and those from there on are classes, the last of them no class.
+    """
+
+    sub_codes: int = 1
+    code_bits: int = 16
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.sub_codes != 1 or self.modulation:
+            raise ValueError(
+                f"sub_codes is {self.sub_codes} and modulation {self.modulation}; a text has one code a position, and "
+                "nothing but its tokens."
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        return self.codebook + self.num_classes + 1
+
+    @property
+    def max_length(self) -> int:
+        return 1 + self.positions
+
+
+class ElmText(Elm):
+    """The same parameters as a `jaxtok.protocols.CausalLM`, for what is written against that waist."""
+
+    config: ElmTextConfig
+
+    def __call__(self, tokens, *, positions=None, segments=None, cache=None, deterministic: bool = True):
+        """As `jaxtok.lm.decoder.Decoder`. Classes are no targets: their logits are 20 below the least of the codes'."""
+        x = self.embed(tokens)
+        x, cache = self.hidden(x, positions=positions, segments=segments, cache=cache, deterministic=deterministic)
+        return self.head(x), cache
+
+    def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length d_model"]:
+        codes = self.config.codebook
+        of_code = jnp.take(self.embedding[0], jnp.minimum(tokens, codes - 1), axis=0)
+        of_class = jnp.take(self.class_embedding, jnp.maximum(tokens - codes, 0), axis=0)
+        return constrain(jnp.where((tokens < codes)[..., None], of_code, of_class), "d_model")
+
+    def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
+        batch, length = x.shape[:2]
+        if length > self.config.max_length:
+            raise ValueError(
+                f"there are {length} tokens in a row, but the model's max_length is {self.config.max_length}."
+            )
+        if cache is not None and segments is not None:
+            raise ValueError("segments and a cache were given together; a cached row is one segment.")
+        if positions is None:
+            positions = jnp.arange(length) + (0 if cache is None else cache.length[:, None])
+        rows = jnp.take(jnp.asarray(self.config.rotation()), jnp.broadcast_to(positions, (batch, length)), axis=0)
+        x = self.embedding_dropout(x, deterministic)
+        x, cache = self.stack(x, None, segments, cache, deterministic, rotary=rows)
+        return self.final_norm(x), cache
+
+    def head(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length vocab"]:
+        logits = _logits(hidden, self.head_matrix)[:, :, 0]
+        least = jnp.min(logits, -1, keepdims=True) - 20
+        return jnp.concatenate([logits, jnp.repeat(least, self.config.num_classes + 1, axis=-1)], -1)
+
+
+def _logits(hidden, matrix):
+    logits = jnp.einsum("bld,tvd->bltv", hidden, matrix, preferred_element_type=jnp.float32)
+    return constrain(logits, None, "vocab")
+
+
+def init_params(config: ElmConfig, rng: jax.Array) -> Params:
+    """All parameters as plain arrays."""
+    codes = jnp.zeros((1, config.positions, config.sub_codes), jnp.int32)
+    return nn.meta.unbox(Elm(config).init(rng, codes, jnp.zeros(1, jnp.int32))["params"])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ElmModeling:
+    """Trains the autoregressive model on batches of codes (`jaxtok.data.codes.CodeData`):
+
+    codes   int32    [batch, positions, sub_codes]
+    labels  int32    [batch], the class; num_classes stands for none
+    mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
+    """
+
+    model: ElmConfig
+
+    def module(self) -> Elm:
+        return Elm(self.model)
+
+    def check_data(self, data: Any) -> None:
+        """Raises a ValueError where the codes are cut otherwise than the model's."""
+        check_data(self.model, data)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        return self.module().init(rng, batch["codes"], batch["labels"])["params"]
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy in nats a sub-code; k ln 2 at first, as the heads begin at 0."""
+        loss = masked_mean(self.image_nats(params, batch, rng), batch["mask"])
+        return loss, {"nats_per_position": self.model.sub_codes * loss}
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """Nats a sub-code (`loss`) and a position, and the number of images.
+
+        Raises:
+          ValueError: there was not a single image.
+        """
+        return code_metrics((_evaluation_sums(self, params, batch) for batch in batches), self.model.sub_codes)
+
+    def trainable(self, params: Params) -> Params | None:
+        return None
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step: three times the forward pass."""
+        return 3 * len(batch["codes"]) * self.model.flops()
+
+    def image_nats(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> Float[Array, " batch"]:
+        """The mean over the sub-codes of each image; with a key, under dropout."""
+        nats = self.module().apply(
+            {"params": params},
+            batch["codes"],
+            batch["labels"],
+            deterministic=rng is None,
+            rngs=None if rng is None else {"dropout": rng},
+            method="nats",
+        )
+        return nats.mean((1, 2))
+
+
+def check_data(model: ElmConfig, data: Any) -> None:
+    """Of a run's data: grid, sub-codes and their bits are the model's.
+
+    Raises:
+      ValueError: they are not.
+    """
+    for field in ("grid", "sub_codes", "code_bits"):
+        ours, theirs = getattr(model, field), getattr(data, field, None)
+        if theirs is not None and theirs != ours:
+            raise ValueError(f"task.model.{field} is {ours}, but data.{field} is {theirs}; make them equal.")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluation_sums(task: ElmModeling, params, batch):
+    return jnp.stack([jnp.sum(task.image_nats(params, batch) * batch["mask"]), *[jnp.sum(batch["mask"])] * 2])
+
+
+def code_metrics(sums: Iterable[Array], sub_codes: int) -> dict[str, float]:
+    """What an evaluation reports, from (sum of nats, what they are of, images) of each batch.
+
+    Raises:
+      ValueError: there was not a single image.
+    """
+    nats, count, images = sum((np.asarray(part, np.float64) for part in sums), np.zeros(3)).tolist()
+    if not images:
+        raise ValueError("the evaluation data hold no image; choose a larger data set or split.")
+    loss = nats / count
+    return {"loss": loss, "nats_per_position": sub_codes * loss, "examples": images}
+
+
+def _size(layers: int, heads: int, width: int) -> dict[str, int]:
+    return {"num_layers": layers, "num_heads": heads, "d_model": width, "mlp_dim": mlp_width(width)}
+
+
+SIZES = {
+    "b": _size(12, 12, 768),
+    "l": _size(24, 16, 1024),
+    "xl": _size(36, 20, 1280),
+    "xxl": _size(48, 24, 1536),
+    "2b": _size(48, 28, 1792),
+    "xxxl": _size(48, 40, 2560),
+}
+"""The published sizes (all with heads of 64 channels)."""
+
+DECOMPOSITIONS = {"1-16": (1, 16), "2-8": (2, 8), "2-10": (2, 10), "2-12": (2, 12)}
+"""Sub-codes and their bits, as published."""
+
+
+def published(size: str, decomposition: str, **options: Any) -> ElmConfig:
+    """The autoregressive model of a published size on codes cut in a published way.
+
+    Raises:
+      ValueError: an unknown name.
+    """
+    for what, name, known in (("size", size, SIZES), ("decomposition", decomposition, DECOMPOSITIONS)):
+        if name not in known:
+            raise ValueError(f"the {what} is {name!r}; it can be {', '.join(known)}.")
+    sub_codes, bits = DECOMPOSITIONS[decomposition]
+    return ElmConfig(**SIZES[size] | {"sub_codes": sub_codes, "code_bits": bits} | options)

@@ -1,0 +1,401 @@
+"""ELM's masked model: all codes of an image are predicted from those that are not masked, and drawn in a few rounds.
+
+    [cond x t ; tokens by position and sub-code], blocks without a causal mask, one table of V codes and the mask
+    u = LayerNorm(gelu(W norm(h) + b));  logits = u E^T + bias, with the table E held still in this product
+
+The sub-codes of a position are masked together. In training, a step j of T is drawn for the batch, and floor(N rate)
+positions of each image are masked, rate = cos(pi j / 2T). To draw images, the T rounds of MaskGIT (arXiv 2202.04200)
+begin with everything masked; each draws all masked codes from the guided logits and masks those again of which it was
+least sure. The table's row and bias of the mask as a target, which nothing uses, are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxtok.axes import constrain
+from jaxtok.nn.activations import gelu
+from jaxtok.nn.losses import by_parts, cross_entropy
+from jaxtok.nn.norms import Norm
+from jaxtok.protocols import Batch, Params
+from jaxtok.vision.elm import ElmBase, ElmConfig, check_data, code_metrics, published
+from jaxtok.vision.elm_sampling import check_guidance, choose, class_ids
+
+MASK_SCHEDULES = {"cos": lambda r: np.cos(math.pi / 2 * r), "linear": lambda r: 1 - r}
+"""The part of an image that is masked at r, from 0 to 1 on the way."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedElmConfig(ElmConfig):
+    """The masked model; defaults: L on one code of 16 bits, as released."""
+
+    sub_codes: int = 1
+    code_bits: int = 16
+    causal: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.causal:
+            raise ValueError("causal is True; the masked model sees all positions.")
+        if self.modulation:
+            raise ValueError("modulation is True; the masked model has none.")
+
+    def rotation(self) -> Float[np.ndarray, "places pairs 2"]:
+        """Each row of the autoregressive model's, for every sub-code."""
+        return np.repeat(super().rotation(), self.sub_codes, axis=0)
+
+    def flops(self) -> float:
+        """Forward FLOPs of one image: blocks and head."""
+        length = self.sub_codes * (self.positions + 1)
+        head = 2 * self.d_model * (self.d_model + self.codebook)
+        return length * self.stack_flops(length) + self.sub_codes * self.positions * head
+
+
+class MaskedElm(ElmBase):
+    """Codes, a class and a mask to logits of all codes."""
+
+    config: MaskedElmConfig
+
+    def setup(self):
+        super().setup()
+        cfg = self.config
+        self.embedding = self.table("embedding", (cfg.codebook, cfg.d_model), ("vocab", "d_model"))
+        self.mask_embedding = self.table("mask_embedding", (1, cfg.d_model), (None, "d_model"))
+        self.head_dense = self.linear(cfg.d_model, ("d_model", "channels"), cfg.init_std, True)
+        self.head_norm = Norm("layernorm", eps=1e-5, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+        bias = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+        self.head_bias = self.param("head_bias", bias, (cfg.codebook,), cfg.param_dtype)
+
+    def __call__(
+        self,
+        codes: Int[Array, "batch positions sub_codes"],
+        labels: Int[Array, " batch"],
+        masked: Bool[Array, "batch positions"],
+        deterministic: bool = True,
+    ) -> Float[Array, "batch positions sub_codes vocab"]:
+        """Logits in float32 of every sub-code, from the class and the positions that are not masked."""
+        return _logits(self.states(codes, labels, masked, deterministic), *self.target_table()).reshape(
+            *codes.shape, -1
+        )
+
+    def nats(
+        self,
+        codes: Int[Array, "batch positions sub_codes"],
+        labels: Int[Array, " batch"],
+        masked: Bool[Array, "batch positions"],
+        deterministic: bool = True,
+        smoothing: float = 0.0,
+        hamming: int = 0,
+    ) -> Float[Array, "batch positions sub_codes"]:
+        """-log p of each sub-code, masked or not, with smoothed labels; or the mean over those of a Hamming distance
+        up to `hamming`, weighted by `hamming_weights` (without smoothing)."""
+        cfg, table = self.config, self.target_table()
+        hidden = self.states(codes, labels, masked, deterministic)
+
+        def part(hidden, codes):
+            logits = _logits(hidden, *table)
+            if not hamming:
+                return cross_entropy(logits, codes, smoothing)
+            weights = hamming_weights(codes, cfg.code_bits, hamming)
+            return jax.nn.logsumexp(logits, -1) - jnp.sum(weights * logits, -1)
+
+        chunk = cfg.loss_chunk * cfg.sub_codes
+        return by_parts(part, chunk, hidden, codes.reshape(len(codes), -1)).reshape(codes.shape)
+
+    def states(self, codes, labels, masked, deterministic: bool = True) -> Float[Array, "batch places d_model"]:
+        """What the table is multiplied with, at all sub-codes in the order of positions."""
+        cfg = self.config
+        batch, t = len(codes), cfg.sub_codes
+        if codes.shape[1:] != (cfg.positions, t):
+            raise ValueError(
+                f"an image has {codes.shape[1]} x {codes.shape[2]} codes, but the model's grid of {cfg.grid} x "
+                f"{cfg.grid} positions with {t} sub-codes has {cfg.positions} x {t}."
+            )
+        x = jnp.take(self.embedding, codes.reshape(batch, -1), axis=0)
+        x = jnp.where(jnp.repeat(masked, t, axis=1)[..., None], self.mask_embedding, x)
+        x = jnp.concatenate([jnp.repeat(self.embed_class(labels, deterministic), t, axis=1), x], axis=1)
+        x = self.embedding_dropout(constrain(x, "d_model"), deterministic)
+        x, _ = self.stack(x, None, deterministic=deterministic, rotary=jnp.asarray(cfg.rotation())[None])
+        return self.head_norm(gelu(self.head_dense(self.final_norm(x)[:, t:])))
+
+    def target_table(self) -> tuple[Array, Array]:
+        """The table without its gradient, and the bias."""
+        return jax.lax.stop_gradient(self.embedding), self.head_bias
+
+
+def hamming_weights(codes: Int[Array, "*batch"], code_bits: int, distance: int) -> Float[Array, "*batch vocab"]:
+    """exp(-3 h) for the codes whose bits differ from those of `codes` in h <= distance places, divided by their sum."""
+    differing = jnp.bitwise_xor(jnp.asarray(codes)[..., None], jnp.arange(2**code_bits))
+    h = jax.lax.population_count(differing).astype(jnp.float32)
+    weights = jnp.where(h <= distance, jnp.exp(-3 * h), 0.0)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def _logits(hidden, table, bias):
+    logits = jnp.einsum("bld,vd->blv", hidden, table, preferred_element_type=jnp.float32)
+    return constrain(logits + bias.astype(jnp.float32), "vocab")
+
+
+def init_params(config: MaskedElmConfig, rng: jax.Array) -> Params:
+    """All parameters as plain arrays."""
+    codes = jnp.zeros((1, config.positions, config.sub_codes), jnp.int32)
+    masked = jnp.zeros(codes.shape[:2], bool)
+    return nn.meta.unbox(MaskedElm(config).init(rng, codes, jnp.zeros(1, jnp.int32), masked)["params"])
+
+
+def mask_counts(positions: int, at: Float[np.ndarray, " steps"], schedule: str) -> Int[np.ndarray, " steps"]:
+    """How many positions are masked at each r: max(1, floor(N rate(r))), by float64 as the authors' numpy has it."""
+    return np.maximum(1, np.floor(positions * MASK_SCHEDULES[schedule](np.asarray(at, np.float64)))).astype(np.int32)
+
+
+def mask_lowest(values: Float[Array, "batch positions"], count: Int[Array, " ..."]) -> Bool[Array, "batch positions"]:
+    """True at the `count` lowest of each row, exactly so many: of equal ones, the first."""
+    ranks = jnp.argsort(jnp.argsort(values, axis=1), axis=1)
+    return ranks < jnp.broadcast_to(count, (len(values),))[:, None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedElmModeling:
+    """Trains the masked model on batches of codes, as `ElmModeling`."""
+
+    model: MaskedElmConfig
+    rounds: int = 12
+    """T: masks are those of so many steps of the schedule."""
+    mask_schedule: Literal["cos", "linear"] = "cos"
+    mask_per_image: bool = False
+    """A step for each image, instead of one for the batch. (The authors' option of this kind turns the schedule round
+    after 10,000 updates; here it stays.)"""
+    label_smoothing: float = 0.0
+    hamming: int = 0
+    """If positive, targets are all codes up to this Hamming distance, with `hamming_weights`, at all
+    positions, masked or not, and without smoothing (the authors call it useless)."""
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}; it must be at least 1.")
+        if self.mask_schedule not in MASK_SCHEDULES:
+            raise ValueError(f"mask_schedule is {self.mask_schedule!r}; it can be {', '.join(MASK_SCHEDULES)}.")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1).")
+        if self.hamming < 0:
+            raise ValueError(f"hamming is {self.hamming}; it must be 0 or more.")
+
+    def module(self) -> MaskedElm:
+        return MaskedElm(self.model)
+
+    def check_data(self, data: Any) -> None:
+        """Raises a ValueError where the codes are cut otherwise than the model's."""
+        check_data(self.model, data)
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
+        masked = jnp.zeros(batch["codes"].shape[:2], bool)
+        return self.module().init(rng, batch["codes"], batch["labels"], masked)["params"]
+
+    def counts(self) -> Int[np.ndarray, " rounds"]:
+        """Masked positions at each step of the training."""
+        return mask_counts(self.model.positions, np.arange(self.rounds) / self.rounds, self.mask_schedule)
+
+    def draw_mask(self, rng: jax.Array, images: int) -> Bool[Array, "batch positions"]:
+        """Exactly as many positions of each image as the step says, which is drawn too."""
+        steps, noise = jax.random.split(rng)
+        step = jax.random.randint(steps, (images,) if self.mask_per_image else (), 0, self.rounds)
+        return mask_lowest(jax.random.uniform(noise, (images, self.model.positions)), jnp.asarray(self.counts())[step])
+
+    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy in nats over the masked sub-codes of the whole batch; also logs the part masked."""
+        of_mask, of_dropout = jax.random.split(rng)
+        masked = self.draw_mask(of_mask, len(batch["codes"]))
+        total, count = self.sums(params, batch, masked, of_dropout)
+        return total / jnp.maximum(count, 1), {"masked": masked.mean(dtype=jnp.float32)}
+
+    def sums(
+        self,
+        params: Params,
+        batch: Batch,
+        masked: Bool[Array, "batch positions"],
+        rng: jax.Array | None = None,
+        plain: bool = False,
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """Nats and the number of sub-codes that they are of.
+
+        Args:
+          rng: of the dropout; None: there is none.
+          plain: without smoothed and soft targets.
+        """
+        nats = self.module().apply(
+            {"params": params},
+            batch["codes"],
+            batch["labels"],
+            masked,
+            deterministic=rng is None,
+            rngs=None if rng is None else {"dropout": rng},
+            smoothing=0.0 if plain else self.label_smoothing,
+            hamming=0 if plain else self.hamming,
+            method="nats",
+        )
+        everywhere = self.hamming and not plain
+        counted = (jnp.ones_like(masked) if everywhere else masked)[..., None] * batch["mask"][:, None, None]
+        counted = jnp.broadcast_to(counted, nats.shape)
+        return jnp.sum(nats * counted), jnp.sum(counted)
+
+    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+        """Nats a masked sub-code (`loss`) and position, with masks as in training, the same in every evaluation.
+
+        Raises:
+          ValueError: there was not a single image.
+        """
+        sums = (_evaluation_sums(self, params, batch, number) for number, batch in enumerate(batches))
+        return code_metrics(sums, self.model.sub_codes)
+
+    def trainable(self, params: Params) -> Params | None:
+        return None
+
+    def flops(self, batch: Batch) -> float:
+        """Of one training step: three times the forward pass."""
+        return 3 * len(batch["codes"]) * self.model.flops()
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _evaluation_sums(task: MaskedElmModeling, params, batch, number):
+    masked = task.draw_mask(jax.random.fold_in(jax.random.key(0), number), len(batch["codes"]))
+    return jnp.stack([*task.sums(params, batch, masked, plain=True), jnp.sum(batch["mask"])])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MaskedSampling:
+    """How images are drawn."""
+
+    rounds: int = 12
+    """T, passes through the model."""
+    guidance: float = 3.0
+    """The scale s; 1: none."""
+    schedule: Literal["constant", "linear", "powercos"] = "linear"
+    """With r = (j + 1) / T in round j, w is s; 1 + (s - 1) r; or 1 + (s - 1) (1 - cos(pi r^power)) / 2."""
+    power: float = 1.0
+    temperature: float = 4.0
+    """Of the Gumbel noise on how sure a draw is, times 1 - r; 0: none. (Codes are drawn at temperature 1.)"""
+    mask_schedule: Literal["cos", "linear"] = "cos"
+    remask: bool = False
+    """In the first half of the rounds, a known code of which another was drawn may be masked again."""
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ValueError(f"rounds is {self.rounds}; it must be at least 1.")
+        if self.schedule not in ("constant", "linear", "powercos"):
+            raise ValueError(f"schedule is {self.schedule!r}; it can be constant, linear, powercos.")
+        if self.mask_schedule not in MASK_SCHEDULES:
+            raise ValueError(f"mask_schedule is {self.mask_schedule!r}; it can be {', '.join(MASK_SCHEDULES)}.")
+        check_guidance(self.guidance, self.schedule)
+        if not 0 <= self.temperature < math.inf or not 0 < self.power < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature} and power {self.power}; "
+                "the first must be 0 or more and the second positive."
+            )
+
+    def progress(self) -> Float[np.ndarray, " rounds"]:
+        return np.arange(1, self.rounds + 1) / self.rounds
+
+    def weights(self) -> Float[np.ndarray, " rounds"]:
+        """The guidance of each round."""
+        r = self.progress()
+        part = {"constant": 1 + 0 * r, "linear": r, "powercos": (1 - np.cos(math.pi * r**self.power)) / 2}
+        return (1 + (self.guidance - 1) * part[self.schedule]).astype(np.float32)
+
+    def counts(self, positions: int) -> Int[np.ndarray, " rounds"]:
+        """Positions that are masked behind each round: fewer each time, until it is one (which is drawn for good)."""
+        unknown, counts = positions, []
+        for count in mask_counts(positions, self.progress(), self.mask_schedule):
+            unknown = max(1, min(unknown - 1, int(count)))
+            counts.append(unknown)
+        return np.array(counts, np.int32)
+
+
+def generate(
+    config: MaskedElmConfig,
+    params: Params,
+    labels: Sequence[int | None] | np.ndarray,
+    *,
+    sampling: MaskedSampling = MaskedSampling(),
+    rng: jax.Array | None = None,
+    draws: tuple[Float[np.ndarray, "rounds batch places"], Float[np.ndarray, "rounds batch positions sub_codes"]]
+    | None = None,
+) -> Int[Array, "batch positions sub_codes"]:
+    """Codes of images of these classes.
+
+    Args:
+      labels: a class for each image; None is no class.
+      rng: a key; needed unless there are draws.
+      draws: recorded uniforms for the codes of each round, and standard Gumbel numbers for the confidence.
+
+    Raises:
+      ValueError: a class is out of range; no key.
+    """
+    return draw(config, params, class_ids(config, labels), sampling, rng, draws)[0]
+
+
+def draw(config, params, labels, sampling, rng=None, draws=None):
+    """As `generate`, of class ids; also returns the last round's guided logits [batch, positions, sub_codes, vocab]."""
+    if rng is None and draws is None:
+        raise ValueError("rng is None; give a key such as jax.random.key(0).")
+    weights, rounds = sampling.weights(), np.arange(sampling.rounds)
+    guided = bool((weights != 1).any())
+    xs = (
+        rounds,
+        weights,
+        (sampling.temperature * (1 - sampling.progress())).astype(np.float32),
+        sampling.counts(config.positions),
+        sampling.remask & (rounds < sampling.rounds / 2),
+        draws,
+    )
+    return _draw(config, guided, sampling.remask, params, labels, xs, rng)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "guided", "remask"))
+def _draw(config, guided, remask, params, labels, xs, rng):
+    model, images = MaskedElm(config), len(labels)
+    shape = (images, config.positions, config.sub_codes)
+    if guided:  # the rows of an image are neighbours, lest a mesh part them
+        labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], 1).reshape(-1)
+
+    def both(x):
+        return jnp.repeat(x, 2, axis=0) if guided else x
+
+    def one_round(carry, x):
+        codes, masked, _ = carry
+        number, weight, noise, count, again, draws = x
+        logits = model.apply({"params": params}, both(codes), labels, both(masked))
+        if guided:
+            logits = logits.reshape(images, 2, *logits.shape[1:])
+            logits = logits[:, 1] + weight * (logits[:, 0] - logits[:, 1])
+        if draws is None:
+            keys = jax.random.split(jax.random.fold_in(rng, number))
+            drawn, gumbel = choose(logits, keys[0]), jax.random.gumbel(keys[1], shape)
+        else:
+            drawn, gumbel = choose(logits, None, draws[0].reshape(shape)), draws[1]
+        likely = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], -1)[..., 0]
+        unknown = masked[..., None]
+        doubted = unknown | (again & (drawn != codes)) if remask else unknown
+        sure = jnp.where(doubted, likely, jnp.inf) + noise * gumbel
+        codes = jnp.where(unknown, drawn, codes)
+        return (codes, mask_lowest(sure.mean(-1), count), logits), None
+
+    start = jnp.zeros(shape, jnp.int32), jnp.ones(shape[:2], bool), jnp.zeros((*shape, config.codebook), jnp.float32)
+    (codes, _, logits), _ = jax.lax.scan(one_round, start, xs)
+    return codes, logits
+
+
+def published_masked(size: str, **options: Any) -> MaskedElmConfig:
+    """The masked model of a published size, on one code of 16 bits."""
+    model = published(size, "1-16", **options)
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    return MaskedElmConfig(**fields | {"causal": False})

@@ -1,0 +1,241 @@
+"""How random the tokens of images are, and how far a model of them looks (ELM's section 3).
+
+The authors' claim: images' tokens are close to uniform and to independent, so a language model of them keeps a high
+loss, though its pictures are good; and models of all sizes look at neighbours, only large ones further. No code of
+these analyses was released, so the definitions are ours. Everything is in nats.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxtok.data.codes import CodeData, regroup
+from jaxtok.protocols import Batch, Params
+from jaxtok.vision.elm import Elm, ElmConfig
+from jaxtok.vision.elm_masked import MaskedElm, MaskedElmConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenStatistics:
+    """Plug-in estimates, in nats. At n samples of V values, the divergence is too high by about (V - 1) / 2n."""
+
+    kl_unigram: float
+    """From uniform: ln V - H."""
+    kl_bigram: float
+    """Of neighbours in raster order inside a row of tokens, from uniform over pairs: 2 ln V - H."""
+    entropy: float
+    bigram_mutual_information: float
+    """H(first) + H(second) - H(pair)."""
+    usage: float
+    """The part of the vocabulary that occurs."""
+    perplexity: float
+    samples: int
+    """Tokens."""
+    bias: float
+    """(V - 1) / 2n, of `kl_unigram`."""
+
+
+def token_statistics(tokens: Int[np.ndarray, "rows length"], vocab_size: int) -> TokenStatistics:
+    """Of rows of tokens: an image in raster order each, or a piece of text.
+
+    Raises:
+      ValueError: the rows have fewer than two tokens, or a token is out of range.
+    """
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or not len(tokens):
+        raise ValueError(f"tokens have the shape {tokens.shape}; they must be [rows, at least 2 tokens].")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = tokens.min() if tokens.min() < 0 else tokens.max()
+        raise ValueError(
+            f"there is the token {wrong}; with vocab_size = {vocab_size}, tokens are 0 to {vocab_size - 1}."
+        )
+    first, second = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
+    entropy, pair = _entropy(tokens), _entropy(first * vocab_size + second)
+    return TokenStatistics(
+        kl_unigram=math.log(vocab_size) - entropy,
+        kl_bigram=2 * math.log(vocab_size) - pair,
+        entropy=entropy,
+        bigram_mutual_information=_entropy(first) + _entropy(second) - pair,
+        usage=len(np.unique(tokens)) / vocab_size,
+        perplexity=math.exp(entropy),
+        samples=tokens.size,
+        bias=(vocab_size - 1) / (2 * tokens.size),
+    )
+
+
+def _entropy(values: np.ndarray) -> float:
+    p = np.unique(values, return_counts=True)[1] / values.size
+    return float(-np.sum(p * np.log(p)))
+
+
+def stored_tokens(data: CodeData, split: str = "train", images: int = 0) -> Int[np.ndarray, "images positions"]:
+    """The first draws of stored images as rows of tokens below 2^(sub_codes code_bits), a position's bits in one.
+
+    Args:
+      images: the first so many; 0: all.
+
+    Raises:
+      FileNotFoundError: there are no codes of this split.
+      ValueError: they do not fit the sizes of `data`, or a position has more than 24 bits.
+    """
+    file = data.open(split)
+    codes = np.asarray(file.codes[: images or None, 0])
+    return regroup(codes, data.sub_codes * data.code_bits // file.header.sub_codes, 1)[..., 0].astype(np.int32)
+
+
+def compare_tokens(
+    sources: Mapping[str, Int[np.ndarray, "rows length"]], vocab_size: int
+) -> dict[str, TokenStatistics]:
+    """Statistics of several kinds of tokens of one vocabulary size, such as images' and text's, from equal samples.
+
+    All are cut to the shortest rows and the smallest number of them, as the estimates depend on the sample's size.
+
+    Raises:
+      ValueError: as `token_statistics`; or there is no source.
+    """
+    if not sources:
+        raise ValueError("there is no source of tokens to compare; give at least one.")
+    rows, length = (min(np.shape(tokens)[axis] for tokens in sources.values()) for axis in (0, 1))
+    return {name: token_statistics(np.asarray(x)[:rows, :length], vocab_size) for name, x in sources.items()}
+
+
+def plot_statistics(found: Mapping[str, TokenStatistics], path: Path) -> Path:
+    """Bars of the divergences from uniform and of the mutual information, by the names of the sources."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4.5))
+    fields = {
+        "kl_unigram": "unigrams from uniform",
+        "kl_bigram": "bigrams from uniform",
+        "bigram_mutual_information": "mutual information of neighbours",
+    }
+    width = 0.8 / len(found)
+    for number, (name, statistics) in enumerate(found.items()):
+        heights = [getattr(statistics, field) for field in fields]
+        axes.bar(np.arange(len(fields)) + number * width, heights, width, label=f"{name} ({statistics.samples} tokens)")
+    axes.set_xticks(np.arange(len(fields)) + 0.4 - width / 2, list(fields.values()))
+    axes.set_ylabel("nats")
+    axes.set_title("How far tokens are from uniform and independent")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def attention_locality(
+    attention: Float[Array, "... rows places"], cells: Int[np.ndarray, "places 2"]
+) -> tuple[Float[Array, " ..."], Float[Array, " ..."]]:
+    """How far attention reaches: the mean distance in cells, and the part of it in the cells that touch its own.
+
+    Args:
+      attention: weights of each query (a row) on the places, which are divided by their sum.
+      cells: row and column of each place, those of the queries too.
+    """
+    attention = attention / jnp.maximum(attention.sum(-1, keepdims=True), 1e-30)
+    offsets = cells[:, None].astype(np.float32) - cells[None].astype(np.float32)
+    distance, near = np.sqrt((offsets**2).sum(-1)), np.abs(offsets).max(-1) <= 1
+    return (attention * distance).sum(-1).mean(-1), (attention * near).sum(-1).mean(-1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def attention_maps(
+    config: ElmConfig, params: Params, codes, labels, masked=None
+) -> Float[Array, "layers batch heads n n"]:
+    """What each place of an image attends to in every layer and head, without the class (rows sum to 1).
+
+    Place n of the autoregressive model is the input of position n, which is the last one that it sees; the last
+    position is no input. In the masked model each place has a row for each sub-code.
+
+    Args:
+      masked: bool [batch, positions], of the masked model.
+    """
+    is_masked = isinstance(config, MaskedElmConfig)
+    model = MaskedElm(config) if is_masked else Elm(config)
+    inputs = (codes, labels, masked) if is_masked else (codes, labels)
+    _, state = model.apply({"params": params}, *inputs, method="states", mutable="intermediates")
+    kept = state["intermediates"]["stack"]["blocks"]["attention"]
+    queries, keys = kept["queries"][0], kept["keys"][0]
+    keys = jnp.repeat(keys, config.num_heads // config.kv_heads, axis=-2)
+    scores = jnp.einsum("zbqhd,zbkhd->zbhqk", queries, keys, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(config.head_dim)
+    if config.causal:
+        scores = jnp.where(jnp.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf)
+    classes = config.sub_codes if is_masked else 1
+    return jax.nn.softmax(scores[..., classes:, classes:])  # as the weights on the class, once dropped, leave it
+
+
+def cells_of(config: ElmConfig) -> Int[np.ndarray, "places 2"]:
+    """Row and column of each place of `attention_maps`."""
+    cells = np.stack(np.divmod(np.arange(config.positions), config.grid), -1)
+    return np.repeat(cells, config.sub_codes, axis=0) if isinstance(config, MaskedElmConfig) else cells[:-1]
+
+
+def locality(
+    config: ElmConfig, params: Params, batches: Iterable[Batch]
+) -> dict[str, Float[np.ndarray, "layers heads"]]:
+    """Distance and local mass of attention (`attention_locality`), a mean over images, for each layer and head.
+
+    Half of the positions of a masked model are masked, the same in every call.
+
+    Raises:
+      ValueError: there was not a single image.
+    """
+    sums: Any = 0.0
+    count = 0.0
+    for number, batch in enumerate(batches):
+        sums = sums + np.asarray(_locality_sums(config, params, batch, number), np.float64)
+        count += float(np.sum(batch["mask"]))
+    if not count:
+        raise ValueError("there is no image to look at; choose a larger data set or split.")
+    distance, mass = sums / count
+    return {"distance": distance, "local_mass": mass}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _locality_sums(config, params, batch, number):
+    masked = None
+    if isinstance(config, MaskedElmConfig):
+        shape = batch["codes"].shape[:2]
+        masked = jax.random.bernoulli(jax.random.fold_in(jax.random.key(0), number), 0.5, shape)
+    maps = attention_maps(config, params, batch["codes"], batch["labels"], masked)
+    found = attention_locality(maps, cells_of(config))
+    return jnp.stack([jnp.einsum("zbh,b->zh", x, batch["mask"]) for x in found])
+
+
+def plot_locality(found: Mapping[str, Mapping[str, Float[np.ndarray, "layers heads"]]], path: Path) -> Path:
+    """Distance and local mass by layer: a line for each model, and a point for each head."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5))
+    for axes, field, label in zip(panels, ("distance", "local_mass"), ("mean distance, cells", "mass within radius 1")):
+        for number, (name, measures) in enumerate(found.items()):
+            values, color = np.asarray(measures[field]), f"C{number}"
+            layers = np.arange(1, len(values) + 1)
+            axes.plot(layers, values.mean(1), color=color, marker="o", markersize=4, label=name)
+            axes.scatter(np.repeat(layers, values.shape[1]), values.ravel(), color=color, s=6, alpha=0.4)
+        axes.set_xlabel("layer")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle("How far attention looks (points: heads)")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+    return path
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

@@ -1,0 +1,230 @@
+"""Files of codes, and batches of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from jaxtok.data.codes import CodeData, Header, open_codes, regroup, write_codes
+from jaxtok.training.experiment import Experiment, TrainConfig
+from jaxtok.training.loop import train
+from jaxtok.training.mesh import MeshConfig
+from jaxtok.vision.elm import ElmConfig, ElmModeling
+
+HEADER = Header(grid=(2, 2), sub_codes=1, vocab_size=64, classes=("a", "b", "c"), tokenizer="test", image_size=8)
+DATA = CodeData(grid=2, sub_codes=2, code_bits=3, batch_size=4)
+
+
+def some(images, draws=2, header=HEADER, seed=0):
+    """The first position of image i says i."""
+    rng = np.random.default_rng(seed)
+    codes = rng.integers(0, header.vocab_size, (images, draws, header.positions, header.sub_codes))
+    codes[:, :, 0, 0] = np.arange(images)[:, None] % header.vocab_size
+    return codes, rng.integers(0, 3, images)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """Eleven images to train on, in two parts, and six to validate."""
+    codes, labels = some(11)
+    write_codes(tmp_path / "train", HEADER, [(codes[:7], labels[:7]), (codes[7:], labels[7:])])
+    write_codes(tmp_path / "validation", HEADER, [some(6, seed=1)])
+    return dataclasses.replace(DATA, path=str(tmp_path))
+
+
+def images_of(batch):
+    """Which images a batch is of, by the joined bits of their first position."""
+    return regroup(batch["codes"], 3, 1)[:, 0, 0]
+
+
+def test_written_then_read_is_the_same(stored, tmp_path):
+    file, (codes, labels) = open_codes(tmp_path / "train"), some(11)
+    assert file.header == HEADER
+    assert isinstance(file.codes, np.memmap) and file.codes.dtype == np.uint8
+    np.testing.assert_array_equal(file.codes, codes)
+    np.testing.assert_array_equal(file.labels, labels)
+    np.testing.assert_array_equal(np.load(tmp_path / "train" / "codes.npy"), codes)  # a plain file of NumPy's
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dtype"), [(256, np.uint8), (257, np.uint16), (2**16, np.uint16), (2**17, np.uint32)]
+)
+def test_codes_take_little_room(tmp_path, vocab, dtype):
+    header = dataclasses.replace(HEADER, vocab_size=vocab)
+    codes = np.full((1, 1, 4, 1), vocab - 1)
+    file = open_codes(write_codes(tmp_path / "codes", header, [(codes, np.zeros(1, int))]))
+    assert file.codes.dtype == dtype
+    np.testing.assert_array_equal(file.codes, codes)
+
+
+def test_an_epoch_has_every_image_once_and_all_draws(stored):
+    batches = list(itertools.islice(stored.train_batches(), 66))
+    codes, labels = some(11)
+    seen = []
+    for batch in batches:
+        for name, (shape, dtype) in stored.batch_spec().items():
+            assert (batch[name].shape, batch[name].dtype) == (shape, dtype)
+        images = images_of(batch)
+        np.testing.assert_array_equal(batch["labels"], labels[images])
+        for image, row in zip(images, regroup(batch["codes"], 3, 1)):
+            draws = (row == codes[image]).all((1, 2))
+            assert draws.any()
+            seen.append((int(image), int(draws.argmax())))
+    epochs = [sorted(image for image, _ in seen[k : k + 11]) for k in range(0, 264, 11)]
+    assert epochs == [list(range(11))] * 24
+    orders = {tuple(image for image, _ in seen[k : k + 11]) for k in range(0, 264, 11)}
+    assert len(orders) == 24  # a new order each
+    assert len(set(seen)) == 22  # both draws of every image
+
+
+def test_batches_are_resumed_and_shared_exactly(stored):
+    whole = list(itertools.islice(stored.train_batches(), 8))
+    run = stored.train_batches()
+    for _ in range(3):
+        next(run)
+    state = json.loads(json.dumps(run.get_state()))
+    again = stored.train_batches(range(1, 4))
+    again.set_state(state)
+    for expected, batch in zip(whole[3:], again):
+        for name in expected:
+            np.testing.assert_array_equal(batch[name], expected[name][1:])
+    parts = [list(itertools.islice(stored.train_batches(range(k, k + 2)), 8)) for k in (0, 2)]
+    for expected, *halves in zip(whole, *parts):
+        np.testing.assert_array_equal(np.concatenate([half["codes"] for half in halves]), expected["codes"])
+    other = next(dataclasses.replace(stored, seed=1).train_batches())
+    assert (other["codes"] != whole[0]["codes"]).any()
+
+
+def test_evaluation_is_one_pass(stored):
+    codes, labels = some(6, seed=1)
+    batches = list(stored.eval_batches())
+    assert [batch["mask"].tolist() for batch in batches] == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    real = np.concatenate([regroup(batch["codes"], 3, 1)[batch["mask"] > 0] for batch in batches])
+    np.testing.assert_array_equal(real, codes[:, 0])  # the first draw
+    np.testing.assert_array_equal(np.concatenate([b["labels"] for b in batches])[:6], labels)
+    np.testing.assert_array_equal(list(stored.eval_batches(rows=range(1, 3)))[1]["codes"], batches[1]["codes"][1:3])
+    limited = list(dataclasses.replace(stored, eval_limit=1, batch_size=3).eval_batches("train"))
+    assert len(limited) == 1 and len(set(images_of(limited[0]))) == 3
+
+
+def test_bits_are_cut_anew(stored):
+    """The same file as one code of six bits, two of three, and six of one."""
+    first = {}
+    for t, k in ((1, 6), (2, 3), (6, 1)):
+        data = dataclasses.replace(stored, sub_codes=t, code_bits=k)
+        batch = next(iter(data.eval_batches()))
+        assert batch["codes"].shape == (4, 4, t) and batch["codes"].max() < 2**k
+        first[t] = regroup(batch["codes"], k, 1)
+    np.testing.assert_array_equal(first[1], first[2])
+    np.testing.assert_array_equal(first[1], first[6])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": 3}, "grids of 2 x 2"),
+        ({"code_bits": 4}, "6 bits a position .sub-codes x bits: 1 of 6., but .* 2 of 4 = 8"),
+        ({"path": "nowhere"}, "nowhere/train/codes.json does not exist"),
+    ],
+)
+def test_codes_that_do_not_fit(stored, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        dataclasses.replace(stored, **options).train_batches()
+
+
+def test_vocabularies_that_are_no_power_of_two(tmp_path):
+    header = dataclasses.replace(HEADER, vocab_size=60)
+    write_codes(tmp_path / "train", header, [(np.full((4, 1, 4, 1), 59), np.zeros(4, int))])
+    data = dataclasses.replace(DATA, path=str(tmp_path))
+    with pytest.raises(ValueError, match="no power of 2"):
+        data.train_batches()
+    assert next(dataclasses.replace(data, sub_codes=1, code_bits=6).train_batches())["codes"].max() == 59
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "no image"),
+        ([(np.zeros((2, 1, 3, 1), int), np.zeros(2, int))], "4 positions"),
+        ([(np.zeros((2, 1, 4, 1), int), np.zeros(3, int))], "3 labels"),
+        ([(np.zeros((2, 1, 4, 1), int), np.zeros(2, int)), (np.zeros((2, 2, 4, 1), int), np.zeros(2, int))], "1 draws"),
+        ([(np.full((2, 1, 4, 1), 64), np.zeros(2, int))], "the code 64"),
+        ([(np.zeros((2, 1, 4, 1), int), np.array([0, 3]))], "the label 3"),
+    ],
+)
+def test_what_cannot_be_written_leaves_nothing(tmp_path, batches, message):
+    with pytest.raises(ValueError, match=message):
+        write_codes(tmp_path / "train", HEADER, batches)
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_are_not_written_over(stored, tmp_path):
+    before = (tmp_path / "train" / "codes.npy").read_bytes()
+    with pytest.raises(FileExistsError, match="train exists"):
+        write_codes(tmp_path / "train", HEADER, [some(3)])
+    assert (tmp_path / "train" / "codes.npy").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("codes.json", b"{", "no whole file of codes"),
+        ("codes.json", b'{"format": 2}', "another format"),
+        ("codes.npy", b"\x93NUMPY", "no whole file of codes"),
+        ("labels.npy", None, r"labels\.npy does not exist"),
+    ],
+)
+def test_damaged_files(stored, tmp_path, name, content, message):
+    (tmp_path / "train" / name).unlink()
+    if content is not None:
+        (tmp_path / "train" / name).write_bytes(content)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        stored.train_batches()
+
+
+def test_a_file_that_was_cut(stored, tmp_path):
+    path = tmp_path / "train" / "codes.npy"
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="no whole file of codes"):
+        stored.train_batches()
+
+
+@pytest.mark.parametrize(
+    "options", [{"grid": 0}, {"batch_size": 0}, {"code_bits": 25}, {"seed": 2**32}, {"prefetch": -1}]
+)
+def test_impossible_options(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        CodeData(**options)
+    with pytest.raises(ValueError, match="grid is"):
+        Header(grid=(0, 2), sub_codes=1, vocab_size=2, classes=("a",))
+
+
+def test_the_loop_trains_on_codes(stored, tmp_path):
+    model = ElmConfig(num_layers=1, d_model=8, num_heads=1, mlp_dim=8, grid=2, sub_codes=2, code_bits=3, num_classes=3)
+    experiment = Experiment(
+        task=ElmModeling(model=model),
+        data=stored,
+        train=TrainConfig(steps=4, log_every=1, eval_every=0, checkpoint_every=2, tensorboard=False),
+        mesh=MeshConfig(data=1),
+        workdir=str(tmp_path / "run"),
+    )
+    assert stored.classes == HEADER.classes
+    train(experiment, quiet=True)
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    assert losses[0] == pytest.approx(3 * np.log(2), abs=1e-5)
+    assert len(losses) >= 5 and np.isfinite(losses).all()
+
+
+@pytest.mark.parametrize(("field", "value"), [("grid", 3), ("sub_codes", 1), ("code_bits", 6)])
+def test_codes_are_cut_as_the_models(field, value):
+    model = ElmConfig(num_layers=1, d_model=8, num_heads=1, grid=2, sub_codes=2, code_bits=3)
+    with pytest.raises(
+        ValueError, match=rf"task\.model\.{field} is {getattr(model, field)}, but data\.{field} is {value}"
+    ):
+        Experiment(task=ElmModeling(model=model), data=dataclasses.replace(DATA, **{field: value}))
