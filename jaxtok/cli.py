@@ -26,6 +26,7 @@ jaxtok {version}: systems about tokens, in JAX
   jaxtok adapt RUN            a new run that trains a LoRA adapter of a model
   jaxtok convert FROM TO      checkpoints from and to the authors' layout
   jaxtok tokenizer FILE       train a SentencePiece tokenizer on a corpus
+  jaxtok vision VERB          tokenize, reconstruct and generate images; statistics of their tokens
   jaxtok study CONFIG         an experiment with its baselines: table and plot
   jaxtok plan CONFIG          memory and time on a TPU slice (memory on GPUs), without one
   jaxtok recovery             does a run survive being killed? 50 times, and compared bit for bit
@@ -220,6 +221,32 @@ def _tokenizer(arguments: list[str]) -> int:
     return 0
 
 
+def _vision(arguments: list[str]) -> int:
+    from jaxtok import vision_verbs
+
+    known = {
+        "tokenize": vision_verbs.tokenize,
+        "reconstruct": vision_verbs.reconstruct,
+        "generate": vision_verbs.generate,
+        "statistics": vision_verbs.statistics,
+        "attention": vision_verbs.attention,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: jaxtok vision VERB ...\n")
+        for name, function in known.items():
+            print(f"  {name:<12} {(function.__doc__ or '').splitlines()[0]}")
+        print("\n`jaxtok vision VERB --help` tells the rest.")
+        return 0
+    if arguments[0] not in known:
+        return _fail(f"there is no verb {arguments[0]!r} of vision; use {', '.join(known)}.")
+    result = _call(known[arguments[0]], f"vision {arguments[0]}", arguments[1:])
+    if isinstance(result, dict):
+        _show(result)
+    else:
+        print(result)
+    return 0
+
+
 def _bench(arguments: list[str]) -> int:
     from jaxtok.bench import bench
 
@@ -251,6 +278,7 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "adapt": _adapt,
     "convert": _convert,
     "tokenizer": _tokenizer,
+    "vision": _vision,
     "study": _study,
     "plan": _plan,
     "recovery": _recovery,

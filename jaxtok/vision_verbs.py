@@ -1,0 +1,430 @@
+"""What `jaxtok vision` does, as functions: images to codes and back, images from models of codes, and analyses."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.progress
+from jaxtyping import Int, UInt8
+from PIL import Image
+from tyro.conf import Positional
+
+from jaxtok.data.codes import CodeData, Header, open_codes, regroup, write_codes
+from jaxtok.data.corpora import open_corpus
+from jaxtok.data.images import ImageData
+from jaxtok.protocols import ImageTokenizer, Params
+from jaxtok.tokenizers import load_tokenizer
+from jaxtok.training.checkpoints import load, must_be_free
+from jaxtok.training.mesh import make_layout
+from jaxtok.vision import elm_masked, elm_sampling
+from jaxtok.vision.elm import ElmModeling
+from jaxtok.vision.elm_masked import MaskedElmModeling, MaskedSampling
+from jaxtok.vision.elm_sampling import ElmSampling
+from jaxtok.vision.grids import image_grid
+from jaxtok.vision.metrics import ssim
+from jaxtok.vision.token_statistics import (
+    compare_tokens,
+    locality,
+    plot_locality,
+    plot_statistics,
+    stored_tokens,
+)
+
+SPLITS = ("train", "validation", "test")
+
+
+def tokenize(
+    checkpoint: Positional[Path],
+    output: Positional[Path],
+    images: str = "",
+    splits: tuple[Literal["train", "validation", "test"], ...] = SPLITS,
+    draws: int = 1,
+    flip: bool = True,
+    batch_size: int = 0,
+    seed: int = 0,
+    ema: bool = False,
+) -> Path:
+    """Encodes the images of every split with a tokenizer, for `CodeData` (--data.path OUTPUT).
+
+    A split that is there already, of the same tokenizer, is kept: called again, it goes on with those that are missing.
+
+    Args:
+      checkpoint: a run of an image tokenizer, or RUN/checkpoints/STEP.
+      output: the folder to write, with one for each split.
+      images: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN; default: the run's own.
+      splits: of the images.
+      draws: how often each image is encoded, where codes are drawn: training takes one of them at each visit.
+      flip: also encode the mirror image of each one for training.
+      batch_size: images at a time; 0: as in the run.
+      seed: of the draws.
+      ema: take the moving average of the tokenizer's parameters.
+    """
+    tokenizer = _Tokenizer.open(checkpoint, ema)
+    if draws < 1 or (draws > 1 and not tokenizer.draws):
+        raise ValueError(
+            f"draws is {draws}; "
+            + ("it must be at least 1." if draws < 1 else "this tokenizer's codes of an image are always the same: 1.")
+        )
+    data = _images(tokenizer.data, images, batch_size)
+    header = tokenizer.header(data.classes or ("0",))
+    for number, split in enumerate(splits):
+        if (output / split).is_dir():
+            if open_codes(output / split).header != header:
+                raise FileExistsError(
+                    f"{output / split} holds codes of another tokenizer or other images; choose another folder."
+                )
+            continue
+        mirrored = flip and split == "train"
+        rng = jax.random.fold_in(jax.random.key(seed), number)
+
+        def encoded(split=split, rng=rng, mirrored=mirrored) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            for step, batch in enumerate(_with_progress(data, split, f"encoding {split}")):
+                key, real = jax.random.fold_in(rng, step), batch["mask"] > 0
+                views = [batch["images"], batch["images"][:, :, ::-1]] if mirrored else [batch["images"]]
+                codes = [
+                    tokenizer.encode(view, jax.random.fold_in(key, draw * len(views) + n))
+                    for draw in range(draws if split == "train" else 1)
+                    for n, view in enumerate(views)
+                ]
+                yield np.stack(codes, 1)[real], batch["labels"][real]
+
+        write_codes(output / split, header, encoded())
+    return output
+
+
+def reconstruct(
+    checkpoint: Positional[Path],
+    output: Positional[Path] = Path("reconstructions.png"),
+    images: str = "",
+    split: Literal["train", "validation", "test", "all"] = "validation",
+    count: int = 16,
+    columns: int = 8,
+    batches: int = 0,
+    seed: int = 0,
+    ema: bool = False,
+) -> dict[str, Any]:
+    """Encodes and decodes held-out images, shows some above their reconstructions, and measures how near they are.
+
+    Args:
+      checkpoint: a run of an image tokenizer, or RUN/checkpoints/STEP.
+      output: the picture to write.
+      images: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN; default: the run's own.
+      split: of the images.
+      count: images in the picture, chosen from all over the split.
+      columns: of the picture.
+      batches: measure on so many; 0: all.
+      seed: of which are shown, and of codes that are drawn.
+      ema: take the moving average of the tokenizer's parameters.
+    """
+    if count < 1 or columns < 1:
+        raise ValueError(f"count is {count} and columns {columns}; both must be at least 1.")
+    tokenizer = _Tokenizer.open(checkpoint, ema)
+    data = _images(tokenizer.data, images)
+    total = len(data.pictures(split))
+    shown = set(np.random.default_rng(seed).permutation(total)[:count].tolist())
+    kept, similarity, number = [], [], 0
+    for step, batch in enumerate(_with_progress(data, split, "decoding")):
+        places = range(number, number + len(batch["mask"]))
+        number += len(batch["mask"])
+        if not shown & set(places) and (step >= batches > 0 or data.size < 11):
+            continue
+        decoded = tokenizer.decode(tokenizer.encode(batch["images"], jax.random.fold_in(jax.random.key(seed), step)))
+        real = batch["mask"] > 0
+        if data.size >= 11:
+            similarity += np.asarray(ssim(batch["images"][real], np.clip(decoded[real], 0, 1))).tolist()
+        kept += [(batch["images"][n], decoded[n]) for n, place in enumerate(places) if place in shown and real[n]]
+    limited = dataclasses.replace(data, eval_limit=batches)
+    numbers = tokenizer.task.evaluate(tokenizer.params, limited.eval_batches(split))
+    rows = [kept[start : start + columns] for start in range(0, len(kept), columns)]
+    tiles = [image for row in rows for side in (0, 1) for image in _filled([pair[side] for pair in row], columns)]
+    _save(image_grid(np.stack(tiles), columns), output)
+    if similarity:
+        numbers["ssim"] = float(np.mean(similarity))
+    return {"picture": str(output), "split": split} | numbers
+
+
+def generate(
+    checkpoint: Positional[Path],
+    output: Positional[Path] = Path("samples.png"),
+    tokenizer: Path | None = None,
+    labels: tuple[str, ...] = (),
+    per_class: int = 4,
+    guidance: float = 4.0,
+    schedule: Literal["constant", "linear", "cos", "log", "square", "square_root"] = "linear",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    rounds: int = 12,
+    noise: float = 4.0,
+    batch_size: int = 32,
+    seed: int = 0,
+    ema: bool = False,
+) -> dict[str, Any]:
+    """Images of classes, from a model of codes.
+
+    Args:
+      checkpoint: a run of a model of codes, or RUN/checkpoints/STEP.
+      output: FILE.png: one picture, a row of it for each class; FILE.npz: all images as `arr_0` (and labels as
+        `arr_1`), as ADM's evaluator reads them; else a folder, of a PNG for each image.
+      tokenizer: the run whose tokenizer made the codes; default: what the files of codes say.
+      labels: classes, by their names or numbers, or `none`; default: all.
+      per_class: images of each.
+      guidance: the scale, 1 for none.
+      schedule: of the guidance, over positions or rounds (of a masked model: constant or linear).
+      temperature: of autoregressive models; below 1 is safer.
+      top_k: only the k most likely values of a sub-code; 0: all.
+      top_p: of these, only the most likely that together have this probability.
+      rounds: of a masked model.
+      noise: on the confidence of a masked model, in the first round.
+      batch_size: images at a time.
+      seed: another seed, other images.
+      ema: take the moving average of the model's parameters.
+    """
+    if per_class < 1 or batch_size < 1:
+        raise ValueError(f"per_class is {per_class} and batch_size {batch_size}; both must be at least 1.")
+    loaded = load(checkpoint).averaged() if ema else load(checkpoint)
+    task = loaded.task
+    if not isinstance(task, ElmModeling | MaskedElmModeling):
+        raise ValueError(f"{checkpoint} is of {type(task).__name__}; give a run of a model of image codes.")
+    header = _stored_header(loaded.experiment.data)
+    if tokenizer is None and not (header and header.tokenizer):
+        raise ValueError(f"nothing says which tokenizer made the codes of {checkpoint}; give its run as --tokenizer.")
+    decoder = _Tokenizer.open(tokenizer or Path(header.tokenizer))
+    ids, names = _classes(labels, header.classes if header else (), task.model.num_classes)
+    if task.model.grid**2 != math.prod(decoder.task.grid):
+        raise ValueError(
+            f"the model's grid has {task.model.grid**2} positions, but the tokenizer's {math.prod(decoder.task.grid)}; "
+            "give the tokenizer of its codes."
+        )
+    sampling: Any
+    if isinstance(task, ElmModeling):
+        sampling = ElmSampling(
+            guidance=guidance, schedule=schedule, temperature=temperature, top_k=top_k or None, top_p=top_p
+        )
+        draw = elm_sampling.generate
+    else:
+        sampling = MaskedSampling(rounds=rounds, guidance=guidance, schedule=schedule, temperature=noise)
+        draw = elm_masked.generate
+    wanted = [label for label in ids for _ in range(per_class)]
+    made = []
+    with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as progress:
+        for start in progress.track(range(0, len(wanted), batch_size), description="drawing images"):
+            some = wanted[start : start + batch_size]
+            some += [None] * (batch_size - len(some) if start else 0)  # one shape, one compilation
+            key = jax.random.fold_in(jax.random.key(seed), start)
+            codes = draw(task.model, loaded.params, some, sampling=sampling, rng=key)
+            made.append(decoder.decode(regroup(np.asarray(codes), task.model.code_bits, decoder.task.sub_codes)))
+    # The authors cut pixels off to whole numbers.
+    pixels = (np.clip(np.concatenate(made)[: len(wanted)], 0, 1) * 255).astype(np.uint8)
+    _write_images(pixels, [names[n // per_class] for n in range(len(wanted))], wanted, per_class, output)
+    return {"images": len(pixels), "written": str(output)}
+
+
+def statistics(
+    codes: Positional[Path],
+    output: Positional[Path] = Path("token_statistics.png"),
+    split: Literal["train", "validation", "test"] = "train",
+    corpus: str = "",
+    tokenizer: str = "bytes",
+) -> dict[str, Any]:
+    """How random image tokens are: the divergence of unigrams and neighbours from uniform, beside text's if asked for.
+
+    Each is of the bits of a position as one token. Text is cut into rows of as many tokens, of a tokenizer with as many
+    ids at most, so that the estimates are alike.
+
+    Args:
+      codes: a folder that `jaxtok vision tokenize` wrote.
+      output: the plot.
+      split: of the images.
+      corpus: of text: python, a file or folder, tfds:NAME or arrayrecord:PATTERN.
+      tokenizer: of the text: bytes, or a tokenizer's file.
+    """
+    header = open_codes(codes / split).header
+    bits = (header.vocab_size - 1).bit_length()
+    data = CodeData(path=str(codes), grid=header.grid[0], sub_codes=header.sub_codes, code_bits=bits)
+    tokens = stored_tokens(data, split)
+    vocabulary = header.vocab_size**header.sub_codes
+    sources = {"images": tokens}
+    if corpus:
+        sources["text"] = _text_rows(corpus, tokenizer, len(tokens), tokens.shape[1], vocabulary)
+    found = compare_tokens(sources, vocabulary)
+    plot_statistics(found, output)
+    rows = {
+        f"{name}: {field}": value for name, row in found.items() for field, value in dataclasses.asdict(row).items()
+    }
+    return {"plot": str(output), "vocabulary": vocabulary} | rows
+
+
+def attention(
+    checkpoints: Positional[tuple[Path, ...]],
+    output: Path = Path("attention_locality.png"),
+    split: Literal["train", "validation", "test"] = "validation",
+    batches: int = 4,
+    ema: bool = False,
+) -> dict[str, Any]:
+    """How far the attention of models of codes reaches, layer by layer: a plot of one or several models.
+
+    Args:
+      checkpoints: runs of models of codes.
+      output: the plot.
+      split: of each run's own codes.
+      batches: so many of them; 0: all.
+      ema: take the moving average of the parameters.
+    """
+    found = {}
+    for path in checkpoints:
+        loaded = load(path).averaged() if ema else load(path)
+        if not isinstance(loaded.task, ElmModeling | MaskedElmModeling):
+            raise ValueError(f"{path} is of {type(loaded.task).__name__}; give runs of models of image codes.")
+        data = dataclasses.replace(loaded.experiment.data, eval_limit=batches)
+        found[path.name] = locality(loaded.task.model, loaded.params, data.eval_batches(split))
+    plot_locality(found, output)
+    rows = {}
+    for name, measures in found.items():
+        for layer, (distance, mass) in enumerate(zip(measures["distance"], measures["local_mass"])):
+            rows[f"{name}: layer {layer + 1}"] = f"{distance.mean():.2f} cells, {mass.mean():.0%} within 1"
+    return {"plot": str(output)} | rows
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tokenizer:
+    """An image tokenizer on all devices of this process."""
+
+    path: Path
+    task: Any
+    params: Params
+    data: Any
+    draws: bool
+    """Whether its codes are drawn."""
+    layout: Any
+
+    @classmethod
+    def open(cls, path: Path, ema: bool = False) -> _Tokenizer:
+        loaded = load(path).averaged() if ema else load(path)
+        task = loaded.task
+        if not isinstance(task, ImageTokenizer):
+            raise ValueError(f"{path} is of {type(task).__name__}; give a run of an image tokenizer.")
+        layout = make_layout()
+        params = jax.device_put(loaded.params, layout.replicated)
+        draws = bool(getattr(task.model, "needs_draws", False))
+        return cls(Path(path), task, params, loaded.experiment.data, draws, layout)
+
+    def header(self, classes: tuple[str, ...]) -> Header:
+        return Header(
+            grid=self.task.grid,
+            sub_codes=self.task.sub_codes,
+            vocab_size=self.task.vocab_size,
+            classes=classes,
+            tokenizer=str(self.path.absolute()),
+            image_size=self.task.image_size,
+        )
+
+    def encode(self, images: UInt8[np.ndarray, "batch height width 3"], rng: jax.Array) -> np.ndarray:
+        pixels = self._put(images).astype(jnp.float32) / 255
+        with self.layout.active():
+            return np.asarray(self.task.encode(self.params, pixels, rng if self.draws else None))
+
+    def decode(self, codes: Int[np.ndarray, "batch positions sub_codes"]) -> np.ndarray:
+        with self.layout.active():
+            return np.asarray(self.task.decode(self.params, self._put(codes)))
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        """On all devices, if they divide the batch."""
+        count = len(array)
+        if count % self.layout.mesh.size:
+            return jax.device_put(array, self.layout.replicated)
+        return self.layout.put({"x": array}, range(count), count)["x"]
+
+
+def _images(data: Any, images: str, batch_size: int = 0) -> ImageData:
+    changes = {"images": images, "batch_size": batch_size}
+    return dataclasses.replace(data, eval_limit=0, **{name: value for name, value in changes.items() if value})
+
+
+def _with_progress(data: ImageData, split: str, what: str) -> Iterator[dict[str, np.ndarray]]:
+    total = -(-len(data.pictures(split)) // data.batch_size)
+    with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as progress:
+        yield from progress.track(data.eval_batches(split), total=total, description=what)
+
+
+def _filled(images: list[np.ndarray], columns: int) -> list[np.ndarray]:
+    """A row of the grid, with white for what is missing, where both are 8-bit."""
+    pixels = [
+        image if image.dtype == np.uint8 else np.round(np.clip(image, 0, 1) * 255).astype(np.uint8) for image in images
+    ]
+    return pixels + [np.full_like(pixels[0], 255)] * (columns - len(pixels))
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+
+
+def _stored_header(data: Any) -> Header | None:
+    try:
+        return open_codes(Path(data.path) / "train").header
+    except FileNotFoundError:
+        return None
+
+
+def _classes(labels: tuple[str, ...], classes: tuple[str, ...], count: int) -> tuple[list[int | None], list[str]]:
+    """Numbers and names of the classes that are asked for."""
+    names = [*classes, *map(str, range(len(classes), count))]
+    ids: list[int | None] = []
+    for label in labels or names[: len(classes) or count]:
+        if label == "none":
+            ids.append(None)
+        elif label in names:
+            ids.append(names.index(label))
+        elif label.isdigit() and int(label) < count:
+            ids.append(int(label))
+        else:
+            raise ValueError(f"there is no class {label!r}; choose of {', '.join(names[:20])}, or none.")
+    return ids, ["none" if label is None else names[label] for label in ids]
+
+
+def _write_images(
+    pixels: UInt8[np.ndarray, "images height width 3"],
+    names: list[str],
+    labels: list[int | None],
+    columns: int,
+    output: Path,
+) -> None:
+    if output.suffix == ".npz":
+        output.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(output, pixels, np.array([-1 if label is None else label for label in labels]))
+    elif output.suffix:
+        _save(image_grid(pixels, columns, names), output)
+    else:
+        must_be_free(output)
+        output.mkdir(parents=True, exist_ok=True)
+        for number, (image, name) in enumerate(zip(pixels, names)):
+            safe = "".join(c if c.isalnum() else "_" for c in name)
+            Image.fromarray(image).save(output / f"{number:06d}_{safe}.png")
+
+
+def _text_rows(corpus: str, name: str, rows: int, length: int, vocabulary: int) -> Int[np.ndarray, "rows length"]:
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > vocabulary:
+        raise ValueError(
+            f"the tokenizer {name} has {tokenizer.vocab_size} ids, but the images {vocabulary} values; give one that "
+            "has no more (`jaxtok tokenizer FILE --vocab-size N` makes it)."
+        )
+    ids: list[int] = []
+    documents = open_corpus(corpus, "train")
+    for index in np.random.default_rng(0).permutation(len(documents)):
+        ids += tokenizer.encode(documents[int(index)])
+        if len(ids) >= rows * length:
+            break
+    if len(ids) < length:
+        raise ValueError(f"{corpus} has {len(ids)} tokens, less than one image's {length}; give more text.")
+    whole = len(ids) // length * length
+    return np.array(ids[:whole]).reshape(-1, length)[:rows]
