@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,7 +67,7 @@ def tokenize(
       seed: of the draws.
       ema: take the moving average of the tokenizer's parameters.
     """
-    tokenizer = _Tokenizer.open(checkpoint, ema)
+    tokenizer = OpenTokenizer.open(checkpoint, ema)
     if draws < 1 or (draws > 1 and not tokenizer.draws):
         raise ValueError(
             f"draws is {draws}; "
@@ -126,7 +126,7 @@ def reconstruct(
     """
     if count < 1 or columns < 1:
         raise ValueError(f"count is {count} and columns {columns}; both must be at least 1.")
-    tokenizer = _Tokenizer.open(checkpoint, ema)
+    tokenizer = OpenTokenizer.open(checkpoint, ema)
     data = _images(tokenizer.data, images)
     total = len(data.pictures(split))
     shown = set(np.random.default_rng(seed).permutation(total)[:count].tolist())
@@ -197,7 +197,7 @@ def generate(
     header = _stored_header(loaded.experiment.data)
     if tokenizer is None and not (header and header.tokenizer):
         raise ValueError(f"nothing says which tokenizer made the codes of {checkpoint}; give its run as --tokenizer.")
-    decoder = _Tokenizer.open(tokenizer or Path(header.tokenizer))
+    decoder = OpenTokenizer.open(tokenizer or Path(header.tokenizer))
     ids, names = _classes(labels, header.classes if header else (), task.model.num_classes)
     if task.model.grid**2 != math.prod(decoder.task.grid):
         raise ValueError(
@@ -209,21 +209,10 @@ def generate(
         sampling = ElmSampling(
             guidance=guidance, schedule=schedule, temperature=temperature, top_k=top_k or None, top_p=top_p
         )
-        draw = elm_sampling.generate
     else:
         sampling = MaskedSampling(rounds=rounds, guidance=guidance, schedule=schedule, temperature=noise)
-        draw = elm_masked.generate
     wanted = [label for label in ids for _ in range(per_class)]
-    made = []
-    with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as progress:
-        for start in progress.track(range(0, len(wanted), batch_size), description="drawing images"):
-            some = wanted[start : start + batch_size]
-            some += [None] * (batch_size - len(some) if start else 0)  # one shape, one compilation
-            key = jax.random.fold_in(jax.random.key(seed), start)
-            codes = draw(task.model, loaded.params, some, sampling=sampling, rng=key)
-            made.append(decoder.decode(regroup(np.asarray(codes), task.model.code_bits, decoder.task.sub_codes)))
-    # The authors cut pixels off to whole numbers.
-    pixels = (np.clip(np.concatenate(made)[: len(wanted)], 0, 1) * 255).astype(np.uint8)
+    pixels = draw_images(task, loaded.params, decoder, wanted, sampling, jax.random.key(seed), batch_size)
     _write_images(pixels, [names[n // per_class] for n in range(len(wanted))], wanted, per_class, output)
     return {"images": len(pixels), "written": str(output)}
 
@@ -294,8 +283,30 @@ def attention(
     return {"plot": str(output)} | rows
 
 
+def draw_images(
+    task: ElmModeling | MaskedElmModeling,
+    params: Params,
+    tokenizer: OpenTokenizer,
+    labels: Sequence[int | None],
+    sampling: ElmSampling | MaskedSampling,
+    rng: jax.Array,
+    batch_size: int = 32,
+) -> UInt8[np.ndarray, "images height width 3"]:
+    """An image of each of these classes (None: of no class), by a model of codes and the tokenizer of its codes."""
+    draw = (elm_sampling if isinstance(task, ElmModeling) else elm_masked).generate
+    made = []
+    with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as progress:
+        for start in progress.track(range(0, len(labels), batch_size), description="drawing images"):
+            some = list(labels[start : start + batch_size])
+            some += [None] * (batch_size - len(some) if start else 0)  # one shape, one compilation
+            codes = draw(task.model, params, some, sampling=sampling, rng=jax.random.fold_in(rng, start))
+            made.append(tokenizer.decode(regroup(np.asarray(codes), task.model.code_bits, tokenizer.task.sub_codes)))
+    # The authors cut pixels off to whole numbers.
+    return (np.clip(np.concatenate(made)[: len(labels)], 0, 1) * 255).astype(np.uint8)
+
+
 @dataclasses.dataclass(frozen=True)
-class _Tokenizer:
+class OpenTokenizer:
     """An image tokenizer on all devices of this process."""
 
     path: Path
@@ -307,7 +318,7 @@ class _Tokenizer:
     layout: Any
 
     @classmethod
-    def open(cls, path: Path, ema: bool = False) -> _Tokenizer:
+    def open(cls, path: Path, ema: bool = False) -> OpenTokenizer:
         loaded = load(path).averaged() if ema else load(path)
         task = loaded.task
         if not isinstance(task, ImageTokenizer):

@@ -1,0 +1,119 @@
+"""ELM in small: tokenizers side by side, then models of their codes, and the images that both make."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import rich.console
+
+from jaxtok.data.codes import CodeData, open_codes
+from jaxtok.data.images import ImageData
+from jaxtok.protocols import Params
+from jaxtok.studies.comparison import Comparison
+from jaxtok.studies.proxy_features import train_proxy
+from jaxtok.vision.elm import ElmModeling
+from jaxtok.vision.elm_masked import MaskedElmModeling, MaskedSampling
+from jaxtok.vision.elm_sampling import ElmSampling
+from jaxtok.vision_verbs import OpenTokenizer, attention, draw_images, generate, reconstruct, statistics, tokenize
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleQuality:
+    """Of images drawn with the classes of the test split, as many as there are: the proxy Fréchet distance to the
+    training images (`jaxtok.studies.proxy_features`; never FID), and how often the proxy sees the class asked for.
+
+    Also the same of the tokenizer's own reconstructions of the test split, which no model of its codes can be expected
+    to beat.
+    """
+
+    images: ImageData
+    proxy: str
+    """The folder of the proxy, which is trained once."""
+    guided: ElmSampling = ElmSampling(guidance=2.0, top_k=None)
+    masked: MaskedSampling = MaskedSampling(guidance=2.0)
+    proxy_steps: int = 300
+
+    def __call__(self, task: ElmModeling | MaskedElmModeling, params: Params, data: CodeData) -> dict[str, float]:
+        proxy = train_proxy(self.images, self.proxy, steps=self.proxy_steps)
+        tokenizer = OpenTokenizer.open(Path(open_codes(Path(data.path) / "train").header.tokenizer))
+        real = list(dataclasses.replace(self.images, eval_limit=0).eval_batches("test"))
+        labels = np.concatenate([batch["labels"][batch["mask"] > 0] for batch in real])
+        sampling = self.guided if isinstance(task, ElmModeling) else self.masked
+        drawn = draw_images(task, params, tokenizer, labels.tolist(), sampling, jax.random.key(data.seed))
+        again = [
+            tokenizer.decode(tokenizer.encode(batch["images"], jax.random.key(n)))[batch["mask"] > 0]
+            for n, batch in enumerate(real)
+        ]
+        reference = list(self.images.eval_batches("train"))
+        classes = np.asarray(proxy.probabilities(drawn)).argmax(-1)
+        return {
+            "proxy_distance": proxy.frechet_distance([drawn], reference),
+            "proxy_distance_of_reconstructions": proxy.frechet_distance(again, reference),
+            "class_seen": float(np.mean(classes == labels)),
+            "proxy_accuracy": proxy.accuracy,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ElmStudy:
+    """Trains tokenizers, encodes their images, trains models of the codes, and draws what there is to see.
+
+    A model's `data.path` is WORKDIR/codes/NAME, where NAME is the tokenizer's arm.
+    """
+
+    tokenizers: Comparison
+    models: Comparison
+    workdir: str
+    per_class: int = 8
+    """Images of each class in the pictures of samples."""
+    guidance: float = 2.0
+    corpus: str = ""
+    """Of text, whose tokens' statistics are put beside the images'; empty: none."""
+    text_tokenizer: str = "bytes"
+
+    def run(self) -> bool:
+        """Everything; False if interrupted (the same command goes on)."""
+        folder, console = Path(self.workdir), rich.console.Console()
+        if not self.tokenizers.run():
+            return False
+        seed = self.tokenizers.seeds[0]
+        for arm in self.tokenizers.arms:
+            run = self.tokenizers.experiment(arm, seed).directory
+            tokenize(run, folder / "codes" / arm.name)
+            self._once(
+                folder / f"reconstructions_{arm.name}.png", lambda path, run=run: reconstruct(run, path, count=24)
+            )
+        if not self.models.run():
+            return False
+        for arm in self.models.arms:
+            run = self.models.experiment(arm, self.models.seeds[0]).directory
+            options: dict[str, Any] = {"per_class": self.per_class, "guidance": self.guidance}
+            self._once(
+                folder / f"samples_{arm.name}.png",
+                lambda path, run=run, options=options: generate(run, path, **options),
+            )
+        for arm in self.tokenizers.arms:
+            self._once(
+                folder / f"statistics_{arm.name}.png",
+                lambda path, arm=arm: statistics(
+                    folder / "codes" / arm.name, path, corpus=self.corpus, tokenizer=self.text_tokenizer
+                ),
+            )
+        runs = tuple(self.models.experiment(arm, self.models.seeds[0]).directory for arm in self.models.arms)
+        self._once(folder / "attention_locality.png", lambda path: attention(runs, path))
+        console.print(f"pictures: {folder}/*.png", highlight=False, soft_wrap=True)
+        return True
+
+    @staticmethod
+    def _once(path: Path, make: Any) -> None:
+        """A picture that is not there yet, and its numbers."""
+        if not path.exists():
+            found = make(path)
+            for name, value in found.items():
+                print(
+                    f"{path.stem}: {name} {value:.4g}" if isinstance(value, float) else f"{path.stem}: {name} {value}"
+                )
