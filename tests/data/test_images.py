@@ -365,6 +365,27 @@ def test_a_source_without_a_readable_picture(data, tmp_path):
             batches()
 
 
+def test_a_source_that_fails_in_the_middle_of_a_run(data, monkeypatch):
+    """A record that cannot be read is left out; when there is nothing left, the run ends with a reason."""
+    images = data(batch_size=2)
+    batches = images.train_batches()
+    whole, pictures = next(batches), images.pictures("train")
+    get, fails = type(pictures).__getitem__, {5, 6}
+
+    def broken(self, index):
+        if index in fails:
+            raise RuntimeError("the disk is gone")
+        return get(self, index)
+
+    monkeypatch.setattr(type(pictures), "__getitem__", broken)
+    with pytest.warns(UserWarning, match="the picture number [56] of .* is left out: the disk is gone") as told:
+        later = take(images.train_batches(), len(pictures))
+    assert len(told) == 2 and (later[0]["images"] == whole["images"]).all() and joined(later, "mask").all()
+    fails.update(range(len(pictures)))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=rf"not one of the {len(pictures)} pictures"):
+        list(itertools.islice(batches, len(pictures)))
+
+
 # -------------------------------------------------------------------------------------------------------------- sources
 
 
