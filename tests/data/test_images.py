@@ -1,6 +1,7 @@
 """Image data: sources, odd files, crops, flips, order, resumption and shares of processes."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -18,6 +19,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from jaxtok import verbs
 from jaxtok.configuration import from_json, load_config, override, to_json
 from jaxtok.data import pictures as pictures_module
 from jaxtok.data.images import ImageData, centre_crop, random_crop
@@ -611,7 +613,7 @@ def experiment(folder, workdir):
     )
 
 
-def test_a_run_on_images_resumes_exactly(folder, tmp_path):
+def test_a_run_on_images_resumes_exactly_and_is_evaluated(folder, tmp_path):
     run = experiment(folder, tmp_path / "run")
     whole = train(run, quiet=True)
     assert whole.metrics["examples"] == len(run.data.pictures("validation"))
@@ -619,6 +621,11 @@ def test_a_run_on_images_resumes_exactly(folder, tmp_path):
     resumed = train(run, quiet=True)
     assert resumed.step == 4
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+    row = verbs.evaluate(tmp_path / "run", split="test")
+    assert row["images"] == f"folder:{folder}" and row["examples"] == len(run.data.pictures("test"))
+    for verb in (verbs.generate, verbs.adapt, functools.partial(verbs.convert, target=tmp_path / "converted")):
+        with pytest.raises(ValueError, match="is of ImageClassification"):
+            verb(tmp_path / "run")
 
 
 def test_experiments_take_image_data(folder, tmp_path):
