@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 from PIL import Image
 
-from jaxtok.data.pictures import MAX_PIXELS, Picture, Pictures, decode, open_pictures
+from jaxtok.data.pictures import MAX_PIXELS, Pictures, decode, open_pictures
 from jaxtok.protocols import Batch
 
 _ENDLESS = 2**62  # batches
@@ -130,11 +130,9 @@ class ImageData:
         return {}
 
     def _readable(self, split: str) -> Pictures:
+        """The pictures of a split, if there is one that can be read."""
         pictures = self.pictures(split)
-        if not any(self._image(pictures, index) is not None for index in range(len(pictures))):
-            raise ValueError(
-                f"not one of the {len(pictures)} pictures in the {split} split of {self.images} can be read"
-            )
+        next(index for index in range(len(pictures)) if self._image(pictures, index) is not None)
         return pictures
 
     def _in_threads(self, batches: int, make: Any) -> grain.IterDataset[Batch]:
@@ -180,16 +178,22 @@ class ImageData:
         """Pixels and class, with a random crop if there is a key for it; None, and a warning, of an unreadable one."""
         if index in pictures.unreadable:
             return None
-        picture: Picture = pictures[index]
+        name = f"number {index}"
         try:
+            picture = pictures[index]
+            name = picture.name
             image = decode(picture.content)
             if rng is not None and self.crop == "random":
                 return random_crop(image, self.size, rng, self.crop_area), picture.label
             return centre_crop(image, self.size), picture.label
-        except ValueError as error:
+        except Exception as error:  # of a record that cannot be read, too: no file ends a run
             pictures.unreadable.add(index)
-            warnings.warn(f"the picture {picture.name} of {self.images} is left out: {error}", stacklevel=2)
-            return None
+            warnings.warn(f"the picture {name} of {self.images} is left out: {error}", stacklevel=2)
+        if len(pictures.unreadable) == len(pictures):
+            raise ValueError(
+                f"not one of the {len(pictures)} pictures of {self.images} can be read: look at the warnings"
+            )
+        return None
 
 
 @functools.lru_cache(maxsize=4)

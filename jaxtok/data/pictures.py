@@ -364,10 +364,9 @@ def _tfds(
     import tensorflow_datasets as tfds
 
     try:
-        builder = tfds.builder(name)
+        features = tfds.builder(name).info.features
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"TensorFlow Datasets has no {name!r}: see tfds.list_builders() for the names") from error
-    features = builder.info.features
     for field in filter(None, (image_field, label_field)):
         if field not in features:
             raise ValueError(
@@ -375,7 +374,7 @@ def _tfds(
             )
     # The file's bytes, which are decoded as everybody else's; what is stored as numbers is pixels.
     encoded = isinstance(features[image_field], tfds.features.Image)
-    sources = builder.as_data_source(decoders={image_field: tfds.decode.SkipDecoding()} if encoded else None)
+    sources = tfds.data_source(name, decoders={image_field: tfds.decode.SkipDecoding()} if encoded else None)
     own = frozenset(SPLITS) & sources.keys()
     wanted = own if split == "all" else own & {split} or own & {"train"}
     shards = [(part, _Rows(part, sources[part], image_field, label_field)) for part in SPLITS if part in wanted]

@@ -139,8 +139,8 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), the squared distance of two Gaussians.
 
     Equation 6 of arXiv 1706.08500. The trace of the root is the sum of the singular values of A B, where A and B are
-    the roots of C_a and C_b, from their eigenvalues: exact too where there are fewer images than features, and most
-    eigenvalues are zero. FID is this distance of the 2,048 features of Inception-v3's last pooling, only that.
+    the roots of C_a and C_b, from their eigenvalues: it stays exact where there are fewer images than features, and
+    most eigenvalues are zero. FID is this distance of the 2,048 features of Inception-v3's last pooling, only that.
 
     Raises:
       ValueError: a set has fewer than two images, or the features differ in number.

@@ -1,6 +1,7 @@
 """Image data: sources, odd files, crops, flips, order, resumption and shares of processes."""
 
 import dataclasses
+import functools
 import hashlib
 import io
 import itertools
@@ -18,6 +19,7 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
+from jaxtok import verbs
 from jaxtok.configuration import from_json, load_config, override, to_json
 from jaxtok.data import pictures as pictures_module
 from jaxtok.data.images import ImageData, centre_crop, random_crop
@@ -365,6 +367,27 @@ def test_a_source_without_a_readable_picture(data, tmp_path):
             batches()
 
 
+def test_a_source_that_fails_in_the_middle_of_a_run(data, monkeypatch):
+    """A record that cannot be read is left out; when there is nothing left, the run ends with a reason."""
+    images = data(batch_size=2)
+    batches = images.train_batches()
+    whole, pictures = next(batches), images.pictures("train")
+    get, fails = type(pictures).__getitem__, {5, 6}
+
+    def broken(self, index):
+        if index in fails:
+            raise RuntimeError("the disk is gone")
+        return get(self, index)
+
+    monkeypatch.setattr(type(pictures), "__getitem__", broken)
+    with pytest.warns(UserWarning, match="the picture number [56] of .* is left out: the disk is gone") as told:
+        later = take(images.train_batches(), len(pictures))
+    assert len(told) == 2 and (later[0]["images"] == whole["images"]).all() and joined(later, "mask").all()
+    fails.update(range(len(pictures)))
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=rf"not one of the {len(pictures)} pictures"):
+        list(itertools.islice(batches, len(pictures)))
+
+
 # -------------------------------------------------------------------------------------------------------------- sources
 
 
@@ -590,7 +613,7 @@ def experiment(folder, workdir):
     )
 
 
-def test_a_run_on_images_resumes_exactly(folder, tmp_path):
+def test_a_run_on_images_resumes_exactly_and_is_evaluated(folder, tmp_path):
     run = experiment(folder, tmp_path / "run")
     whole = train(run, quiet=True)
     assert whole.metrics["examples"] == len(run.data.pictures("validation"))
@@ -598,6 +621,11 @@ def test_a_run_on_images_resumes_exactly(folder, tmp_path):
     resumed = train(run, quiet=True)
     assert resumed.step == 4
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+    row = verbs.evaluate(tmp_path / "run", split="test")
+    assert row["images"] == f"folder:{folder}" and row["examples"] == len(run.data.pictures("test"))
+    for verb in (verbs.generate, verbs.adapt, functools.partial(verbs.convert, target=tmp_path / "converted")):
+        with pytest.raises(ValueError, match="is of ImageClassification"):
+            verb(tmp_path / "run")
 
 
 def test_experiments_take_image_data(folder, tmp_path):
