@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -339,20 +340,24 @@ class OpenTokenizer:
         )
 
     def encode(self, images: UInt8[np.ndarray, "batch height width 3"], rng: jax.Array) -> np.ndarray:
-        pixels = self._put(images).astype(jnp.float32) / 255
-        with self.layout.active():
-            return np.asarray(self.task.encode(self.params, pixels, rng if self.draws else None))
+        """Codes [batch, positions, sub_codes]."""
+
+        def encoded(images):
+            return self.task.encode(self.params, images.astype(jnp.float32) / 255, rng if self.draws else None)
+
+        return self._on_devices(encoded, images)
 
     def decode(self, codes: Int[np.ndarray, "batch positions sub_codes"]) -> np.ndarray:
-        with self.layout.active():
-            return np.asarray(self.task.decode(self.params, self._put(codes)))
+        """Images [batch, height, width, 3], not limited to [0, 1]."""
+        return self._on_devices(functools.partial(self.task.decode, self.params), codes)
 
-    def _put(self, array: np.ndarray) -> jax.Array:
-        """On all devices, if they divide the batch."""
-        count = len(array)
-        if count % self.layout.mesh.size:
-            return jax.device_put(array, self.layout.replicated)
-        return self.layout.put({"x": array}, range(count), count)["x"]
+    def _on_devices(self, function: Callable[[jax.Array], jax.Array], array: np.ndarray) -> np.ndarray:
+        """Rows are added until the devices divide them."""
+        count, more = len(array), -len(array) % self.layout.mesh.size
+        whole = np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
+        with self.layout.active():
+            put = self.layout.put({"x": whole}, range(len(whole)), len(whole))["x"]
+            return np.asarray(function(put))[:count]
 
 
 def _images(data: Any, images: str, batch_size: int = 0) -> ImageData:
