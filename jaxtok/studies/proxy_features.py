@@ -48,7 +48,11 @@ class ProxyFeatures:
         return feature_statistics(self, batches)
 
     def frechet_distance(self, batches: Iterable[Batch | Images], others: Iterable[Batch | Images]) -> float:
-        """The proxy Fréchet distance of two sets of images; of both, give at least some hundreds."""
+        """The proxy Fréchet distance of two sets of images.
+
+        It is the larger the smaller the sets are: compare distances of sets of the same sizes only, and give more
+        images than there are features.
+        """
         return frechet_distance(self.statistics(batches), self.statistics(others))
 
     def score(self, batches: Iterable[Images], splits: int = 1) -> tuple[float, float]:
@@ -59,7 +63,8 @@ class ProxyFeatures:
 def train_proxy(data: ImageData, directory: str | Path, *, steps: int = 300, width: int = 64) -> ProxyFeatures:
     """Trains the classifier on the training split of the images' own classes; a finished one in the folder is taken.
 
-    A ViT of three blocks on 8 x 8 patches, by the one loop: about half a minute on two cores at 16 x 16 pixels.
+    A ViT of three blocks on 8 x 8 patches, by the one loop. Measured with emoji at 16 x 16 pixels (batches of 64): one
+    minute on two busy cores, and 0.57 of the held-out pictures right, of 10 classes.
 
     Args:
       data: the images; their flips, crops and batch size are those of the training.
