@@ -27,31 +27,8 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxtok.data.text import TextBatches
+from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.protocols import Batch
-
-
-def codes_from_bits(bits: Int[Array, "*batch all_bits"], sub_codes: int) -> Int[Array, "*batch sub_codes"]:
-    """Cuts the bits into `sub_codes` runs, each the number whose most significant bit comes first (section 2.1).
-
-    Takes and gives arrays of NumPy or of JAX.
-
-    Raises:
-      ValueError: the bits cannot be cut into so many runs of the same length, of 24 at most.
-    """
-    count = bits.shape[-1]
-    if sub_codes < 1 or count % sub_codes or count // sub_codes > 24:
-        raise ValueError(
-            f"{count} bits cannot be cut into sub_codes = {sub_codes} runs of the same length (of 1 to 24 bits)."
-        )
-    parts = bits.astype(np.int32).reshape(*bits.shape[:-1], sub_codes, count // sub_codes)
-    return (parts << np.arange(parts.shape[-1] - 1, -1, -1, dtype=np.int32)).sum(-1, dtype=np.int32)
-
-
-def bits_from_codes(codes: Int[Array, "*batch sub_codes"], code_bits: int) -> Int[Array, "*batch all_bits"]:
-    """The bits of `codes_from_bits`, int32."""
-    places = np.arange(code_bits - 1, -1, -1, dtype=np.int32)
-    bits = (codes.astype(np.int32)[..., None] >> places) & 1
-    return bits.reshape(*codes.shape[:-1], codes.shape[-1] * code_bits)
 
 
 def regroup(codes: Int[Array, "*batch sub_codes"], code_bits: int, sub_codes: int) -> Int[Array, "*batch regrouped"]:
@@ -62,7 +39,7 @@ def regroup(codes: Int[Array, "*batch sub_codes"], code_bits: int, sub_codes: in
     """
     if codes.shape[-1] == sub_codes:
         return codes
-    return codes_from_bits(bits_from_codes(codes, code_bits), sub_codes)
+    return pack_bits(unpack_bits(codes, codes.shape[-1] * code_bits), sub_codes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,41 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import gather
+from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.nn.convolution import Conv
-
-MAX_BITS = 31
-"""Of a code, which is an int32."""
-
-
-def pack_bits(bits: Int[Array, "*shape bits"], sub_codes: int = 1) -> Int[Array, "*shape sub_codes"]:
-    """Bits to codes: `sub_codes` chunks in order, of each the first bit the most significant (ELM, section 3).
-
-    Raises:
-      ValueError: `sub_codes` does not divide the bits, or a chunk has more than 31.
-    """
-    count = bits.shape[-1]
-    check_bits(count, sub_codes)
-    size = count // sub_codes
-    chunks = bits.astype(jnp.int32).reshape(*bits.shape[:-1], sub_codes, size)
-    return jnp.sum(chunks << jnp.arange(size - 1, -1, -1), -1)
-
-
-def unpack_bits(codes: Int[Array, "*shape sub_codes"], count: int) -> Int[Array, "*shape bits"]:
-    """The inverse of `pack_bits`; `count` is the number of bits in all sub-codes together."""
-    sub_codes = codes.shape[-1]
-    check_bits(count, sub_codes)
-    bits = (codes[..., None] >> jnp.arange(count // sub_codes - 1, -1, -1)) & 1
-    return bits.reshape(*codes.shape[:-1], count)
-
-
-def check_bits(count: int, sub_codes: int) -> None:
-    """Raises ValueError where so many bits are not so many sub-codes."""
-    if count < 1 or sub_codes < 1 or count % sub_codes:
-        raise ValueError(f"bits is {count} and sub_codes {sub_codes}; both must be positive, and the second a divisor.")
-    if count // sub_codes > MAX_BITS:
-        raise ValueError(
-            f"bits is {count} in {sub_codes} sub-codes; one holds at most {MAX_BITS}: choose more sub_codes."
-        )
 
 
 @flax.struct.dataclass

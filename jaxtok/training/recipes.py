@@ -310,7 +310,12 @@ def _elm(name: str, task: ElmModeling | MaskedElmModeling, model: ElmConfig, fsd
         train=TrainConfig(
             steps=2_000_000,
             optimizer=OptimizerConfig(
-                learning_rate=1e-4, min_learning_rate=1e-4, schedule="constant", warmup=0.0, weight_decay=0.05
+                learning_rate=1e-4,
+                min_learning_rate=1e-4,
+                schedule="constant",
+                warmup=0.0,
+                weight_decay=0.05,
+                ema_decay=0.9999,
             ),
             log_every=100,
             eval_every=10_000,

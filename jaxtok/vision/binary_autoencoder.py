@@ -12,7 +12,8 @@ import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
 
-from jaxtok.nn.quantizers import BinaryQuantizer, check_bits
+from jaxtok.nn.bits import check_bits
+from jaxtok.nn.quantizers import BinaryQuantizer
 from jaxtok.vision.autoencoding import TokenizerConfig
 
 

@@ -7,14 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.nn.quantizers import (
     BinaryQuantizer,
     GumbelQuantizer,
     NearestQuantizer,
     gumbel_temperature,
-    pack_bits,
     perplexity,
-    unpack_bits,
 )
 
 

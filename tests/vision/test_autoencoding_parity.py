@@ -17,7 +17,8 @@ from jaxtok.interop.vqgan import (
     discriminator_tensors,
 )
 from jaxtok.nn import convolution
-from jaxtok.nn.quantizers import BinaryQuantizer, GumbelQuantizer, NearestQuantizer, pack_bits, unpack_bits
+from jaxtok.nn.bits import pack_bits, unpack_bits
+from jaxtok.nn.quantizers import BinaryQuantizer, GumbelQuantizer, NearestQuantizer
 from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.loop import TrainState, make_train_step
 from jaxtok.training.mesh import one_device

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtok.data.codes import bits_from_codes, codes_from_bits, regroup
+from jaxtok.data.codes import regroup
 from jaxtok.decoding import sampling
+from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.nn.linear import LinearStack
 from jaxtok.nn.losses import by_parts
 from jaxtok.nn.rotary import rotary_table_2d
@@ -121,9 +122,9 @@ def test_work():
 @given(st.integers(1, 4), st.integers(1, 24), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_bits_and_codes_are_one(t, k, grid, seed):
     bits = np.random.default_rng(seed).integers(0, 2, (2, grid * grid, t * k))
-    codes = codes_from_bits(bits, t)
+    codes = pack_bits(bits, t)
     assert codes.min() >= 0 and codes.max() < 2**k
-    np.testing.assert_array_equal(bits_from_codes(codes, k), bits)
+    np.testing.assert_array_equal(unpack_bits(codes, t * k), bits)
     if t * k <= 24:
         joined = regroup(codes, k, 1)
         np.testing.assert_array_equal(joined[..., 0], sum(codes[..., i] << k * (t - 1 - i) for i in range(t)))
@@ -132,16 +133,16 @@ def test_bits_and_codes_are_one(t, k, grid, seed):
 
 def test_bits_of_jax_are_those_of_numpy():
     bits = np.random.default_rng(0).integers(0, 2, (2, 9, 12))
-    codes = codes_from_bits(jnp.asarray(bits), 3)
-    np.testing.assert_array_equal(codes, codes_from_bits(bits, 3))
-    np.testing.assert_array_equal(jax.jit(bits_from_codes, static_argnums=1)(codes, 4), bits)
+    codes = pack_bits(jnp.asarray(bits), 3)
+    np.testing.assert_array_equal(codes, pack_bits(bits, 3))
+    np.testing.assert_array_equal(jax.jit(unpack_bits, static_argnums=1)(codes, 12), bits)
 
 
 def test_bits_that_cannot_be_cut():
-    with pytest.raises(ValueError, match="10 bits cannot be cut into sub_codes = 3"):
-        codes_from_bits(np.zeros((1, 10), int), 3)
-    with pytest.raises(ValueError, match="50 bits"):
-        codes_from_bits(np.zeros((1, 50), int), 2)
+    with pytest.raises(ValueError, match="bits is 10 and sub_codes 3"):
+        pack_bits(np.zeros((1, 10), int), 3)
+    with pytest.raises(ValueError, match="bits is 64 in 2 sub-codes"):
+        pack_bits(np.zeros((1, 64), int), 2)
 
 
 def test_hamming_weights():

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtok.data.codes import CodeData, Header, codes_from_bits, regroup, write_codes
+from jaxtok.data.codes import CodeData, Header, regroup, write_codes
+from jaxtok.nn.bits import pack_bits
 from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
@@ -29,7 +30,7 @@ def digits(tmp_path_factory):
     images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
     images = (images >= 8).astype(np.int32)
     patches = images.reshape(-1, 4, 2, 4, 2).swapaxes(2, 3).reshape(-1, 16, 4)
-    codes = codes_from_bits(patches, 1)[:, None]
+    codes = pack_bits(patches, 1)[:, None]
     folder = tmp_path_factory.mktemp("digits")
     header = Header(
         grid=(4, 4), sub_codes=1, vocab_size=2**BITS, classes=tuple("0123456789"), tokenizer="a bit a pixel"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.data.codes import bits_from_codes, codes_from_bits
 from jaxtok.interop.elm import config_from, params_from, params_to
+from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.training.optimizer import OptimizerConfig, learning_rate
 from jaxtok.vision import elm_masked, elm_sampling
 from jaxtok.vision.elm import Elm, ElmModeling
@@ -193,9 +193,9 @@ def test_masked(golden, parity):
 def test_decomposition(golden, parity):
     t, k, grid = (golden.config[name] for name in ("token_each", "code_dim", "grid"))
     bits = np.moveaxis(golden["in/code"], 1, -1)
-    codes = codes_from_bits(bits, t).reshape(len(bits), grid * grid, t)
+    codes = pack_bits(bits, t).reshape(len(bits), grid * grid, t)
     np.testing.assert_array_equal(codes, golden["out/indices"])
-    back = bits_from_codes(codes, k).reshape(bits.shape)
+    back = unpack_bits(codes, t * k).reshape(bits.shape)
     np.testing.assert_array_equal(np.moveaxis(back, -1, 1), golden["out/codes_back"])
     for name, theirs in golden.under("out").items():
         if name.startswith("softlabels_dist"):
