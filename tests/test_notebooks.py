@@ -14,8 +14,9 @@ pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
-FIGURES = {"sharding_on_eight_devices": 5, "train_and_grow": 4}
+FIGURES = {"images_as_tokens": 4, "sharding_on_eight_devices": 5, "train_and_grow": 4}
 SAYS = {  # parts of what must have been printed
+    "images_as_tokens": ["of 16 codes used", "nats a position (uniform: 2.77)"],
     "sharding_on_eight_devices": ["8 devices", "all-reduce of f32[8, 16]\n", "all-reduce of f32[8, 16, 32]\n"],
     "train_and_grow": ["bits per byte on validation files", "random keys (the released recipe)", "def "],
 }
