@@ -33,8 +33,9 @@ from jaxtok.lm.transformer import matched_transformer
 from jaxtok.lm.whole_words import SubwordWords
 from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
 from jaxtok.nn.lora import LoraConfig
-from jaxtok.training.experiment import Experiment
+from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.lora import Lora
+from jaxtok.training.optimizer import OptimizerConfig, PartOptimizer
 from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.classification import ImageClassification
@@ -52,10 +53,11 @@ class Case:
     batch: dict[str, np.ndarray]
     unfit: dict[str, str] = dataclasses.field(default_factory=dict)
     """Meshes that it does not fit, with the reason."""
+    train: TrainConfig = TrainConfig()
 
     @property
     def experiment(self) -> Experiment:
-        return Experiment(task=self.task, data=self.data)
+        return Experiment(task=self.task, data=self.data, train=self.train)
 
 
 TOKENFORMER = TokenFormerConfig(
@@ -200,7 +202,13 @@ def autoencoding(model, **options) -> Case:
         "labels": np.zeros(8, np.int32),
         "mask": (np.arange(8) < 7).astype(np.float32),
     }
-    return Case(Autoencoding(model=model, **options), ImageData(images="digits", size=8, batch_size=8), batch)
+    # Of so many kernels' gradients some are next to nothing, which Adam with a small epsilon makes large.
+    optimizer = OptimizerConfig(eps=1e-5)
+    if options["discriminator"]:
+        part = PartOptimizer(eps=1e-5, part="discriminator", start=1)
+        optimizer = dataclasses.replace(optimizer, parts=(part,))
+    data = ImageData(images="digits", size=8, batch_size=8)
+    return Case(Autoencoding(model=model, **options), data, batch, train=TrainConfig(optimizer=optimizer))
 
 
 ELM = {"num_layers": 2, "d_model": 32, "num_heads": 8, "mlp_dim": 32, "grid": 4, "code_bits": 5, "num_classes": 3}

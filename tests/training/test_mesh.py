@@ -15,7 +15,7 @@ from jaxtok.lm.growth import Growth
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.training.compiled import read_program
 from jaxtok.training.experiment import TrainConfig
-from jaxtok.training.loop import compile_growth, initial_state, make_train_step, train
+from jaxtok.training.loop import abstract_state, compile_growth, initial_state, make_train_step, train
 from jaxtok.training.mesh import AxisRules, MeshConfig, make_layout, one_device
 
 MESHES = {
@@ -33,7 +33,7 @@ needs_eight = pytest.mark.skipif(
 
 def steps(case, layout, count=2):
     """The state and the numbers of each step, from one batch of random inputs."""
-    config, size = TrainConfig(), case.data.batch_size
+    config, size = case.train, case.data.batch_size
     state = initial_state(case.task, config, case.data, layout)
     step = make_train_step(case.task, config, 10, case.data, layout)
     batch = layout.put(case.batch, range(size), size)
@@ -62,16 +62,16 @@ EVERYWHERE = ("tokenformer", "transformer", "tokenformer_vit", "electra")
 """Of the other tasks, meshes of one axis are tested with --slow: those of several have all axes between them."""
 
 
-NOT_BY_LENGTH = ("bae", "vqgan")
-"""Nothing of them is divided by `sequence`; that mesh is tested with --slow."""
+ENOUGH = {"bae": ("2 x 2 x 2",), "vqgan": ()}
+"""Of tasks that take long to compile, the meshes that are tested without --slow. (BAE and VQGAN are of one kind.)"""
 
 
 def tasks_on_meshes():
     for name in TASKS:
         for mesh, config in MESHES.items():
             axes = sum(getattr(config, axis) > 1 for axis in ("data", "fsdp", "tensor", "sequence"))
-            slow = (axes == 1 and name not in EVERYWHERE) or (mesh == "sequence" and name in NOT_BY_LENGTH)
-            marks = [pytest.mark.slow] if slow else []
+            fast = mesh in ENOUGH[name] if name in ENOUGH else axes > 1 or name in EVERYWHERE
+            marks = [] if fast else [pytest.mark.slow]
             yield pytest.param(name, mesh, marks=marks, id=f"{name}-{mesh}")
 
 
@@ -94,6 +94,23 @@ def test_every_task_is_the_same_on_every_mesh(name, mesh, on_one_device):
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(alone.params)):
         assert len(ours.sharding.device_set) == 8
         np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+@needs_eight
+def test_moments_of_parts_and_averages_live_where_their_parameters_do():
+    case, layout = TASKS["bae"](), make_layout(MESHES["fsdp 8"])
+    optimizer = dataclasses.replace(case.train.optimizer, ema_decay=0.9)
+    assert [part.part for part in optimizer.parts] == ["discriminator"]
+    state = abstract_state(case.task, TrainConfig(optimizer=optimizer), case.data, layout)
+    places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
+    rest, parts = state.opt_state.state
+    assert places(state.opt_state.average) == places(state.params)
+    own = {"discriminator": state.params["discriminator"]}
+    adam = next(s for s in parts["discriminator"] if hasattr(s, "mu"))
+    assert places(adam.mu) == places(own)
+    adam = next(s for s in rest if hasattr(s, "mu"))
+    assert places(adam.mu) == places({k: v for k, v in state.params.items() if k not in own})
+    assert sum(len(set(s.spec)) > 1 for s in jax.tree.leaves(places(adam.mu))) > 10  # many are divided
 
 
 def started(case, layout):

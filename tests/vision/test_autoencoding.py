@@ -18,7 +18,7 @@ from jaxtok.interop.vqgan import from_official, read_official, to_official, unus
 from jaxtok.nn.convolution import Encoder, GroupNorm
 from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import Experiment, TrainConfig
-from jaxtok.training.loop import initial_state, train
+from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig, unboxed
 from jaxtok.training.optimizer import OptimizerConfig, PartOptimizer
 from jaxtok.verbs import evaluate
@@ -104,7 +104,8 @@ def test_discriminator():
 @pytest.fixture(scope="module")
 def lpips_file(tmp_path_factory):
     """Weights of a narrow network in the names of LPIPS."""
-    params = LPIPS(WIDTHS).init(jax.random.key(0), pictures(1, 16, 16, 3), pictures(1, 16, 16, 3))["params"]
+    image = pictures(1, 16, 16, 3)
+    params = jax.jit(LPIPS(WIDTHS).init)(jax.random.key(0), image, image)["params"]
     assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(params))  # until they are read
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda x: np.abs(rng.normal(size=x.shape)).astype(np.float32), params)
@@ -116,13 +117,22 @@ def test_lpips(lpips_file, tmp_path):
     read = read_lpips(path, WIDTHS)
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, read, params)))
     module, x, y = LPIPS(WIDTHS), pictures(2, 16, 16, 3), pictures(2, 16, 16, 3, seed=1)
-    distance = jax.jit(lambda x, y: module.apply({"params": read}, x, y))
+
+    @jax.jit
+    def run(params, x, y):
+        def total(x):
+            distance = module.apply({"params": params}, x, y)
+            return distance.sum(), distance
+
+        slope, distance = jax.grad(total, has_aux=True)(x)
+        return distance, slope
+
+    distance = lambda x, y: run(read, x, y)[0]  # noqa: E731
     assert np.all(distance(x, x) == 0) and np.all(distance(x, y) > 0)
     np.testing.assert_allclose(distance(x, y), distance(y, x), rtol=1e-5)
     # a position without any feature has no NaN in its gradient
     dead = {name: -leaf if "bias" in name else 0 * leaf if "kernel" in name else leaf for name, leaf in read.items()}
-    slope = jax.grad(lambda x: module.apply({"params": dead}, x, y).sum())(x)
-    assert np.all(slope == 0)
+    assert np.all(run(dead, x, y)[1] == 0)
     # torchvision's VGG16 and the heads in two files, as they are published
     tensors = read_weights(path)
     vgg = {
@@ -321,7 +331,11 @@ class Small:
 
     def init(self, rng, batch):
         kernel = {"kernel": jax.random.normal(rng, (3,))}
-        return {"autoencoder": kernel, "discriminator": kernel, "statistics": {"main_0": {"mean": jnp.zeros(3)}}}
+        read = {"frozen": {"kernel": jnp.full(2, jnp.nan)}}  # until it is
+        return {"autoencoder": kernel, "discriminator": kernel, "statistics": {"main_0": {"mean": jnp.zeros(3)}}} | read
+
+    def load_weights(self, params):
+        return params | {"frozen": {"kernel": np.arange(2, dtype=np.float32)}}
 
     def loss(self, params, batch, rng, step):
         x, still = batch["images"].mean((1, 2)) / 255, jax.lax.stop_gradient
@@ -409,6 +423,9 @@ def test_a_run_with_two_optimizers_and_an_average(adversarial, tmp_path, monkeyp
     assert raw["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
     again = averaged.task.evaluate(averaged.params, Noise().eval_batches(""))
     assert smooth["loss"] == again["loss"] != pytest.approx(raw["loss"], rel=1e-5)
+    if isinstance(adversarial.task, Small):  # what is read from a file is there, and stays
+        assert all(np.array_equal(run.params["frozen"]["kernel"], [0, 1]) for run in at)
+        assert "frozen" not in states[0].average
     # and a run that is interrupted goes on bit by bit
     broken = dataclasses.replace(adversarial, workdir=str(tmp_path / "broken"))
     original = Batches.__next__
@@ -427,17 +444,17 @@ def test_a_run_with_two_optimizers_and_an_average(adversarial, tmp_path, monkeyp
     assert same(states[2], load(broken.workdir).opt_state())
 
 
-def test_lpips_is_read_when_a_run_begins(lpips_file, tmp_path):
+def test_lpips_of_a_task(lpips_file, tmp_path):
     model = BAEConfig(**SIZES | {"image_size": 16, "multipliers": (1,)}, bits=4)
     task = Autoencoding(model=model, discriminator=None, perceptual=str(lpips_file[0]), perceptual_widths=WIDTHS)
-    state = initial_state(task, TrainConfig(optimizer=OptimizerConfig(ema_decay=0.5)), Noise(size=16))
-    assert same(state.params["frozen"]["lpips"], jax.tree.map(jnp.asarray, lpips_file[1]))
-    assert "frozen" not in state.opt_state.average  # nor has it moments
+    params = random_params(task)
+    loaded = task.load_weights(params)
+    assert same(loaded["frozen"]["lpips"], lpips_file[1]) and loaded["autoencoder"] is params["autoencoder"]
     x, y = pictures(2, 16, 16, 3), pictures(2, 16, 16, 3, seed=1)
-    expected = LPIPS(WIDTHS).apply({"params": lpips_file[1]}, x, y)
-    np.testing.assert_allclose(task.distance(state.params)(x, y), expected, rtol=1e-5)
+    expected = jax.jit(LPIPS(WIDTHS).apply)({"params": lpips_file[1]}, x, y)
+    np.testing.assert_allclose(jax.jit(task.distance(loaded))(x, y), expected, rtol=1e-5)
     with pytest.raises(FileNotFoundError, match="no file of weights"):
-        dataclasses.replace(task, perceptual=str(tmp_path / "nothing.pth")).load_weights(state.params)
+        dataclasses.replace(task, perceptual=str(tmp_path / "nothing.pth")).load_weights(params)
 
 
 @pytest.mark.slow
