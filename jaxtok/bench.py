@@ -43,6 +43,13 @@ from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.loop import initial_state, make_train_step
 from jaxtok.training.mesh import one_device, unboxed
 from jaxtok.training.peak import matmul_rate, peak_flops
+from jaxtok.vision.autoencoding import Autoencoding
+from jaxtok.vision.binary_autoencoder import PUBLISHED as BAE
+from jaxtok.vision.binary_autoencoder import BAEConfig
+from jaxtok.vision.elm import Elm, ElmConfig, published
+from jaxtok.vision.elm import init_params as init_elm
+from jaxtok.vision.elm_sampling import ElmSampling
+from jaxtok.vision.elm_sampling import generate as draw_codes
 
 Row = dict[str, Any]
 """One line of results; `part` says which measurement it is of."""
@@ -75,7 +82,9 @@ CASES = {
 
 
 def bench(
-    what: tuple[Literal["train", "compile", "decode", "loader", "profile", "deletion"], ...] = PARTS,
+    what: tuple[
+        Literal["train", "compile", "decode", "loader", "profile", "deletion", "tokenizer", "generation"], ...
+    ] = PARTS,
     models: tuple[Literal["tiny", "small", "grown", "124m"], ...] = ("small", "grown", "124m"),
     output: Path | None = None,
     seconds: float = 5.0,
@@ -89,7 +98,8 @@ def bench(
       what: train: a step of each model and of the Transformer of its size; compile: a step of 4 and of 24 layers;
         decode: tokens with the cache; loader: batches, against the first model's steps; profile: where the time of
         each model's step goes; deletion: the encoder of ByT5-small and of MrT5 that deletes 50 and 80 % of 1,024 bytes
-        (2.5 GB; whatever the models).
+        (2.5 GB; whatever the models); tokenizer: images of 256 x 256 encoded and decoded by ELM's binary autoencoder
+        of 16 bits; generation: images drawn by ELM-B, with the key-value cache and without (both whatever the models).
       models: small and grown are the quickstart's; 124m is the published size, on one row of 512 tokens.
       output: also write the rows and the machine's description into this JSON file.
       seconds: for each measurement (at least three samples are taken).
@@ -123,6 +133,12 @@ def bench(
             case "deletion":
                 model = dataclasses.replace(MRT5["mrt5-small"], dtype=dtype)
                 work.append((part, "mrt5-small", functools.partial(deletion, model, seconds)))
+            case "tokenizer":
+                autoencoder = dataclasses.replace(BAE["bae-16"], dtype=dtype)
+                work.append((part, "bae-16", functools.partial(image_tokenizer, autoencoder, seconds)))
+            case "generation":
+                model = published("b", "2-10", dtype=dtype)
+                work.append((part, "elm-b 2-10", functools.partial(image_generation, model, seconds)))
 
     console = rich.console.Console(quiet=quiet)
     if not console.is_terminal:
@@ -218,6 +234,62 @@ def deletion(model: MrT5Config, seconds: float, rows: int = 1, length: int = 102
             "fraction_of_peak": samples[name].fraction(rows * flops),
             "times_as_fast": _median(samples["whole"].seconds / samples[name].seconds),
             "times_fewer_flops": whole / flops,
+        }
+
+
+def image_tokenizer(model: BAEConfig, seconds: float, batches: tuple[int, ...] = (1, 4)) -> Iterator[Row]:
+    """Encoding (with bits that are drawn) and decoding images, with random parameters."""
+    task = Autoencoding(model=model, discriminator=None, perceptual="none")
+    size = model.image_size
+    params = unboxed(jax.jit(task.init)(jax.random.key(0), {"images": jnp.zeros((1, size, size, model.channels))}))
+    for batch in batches:
+        images = jax.random.uniform(jax.random.key(1), (batch, size, size, model.channels))
+        codes = task.encode(params, images, jax.random.key(2))
+        runs = {
+            "encode": functools.partial(task.encode, params, images, jax.random.key(2)),
+            "decode": functools.partial(task.decode, params, codes),
+        }
+        samples = measure(runs, seconds)
+        for name, flops in {"encode": model.encoder_flops(), "decode": model.generator_flops()}.items():
+            median = _median(samples[name].seconds)
+            yield {
+                "images": batch,
+                "direction": name,
+                "seconds": median,
+                "images_per_second": batch / median,
+                "fraction_of_peak": samples[name].fraction(batch * flops),
+            }
+
+
+def image_generation(model: ElmConfig, seconds: float, batches: tuple[int, ...] = (1, 8)) -> Iterator[Row]:
+    """Guided images, code by code, with the cache; and as without one, where each position is a pass over the whole
+    image (one such pass is timed)."""
+    params = jax.jit(functools.partial(init_elm, model))(jax.random.key(0))
+    sampling = ElmSampling(guidance=2.0, top_k=None)
+
+    @jax.jit
+    def whole(params, codes, labels, rng):
+        logits = Elm(model).apply({"params": params}, codes, labels)[:, -1]
+        guided = logits[::2] + 2.0 * (logits[1::2] - logits[::2])
+        return jax.random.categorical(rng, guided)
+
+    for batch in batches:
+        labels = np.zeros(batch, np.int32)
+        both = np.tile([0, model.num_classes], batch)
+        codes = jnp.zeros((2 * batch, model.positions, model.sub_codes), jnp.int32)
+        runs = {
+            "cached": lambda labels=labels: draw_codes(model, params, labels, sampling=sampling, rng=jax.random.key(0)),
+            "a whole pass": lambda codes=codes, both=both: whole(params, codes, both, jax.random.key(0)),
+        }
+        samples = measure(runs, seconds)
+        with_cache = _median(samples["cached"].seconds) / model.positions
+        without = _median(samples["a whole pass"].seconds)
+        yield {
+            "images": batch,
+            "positions_per_second": batch / with_cache,
+            "without_cache": batch / without,
+            "times_as_fast": without / with_cache,
+            "seconds_an_image": with_cache * model.positions / batch,
         }
 
 

@@ -7,11 +7,23 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtok.bench import CASES, bench, deletion, matrix_products, measure, product_flops, random_batch
+from jaxtok.bench import (
+    CASES,
+    bench,
+    deletion,
+    image_generation,
+    image_tokenizer,
+    matrix_products,
+    measure,
+    product_flops,
+    random_batch,
+)
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.mrt5 import MrT5Config
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.training.peak import matmul_rate
+from jaxtok.vision.binary_autoencoder import BAEConfig
+from jaxtok.vision.elm import ElmConfig
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +107,18 @@ def test_flops_are_those_of_the_matrix_products(system):
 def test_impossible_arguments():
     with pytest.raises(ValueError, match="seconds"):
         bench(seconds=0)
+
+
+def test_images_are_encoded_and_drawn(monkeypatch):
+    monkeypatch.setattr("jaxtok.bench.matmul_rate", lambda seconds: 1e9)
+    autoencoder = BAEConfig(
+        image_size=8, width=32, multipliers=(1, 1), res_blocks=1, attention_resolutions=(), embed_dim=32, bits=4
+    )
+    rows = list(image_tokenizer(autoencoder, seconds=0.01, batches=(2,)))
+    assert [row["direction"] for row in rows] == ["encode", "decode"]
+    assert all(row["images_per_second"] * row["seconds"] == pytest.approx(2) for row in rows)
+    assert all(row["fraction_of_peak"] > 0 for row in rows)
+    model = ElmConfig(num_layers=1, d_model=8, num_heads=2, mlp_dim=8, grid=2, code_bits=2, num_classes=2)
+    (row,) = image_generation(model, seconds=0.01, batches=(2,))
+    assert row["times_as_fast"] == pytest.approx(row["positions_per_second"] / row["without_cache"])
+    assert row["seconds_an_image"] * row["positions_per_second"] == pytest.approx(4)

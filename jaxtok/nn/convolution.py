@@ -87,10 +87,17 @@ class AutoencoderConfig:
         """Rows and columns of positions."""
         return (self.image_size // self.stride,) * 2
 
+    def encoder_flops(self) -> float:
+        """Forward FLOPs of the encoder for one image, of convolutions and attention."""
+        return _flops(encoder_levels(self), self.channels, self.image_size)
+
+    def generator_flops(self) -> float:
+        """The same of the generator."""
+        return _flops(generator_levels(self), self.embed_dim, self.grid[0])
+
     def flops(self) -> float:
-        """Forward FLOPs of encoder and generator for one image, of convolutions and attention."""
-        down = _flops(encoder_levels(self), self.channels, self.image_size)
-        return down + _flops(generator_levels(self), self.embed_dim, self.grid[0])
+        """Of both."""
+        return self.encoder_flops() + self.generator_flops()
 
 
 def encoder_levels(config: AutoencoderConfig) -> list[list[Layer]]:
