@@ -230,6 +230,8 @@ def _vision(arguments: list[str]) -> int:
         "generate": vision_verbs.generate,
         "statistics": vision_verbs.statistics,
         "attention": vision_verbs.attention,
+        "import": vision_verbs.import_weights,
+        "export": vision_verbs.export_weights,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: jaxtok vision VERB ...\n")

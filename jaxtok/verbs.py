@@ -312,7 +312,10 @@ def convert(
             hat.write_folder(target, loaded.task.model, loaded.params)
         else:
             if not hasattr(loaded.task, "export") and not hasattr(loaded.task.model, "vocab_size"):
-                raise ValueError(f"{source} is of {type(loaded.task).__name__}, for which there is no other layout.")
+                raise ValueError(
+                    f"{source} is of {type(loaded.task).__name__}, for which there is no other layout here; "
+                    "`jaxtok vision export` writes those of image tokenizers and of ELM."
+                )
             export = getattr(loaded.task, "export", lambda params: (loaded.task.model, params))
             huggingface.write_folder(target, *export(loaded.params))
         tokenizer = Path(getattr(loaded.experiment.data, "tokenizer", ""))

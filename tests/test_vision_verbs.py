@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -11,6 +12,7 @@ from PIL import Image
 from jaxtok.cli import main
 from jaxtok.data.codes import CodeData, open_codes
 from jaxtok.data.images import ImageData
+from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
@@ -18,7 +20,7 @@ from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
-from jaxtok.vision_verbs import OpenTokenizer, generate, reconstruct, tokenize
+from jaxtok.vision_verbs import OpenTokenizer, export_weights, generate, import_weights, reconstruct, tokenize
 
 IMAGES = ImageData(images="digits", size=8, batch_size=64, eval_limit=1)
 BODY = {"width": 32, "multipliers": (1, 1), "res_blocks": 1, "attention_resolutions": (), "embed_dim": 32}
@@ -116,6 +118,23 @@ def test_analyses(folder, tmp_path, capsys):
     assert "ar: layer 1" in capsys.readouterr().out
     for plot in plots:
         assert np.asarray(Image.open(plot).convert("L")).std() > 5
+
+
+def test_weights_go_out_and_come_back(folder, tmp_path):
+    for name in ("tokenizer", "ar", "masked"):
+        file = export_weights(folder / name, tmp_path / f"{name}.safetensors")
+        config = tmp_path / f"{name}.py"
+        config.write_text(
+            "from jaxtok.training.checkpoints import read_config\nfrom pathlib import Path\n"
+            f"config = read_config(Path({str(folder / name)!r}))\n"
+        )
+        again = load(import_weights(file, config, tmp_path / name))
+        jax.tree.map(np.testing.assert_array_equal, again.params, load(folder / name).params)
+    with pytest.raises(FileExistsError, match="exists"):
+        export_weights(folder / "ar", tmp_path / "ar.safetensors")
+    with pytest.raises(ValueError, match=r"no tensor|missing"):
+        import_weights(tmp_path / "ar.safetensors", tmp_path / "tokenizer.py", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_wrong_is_said(folder, tmp_path, capsys):
