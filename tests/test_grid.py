@@ -19,6 +19,7 @@ REASONS = {
     "b": "growth appends parameter tokens, and it has none",
     "c": "no weights were released, so there is no layout to read or write; runs are saved and restored as all are",
     "d": "it generates in rounds over all positions, for which there is nothing to cache",
+    "e": "it decodes the codes that others generate",
 }
 
 FOLDERS = "interop/test_huggingface.py::test_written_then_read_is_the_same"
@@ -108,6 +109,13 @@ GRID = {
         "grow": "b",
         "import": "lm/test_electra.py::test_hugging_face_folders",
         "export": "lm/test_electra.py::test_hugging_face_folders",
+    },
+    "VQGAN, BAE": {
+        "task": "bae",
+        "generate, cached": "e",
+        "grow": "b",
+        "import": "vision/test_autoencoding.py::test_official_checkpoints_both_ways",
+        "export": "vision/test_autoencoding.py::test_official_checkpoints_both_ways",
     },
     "ELM": {
         "task": "elm",
