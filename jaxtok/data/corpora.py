@@ -103,17 +103,14 @@ def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: f
     shards = list(shards)
     rows = [range(len(shard)) for _, shard in shards]
     total = sum(map(len, rows))
-    divided = [] if split == "all" else [n for n, (key, _) in enumerate(shards) if key not in own_splits - {"train"}]
-    if divided:
-        shares = []
-        for n in divided:
-            key, shard = shards[n]
-            keys = [key] if isinstance(shard, _TextFile) else (f"{key}:{row}" for row in rows[n])
-            shares.append(np.array([_share(k) for k in keys]))
-        _fill(every := np.concatenate(shares), holdout, own_splits)
-        for n, of_shard in zip(divided, np.split(every, np.cumsum([len(s) for s in shares])[:-1])):
-            parts = (_split_at(share, holdout) for share in of_shard)
-            rows[n] = [row for row, part in enumerate(parts) if split == ("train" if part in own_splits else part)]
+    if split != "all":
+        divided = [n for n, (key, _) in enumerate(shards) if key not in own_splits - {"train"}]
+        keys = [
+            [shards[n][0]] if isinstance(shards[n][1], _TextFile) else [f"{shards[n][0]}:{row}" for row in rows[n]]
+            for n in divided
+        ]
+        for n, parts in zip(divided, splits_of(keys, holdout, own_splits)):
+            rows[n] = [row for row, part in enumerate(parts) if part == split]
     kept = [n for n, of_shard in enumerate(rows) if len(of_shard)]
     if not kept:
         raise ValueError(
@@ -125,13 +122,21 @@ def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: f
     return Corpus([shards[n][1] for n in kept], shard_of, row_of, [shards[n][0] for n in kept])
 
 
-def _fill(shares: np.ndarray, holdout: float, own_splits: frozenset[str]) -> None:
-    """Where a split that is held out would have no document, the next one of train in the order of hashes is its."""
+def splits_of(keys: Sequence[Sequence[str]], holdout: float, own_splits: frozenset[str]) -> list[list[str]]:
+    """The split of each document, by the keys of those in each shard.
+
+    Those hashed into one of `own_splits`, which the source has anyway, are "train". Where a split that is held out
+    would have no document, the next one of train in the order of hashes is its, as long as train keeps one.
+    """
+    shares = np.array([_share(key) for of_shard in keys for key in of_shard])
     for number, part in enumerate(("validation", "test")):
         low, high = number * holdout, (number + 1) * holdout
         train = np.flatnonzero(shares >= 2 * holdout)
         if part not in own_splits and len(train) > 1 and not ((shares >= low) & (shares < high)).any():
             shares[train[shares[train].argmin()]] = low
+    parts = [_split_at(share, holdout) for share in shares]
+    parts = iter("train" if part in own_splits else part for part in parts)
+    return [[next(parts) for _ in of_shard] for of_shard in keys]
 
 
 # --- Kinds of shards. All open their files anew to read, so that they can be pickled and used from threads. ---

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from jaxtok.data.corpora import SPLITS, array_records, split_of
+from jaxtok.data.corpora import SPLITS, array_records, splits_of
 
 MAX_PIXELS = 2**26
 """A picture with more (67 million) is refused, as its pixels may fill the memory however small the file is."""
@@ -138,22 +138,21 @@ def _select(
     own: frozenset[str],
 ) -> Pictures:
     """The pictures of `split`; those hashed into one of the source's `own` splits, which it has anyway, are "train"."""
-    kept, shard_of, row_of, total = [], [], [], 0
-    for key, shard in shards:
-        total += len(shard)
-        if split == "all" or key in own - {"train"}:
-            rows = np.arange(len(shard)) if split in ("all", key) else np.zeros(0, np.int64)
-        else:
-            names = (shard.key(row) for row in range(len(shard)))
-            parts = (split_of(name, holdout) for name in names)
-            rows = np.array([row for row, p in enumerate(parts) if split == ("train" if p in own else p)], np.int64)
-        if len(rows):
-            shard_of.append(np.full(len(rows), len(kept), np.int32))
-            row_of.append(rows)
-            kept.append(shard)
+    shards = list(shards)
+    total = sum(len(shard) for _, shard in shards)
+    rows = [np.arange(len(shard)) for _, shard in shards]
+    if split != "all":
+        divided = [n for n, (key, _) in enumerate(shards) if key not in own - {"train"}]
+        names = [[shards[n][1].key(row) for row in rows[n]] for n in divided]
+        for n, parts in zip(divided, splits_of(names, holdout, own)):
+            rows[n] = np.flatnonzero(np.array(parts) == split)
+        for n in set(range(len(shards))) - set(divided):
+            rows[n] = rows[n] if shards[n][0] == split else rows[n][:0]
+    kept = [n for n, of_shard in enumerate(rows) if len(of_shard)]
     if not kept:
         raise ValueError(f"the {split} split of {spec} is empty, as its pictures are few ({total}): give more pictures")
-    return Pictures(spec, classes, kept, np.concatenate(shard_of), np.concatenate(row_of))
+    shard_of = np.repeat(np.arange(len(kept), dtype=np.int32), [len(rows[n]) for n in kept])
+    return Pictures(spec, classes, [shards[n][1] for n in kept], shard_of, np.concatenate([rows[n] for n in kept]))
 
 
 # --- Decoding ---
