@@ -126,9 +126,9 @@ def test_help(capsys):
     text = capsys.readouterr().out
     assert all(f"jaxtok {verb} " in text or f"jaxtok {verb}\n" in text for verb in VERBS)
     assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == __version__
-    for verb in set(VERBS) - {"train", "study", "plan"}:
+    for verb in set(VERBS) - {"train", "study", "plan", "vision"}:
         with pytest.raises(SystemExit) as end:
             main([verb, "--help"])
         assert end.value.code == 0 and f"usage: jaxtok {verb}" in capsys.readouterr().out
-    for verb in ("train", "study", "plan"):
+    for verb in ("train", "study", "plan", "vision"):
         assert main([verb, "--help"]) == 0

@@ -5,6 +5,7 @@ import pytest
 
 from jaxtok.configuration import differences, from_json, load_config, override, to_json
 from jaxtok.studies.comparison import Comparison
+from jaxtok.studies.elm import ElmStudy
 from jaxtok.studies.growth import GrowthStudy
 from jaxtok.training.experiment import Experiment
 
@@ -14,7 +15,7 @@ CONFIGS = sorted(Path(__file__).parents[1].glob("configs/**/*.py"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_file_says_how_to_run_it_and_survives_json(path):
     config = load_config(path)
-    assert isinstance(config, Experiment | GrowthStudy | Comparison)
+    assert isinstance(config, Experiment | GrowthStudy | Comparison | ElmStudy)
     assert from_json(to_json(config)) == config
     assert f"configs/{path.parent.name}/{path.name}" in path.read_text().split('"""')[1]
 
