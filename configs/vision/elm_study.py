@@ -1,8 +1,8 @@
-"""ELM in small, on 1,911 emoji of 32 x 32 pixels: BAE against VQ at 10 bits a position, then models of their codes.
+"""ELM in small, on 1,911 emoji of 24 x 24 pixels: BAE against VQ at 10 bits a position, then models of their codes.
 
     jaxtok study configs/vision/elm_study.py
 
-Of 8 x 8 positions: autoregressive models of 1 code of 10 bits and of 2 of 5 bits, a masked one, and one of VQ codes.
+Of 6 x 6 positions: autoregressive models of 1 code of 10 bits and of 2 of 5 bits, a masked one, and one of VQ codes.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from jaxtok.vision.vqgan import VQGANConfig
 
 WORKDIR = "runs/elm_study"
 BODY = {
-    "image_size": 32,
+    "image_size": 24,
     "width": 32,
     "multipliers": (1, 1, 1),
     "res_blocks": 1,
     "attention_resolutions": (),
     "embed_dim": 32,
 }
-images = ImageData(images="emoji", size=32, batch_size=32)
+images = ImageData(images="emoji", size=24, batch_size=32)
 
 
 def tokenizer(name, model):
@@ -51,7 +51,7 @@ SIZES = {
     "d_model": 96,
     "num_heads": 4,
     "mlp_dim": 256,
-    "grid": 8,
+    "grid": 6,
     "num_classes": 10,
     "dropout": 0.1,
 }
@@ -89,7 +89,7 @@ config = ElmStudy(
         measures=(CodeUsage(),),
         columns=("l1", "psnr", "codes_used_of_all", "share_used", "perplexity_of_all", "nats_below_uniform"),
         curve="l1",
-        title="Tokenizers of 32 x 32 emoji, 10 bits a position",
+        title="Tokenizers of 24 x 24 emoji, 10 bits a position",
         workdir=f"{WORKDIR}/tokenizers",
     ),
     models=Comparison(
