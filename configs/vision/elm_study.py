@@ -1,8 +1,8 @@
-"""ELM in small, on 1,911 emoji of 24 x 24 pixels: BAE against VQ at 10 bits a position, then models of their codes.
+"""ELM in small, on 1,911 emoji of 16 x 16 pixels: BAE against VQ at 10 bits a position, then models of their codes.
 
     jaxtok study configs/vision/elm_study.py
 
-Of 6 x 6 positions: autoregressive models of 1 code of 10 bits and of 2 of 5 bits, a masked one, and one of VQ codes.
+Of 8 x 8 positions: autoregressive models of 1 code of 10 bits and of 2 of 5 bits, a masked one, and one of VQ codes.
 """
 
 import dataclasses
@@ -22,14 +22,14 @@ from jaxtok.vision.vqgan import VQGANConfig
 
 WORKDIR = "runs/elm_study"
 BODY = {
-    "image_size": 24,
+    "image_size": 16,
     "width": 32,
-    "multipliers": (1, 1, 1),
+    "multipliers": (1, 1),
     "res_blocks": 1,
     "attention_resolutions": (),
     "embed_dim": 32,
 }
-images = ImageData(images="emoji", size=24, batch_size=32)
+images = ImageData(images="emoji", size=16, batch_size=32)
 
 
 def tokenizer(name, model):
@@ -41,7 +41,7 @@ def tokenizer(name, model):
         task=Autoencoding(model=model, discriminator=None, perceptual="mse"),
         data=images,
         train=TrainConfig(
-            steps=500, optimizer=optimizer, log_every=50, eval_every=250, checkpoint_every=500, tensorboard=False
+            steps=800, optimizer=optimizer, log_every=50, eval_every=200, checkpoint_every=800, tensorboard=False
         ),
     )
 
@@ -51,7 +51,7 @@ SIZES = {
     "d_model": 96,
     "num_heads": 4,
     "mlp_dim": 256,
-    "grid": 6,
+    "grid": 8,
     "num_classes": 10,
     "dropout": 0.1,
 }
@@ -84,12 +84,13 @@ config = ElmStudy(
     tokenizers=Comparison(
         arms=(
             tokenizer("bae", BAEConfig(**BODY, bits=10)),
+            tokenizer("bae_deterministic", BAEConfig(**BODY, bits=10, deterministic=True)),
             tokenizer("vq", VQGANConfig(**BODY, codebook_size=1024)),
         ),
         measures=(CodeUsage(),),
         columns=("l1", "psnr", "codes_used_of_all", "share_used", "perplexity_of_all", "nats_below_uniform"),
         curve="l1",
-        title="Tokenizers of 24 x 24 emoji, 10 bits a position",
+        title="Tokenizers of 16 x 16 emoji, 10 bits a position",
         workdir=f"{WORKDIR}/tokenizers",
     ),
     models=Comparison(

@@ -83,7 +83,7 @@ class ElmStudy:
         seed = self.tokenizers.seeds[0]
         for arm in self.tokenizers.arms:
             run = self.tokenizers.experiment(arm, seed).directory
-            tokenize(run, folder / "codes" / arm.name)
+            tokenize(run, folder / "codes" / arm.name, draws=2 if arm.task.model.needs_draws else 1)
             self._once(
                 folder / f"reconstructions_{arm.name}.png", lambda path, run=run: reconstruct(run, path, count=24)
             )
