@@ -91,7 +91,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options", [pytest.param(name, marks=[pytest.mark.slow] * (name == "length")) for name in OPTIONS]
+)
 def test_factored_pooling_is_plain_pooling(options):
     config = dataclasses.replace(TINY, **OPTIONS[options])
     params, rng = noisy_params(config), np.random.default_rng(0)

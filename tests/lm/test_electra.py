@@ -238,7 +238,10 @@ def test_samples_follow_the_softmax():
     assert not (sample(logits + jnp.zeros(noise.shape), noise, disallowed=jnp.full((1, 20000), 3)) == 3).any()
 
 
-@pytest.mark.parametrize("name", ["one encoder", "replace mlm", "all-tokens mlm", "electric"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("one encoder", "replace mlm", "all-tokens mlm")]
+
+
+@pytest.mark.parametrize("name", [*SLOW, "electric"])
 def test_variants_learn(name, batch):
     """Both losses are finite, and their gradients reach what they should."""
     task = VARIANTS[name]

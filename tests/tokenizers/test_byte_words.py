@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 import numpy as np
 import pytest
 import tokenizers
@@ -12,8 +14,13 @@ from jaxtok.tokenizers import load_tokenizer
 from jaxtok.tokenizers.byte_words import CLS, PAD, SEP, UNK, basic_words, collate, symbol_mask, word_array
 from jaxtok.verbs import tokenizer
 
-# Rust's rule also drops what Unicode has not assigned or has left to private use.
-TEXT = st.text(st.characters(exclude_categories=["Cn", "Co", "Cs"]))
+# Rust's rule also drops what Unicode has not assigned or has left to private use, and its tables are older: it does not
+# know the punctuation of newer editions. What an old edition says as the new one does, all know.
+TEXT = st.text(
+    st.characters(exclude_categories=["Cn", "Co", "Cs"]).filter(
+        lambda c: unicodedata.category(c) == unicodedata.ucd_3_2_0.category(c)
+    )
+)
 
 
 @given(TEXT)
