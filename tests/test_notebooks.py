@@ -22,6 +22,10 @@ SAYS = {  # parts of what must have been printed
 }
 
 
+QUICK = "images_as_tokens"
+"""The one that is run without --slow."""
+
+
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def path(request) -> Path:
     return request.param
@@ -63,6 +67,9 @@ def test_badge_opens_this_notebook(path):
     assert f"[![Open In Colab]({image})]({target})" in first
 
 
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, marks=[pytest.mark.slow] * (p.stem != QUICK), id=p.stem) for p in NOTEBOOKS]
+)
 def test_runs(path, kernel, tmp_path):
     work = tmp_path / "work"
     work.mkdir()

@@ -306,6 +306,7 @@ def test_rows_of_pieces():
     assert starts[0, :4].tolist() == [0, 1, 3, 4]
 
 
+@pytest.mark.slow
 def test_both_models_are_asked_for_the_same_words():
     rows, rng = batch(), jax.random.key(2)
     params = bert.init_params(SUBWORDS.model, jax.random.key(0))

@@ -407,6 +407,7 @@ def test_hugging_face_folders(head, changed, tmp_path):
     assert back == again and jax.tree.all(jax.tree.map(np.array_equal, tree, params))
 
 
+@pytest.mark.slow
 def test_a_run_is_evaluated_and_becomes_a_folder(tmp_path):
     """The loop, a checkpoint, `jaxtok evaluate` and `jaxtok convert`."""
     (tmp_path / "corpus").mkdir()

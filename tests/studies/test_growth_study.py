@@ -34,6 +34,7 @@ def study(tmp_path):
     return GrowthStudy(base=base, to=uniform_counts(24, 24), steps=1, workdir=str(tmp_path / "study"))
 
 
+@pytest.mark.slow
 def test_arms_run_resume_and_are_reported(study, capsys, tmp_path):
     few = dataclasses.replace(study, arms=("base", "zero_keys", "scratch"))
     assert few.run()

@@ -223,6 +223,7 @@ def small_study(tmp_path, steps, **options):
     return dataclasses.replace(study, arms=arms, workdir=str(tmp_path / "study"))
 
 
+@pytest.mark.slow
 def test_a_study_measures_and_plots(tmp_path):
     study = small_study(tmp_path, 1, length=16, batch_size=2, eval_limit=1)
     study = dataclasses.replace(

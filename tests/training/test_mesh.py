@@ -61,8 +61,8 @@ def on_one_device():
 EVERYWHERE = ("tokenformer", "transformer", "tokenformer_vit")
 """Of the other tasks, one mesh of three axes is tested; the rest with --slow."""
 
-LIKE_ANOTHER = ("vqgan",)
-"""Tasks of the same kind as one that is tested (BAE): with --slow only."""
+LIKE_ANOTHER = ("vqgan", "semi_lexinvariant", "bert_whole_words", "masked_words", "elm_masked")
+"""Tasks of the same kind as one that is tested (BAE, lexinvariant, Byte2Word, ELECTRA, ELM): with --slow only."""
 
 
 def tasks_on_meshes():
