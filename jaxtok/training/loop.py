@@ -416,7 +416,7 @@ def _evaluate(task, params, experiment, layout, rows, interrupt) -> dict[str, fl
 
 def batch_unit(data: Any) -> str:
     """What `batch_items` counts: images, or tokens."""
-    return "images" if "images" in data.batch_spec() else "tokens"
+    return "images" if {"images", "codes"} & data.batch_spec().keys() else "tokens"
 
 
 def batch_items(data: Any) -> int:
