@@ -87,7 +87,7 @@ def _open_base(path: Path, ema: bool) -> Opened:
             tokenizer = load_tokenizer(data.tokenizer)
             return Opened(task, params, data, tokenizer, [], [tokenizer.eod_id])
         return Opened(task, params, data, *huggingface.read_tokenizer(path))
-    loaded = load(path).averaged() if ema else load(path)
+    loaded = load(path, ema)
     data = loaded.experiment.data
     if not hasattr(data, "tokenizer"):
         return Opened(loaded.task, loaded.params, data, None, [], [], loaded.meta.step)

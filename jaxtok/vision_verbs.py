@@ -20,7 +20,7 @@ from tyro.conf import Positional
 
 from jaxtok.configuration import load_config
 from jaxtok.data.codes import CodeData, Header, open_codes, regroup, write_codes
-from jaxtok.data.corpora import open_corpus
+from jaxtok.data.corpora import SPLITS, open_corpus
 from jaxtok.data.images import ImageData
 from jaxtok.interop import elm, vqgan
 from jaxtok.protocols import ImageTokenizer, Params
@@ -41,8 +41,6 @@ from jaxtok.vision.token_statistics import (
     plot_statistics,
     stored_tokens,
 )
-
-SPLITS = ("train", "validation", "test")
 
 
 def tokenize(
@@ -194,7 +192,7 @@ def generate(
     """
     if per_class < 1 or batch_size < 1:
         raise ValueError(f"per_class is {per_class} and batch_size {batch_size}; both must be at least 1.")
-    loaded = load(checkpoint).averaged() if ema else load(checkpoint)
+    loaded = load(checkpoint, ema)
     task = loaded.task
     if not isinstance(task, ElmModeling | MaskedElmModeling):
         raise ValueError(f"{checkpoint} is of {type(task).__name__}; give a run of a model of image codes.")
@@ -274,7 +272,7 @@ def attention(
     """
     found = {}
     for path in checkpoints:
-        loaded = load(path).averaged() if ema else load(path)
+        loaded = load(path, ema)
         if not isinstance(loaded.task, ElmModeling | MaskedElmModeling):
             raise ValueError(f"{path} is of {type(loaded.task).__name__}; give runs of models of image codes.")
         data = dataclasses.replace(loaded.experiment.data, eval_limit=batches)
@@ -349,7 +347,7 @@ def export_weights(checkpoint: Positional[Path], output: Positional[Path], ema: 
       output: FILE.safetensors, or FILE.pth (needs PyTorch).
       ema: take the moving average of the parameters.
     """
-    loaded = load(checkpoint).averaged() if ema else load(checkpoint)
+    loaded = load(checkpoint, ema)
     output.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(loaded.task, Autoencoding):
         return vqgan.write_official(output, loaded.task, loaded.params)
@@ -372,7 +370,7 @@ class OpenTokenizer:
 
     @classmethod
     def open(cls, path: Path, ema: bool = False) -> OpenTokenizer:
-        loaded = load(path).averaged() if ema else load(path)
+        loaded = load(path, ema)
         task = loaded.task
         if not isinstance(task, ImageTokenizer):
             raise ValueError(f"{path} is of {type(task).__name__}; give a run of an image tokenizer.")

@@ -344,15 +344,21 @@ def find_run(path: str | Path) -> tuple[Path, int | None]:
     return path, None
 
 
-def load(path: str | Path) -> Loaded:
-    """The newest checkpoint of a run's folder, or the one at RUN/checkpoints/STEP.
+def load(path: str | Path, ema: bool = False) -> Loaded:
+    """The newest checkpoint of a run's folder, or the one at RUN/checkpoints/STEP; with `ema`, `averaged`.
 
     Of a run's folder, damaged ones are passed over with a warning.
 
     Raises:
       FileNotFoundError: there is none.
       Damaged: the one asked for, or all of them.
+      ValueError: the run kept no average.
     """
+    loaded = _load(path)
+    return loaded.averaged() if ema else loaded
+
+
+def _load(path: str | Path) -> Loaded:
     run, step = find_run(path)
     if not (run / "checkpoints").is_dir():
         raise FileNotFoundError(f"{path} is not a run: it has no folder `checkpoints`; give what `jaxtok train` made.")
