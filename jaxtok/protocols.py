@@ -121,7 +121,7 @@ class Task(Protocol):
     A task may also have `after_step(params, metrics, step) -> params`, for state that no gradient moves (a controller,
     a moving average): it is called in the compiled step, behind the update number `step`, with the metrics of the whole
     batch. Such state is a part of the parameters, so it is sharded, saved and restored with them; `trainable` says 0.
-    With `check_data(data)`, it can refuse data whose config does not fit its own, by a ValueError.
+    With `check(experiment)`, it can refuse data or an optimizer that do not fit its own config, by a ValueError.
     """
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:

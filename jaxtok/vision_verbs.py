@@ -33,7 +33,6 @@ from jaxtok.vision.elm import ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmModeling, MaskedSampling
 from jaxtok.vision.elm_sampling import ElmSampling
 from jaxtok.vision.grids import image_grid
-from jaxtok.vision.metrics import ssim
 from jaxtok.vision.token_statistics import (
     compare_tokens,
     locality,
@@ -41,6 +40,7 @@ from jaxtok.vision.token_statistics import (
     plot_statistics,
     stored_tokens,
 )
+from jaxtok.weights import read_weights
 
 
 def tokenize(
@@ -120,36 +120,38 @@ def reconstruct(
       output: the picture to write.
       images: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN; default: the run's own.
       split: of the images.
-      count: images in the picture, chosen from all over the split.
+      count: images in the picture, of those that are measured.
       columns: of the picture.
-      batches: measure on so many; 0: all.
+      batches: measure on so many, of images from all over the split; 0: all.
       seed: of which are shown, and of codes that are drawn.
       ema: take the moving average of the tokenizer's parameters.
     """
     if count < 1 or columns < 1:
         raise ValueError(f"count is {count} and columns {columns}; both must be at least 1.")
     tokenizer = OpenTokenizer.open(checkpoint, ema)
-    data = _images(tokenizer.data, images)
+    data = dataclasses.replace(_images(tokenizer.data, images), eval_limit=batches)
     total = len(data.pictures(split))
+    total = min(total, batches * data.batch_size or total)
     shown = set(np.random.default_rng(seed).permutation(total)[:count].tolist())
-    kept, similarity, number = [], [], 0
-    for step, batch in enumerate(_with_progress(data, split, "decoding")):
-        places = range(number, number + len(batch["mask"]))
-        number += len(batch["mask"])
-        if not shown & set(places) and (step >= batches > 0 or data.size < 11):
-            continue
-        decoded = tokenizer.decode(tokenizer.encode(batch["images"], jax.random.fold_in(jax.random.key(seed), step)))
-        real = batch["mask"] > 0
-        if data.size >= 11:
-            similarity += np.asarray(ssim(batch["images"][real], np.clip(decoded[real], 0, 1))).tolist()
-        kept += [(batch["images"][n], decoded[n]) for n, place in enumerate(places) if place in shown and real[n]]
-    limited = dataclasses.replace(data, eval_limit=batches)
-    numbers = tokenizer.task.evaluate(tokenizer.params, limited.eval_batches(split))
-    rows = [kept[start : start + columns] for start in range(0, len(kept), columns)]
-    tiles = [image for row in rows for side in (0, 1) for image in _filled([pair[side] for pair in row], columns)]
+    kept: list[np.ndarray] = []
+
+    def measured() -> Iterator[dict[str, np.ndarray]]:
+        for step, batch in enumerate(_with_progress(data, split, "decoding")):
+            places = enumerate(batch["images"], step * data.batch_size)
+            kept.extend(image for (n, image), real in zip(places, batch["mask"]) if real and n in shown)
+            yield batch
+
+    numbers = tokenizer.task.evaluate(tokenizer.params, measured())
+    if not kept:
+        raise ValueError("none of the images that were to be shown could be read; choose another seed.")
+    decoded = tokenizer.decode(tokenizer.encode(np.stack(kept), jax.random.key(seed)))
+    tiles = [
+        image
+        for start in range(0, len(kept), columns)
+        for row in (kept, decoded)
+        for image in _filled(row[start : start + columns], columns)
+    ]
     _save(image_grid(np.stack(tiles), columns), output)
-    if similarity:
-        numbers["ssim"] = float(np.mean(similarity))
     return {"picture": str(output), "split": split} | numbers
 
 
@@ -319,13 +321,13 @@ def import_weights(
       source: .th, .pth, .pt (these need PyTorch) or .safetensors.
       config: the config file of such a model, such as configs/vision/bae_16_imagenet256.py; its sizes are checked.
       output: the run's folder.
-      which: of a file of ELM's training, the parameters or their moving average.
+      which: of a file of a training, the parameters or their moving average.
     """
     must_be_free(output)
     experiment = load_config(config)
     task = experiment.task
     if isinstance(task, Autoencoding):
-        params, _ = vqgan.read_official(source, task)
+        params, _ = vqgan.from_official(task, read_weights(source, which))
         if not {"discriminator", "frozen"} <= params.keys():  # enough to encode and decode
             task = dataclasses.replace(task, discriminator=None, perceptual="none")
             params = {"autoencoder": params["autoencoder"]}
@@ -333,7 +335,7 @@ def import_weights(
             train = dataclasses.replace(experiment.train, optimizer=optimizer)
             experiment = dataclasses.replace(experiment, train=train)
     elif isinstance(task, ElmModeling | MaskedElmModeling):
-        params = elm.params_from(task.model, elm.read_tensors(source, which or None))
+        params = elm.params_from(task.model, read_weights(source, which))
     else:
         raise ValueError(f"{config} is of {type(task).__name__}; give the config of an image tokenizer or of ELM.")
     return begin(dataclasses.replace(experiment, task=task, name=output.name, workdir=str(output)), params)
@@ -417,11 +419,12 @@ def _images(data: Any, images: str, batch_size: int = 0) -> ImageData:
 
 def _with_progress(data: ImageData, split: str, what: str) -> Iterator[dict[str, np.ndarray]]:
     total = -(-len(data.pictures(split)) // data.batch_size)
+    total = min(total, data.eval_limit or total)
     with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as progress:
         yield from progress.track(data.eval_batches(split), total=total, description=what)
 
 
-def _filled(images: list[np.ndarray], columns: int) -> list[np.ndarray]:
+def _filled(images: Sequence[np.ndarray], columns: int) -> list[np.ndarray]:
     """A row of the grid, with white for what is missing, where both are 8-bit."""
     pixels = [
         image if image.dtype == np.uint8 else np.round(np.clip(image, 0, 1) * 255).astype(np.uint8) for image in images

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,12 +36,18 @@ def torch_for(purpose: str) -> Any:
     return torch
 
 
-def read_weights(path: str | Path) -> dict[str, np.ndarray]:
+def read_weights(path: str | Path, which: str = "") -> dict[str, np.ndarray]:
     """The tensors in a file (.safetensors, else PyTorch's), or in all such files of a folder; floats in float32.
+
+    Names are without DataParallel's `module.`.
+
+    Args:
+      which: of a PyTorch file of a training that holds several tables of tensors, such as `model` and `ema`.
 
     Raises:
       FileNotFoundError: there is no such file, or none in the folder.
-      ValueError: it is damaged, holds more than tensors, or two files of the folder have a name in common.
+      ValueError: it is damaged, holds objects that could run code, or no table of tensors or several of them, or two
+        files of the folder have a name in common.
     """
     path = Path(path)
     if path.is_dir():
@@ -54,34 +62,57 @@ def read_weights(path: str | Path) -> dict[str, np.ndarray]:
             found |= part
         return found
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of weights {path}.")
+        raise FileNotFoundError(f"there is no file of weights {path}; give a .safetensors or PyTorch file.")
     if path.suffix == ".safetensors":
         open_safetensors(path)  # a damaged one is an error that says so
         with safetensors.safe_open(path, framework="numpy") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return {name: x if x.dtype.kind in "iub" else x.astype(np.float32) for name, x in found.items()}
+        found = {name: x if x.dtype.kind in "iub" else x.astype(np.float32) for name, x in found.items()}
+    else:
+        table = _torch_table(path, which)
+        found = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in table.items()}
+    return {name.removeprefix("module."): x for name, x in found.items()}
+
+
+def _torch_table(path: Path, which: str) -> Mapping[str, Any]:
     torch = torch_for(f"reading {path.name}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and PyTorch each have their own
-        said = str(error).strip().splitlines()
+    try:  # the options of a training are a Namespace, which holds values only
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} is no whole file of PyTorch tensors, or holds other objects beside them "
-            f"({said[0][:120] if said else type(error).__name__})."
+            f"{path} holds objects other than tensors, numbers, texts and an argparse.Namespace, which are not read as "
+            f"they could run code ({str(error).splitlines()[0][:120]}); save its state dict alone, where you trust it."
         ) from error
-    state = state.get("state_dict", state) if isinstance(state, Mapping) else state
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path} is no table of tensors by name; save its state_dict alone.")
-    return {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in state.items()}
+    except Exception as error:  # zip and PyTorch each have their own
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} is no whole PyTorch file ({said[0][:120]}); fetch it again.") from error
+
+    def is_table(value):
+        return isinstance(value, Mapping) and value and all(isinstance(x, torch.Tensor) for x in value.values())
+
+    if is_table(state):
+        return state
+    held = [name for name, value in state.items() if is_table(value)] if isinstance(state, Mapping) else []
+    if not held:
+        raise ValueError(f"{path} holds no table of tensors by name; save a model's state dict.")
+    if which and which not in held:
+        raise ValueError(f"which is {which!r}, but {path} holds {', '.join(held)}.")
+    if not which and len(held) > 1:
+        raise ValueError(f"{path} is of a training and holds {' and '.join(held)}; say which = {held[-1]!r}.")
+    return state[which or held[0]]
 
 
 def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> Path:
-    """Writes .safetensors, or a PyTorch file where the name ends otherwise.
+    """Writes .safetensors, or a PyTorch file (.pth, .pt, .th or .bin).
 
     Raises:
       FileExistsError: there is such a file already.
+      ValueError: the name ends otherwise.
     """
     path = Path(path)
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".th", ".bin"):
+        raise ValueError(f"{path} must end in .safetensors, .pth, .pt, .th or .bin.")
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name (nothing was written).")
     arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}

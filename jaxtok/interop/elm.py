@@ -7,24 +7,21 @@ the grid, the kind of attention, nor (of a masked model) the sub-codes: these ar
 
 from __future__ import annotations
 
-import argparse
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 
-from jaxtok.interop.tensors import Tensors, open_safetensors, torch_for
 from jaxtok.protocols import Params
 from jaxtok.vision import elm, elm_masked
 from jaxtok.vision.elm import ElmConfig
 from jaxtok.vision.elm_masked import MaskedElmConfig
+from jaxtok.weights import read_weights, write_weights
 
 _UNUSED = re.compile(r"output\..*|proj\..*|pos_embed\..*|freqs_cis")
 """What the published class of the masked model has and does not use."""
@@ -191,56 +188,17 @@ def params_to(config: ElmConfig, params: Params) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array) for name, array in found.items()}
 
 
-def read_tensors(path: str | Path, which: Literal["model", "ema"] | None = None) -> Mapping[str, np.ndarray]:
-    """The tensors of a .safetensors, .pth, .pt or .bin file.
-
-    Args:
-      which: of a file of a training, the parameters or their moving average (which the samples are made with).
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is damaged, holds more than tensors, or holds both and `which` is None.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a .pth or .safetensors file.")
-    if path.suffix == ".safetensors":
-        return Tensors(dict.fromkeys(open_safetensors(path).keys(), path))
-    torch = torch_for(f"reading {path.name}")
-    try:  # the options of a training are a Namespace, which holds values only
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds objects other than tensors, numbers, texts and an argparse.Namespace, which are not read as "
-            f"they could run code ({str(error).splitlines()[0]}); save its state dict alone, where you trust it."
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no whole PyTorch file ({str(error).splitlines()[0]}); fetch it again.") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}; it must be a state dict.")
-    if held := [name for name in ("model", "ema") if isinstance(state.get(name), dict)]:
-        if which is None:
-            raise ValueError(f"{path} is of a training and holds {' and '.join(held)}; say which = {held[-1]!r}.")
-        if which not in held:
-            raise ValueError(f"which is {which!r}, but {path} holds {', '.join(held)}.")
-        state = state[which]
-    wrong = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-    if wrong:
-        raise ValueError(f"{path} has {wrong[0]!r}, which is no tensor; it must be a state dict.")
-    return {name.removeprefix("module."): tensor.float().numpy() for name, tensor in state.items()}
-
-
-def read_checkpoint(
-    path: str | Path, *, which: Literal["model", "ema"] | None = None, **options: Any
-) -> tuple[ElmConfig, Params]:
+def read_checkpoint(path: str | Path, *, which: str = "", **options: Any) -> tuple[ElmConfig, Params]:
     """Config and parameters from a file of the authors' code; `options` as in `config_from`.
 
+    Args:
+      which: of a file of a training, `model` or its moving average `ema` (which the samples are made with).
+
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no ELM; see `read_tensors`, `config_from` and `params_from`.
+      ValueError: it is no ELM; see `jaxtok.weights.read_weights`, `config_from` and `params_from`.
     """
-    tensors = read_tensors(path, which)
+    tensors = read_weights(path, which)
     config = config_from(tensors, **options)
     return config, params_from(config, tensors)
 
@@ -249,20 +207,6 @@ def write_checkpoint(path: str | Path, config: ElmConfig, params: Params) -> Pat
     """Writes a .safetensors file, or a .pth (needs PyTorch), as the authors' code reads it, in float32.
 
     Raises:
-      FileExistsError: it is there.
-      ValueError: the name ends otherwise.
+      FileExistsError, ValueError: as `jaxtok.weights.write_weights`.
     """
-    path = Path(path)
-    tensors = {name: x.astype(np.float32) for name, x in params_to(config, params).items()}
-    if path.exists():
-        raise FileExistsError(f"{path} exists; remove it or write to another file.")
-    if path.suffix not in (".safetensors", ".pth", ".pt"):
-        raise ValueError(f"{path} must end in .safetensors or .pth.")
-    unfinished = path.with_name(path.name + ".unfinished")
-    if path.suffix == ".safetensors":
-        safetensors.numpy.save_file(tensors, unfinished)
-    else:
-        torch = torch_for(f"writing {path.name}")
-        torch.save({name: torch.from_numpy(x) for name, x in tensors.items()}, unfinished)
-    unfinished.rename(path)
-    return path
+    return write_weights(path, {name: x.astype(np.float32) for name, x in params_to(config, params).items()})

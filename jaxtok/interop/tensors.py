@@ -17,7 +17,7 @@ from jaxtok.lm import bert, t5
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.lm.t5 import T5Config
-from jaxtok.weights import open_safetensors, torch_for
+from jaxtok.weights import open_safetensors, read_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +75,7 @@ def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
         return Tensors({name: folder / shard for name, shard in places.items()})
     for name in ("pytorch_model.bin", "mp_rank_00_model_states.pt"):
         if (path := folder / name).is_file():
-            state = torch_for(f"reading {name}").load(path, map_location="cpu", weights_only=True)
-            state = state.get("module", state)  # DeepSpeed keeps the model under this key
-            return {name: tensor.float().numpy() for name, tensor in state.items()}
+            return read_weights(path, "module")  # where DeepSpeed keeps the model
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
 
 

@@ -20,7 +20,7 @@ import safetensors.numpy
 from jaxtok.interop.tensors import expected_shapes, read_tensors
 from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
-from jaxtok.weights import torch_for
+from jaxtok.weights import write_weights
 
 _SITES = {  # group -> the authors' name in a layer
     "query": "attention.query",
@@ -244,10 +244,7 @@ def write_official(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = params_to_official(config, params)
     if torch_bin:
-        torch = torch_for("writing pytorch_model.bin")
-        torch.save(
-            {k: torch.from_numpy(np.array(v, np.float32)) for k, v in tensors.items()}, folder / "pytorch_model.bin"
-        )
+        write_weights(folder / "pytorch_model.bin", {k: np.asarray(v, np.float32) for k, v in tensors.items()})
     else:
         safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(official_config(config), indent=2) + "\n")

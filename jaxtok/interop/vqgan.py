@@ -24,7 +24,7 @@ from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.discriminator import DiscriminatorConfig, Statistics
 from jaxtok.vision.perceptual import lpips_params, lpips_tensors
 from jaxtok.vision.vqgan import VQGANConfig
-from jaxtok.weights import read_weights, write_weights
+from jaxtok.weights import write_weights
 
 Tensors = Mapping[str, np.ndarray]
 Place = tuple[str, ...]
@@ -249,11 +249,6 @@ def to_official(task: Autoencoding, params: Params, aside: Tensors | None = None
     if "frozen" in params:
         found |= {f"perceptual.{name}": tensor for name, tensor in lpips_tensors(params["frozen"]["lpips"]).items()}
     return found | {name: tensor for name, tensor in aside.items() if name not in found}
-
-
-def read_official(path: str | Path, task: Autoencoding) -> tuple[Params, dict[str, np.ndarray]]:
-    """`from_official` of a file; raises also what `jaxtok.weights.read_weights` raises."""
-    return from_official(task, read_weights(path))
 
 
 def write_official(path: str | Path, task: Autoencoding, params: Params, aside: Tensors | None = None) -> Path:

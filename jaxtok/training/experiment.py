@@ -89,8 +89,8 @@ class Experiment:
                 f"train.optimizer.ema_decay is {self.train.optimizer.ema_decay}, but a growth keeps the optimizer's "
                 "state, in which an average does not grow; choose growth.optimizer = reset, or no average."
             )
-        if hasattr(self.task, "check_data"):
-            self.task.check_data(self.data)
+        if hasattr(self.task, "check"):
+            self.task.check(self)
 
     @property
     def directory(self) -> Path:

@@ -37,7 +37,7 @@ from jaxtok.nn.quantizers import Quantized, code_counts, perplexity
 from jaxtok.protocols import Batch, Params
 from jaxtok.vision.augmentation import AugmentationDraws, augment, draw_augmentation
 from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, hinge_loss, new_statistics
-from jaxtok.vision.metrics import psnr
+from jaxtok.vision.metrics import SSIM_WINDOW, psnr, ssim
 from jaxtok.vision.perceptual import LPIPS, VGG_WIDTHS, read_lpips
 
 COUNTED = 2**20
@@ -225,6 +225,16 @@ class Autoencoding:
 
     # -- a task
 
+    def check(self, experiment: Any) -> None:
+        """Raises a ValueError where the discriminator's own optimizer starts at another step than it does."""
+        starts = {part.part: part.start for part in experiment.train.optimizer.parts}
+        first = 0 if self.discriminator is None else self.discriminator.start_step + 1
+        if starts.get("discriminator", first) != first:
+            raise ValueError(
+                f"the discriminator's optimizer starts at {starts['discriminator']}, but with discriminator.start_step "
+                f"= {first - 1} it learns from step {first} on; make the part's start {first}."
+            )
+
     def module(self) -> Autoencoder:
         return Autoencoder(self.model)
 
@@ -355,8 +365,8 @@ class Autoencoding:
         return params if self.discriminator is None else {**params, "statistics": metrics["state"]}
 
     def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means over images of the loss (nll) and L1, and of the squared error and PSNR (dB, at most 100) of pixels
-        that are limited to [0, 1]; and the number of images.
+        """Means over images of the loss (nll) and L1, and of the squared error, PSNR (dB, at most 100) and SSIM (where
+        its window of 11 pixels fits) of pixels that are limited to [0, 1]; and the number of images.
 
         Of vocabularies up to 2^20, also the codes used, and their perplexity. Codes that are drawn by their definition
         are drawn by the batch's number.
@@ -364,15 +374,16 @@ class Autoencoding:
         Raises:
           ValueError: there was not a single image.
         """
-        sums, counts = np.zeros(5), 0.0
+        sums, counts = {}, 0.0
         for number, batch in enumerate(batches):
             rng = jax.random.fold_in(jax.random.key(0), number)
             found, used = jax.device_get(_evaluation_sums(self, params, batch, rng))
-            sums, counts = sums + np.asarray(found, np.float64), counts + np.asarray(used, np.float64)
-        loss, l1, mse, ratio, images = sums.tolist()
+            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
+            counts = counts + np.asarray(used, np.float64)
+        images = sums.pop("images", 0.0)
         if not images:
             raise ValueError("the evaluation data hold no image; choose a larger data set or split.")
-        row = {"loss": loss / images, "l1": l1 / images, "mse": mse / images, "psnr": ratio / images, "images": images}
+        row = {name: value / images for name, value in sums.items()} | {"images": images}
         if np.size(counts) > 1:
             row |= {"codes_used": float(np.sum(counts > 0)), "perplexity": float(perplexity(jnp.asarray(counts)))}
         return row
@@ -432,8 +443,16 @@ def _sums(task: Autoencoding, params: Params, batch: Batch, rng):
     nll = l1 + task.perceptual_weight * task.distance(params)(x, fake)
     shown = jnp.clip(fake, 0, 1)
     mse = jnp.square(x - shown).mean((1, 2, 3))
-    ratio = jnp.minimum(psnr(x, shown), 100.0)
-    sums = jnp.stack([jnp.sum(value * mask) for value in (nll, l1, mse, ratio, jnp.ones_like(mask))])
+    found = {
+        "loss": nll,
+        "l1": l1,
+        "mse": mse,
+        "psnr": jnp.minimum(psnr(x, shown), 100.0),
+        "images": jnp.ones_like(mask),
+    }
+    if task.image_size >= SSIM_WINDOW:
+        found["ssim"] = ssim(x, shown)
+    sums = {name: jnp.sum(value * mask) for name, value in found.items()}
     size = task.vocab_size**task.sub_codes
     if size > COUNTED:
         return sums, 0.0

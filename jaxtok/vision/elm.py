@@ -336,9 +336,9 @@ class ElmModeling:
     def module(self) -> Elm:
         return Elm(self.model)
 
-    def check_data(self, data: Any) -> None:
+    def check(self, experiment: Any) -> None:
         """Raises a ValueError where the codes are cut otherwise than the model's."""
-        check_data(self.model, data)
+        check_data(self.model, experiment.data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["codes"], batch["labels"])["params"]

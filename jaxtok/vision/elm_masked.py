@@ -193,9 +193,9 @@ class MaskedElmModeling:
     def module(self) -> MaskedElm:
         return MaskedElm(self.model)
 
-    def check_data(self, data: Any) -> None:
+    def check(self, experiment: Any) -> None:
         """Raises a ValueError where the codes are cut otherwise than the model's."""
-        check_data(self.model, data)
+        check_data(self.model, experiment.data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         masked = jnp.zeros(batch["codes"].shape[:2], bool)

@@ -22,7 +22,9 @@ from jaxtyping import Array, Float, Shaped
 from jaxtok.protocols import Batch
 
 Images = Shaped[Array, "batch height width channels"]
-_WINDOW, _SIGMA = 11, 1.5  # of SSIM
+SSIM_WINDOW = 11
+"""Pixels a side; images must be no smaller."""
+_SIGMA = 1.5  # of that window
 _C1, _C2 = 0.01**2, 0.03**2
 
 
@@ -46,8 +48,9 @@ def ssim(images: Images, others: Images) -> Float[Array, " batch"]:
       ValueError: the shapes differ, or the window does not fit.
     """
     a, b = _pair(images, others)
-    if min(a.shape[1:3]) < _WINDOW:
-        raise ValueError(f"images of {a.shape[1]} x {a.shape[2]} have no SSIM: its window is {_WINDOW} x {_WINDOW}.")
+    if min(a.shape[1:3]) < SSIM_WINDOW:
+        side = SSIM_WINDOW
+        raise ValueError(f"images of {a.shape[1]} x {a.shape[2]} have no SSIM: its window is {side} x {side}.")
     rows, columns = (jnp.asarray(_windows(n)) for n in a.shape[1:3])
 
     def mean(x):
@@ -65,11 +68,11 @@ def ssim(images: Images, others: Images) -> Float[Array, " batch"]:
 @functools.cache
 def _windows(size: int) -> np.ndarray:
     """Gaussian weights of every place of the window, [places, size]."""
-    weights = np.exp(-0.5 * (np.arange(_WINDOW) - _WINDOW // 2) ** 2 / _SIGMA**2)
-    places = size - _WINDOW + 1
+    weights = np.exp(-0.5 * (np.arange(SSIM_WINDOW) - SSIM_WINDOW // 2) ** 2 / _SIGMA**2)
+    places = size - SSIM_WINDOW + 1
     table = np.zeros((places, size), np.float32)
     for place in range(places):
-        table[place, place : place + _WINDOW] = weights / weights.sum()
+        table[place, place : place + SSIM_WINDOW] = weights / weights.sum()
     return table
 
 

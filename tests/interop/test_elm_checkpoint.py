@@ -88,11 +88,11 @@ def test_files_that_could_run_code(tmp_path, monkeypatch):
 
 def test_files_that_are_no_checkpoints(tmp_path):
     torch = pytest.importorskip("torch")
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="no file of weights"):
         read_checkpoint(tmp_path / "nothing.pth")
-    for content, message in (([1], "holds a list"), ({"x": 1}, "'x', which is no tensor")):
+    for content in ([1], {"x": 1}, {"model": {}}):
         torch.save(content, tmp_path / "odd.pth")
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match="no table of tensors"):
             read_checkpoint(tmp_path / "odd.pth")
     path = write_checkpoint(tmp_path / "whole.pth", CONFIG, params_of(CONFIG))
     (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:3000])
@@ -101,7 +101,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
         with pytest.raises(ValueError, match="no whole"):
             read_checkpoint(tmp_path / name)
     with pytest.raises(ValueError, match="must end in"):
-        write_checkpoint(tmp_path / "elm.bin", CONFIG, params_of(CONFIG))
+        write_checkpoint(tmp_path / "elm.txt", CONFIG, params_of(CONFIG))
 
 
 def test_what_the_published_masked_class_has_and_does_not_use(tmp_path):
