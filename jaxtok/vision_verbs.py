@@ -49,7 +49,7 @@ def tokenize(
     images: str = "",
     splits: tuple[Literal["train", "validation", "test"], ...] = SPLITS,
     draws: int = 1,
-    flip: bool = True,
+    flip: bool | None = None,
     batch_size: int = 0,
     seed: int = 0,
     ema: bool = False,
@@ -64,7 +64,7 @@ def tokenize(
       images: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN; default: the run's own.
       splits: of the images.
       draws: how often each image is encoded, where codes are drawn: training takes one of them at each visit.
-      flip: also encode the mirror image of each one for training.
+      flip: also encode the mirror image of each one for training; default: if the tokenizer was trained on them.
       batch_size: images at a time; 0: as in the run.
       seed: of the draws.
       ema: take the moving average of the tokenizer's parameters.
@@ -84,7 +84,7 @@ def tokenize(
                     f"{output / split} holds codes of another tokenizer or other images; choose another folder."
                 )
             continue
-        mirrored = flip and split == "train"
+        mirrored = (data.flip if flip is None else flip) and split == "train"
         rng = jax.random.fold_in(jax.random.key(seed), number)
 
         def encoded(split=split, rng=rng, mirrored=mirrored) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -26,7 +26,7 @@ import grain
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxtok.data.text import TextBatches
+from jaxtok.data.streams import StreamBatches
 from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.protocols import Batch
 
@@ -219,7 +219,7 @@ class CodeData:
             "mask": ((self.batch_size,), np.float32),
         }
 
-    def train_batches(self, rows: range | None = None) -> TextBatches:
+    def train_batches(self, rows: range | None = None) -> StreamBatches:
         """Batches without end, in a new order each epoch, or these rows of each (for a process that needs no others).
 
         At each visit, an image has one of its draws. The rows are the same however they are divided.
@@ -232,7 +232,7 @@ class CodeData:
         order = grain.MapDataset.range(len(file.labels)).shuffle(self.seed).repeat()
         make = functools.partial(self._train_batch, file, order, rows)
         batches = grain.MapDataset.range(2**40).map(make).to_iter_dataset(self._read)
-        return TextBatches({0: iter(batches)})
+        return StreamBatches({0: iter(batches)})
 
     def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
         """One pass over a split in its order (under `eval_limit`: over chosen images), of the first draw of each image.

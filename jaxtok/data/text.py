@@ -13,6 +13,7 @@ from absl import flags
 from jaxtyping import Int
 
 from jaxtok.data.corpora import open_corpus
+from jaxtok.data.streams import StreamBatches
 from jaxtok.protocols import Batch, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, token_byte_lengths
 
@@ -72,7 +73,7 @@ class TextData:
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed}: choose one below 2**32")
 
-    def train_batches(self, rows: range | None = None) -> TextBatches:
+    def train_batches(self, rows: range | None = None) -> StreamBatches:
         """Batches without end, in a new order each epoch, or these rows of each (for a process that needs no others).
 
         Only the streams that have some of the rows are read, and the rows are the same however they are divided.
@@ -99,7 +100,7 @@ class TextData:
                     packed, window_size=self.shuffle_window, seed=self.seed
                 )
             streams[stream] = iter(self._batch(packed, size, part))
-        return TextBatches(streams)
+        return StreamBatches(streams)
 
     def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
         """One pass over a split in the order of the corpus (under `eval_limit`: over shuffled rows), anew each `iter`.
@@ -205,34 +206,6 @@ class TextData:
     def _layout(self, packed: dict[str, np.ndarray], part: range) -> Batch:
         names = ("example", "example_segment_ids", "example_positions")
         return self.layout(*(packed[name][part.start : part.stop] for name in names))
-
-
-class TextBatches:
-    """An iterator of batches, joined from streams. Its state is a JSON value: {stream: state}."""
-
-    def __init__(self, streams: dict[int, grain.DatasetIterator[Batch]]):
-        self._streams = streams
-
-    def __iter__(self) -> TextBatches:
-        return self
-
-    def __next__(self) -> Batch:
-        parts = [next(stream) for stream in self._streams.values()]
-        if len(parts) == 1:
-            return parts[0]
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def get_state(self) -> dict[str, Any]:
-        return {str(number): stream.get_state() for number, stream in self._streams.items()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to where an iterator was whose state this is, or one with more streams."""
-        for number, stream in self._streams.items():
-            stream.set_state(state[str(number)])
-
-    def close(self) -> None:
-        for stream in self._streams.values():
-            stream.close()
 
 
 class _Pack(grain.experimental.ConcatThenSplitIterDataset):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain, gather
-from jaxtok.nn.cache import KVCache, places_of
+from jaxtok.nn.cache import KVCache, check_row, places_of
 from jaxtok.nn.norms import NORMS
 from jaxtok.nn.relative import RelativeBias, distance_buckets
 from jaxtok.nn.transformer import Stack, StackConfig
@@ -83,12 +83,7 @@ class Backbone(nn.Module):
     def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
         """Hidden states [batch, length, d_model] behind the final norm, from input embeddings; and the cache."""
         batch, length = x.shape[:2]
-        if length > self.config.max_length:
-            raise ValueError(
-                f"there are {length} tokens in a row, but the model's max_length is {self.config.max_length}."
-            )
-        if cache is not None and segments is not None:
-            raise ValueError("segments and a cache were given together; a cached row is one segment.")
+        check_row(length, self.config.max_length, segments, cache)
         places = places_of(x[:1] if cache is None else x, cache)  # of all rows, where they are equal
         positions = jnp.broadcast_to(places if positions is None else positions, (batch, length))
         if self.config.learned_positions:

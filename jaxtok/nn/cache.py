@@ -59,6 +59,18 @@ class KVCache:
         return self.replace(keys=take(self.keys, index), values=take(self.values, index), length=kept)
 
 
+def check_row(length: int, longest: int, segments: Array | None, cache: KVCache | None) -> None:
+    """Of a causal model's call.
+
+    Raises:
+      ValueError: the row is longer than the model's longest, or has segments and a cache.
+    """
+    if length > longest:
+        raise ValueError(f"there are {length} tokens in a row, but the model's max_length is {longest}.")
+    if cache is not None and segments is not None:
+        raise ValueError("segments and a cache were given together; a cached row is one segment.")
+
+
 def places_of(x: Array, cache: KVCache | None) -> Int[Array, "batch length"]:
     """The positions of new tokens x [batch, length, ...]: 0, 1, ..., or behind what each row's cache holds."""
     first = jnp.zeros((len(x), 1), jnp.int32) if cache is None else cache.length[:, None]

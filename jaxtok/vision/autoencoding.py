@@ -18,6 +18,7 @@ both on each device.)
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import logging
 from collections.abc import Callable, Iterable
@@ -45,7 +46,7 @@ COUNTED = 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenizerConfig(AutoencoderConfig):
+class TokenizerConfig(AutoencoderConfig, abc.ABC):
     """An encoder, a quantiser, which a subclass chooses, and a generator."""
 
     code_weight: float = 1.0
@@ -57,17 +58,17 @@ class TokenizerConfig(AutoencoderConfig):
             raise ValueError(f"code_weight is {self.code_weight}; it must be 0 or more.")
 
     @property
+    @abc.abstractmethod
     def code_values(self) -> int:
         """Values of each sub-code."""
-        raise NotImplementedError
 
     @property
     def sub_codes_per_position(self) -> int:
         return 1
 
+    @abc.abstractmethod
     def quantizer(self, name: str | None = None) -> nn.Module:
         """Called with vectors and draws it returns `Quantized`; `embed` is the way back from codes."""
-        raise NotImplementedError
 
     def options(self, step: Any) -> dict[str, Any]:
         """Arguments of the quantiser that change in training."""
@@ -228,8 +229,9 @@ class Autoencoding:
     def check(self, experiment: Any) -> None:
         """Raises a ValueError where the discriminator's own optimizer starts at another step than it does."""
         starts = {part.part: part.start for part in experiment.train.optimizer.parts}
-        first = 0 if self.discriminator is None else self.discriminator.start_step + 1
-        if starts.get("discriminator", first) != first:
+        if self.discriminator is None or "discriminator" not in starts:
+            return
+        if starts["discriminator"] != (first := self.discriminator.start_step + 1):
             raise ValueError(
                 f"the discriminator's optimizer starts at {starts['discriminator']}, but with discriminator.start_step "
                 f"= {first - 1} it learns from step {first} on; make the part's start {first}."

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain, gather
-from jaxtok.nn.cache import KVCache
+from jaxtok.nn.cache import KVCache, check_row, places_of
 from jaxtok.nn.linear import Linear, LinearStack
 from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean
 from jaxtok.nn.rotary import rotary_table_2d
@@ -292,14 +292,9 @@ class ElmText(Elm):
 
     def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
         batch, length = x.shape[:2]
-        if length > self.config.max_length:
-            raise ValueError(
-                f"there are {length} tokens in a row, but the model's max_length is {self.config.max_length}."
-            )
-        if cache is not None and segments is not None:
-            raise ValueError("segments and a cache were given together; a cached row is one segment.")
+        check_row(length, self.config.max_length, segments, cache)
         if positions is None:
-            positions = jnp.arange(length) + (0 if cache is None else cache.length[:, None])
+            positions = places_of(x, cache)
         rows = jnp.take(jnp.asarray(self.config.rotation()), jnp.broadcast_to(positions, (batch, length)), axis=0)
         x = self.embedding_dropout(x, deterministic)
         x, cache = self.stack(x, None, segments, cache, deterministic, rotary=rows)
