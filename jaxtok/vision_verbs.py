@@ -78,27 +78,18 @@ def tokenize(
     data = _images(tokenizer.data, images, batch_size)
     header = tokenizer.header(data.classes or ("0",))
     for number, split in enumerate(splits):
+        mirrored = (data.flip if flip is None else flip) and split == "train"
+        repeats = draws if split == "train" else 1
         if (output / split).is_dir():
-            if open_codes(output / split).header != header:
+            file = open_codes(output / split)
+            if file.header != header or file.codes.shape[1] != repeats * (1 + mirrored):
                 raise FileExistsError(
-                    f"{output / split} holds codes of another tokenizer or other images; choose another folder."
+                    f"{output / split} holds codes of another tokenizer or other images, or other draws or mirror "
+                    "images of them; choose another folder."
                 )
             continue
-        mirrored = (data.flip if flip is None else flip) and split == "train"
         rng = jax.random.fold_in(jax.random.key(seed), number)
-
-        def encoded(split=split, rng=rng, mirrored=mirrored) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for step, batch in enumerate(_with_progress(data, split, f"encoding {split}")):
-                key, real = jax.random.fold_in(rng, step), batch["mask"] > 0
-                views = [batch["images"], batch["images"][:, :, ::-1]] if mirrored else [batch["images"]]
-                codes = [
-                    tokenizer.encode(view, jax.random.fold_in(key, draw * len(views) + n))
-                    for draw in range(draws if split == "train" else 1)
-                    for n, view in enumerate(views)
-                ]
-                yield np.stack(codes, 1)[real], batch["labels"][real]
-
-        write_codes(output / split, header, encoded())
+        write_codes(output / split, header, _encoded(tokenizer, data, split, repeats, mirrored, rng))
     return output
 
 
@@ -410,6 +401,17 @@ class OpenTokenizer:
         with self.layout.active():
             put = self.layout.put({"x": whole}, range(len(whole)), len(whole))["x"]
             return np.asarray(function(put))[:count]
+
+
+def _encoded(
+    tokenizer: OpenTokenizer, data: ImageData, split: str, repeats: int, mirrored: bool, rng: jax.Array
+) -> Iterator[tuple[Int[np.ndarray, "images views positions sub_codes"], Int[np.ndarray, " images"]]]:
+    """Codes of the images and their mirror images in turn, and their classes, batch by batch."""
+    for step, batch in enumerate(_with_progress(data, split, f"encoding {split}")):
+        key, real = jax.random.fold_in(rng, step), batch["mask"] > 0
+        views = [batch["images"], batch["images"][:, :, ::-1]][: 1 + mirrored] * repeats
+        codes = [tokenizer.encode(view, jax.random.fold_in(key, n)) for n, view in enumerate(views)]
+        yield np.stack(codes, 1)[real], batch["labels"][real]
 
 
 def _images(data: Any, images: str, batch_size: int = 0) -> ImageData:

@@ -59,10 +59,18 @@ def test_codes_are_of_every_image(folder):
     assert 0 < (mirrored[:, 0] == mirrored[:, 1]).mean() < 1, "drawn anew"
 
 
+def test_mirror_images_only_where_they_are_asked_for(folder, tmp_path):
+    for flip, views in {None: 2, False: 1}.items():
+        tokenize(folder / "tokenizer", tmp_path / str(flip), splits=("train",), flip=flip)
+        assert open_codes(tmp_path / str(flip) / "train").codes.shape[1] == views
+
+
 def test_a_split_that_is_there_is_kept(folder, tmp_path):
     before = (folder / "codes" / "test" / "codes.npy").stat().st_mtime_ns
     tokenize(folder / "tokenizer", folder / "codes", draws=2)
     assert (folder / "codes" / "test" / "codes.npy").stat().st_mtime_ns == before
+    with pytest.raises(FileExistsError, match="other draws or mirror images"):
+        tokenize(folder / "tokenizer", folder / "codes", draws=2, flip=False)
     with pytest.raises(ValueError, match="draws is 0"):
         tokenize(folder / "tokenizer", tmp_path, draws=0)
     with pytest.raises(ValueError, match="give a run of an image tokenizer"):

@@ -24,7 +24,7 @@ from jaxtok.training.optimizer import OptimizerConfig, PartOptimizer
 from jaxtok.verbs import evaluate
 from jaxtok.vision import binary_autoencoder, vqgan
 from jaxtok.vision.augmentation import AugmentationDraws, augment, draw_augmentation, largest_shift, translate
-from jaxtok.vision.autoencoding import Autoencoding
+from jaxtok.vision.autoencoding import Autoencoding, TokenizerConfig
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, hinge_loss, new_statistics
 from jaxtok.vision.metrics import psnr, ssim
@@ -247,6 +247,8 @@ def test_configs_that_cannot_be():
     for field, value in (("width", 0), ("layers", 0), ("start_step", -1), ("max_weight", -1.0)):
         with pytest.raises(ValueError, match=f"{field} is {value}"):
             DiscriminatorConfig(**{field: value})
+    with pytest.raises(TypeError, match="abstract"):
+        TokenizerConfig()
     with pytest.raises(ValueError, match=r"perceptual_weight is 1\.0, but there are no weights"):
         Autoencoding(model=BAEConfig())
     with pytest.raises(ValueError, match="perceptual_weight is -1"):
