@@ -213,8 +213,8 @@ def generate(
 
 
 def statistics(
-    codes: Positional[Path],
-    output: Positional[Path] = Path("token_statistics.png"),
+    codes: Positional[tuple[Path, ...]],
+    output: Path = Path("token_statistics.png"),
     split: Literal["train", "validation", "test"] = "train",
     corpus: str = "",
     tokenizer: str = "bytes",
@@ -225,20 +225,24 @@ def statistics(
     ids at most, so that the estimates are alike.
 
     Args:
-      codes: a folder that `jaxtok vision tokenize` wrote.
+      codes: folders that `jaxtok vision tokenize` wrote, of as many values a position.
       output: the plot.
       split: of the images.
       corpus: of text: python, a file or folder, tfds:NAME or arrayrecord:PATTERN.
       tokenizer: of the text: bytes, or a tokenizer's file.
     """
-    header = open_codes(codes / split).header
-    bits = (header.vocab_size - 1).bit_length()
-    data = CodeData(path=str(codes), grid=header.grid[0], sub_codes=header.sub_codes, code_bits=bits)
-    tokens = stored_tokens(data, split)
-    vocabulary = header.vocab_size**header.sub_codes
-    sources = {"images": tokens}
+    sources, sizes = {}, {}
+    for folder in codes:
+        header = open_codes(folder / split).header
+        bits = (header.vocab_size - 1).bit_length()
+        data = CodeData(path=str(folder), grid=header.grid[0], sub_codes=header.sub_codes, code_bits=bits)
+        sources[folder.name], sizes[folder.name] = stored_tokens(data, split), header.vocab_size**header.sub_codes
+    if len(set(sizes.values())) > 1:
+        values = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"positions have other numbers of values ({values}); look at them one by one.")
+    vocabulary = max(sizes.values())
     if corpus:
-        sources["text"] = _text_rows(corpus, tokenizer, len(tokens), tokens.shape[1], vocabulary)
+        sources["text"] = _text_rows(corpus, tokenizer, *next(iter(sources.values())).shape, vocabulary)
     found = compare_tokens(sources, vocabulary)
     plot_statistics(found, output)
     rows = {

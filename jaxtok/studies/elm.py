@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import rich.console
 
+from jaxtok import verbs
 from jaxtok.data.codes import CodeData, open_codes
 from jaxtok.data.images import ImageData
 from jaxtok.protocols import Params
@@ -35,10 +36,9 @@ class SampleQuality:
     """The folder of the proxy, which is trained once."""
     guided: ElmSampling = ElmSampling(guidance=2.0, top_k=None)
     masked: MaskedSampling = MaskedSampling(guidance=2.0)
-    proxy_steps: int = 300
 
     def __call__(self, task: ElmModeling | MaskedElmModeling, params: Params, data: CodeData) -> dict[str, float]:
-        proxy = train_proxy(self.images, self.proxy, steps=self.proxy_steps)
+        proxy = train_proxy(self.images, self.proxy)
         tokenizer = OpenTokenizer.open(Path(open_codes(Path(data.path) / "train").header.tokenizer))
         real = list(dataclasses.replace(self.images, eval_limit=0).eval_batches("test"))
         labels = np.concatenate([batch["labels"][batch["mask"] > 0] for batch in real])
@@ -71,9 +71,8 @@ class ElmStudy:
     per_class: int = 8
     """Images of each class in the pictures of samples."""
     guidance: float = 2.0
-    corpus: str = ""
-    """Of text, whose tokens' statistics are put beside the images'; empty: none."""
-    text_tokenizer: str = "bytes"
+    corpus: str = "python"
+    """Of text, whose subwords' statistics are put beside those of codes of as many values (of 512 or more)."""
 
     def run(self) -> bool:
         """Everything; False if interrupted (the same command goes on)."""
@@ -96,17 +95,23 @@ class ElmStudy:
                 folder / f"samples_{arm.name}.png",
                 lambda path, run=run, options=options: generate(run, path, **options),
             )
-        for arm in self.tokenizers.arms:
-            self._once(
-                folder / f"statistics_{arm.name}.png",
-                lambda path, arm=arm: statistics(
-                    folder / "codes" / arm.name, path, corpus=self.corpus, tokenizer=self.text_tokenizer
-                ),
-            )
+        vocabularies = {arm.task.vocab_size**arm.task.sub_codes for arm in self.tokenizers.arms}
+        for size in sorted(vocabularies):
+            self._once(folder / f"statistics_{size}.png", lambda path, size=size: self._statistics(size, path))
         runs = tuple(self.models.experiment(arm, self.models.seeds[0]).directory for arm in self.models.arms)
         self._once(folder / "attention_locality.png", lambda path: attention(runs, path))
         console.print(f"pictures: {folder}/*.png", highlight=False, soft_wrap=True)
         return True
+
+    def _statistics(self, vocabulary: int, path: Path) -> dict[str, Any]:
+        """Of the codes of all tokenizers with so many values a position, and of as many subwords."""
+        alike = [arm for arm in self.tokenizers.arms if arm.task.vocab_size**arm.task.sub_codes == vocabulary]
+        subwords = path.parent / f"subwords_{vocabulary}.model"
+        text = self.corpus if vocabulary >= 512 else ""
+        if text and not subwords.exists():
+            verbs.tokenizer(subwords, text, vocabulary, "bpe")
+        codes = tuple(path.parent / "codes" / arm.name for arm in alike)
+        return statistics(codes, path, corpus=text, tokenizer=str(subwords))
 
     @staticmethod
     def _once(path: Path, make: Any) -> None:

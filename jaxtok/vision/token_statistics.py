@@ -116,12 +116,13 @@ def plot_statistics(found: Mapping[str, TokenStatistics], path: Path) -> Path:
     fields = {
         "kl_unigram": "unigrams from uniform",
         "kl_bigram": "bigrams from uniform",
-        "bigram_mutual_information": "mutual information of neighbours",
+        "bigram_mutual_information": "mutual information\nof neighbours",
     }
     width = 0.8 / len(found)
     for number, (name, statistics) in enumerate(found.items()):
         heights = [getattr(statistics, field) for field in fields]
-        axes.bar(np.arange(len(fields)) + number * width, heights, width, label=f"{name} ({statistics.samples} tokens)")
+        label = f"{name} ({statistics.samples:,} tokens)"
+        axes.bar(np.arange(len(fields)) + number * width, heights, width, label=label)
     axes.set_xticks(np.arange(len(fields)) + 0.4 - width / 2, list(fields.values()))
     axes.set_ylabel("nats")
     axes.set_title("How far tokens are from uniform and independent")
@@ -223,6 +224,7 @@ def plot_locality(found: Mapping[str, Mapping[str, Float[np.ndarray, "layers hea
             axes.plot(layers, values.mean(1), color=color, marker="o", markersize=4, label=name)
             axes.scatter(np.repeat(layers, values.shape[1]), values.ravel(), color=color, s=6, alpha=0.4)
         axes.set_xlabel("layer")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
