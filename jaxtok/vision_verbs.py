@@ -232,11 +232,11 @@ def statistics(
       tokenizer: of the text: bytes, or a tokenizer's file.
     """
     sources, sizes = {}, {}
-    for folder in codes:
+    for name, folder in zip(_names(codes), codes):
         header = open_codes(folder / split).header
         bits = (header.vocab_size - 1).bit_length()
         data = CodeData(path=str(folder), grid=header.grid[0], sub_codes=header.sub_codes, code_bits=bits)
-        sources[folder.name], sizes[folder.name] = stored_tokens(data, split), header.vocab_size**header.sub_codes
+        sources[name], sizes[name] = stored_tokens(data, split), header.vocab_size**header.sub_codes
     if len(set(sizes.values())) > 1:
         values = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(f"positions have other numbers of values ({values}); look at them one by one.")
@@ -268,12 +268,12 @@ def attention(
       ema: take the moving average of the parameters.
     """
     found = {}
-    for path in checkpoints:
+    for name, path in zip(_names(checkpoints), checkpoints):
         loaded = load(path, ema)
         if not isinstance(loaded.task, ElmModeling | MaskedElmModeling):
             raise ValueError(f"{path} is of {type(loaded.task).__name__}; give runs of models of image codes.")
         data = dataclasses.replace(loaded.experiment.data, eval_limit=batches)
-        found[path.name] = locality(loaded.task.model, loaded.params, data.eval_batches(split))
+        found[name] = locality(loaded.task.model, loaded.params, data.eval_batches(split))
     plot_locality(found, output)
     rows = {}
     for name, measures in found.items():
@@ -416,6 +416,12 @@ def _encoded(
         views = [batch["images"], batch["images"][:, :, ::-1]][: 1 + mirrored] * repeats
         codes = [tokenizer.encode(view, jax.random.fold_in(key, n)) for n, view in enumerate(views)]
         yield np.stack(codes, 1)[real], batch["labels"][real]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """The folders' own names, where they tell them apart."""
+    names = [path.absolute().name for path in paths]
+    return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
 def _images(data: Any, images: str, batch_size: int = 0) -> ImageData:

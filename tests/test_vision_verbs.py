@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import jax
 import numpy as np
@@ -20,7 +21,15 @@ from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
-from jaxtok.vision_verbs import OpenTokenizer, export_weights, generate, import_weights, reconstruct, tokenize
+from jaxtok.vision_verbs import (
+    OpenTokenizer,
+    export_weights,
+    generate,
+    import_weights,
+    reconstruct,
+    statistics,
+    tokenize,
+)
 
 IMAGES = ImageData(images="digits", size=8, batch_size=64, eval_limit=1)
 BODY = {"width": 32, "multipliers": (1, 1), "res_blocks": 1, "attention_resolutions": (), "embed_dim": 32}
@@ -124,6 +133,9 @@ def test_analyses(folder, tmp_path, capsys):
     assert "codes: kl unigram" in capsys.readouterr().out
     assert main(["vision", "attention", str(folder / "ar"), str(folder / "masked"), "--output", str(plots[1])]) == 0
     assert "ar: layer 1" in capsys.readouterr().out
+    shutil.copytree(folder / "codes", tmp_path / "codes")
+    found = statistics((folder / "codes", tmp_path / "codes"), plots[0])
+    assert found[f"{folder / 'codes'}: kl_unigram"] == found[f"{tmp_path / 'codes'}: kl_unigram"], "both are there"
     for plot in plots:
         assert np.asarray(Image.open(plot).convert("L")).std() > 5
 

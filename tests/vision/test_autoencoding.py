@@ -14,7 +14,7 @@ import pytest
 from image_tokenizers import SIZES, random_params
 
 from jaxtok.configuration import load_config
-from jaxtok.interop.vqgan import from_official, read_official, to_official, unused_shapes, write_official
+from jaxtok.interop.vqgan import from_official, to_official, unused_shapes, write_official
 from jaxtok.nn.convolution import Encoder, GroupNorm
 from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import Experiment, TrainConfig
@@ -129,7 +129,7 @@ def test_lpips(lpips_file, tmp_path):
         return distance, slope
 
     distance = lambda x, y: run(read, x, y)[0]  # noqa: E731
-    assert np.all(distance(x, x) == 0) and np.all(distance(x, y) > 0)
+    assert np.all(distance(x, x) < 1e-12) and np.all(distance(x, y) > 1e-6)
     np.testing.assert_allclose(distance(x, y), distance(y, x), rtol=1e-5)
     # a position without any feature has no NaN in its gradient
     dead = {name: -leaf if "bias" in name else 0 * leaf if "kernel" in name else leaf for name, leaf in read.items()}
@@ -202,7 +202,7 @@ def test_official_checkpoints_both_ways(kind, suffix, lpips_file, tmp_path):
         if name.startswith("perceptual.scaling_layer"):
             theirs[name] = value
     path = write_weights(tmp_path / f"bae{suffix}", theirs)
-    read, aside = read_official(path, task)
+    read, aside = from_official(task, read_weights(path))
     assert jax.tree.structure(read) == jax.tree.structure(params)
     again = read_weights(write_official(tmp_path / f"again{suffix}", task, read, aside))
     assert again.keys() == theirs.keys()
@@ -398,7 +398,7 @@ def adversarial(request, tmp_path_factory):
 
 def test_a_discriminator_and_its_optimizer_that_start_apart():
     optimizer = OptimizerConfig(parts=(PartOptimizer(part="discriminator", start=3),))
-    with pytest.raises(ValueError, match=r"starts at 3, .* start_step = 1 .* make the part's start 2"):
+    with pytest.raises(ValueError, match=r"starts at 3, .*start_step = 1 .* make the part's start 2"):
         Experiment(task=real(), data=Noise(), train=TrainConfig(optimizer=optimizer))
 
 
@@ -411,9 +411,9 @@ def test_what_an_evaluation_reports():
     found = task.evaluate(params, [batch, batch])
     shown = np.clip(task.decode(params, task.encode(params, images)), 0, 1)
     real = images[:2], shown[:2]
-    assert found["images"] == 4 and found["ssim"] == pytest.approx(np.mean(ssim(*real)), abs=1e-5)
-    assert found["psnr"] == pytest.approx(np.mean(psnr(*real)), rel=1e-5)
-    assert found["mse"] == pytest.approx(np.mean(np.square(real[0] - real[1])), rel=1e-5)
+    assert found["images"] == 4 and found["ssim"] == pytest.approx(float(np.mean(ssim(*real))), abs=1e-5)
+    assert found["psnr"] == pytest.approx(float(np.mean(psnr(*real))), rel=1e-5)
+    assert found["mse"] == pytest.approx(float(np.mean(np.square(real[0] - real[1]))), rel=1e-5)
     smaller = dataclasses.replace(task, model=dataclasses.replace(model, image_size=8))
     batch["images"] = images[:, :8, :8]
     assert "ssim" not in smaller.evaluate(params, [batch])
