@@ -419,7 +419,13 @@ def _encoded(
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' own names, where they tell them apart."""
+    """The folders' own names, where they tell them apart.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if not paths:
+        raise ValueError("no folder is named; give at least one.")
     names = [path.absolute().name for path in paths]
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 

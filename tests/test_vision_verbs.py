@@ -160,6 +160,8 @@ def test_weights_go_out_and_come_back(folder, tmp_path):
 def test_what_is_wrong_is_said(folder, tmp_path, capsys):
     assert main(["vision"]) == 0 and "reconstruct" in capsys.readouterr().out
     assert main(["vision", "paint"]) == 1
+    assert main(["vision", "statistics"]) == main(["vision", "attention"]) == 1
+    assert capsys.readouterr().err.count("give at least one") == 2
     for label, options in {
         "there is no class 'cat'": {"labels": ("cat",)},
         "per_class is 0": {"per_class": 0},
