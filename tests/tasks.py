@@ -19,7 +19,7 @@ from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.byte2word import Byte2WordConfig, ByteWords
 from jaxtok.lm.electra import ElectraConfig, ReplacedTokens
 from jaxtok.lm.gpt2 import GPT2Config
-from jaxtok.lm.hat import HATConfig, HATModeling, LlamaStack
+from jaxtok.lm.hat import HATConfig, HATModeling
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedModeling
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.lexinvariant import LexinvariantConfig, LexinvariantModeling
@@ -32,6 +32,7 @@ from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.lm.whole_words import SubwordWords
 from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
+from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.lora import Lora

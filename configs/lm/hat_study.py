@@ -10,9 +10,10 @@ the model of bytes (2.8 bits per byte to 3.4 with one seed), and behind that of 
 from jaxtok.data.noise import Noise
 from jaxtok.data.text import TextData
 from jaxtok.data.words import WordText
-from jaxtok.lm.hat import HATConfig, HATModeling, LlamaStack
+from jaxtok.lm.hat import HATConfig, HATModeling
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
+from jaxtok.nn.linear import LlamaStack
 from jaxtok.studies.comparison import Comparison
 from jaxtok.studies.robustness import Robustness
 from jaxtok.tokenizers.words import WordSplitter

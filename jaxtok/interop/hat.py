@@ -21,8 +21,8 @@ from jaxtok.data.words import WordText
 from jaxtok.interop.huggingface import Source, rope_from_json, rope_to_json, save_tensors
 from jaxtok.interop.tensors import read_tensors
 from jaxtok.lm.decoder import init_params
-from jaxtok.lm.hat import LlamaStack
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedHAT, ReleasedModeling
+from jaxtok.nn.linear import LlamaStack
 
 PARTS = ("encoder", "backbone", "decoder")
 

@@ -27,7 +27,7 @@ from jaxtok.lm.masked_words import Slots, put, take
 from jaxtok.lm.whole_words import Predicted, WordModeling, choose_words, mean_state, scored
 from jaxtok.nn.activations import gelu
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.losses import cross_entropy, masked_mean, totals
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params
@@ -457,10 +457,8 @@ class ByteWordsClassification:
         Raises:
           ValueError: there was not a single text.
         """
-        sums = sum((np.asarray(_class_sums(self, params, batch), np.float64) for batch in batches), np.zeros(3))
-        loss, correct, texts = sums.tolist()
-        if not texts:
-            raise ValueError("the evaluation data hold no text; choose a larger data set or split.")
+        parts = (_class_sums(self, params, batch) for batch in batches)
+        loss, correct, texts = totals(parts, "nats right texts", counted="texts").values()
         return {"loss": loss / texts, "accuracy": correct / texts, "texts": texts}
 
     def trainable(self, params: Params) -> Params | None:

@@ -28,29 +28,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.axes import constrain, gather, rows_only
 from jaxtok.decoding.sampling import Sampling, sample, sampling_key
 from jaxtok.nn.cache import KVCache, places_of
-from jaxtok.nn.linear import LinearStack
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.linear import LlamaStack
+from jaxtok.nn.losses import cross_entropy, masked_mean, totals
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params
 from jaxtok.tokenizers.words import WordSplitter
 
 _BUCKET = 16  # prompts are padded to a multiple of so many words
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaStack(LinearStack):
-    """Blocks as in Llama: RMS norms, rotary positions, SwiGLU, no biases."""
-
-    norm: str = "rms"
-    norm_eps: float = 1e-5
-    rotary_fraction: float = 1.0
-    activation: str = "silu"
-    gated: bool = True
-    use_bias: bool = False
-
-    @property
-    def output_init_std(self) -> float:
-        return self.init_std
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,13 +240,8 @@ class HATModeling:
         Raises:
           ValueError: there was not a single target to predict.
         """
-        names = ("nats", "targets", "bytes", "words", "right", "right_with_end")
-        sums = dict.fromkeys(names, 0.0)
-        for batch in batches:
-            for name, value in zip(names, jax.device_get(_evaluation_sums(self, params, batch))):
-                sums[name] += float(value)
-        if not sums["targets"]:
-            raise ValueError("the evaluation data hold no word to predict; choose a larger corpus or split.")
+        parts = (_evaluation_sums(self, params, batch) for batch in batches)
+        sums = totals(parts, "nats targets bytes words right right_with_end", counted="targets")
         words = max(sums["words"], 1.0)
         return {
             "loss": sums["nats"] / sums["targets"],

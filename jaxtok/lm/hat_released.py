@@ -28,10 +28,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
 from jaxtok.decoding.sampling import Sampling, sample, sampling_key
-from jaxtok.lm.hat import LlamaStack
 from jaxtok.nn.cache import KVCache, places_of
-from jaxtok.nn.linear import Linear
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.linear import Linear, LlamaStack
+from jaxtok.nn.losses import cross_entropy, masked_mean, totals
 from jaxtok.nn.rotary import RopeScaling, apply_rotary
 from jaxtok.nn.transformer import REMAT_POLICIES, Block, Stack
 from jaxtok.protocols import Batch, Params
@@ -399,13 +398,8 @@ class ReleasedModeling:
         Raises:
           ValueError: there was not a single target to predict.
         """
-        names = ("nats", "targets", "bytes", "words", "right")
-        sums = dict.fromkeys(names, 0.0)
-        for batch in batches:
-            for name, value in zip(names, jax.device_get(_evaluation_sums(self, params, batch))):
-                sums[name] += float(value)
-        if not sums["targets"]:
-            raise ValueError("the evaluation data hold no byte to predict; choose a larger corpus or split.")
+        parts = (_evaluation_sums(self, params, batch) for batch in batches)
+        sums = totals(parts, "nats targets bytes words right", counted="targets")
         return {
             "loss": sums["nats"] / sums["targets"],
             "bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),

@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 
 from jaxtok.lm.decoder import DecoderConfig
-from jaxtok.nn.linear import LinearStack
+from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.rotary import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig(LinearStack, DecoderConfig):
+class LlamaConfig(LlamaStack, DecoderConfig):
     """Defaults: Llama-2 7B."""
 
     num_layers: int = 32
@@ -23,17 +23,7 @@ class LlamaConfig(LinearStack, DecoderConfig):
     mlp_dim: int = 11008
     vocab_size: int = 32000
     max_length: int = 4096
-    norm: str = "rms"
-    norm_eps: float = 1e-5
-    rotary_fraction: float = 1.0
-    activation: str = "silu"
-    gated: bool = True
-    use_bias: bool = False
     tie_embeddings: bool = False
-
-    @property
-    def output_init_std(self) -> float:
-        return self.init_std
 
 
 def _llama3(factor: float) -> RopeScaling:

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.lm.bert import BertConfig
-from jaxtok.nn.losses import cross_entropy
+from jaxtok.nn.losses import cross_entropy, totals
 from jaxtok.protocols import Batch, Params
 
 
@@ -172,12 +171,8 @@ class MaskedWords:
         Raises:
           ValueError: there was not a single word to predict.
         """
-        sums = np.zeros(4)
-        for number, batch in enumerate(batches):
-            sums += np.asarray(_evaluation_sums(self, params, batch, jax.random.key(number)), np.float64)
-        nats, correct, words, text_bytes = sums.tolist()
-        if not words:
-            raise ValueError("the evaluation data hold no word to predict; choose a larger corpus or split.")
+        parts = (_evaluation_sums(self, params, batch, jax.random.key(number)) for number, batch in enumerate(batches))
+        nats, correct, words, text_bytes = totals(parts, "nats right words bytes", counted="words").values()
         return {
             "loss": nats / words,
             "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),

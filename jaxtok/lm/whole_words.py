@@ -13,12 +13,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.lm.bert import Bert, BertConfig
 from jaxtok.lm.masked_words import Masking, Slots, put, take
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.losses import cross_entropy, masked_mean, totals
 from jaxtok.protocols import Batch, Params
 from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, SEP, UNK
 
@@ -82,12 +81,8 @@ class WordModeling:
         Raises:
           ValueError: there was not a single word to predict.
         """
-        sums = np.zeros(len(_SUMS))
-        for number, batch in enumerate(batches):
-            sums += np.asarray(_evaluation_sums(self, params, batch, jax.random.key(number)), np.float64)
-        total = dict(zip(_SUMS, sums.tolist()))
-        if not total["words"]:
-            raise ValueError("the evaluation data hold no word to predict; choose a larger corpus or split.")
+        parts = (_evaluation_sums(self, params, batch, jax.random.key(number)) for number, batch in enumerate(batches))
+        total = totals(parts, "nats pieces words bytes right right_words cut", counted="words")
         return {
             "loss": total["nats"] / total["pieces"],
             "nats_per_word": total["nats"] / total["words"],
@@ -101,9 +96,6 @@ class WordModeling:
 
     def trainable(self, params: Params) -> Params | None:
         return None
-
-
-_SUMS = ("nats", "pieces", "words", "bytes", "right", "right_words", "cut")
 
 
 def _sums(task: WordModeling, params, batch, rng):

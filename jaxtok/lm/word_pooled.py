@@ -30,7 +30,7 @@ from jaxtok.lm import decoder
 from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.losses import cross_entropy, masked_mean, totals
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params
@@ -520,19 +520,16 @@ class WordPooling:
         Raises:
           ValueError: there was not a single word to predict.
         """
-        sums = np.zeros(7)
-        for batch in batches:
-            sums += np.asarray(jax.device_get(_evaluation_sums(self, params, batch)), np.float64)
-        trained, units, nats, text_bytes, right, expected, words = sums.tolist()
-        if not units:
-            raise ValueError("the evaluation data hold no word to predict; choose a larger corpus or split.")
+        parts = (_evaluation_sums(self, params, batch) for batch in batches)
+        sums = totals(parts, "trained units nats bytes right expected words", counted="units")
+        words = max(sums["words"], 1.0)
         return {
-            "loss": trained / units,
-            "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
-            "next_word_accuracy": right / max(words, 1.0),
-            "sampled_word_accuracy": expected / max(words, 1.0),
-            "words": words,
-            "bytes": text_bytes,
+            "loss": sums["trained"] / sums["units"],
+            "bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),
+            "next_word_accuracy": sums["right"] / words,
+            "sampled_word_accuracy": sums["expected"] / words,
+            "words": sums["words"],
+            "bytes": sums["bytes"],
         }
 
     def trainable(self, params: Params) -> Params | None:

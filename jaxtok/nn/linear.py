@@ -117,3 +117,19 @@ class MLP(nn.Module):
         y = activation(hidden("gate")) * hidden("up") if cfg.gated else activation(hidden("up"))
         y = nn.Dropout(cfg.mlp_dropout)(y, deterministic)
         return cfg.linear(self.features, ("mlp", "d_model"), cfg.output_init_std, cfg.mlp_bias, "down")(y)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaStack(LinearStack):
+    """Blocks as in Llama: RMS norms, rotary positions, SwiGLU, no biases."""
+
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    rotary_fraction: float = 1.0
+    activation: str = "silu"
+    gated: bool = True
+    use_bias: bool = False
+
+    @property
+    def output_init_std(self) -> float:
+        return self.init_std

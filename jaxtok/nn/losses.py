@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -54,6 +55,26 @@ def masked_mean(values: Float[Array, "*shape"], mask: Float[Array, "*shape"]) ->
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
+def totals(sums: Iterable[Any], names: str, counted: str) -> dict[str, float]:
+    """Adds up, in float64, the sums that each batch of an evaluation gives.
+
+    Args:
+      sums: numbers of each batch, in the order of the names.
+      names: of the numbers, with spaces between them.
+      counted: the name of that one which counts what the evaluation is of.
+
+    Raises:
+      ValueError: there was nothing to count.
+    """
+    found = np.zeros(len(names.split()))
+    for part in sums:
+        found += np.asarray(jax.device_get(part), np.float64)
+    total = dict(zip(names.split(), found.tolist()))
+    if not total[counted]:
+        raise ValueError(f"the evaluation data hold no {counted} that count; choose a larger data set or split.")
+    return total
+
+
 def text_metrics(sums: Iterable[tuple[Any, Any, Any]]) -> dict[str, float]:
     """Loss (nats a token), perplexity, and bits per byte, which compares models across tokenizers.
 
@@ -63,11 +84,7 @@ def text_metrics(sums: Iterable[tuple[Any, Any, Any]]) -> dict[str, float]:
     Raises:
       ValueError: there was not a single token.
     """
-    nats = tokens = text_bytes = 0.0
-    for part in sums:
-        nats, tokens, text_bytes = nats + float(part[0]), tokens + float(part[1]), text_bytes + float(part[2])
-    if not tokens:
-        raise ValueError("the evaluation data hold no token to predict; choose a larger corpus or split.")
+    nats, tokens, text_bytes = totals(sums, "nats tokens bytes", counted="tokens").values()
     return {
         "loss": nats / tokens,
         "perplexity": math.exp(min(nats / tokens, 700.0)),

@@ -8,11 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from jaxtok.lm.growth import Growth, grow_task, new_token_mask
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.losses import cross_entropy, masked_mean, totals
 from jaxtok.nn.parameter_attention import TokenCounts
 from jaxtok.protocols import Batch, Params
 from jaxtok.vision.vit import ViT, ViTConfig
@@ -63,10 +62,8 @@ class ImageClassification:
         Raises:
           ValueError: there was not a single image.
         """
-        sums = sum((np.asarray(_evaluation_sums(self, params, batch), np.float64) for batch in batches), np.zeros(3))
-        loss, correct, examples = sums.tolist()
-        if not examples:
-            raise ValueError("the evaluation data hold no image; choose a larger data set or split.")
+        parts = (_evaluation_sums(self, params, batch) for batch in batches)
+        loss, correct, examples = totals(parts, "nats right images", counted="images").values()
         return {"loss": loss / examples, "accuracy": correct / examples, "examples": examples}
 
     def logits(self, params: Params, images: Images) -> Float[Array, "batch classes"]:

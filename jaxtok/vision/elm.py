@@ -27,8 +27,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain, gather
 from jaxtok.nn.cache import KVCache, check_row, places_of
-from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean
+from jaxtok.nn.linear import Linear, LlamaStack
+from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean, totals
 from jaxtok.nn.rotary import rotary_table_2d
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params
@@ -40,7 +40,7 @@ def mlp_width(d_model: int, multiple_of: int = 256) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ElmConfig(LinearStack):
+class ElmConfig(LlamaStack):
     """The autoregressive model; defaults: ELM-L on 2 sub-codes of 10 bits, of images of 256 pixels, as trained."""
 
     num_layers: int = 24
@@ -55,13 +55,7 @@ class ElmConfig(LinearStack):
     """Of a sub-code (k), which has 2^k values."""
     num_classes: int = 1000
     """One more, behind these, stands for no class."""
-    norm: str = "rms"
-    norm_eps: float = 1e-5
-    rotary_fraction: float = 1.0
     rotary_table: bool = True
-    activation: str = "silu"
-    gated: bool = True
-    use_bias: bool = False
     dropout: float = 0.1
     """On what each part of a block adds."""
     token_dropout: float = 0.1
@@ -105,10 +99,6 @@ class ElmConfig(LinearStack):
     def codebook(self) -> int:
         """Values of a sub-code (V)."""
         return 2**self.code_bits
-
-    @property
-    def output_init_std(self) -> float:
-        return self.init_std
 
     def rotation(self) -> Float[np.ndarray, "places pairs 2"]:
         """For the class token (zeros) and each position."""
@@ -394,9 +384,7 @@ def code_metrics(sums: Iterable[Array], sub_codes: int) -> dict[str, float]:
     Raises:
       ValueError: there was not a single image.
     """
-    nats, count, images = sum((np.asarray(part, np.float64) for part in sums), np.zeros(3)).tolist()
-    if not images:
-        raise ValueError("the evaluation data hold no image; choose a larger data set or split.")
+    nats, count, images = totals(sums, "nats count images", counted="images").values()
     loss = nats / count
     return {"loss": loss, "nats_per_position": sub_codes * loss, "examples": images}
 

@@ -409,5 +409,5 @@ def test_impossible_models_are_refused():
         vectors(ids)
     with pytest.raises(ValueError, match="17 words in a row, but the model's max_length is 16"):
         run(noisy_params(), ids[..., :12], symbol_mask(ids[..., :12]))
-    with pytest.raises(ValueError, match="no word to predict"):
+    with pytest.raises(ValueError, match="no words that count"):
         task().evaluate(noisy_params(), [])

@@ -286,7 +286,7 @@ def test_loss_is_repeatable_and_masked_words_train(batch):
     whole = task.evaluate(params, [batch, batch])
     assert whole == task.evaluate(params, [batch, batch])
     assert whole["bits_per_byte"] == pytest.approx(whole["loss"] / math.log(2) / 2, rel=1e-5)  # two bytes a token
-    with pytest.raises(ValueError, match="no word to predict"):
+    with pytest.raises(ValueError, match="no words that count"):
         task.evaluate(params, [dict(batch, mask=0 * batch["mask"])])
     with pytest.raises(ValueError, match="no word to replace"):
         TASK.evaluate(parameters(TASK, batch), [dict(batch, mask=0 * batch["mask"])])

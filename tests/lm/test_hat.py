@@ -20,8 +20,9 @@ from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.hat import config_json, read_config, read_folder, write_folder
 from jaxtok.lm import hat, hat_released
 from jaxtok.lm.decoder import init_params
-from jaxtok.lm.hat import HAT, HATConfig, HATModeling, LlamaStack, everywhere, generate_words, spelled
+from jaxtok.lm.hat import HAT, HATConfig, HATModeling, everywhere, generate_words, spelled
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedHAT, ReleasedModeling, byte_stream, generate_bytes
+from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.rotary import RopeScaling
 from jaxtok.protocols import TextGenerator
 from jaxtok.tokenizers.words import WordSplitter

@@ -12,8 +12,9 @@ import pytest
 
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.hat import params_from, params_to, read_config
-from jaxtok.lm.hat import HAT, HATConfig, LlamaStack, generate_words, spelled
+from jaxtok.lm.hat import HAT, HATConfig, generate_words, spelled
 from jaxtok.lm.hat_released import ReleasedHAT, generate_bytes
+from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.losses import cross_entropy
 from jaxtok.tokenizers.words import WordSplitter
 

@@ -297,7 +297,7 @@ def test_the_loss_is_a_mean_over_what_counts(on_pads):
     assert metrics["bits_per_byte"] == pytest.approx(bits, rel=1e-5) and metrics["words"] == 8
     batch["mask"] = np.zeros_like(mask)
     assert jitted_loss(task, params, batch, jax.random.key(0))[0] == 0
-    with pytest.raises(ValueError, match="no word to predict"):
+    with pytest.raises(ValueError, match="no units that count"):
         task.evaluate(params, [batch])
 
 
