@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import shutil
@@ -415,7 +416,8 @@ def test_local_passes_signals_on(script, jaxtok, tmp_path, number):
         'trap \'echo saved >"$HERE/saved.$ME"; exit 75\' TERM; touch "$HERE/ready.$ME"; while true; do sleep 0.1; done'
     )
     command = ["bash", str(SCRIPTS / "local.sh"), "--restarts", "3", "2", "train"]
-    process = subprocess.Popen(command, env=script.env | jaxtok(body))
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs ignore it
+    process = subprocess.Popen(command, env=script.env | jaxtok(body), preexec_fn=heard)
     try:
         deadline = time.monotonic() + 30
         while not all((tmp_path / f"ready.{i}").exists() for i in range(2)):

@@ -233,7 +233,7 @@ def test_a_bin_file_without_pytorch_says_what_to_install(tmp_path):
     with pytest.raises(ImportError, match="pip install torch"):
         read_official(tmp_path)
     with pytest.raises(ImportError, match="pip install torch"):
-        write_official(tmp_path, CONFIG, PARAMS, torch_bin=True)
+        write_official(tmp_path / "new", CONFIG, PARAMS, torch_bin=True)
 
 
 @torch_needed
