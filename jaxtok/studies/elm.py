@@ -10,12 +10,13 @@ import jax
 import numpy as np
 import rich.console
 
-from jaxtok import verbs
 from jaxtok.data.codes import CodeData, open_codes
+from jaxtok.data.corpora import open_corpus
 from jaxtok.data.images import ImageData
 from jaxtok.protocols import Params
 from jaxtok.studies.comparison import Comparison
 from jaxtok.studies.proxy_features import train_proxy
+from jaxtok.tokenizers.sentencepiece import train_sentencepiece
 from jaxtok.vision.elm import ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmModeling, MaskedSampling
 from jaxtok.vision.elm_sampling import ElmSampling
@@ -109,7 +110,9 @@ class ElmStudy:
         subwords = path.parent / f"subwords_{vocabulary}.model"
         text = self.corpus if vocabulary >= 512 else ""
         if text and not subwords.exists():
-            verbs.tokenizer(subwords, text, vocabulary, "bpe")
+            documents = open_corpus(text, "train")
+            texts = (documents[n] for n in range(len(documents)))
+            train_sentencepiece(texts, subwords, vocab_size=vocabulary, model_type="bpe")
         codes = tuple(path.parent / "codes" / arm.name for arm in alike)
         return statistics(codes, path, corpus=text, tokenizer=str(subwords))
 
