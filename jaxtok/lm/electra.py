@@ -24,7 +24,7 @@ from jaxtok.axes import constrain
 from jaxtok.lm.bert import Bert, BertConfig
 from jaxtok.lm.masked_words import Masking, Slots, put, slot_logits, take, weighted_mean
 from jaxtok.nn.linear import ACTIVATIONS
-from jaxtok.nn.losses import cross_entropy
+from jaxtok.nn.losses import bits_per_byte, cross_entropy
 from jaxtok.protocols import Batch, Params
 
 
@@ -350,7 +350,7 @@ class ReplacedTokens:
         metrics = {
             "loss": self.generator_weight * generator_loss + self.discriminator_weight * discriminator_loss,
             "generator_loss": generator_loss,
-            "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
+            "bits_per_byte": bits_per_byte(nats, text_bytes),
             "generator_accuracy": likeliest / words,
             "sampled_accuracy": sampled / words,
             "discriminator_loss": discriminator_loss,

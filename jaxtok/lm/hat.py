@@ -29,7 +29,7 @@ from jaxtok.axes import constrain, gather, rows_only
 from jaxtok.decoding.sampling import Sampling, sample, sampling_key
 from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import LlamaStack
-from jaxtok.nn.losses import cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, totals
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params
 from jaxtok.tokenizers.words import WordSplitter
@@ -245,7 +245,7 @@ class HATModeling:
         words = max(sums["words"], 1.0)
         return {
             "loss": sums["nats"] / sums["targets"],
-            "bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),
+            "bits_per_byte": bits_per_byte(sums["nats"], sums["bytes"]),
             "word_accuracy": sums["right"] / words,
             "word_accuracy_with_end": sums["right_with_end"] / words,
             "words": sums["words"],

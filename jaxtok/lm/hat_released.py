@@ -30,7 +30,7 @@ from jaxtok.axes import constrain, gather
 from jaxtok.decoding.sampling import Sampling, sample, sampling_key
 from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import Linear, LlamaStack
-from jaxtok.nn.losses import cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, totals
 from jaxtok.nn.rotary import RopeScaling, apply_rotary
 from jaxtok.nn.transformer import REMAT_POLICIES, Block, Stack
 from jaxtok.protocols import Batch, Params
@@ -402,7 +402,7 @@ class ReleasedModeling:
         sums = totals(parts, "nats targets bytes words right", counted="targets")
         return {
             "loss": sums["nats"] / sums["targets"],
-            "bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),
+            "bits_per_byte": bits_per_byte(sums["nats"], sums["bytes"]),
             "word_accuracy": sums["right"] / max(sums["words"], 1.0),
             "words": sums["words"],
             "bytes": sums["bytes"],

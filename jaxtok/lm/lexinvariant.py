@@ -36,7 +36,7 @@ from jaxtok.lm.decoder import Backbone, DecoderConfig
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import cross_entropy
+from jaxtok.nn.losses import bits_per_byte, cross_entropy
 from jaxtok.protocols import Batch, Params
 
 
@@ -342,7 +342,7 @@ class LexinvariantModeling(LanguageModeling):
             "loss": float(loss.mean()),
             "loss_stderr": _stderr(loss),
             "perplexity": math.exp(min(loss.mean(), 700.0)),
-            "bits_per_byte": float(nats.sum(1).mean()) / math.log(2) / max(text_bytes, 1.0),
+            "bits_per_byte": bits_per_byte(float(nats.sum(1).mean()), text_bytes),
             "tokens": float(total),
             "bytes": text_bytes,
         }

@@ -7,7 +7,6 @@ BERT's objective (arXiv 1810.04805, section 3.1), with the number of places per 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.lm.bert import BertConfig
-from jaxtok.nn.losses import cross_entropy, totals
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, totals
 from jaxtok.protocols import Batch, Params
 
 
@@ -175,7 +174,7 @@ class MaskedWords:
         nats, correct, words, text_bytes = totals(parts, "nats right words bytes", counted="words").values()
         return {
             "loss": nats / words,
-            "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
+            "bits_per_byte": bits_per_byte(nats, text_bytes),
             "accuracy": correct / words,
             "words": words,
         }

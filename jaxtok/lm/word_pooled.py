@@ -30,7 +30,7 @@ from jaxtok.lm import decoder
 from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, totals
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params
@@ -525,7 +525,7 @@ class WordPooling:
         words = max(sums["words"], 1.0)
         return {
             "loss": sums["trained"] / sums["units"],
-            "bits_per_byte": sums["nats"] / math.log(2) / max(sums["bytes"], 1.0),
+            "bits_per_byte": bits_per_byte(sums["nats"], sums["bytes"]),
             "next_word_accuracy": sums["right"] / words,
             "sampled_word_accuracy": sums["expected"] / words,
             "words": sums["words"],

@@ -75,6 +75,11 @@ def totals(sums: Iterable[Any], names: str, counted: str) -> dict[str, float]:
     return total
 
 
+def bits_per_byte(nats: float, text_bytes: float) -> float:
+    """Of a text's nats; it compares models across tokenizers."""
+    return nats / math.log(2) / max(text_bytes, 1.0)
+
+
 def text_metrics(sums: Iterable[tuple[Any, Any, Any]]) -> dict[str, float]:
     """Loss (nats a token), perplexity, and bits per byte, which compares models across tokenizers.
 
@@ -88,7 +93,7 @@ def text_metrics(sums: Iterable[tuple[Any, Any, Any]]) -> dict[str, float]:
     return {
         "loss": nats / tokens,
         "perplexity": math.exp(min(nats / tokens, 700.0)),
-        "bits_per_byte": nats / math.log(2) / max(text_bytes, 1.0),
+        "bits_per_byte": bits_per_byte(nats, text_bytes),
         "tokens": tokens,
         "bytes": text_bytes,
     }
