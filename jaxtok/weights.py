@@ -93,9 +93,12 @@ def _torch_table(path: Path, which: str) -> Mapping[str, Any]:
 
     if is_table(state):
         return state
-    held = [name for name, value in state.items() if is_table(value)] if isinstance(state, Mapping) else []
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path} holds a {type(state).__name__}, no table of tensors by name; save a state dict.")
+    held = [name for name, value in state.items() if is_table(value)]
     if not held:
-        raise ValueError(f"{path} holds no table of tensors by name; save a model's state dict.")
+        odd = next((f" ({name!r} is no tensor)" for name, x in state.items() if not isinstance(x, torch.Tensor)), "")
+        raise ValueError(f"{path} holds no table of tensors by name{odd}; save a model's state dict.")
     if which and which not in held:
         raise ValueError(f"which is {which!r}, but {path} holds {', '.join(held)}.")
     if not which and len(held) > 1:

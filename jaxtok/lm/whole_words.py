@@ -6,8 +6,8 @@ the same words, and are compared by the loss of a word, which is the sum over it
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.lm.bert import Bert, BertConfig
 from jaxtok.lm.masked_words import Masking, Slots, put, take
-from jaxtok.nn.losses import cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, totals
 from jaxtok.protocols import Batch, Params
 from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, SEP, UNK
 
@@ -46,7 +46,7 @@ class Predicted(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WordModeling:
+class WordModeling(abc.ABC):
     """Base of tasks that predict the pieces of masked words, of batches of `jaxtok.data.word_pieces.WordPieceText`."""
 
     model: Any
@@ -57,13 +57,13 @@ class WordModeling:
         if self.masking.with_replacement:
             raise ValueError("masking.with_replacement is True; words are chosen once: set False.")
 
+    @abc.abstractmethod
     def predict(self, params: Params, batch: Batch, rng: jax.Array, train: bool = False) -> tuple[Predicted, Slots]:
         """What the model says of the words that the key chooses."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def features(self, params: Params, batch: Batch) -> Float[Array, "batch d_model"]:
         """A vector for each row: the mean of the hidden states of its words."""
-        raise NotImplementedError
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Mean cross entropy of all pieces of all masked words, in nats a piece; also logs that of a word."""
@@ -86,7 +86,7 @@ class WordModeling:
         return {
             "loss": total["nats"] / total["pieces"],
             "nats_per_word": total["nats"] / total["words"],
-            "bits_per_byte": total["nats"] / math.log(2) / max(total["bytes"], 1.0),
+            "bits_per_byte": bits_per_byte(total["nats"], total["bytes"]),
             "accuracy": total["right"] / total["pieces"],
             "word_accuracy": total["right_words"] / total["words"],
             "words": total["words"],

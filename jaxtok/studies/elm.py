@@ -96,25 +96,28 @@ class ElmStudy:
                 folder / f"samples_{arm.name}.png",
                 lambda path, run=run, options=options: generate(run, path, **options),
             )
-        vocabularies = {arm.task.vocab_size**arm.task.sub_codes for arm in self.tokenizers.arms}
-        for size in sorted(vocabularies):
-            self._once(folder / f"statistics_{size}.png", lambda path, size=size: self._statistics(size, path))
+        alike: dict[int, list[Path]] = {}
+        for arm in self.tokenizers.arms:
+            alike.setdefault(arm.task.vocab_size**arm.task.sub_codes, []).append(folder / "codes" / arm.name)
+        for size, codes in alike.items():
+            self._once(
+                folder / f"statistics_{size}.png",
+                lambda path, size=size, codes=codes: self._statistics(size, codes, path),
+            )
         runs = tuple(self.models.experiment(arm, self.models.seeds[0]).directory for arm in self.models.arms)
         self._once(folder / "attention_locality.png", lambda path: attention(runs, path))
         console.print(f"pictures: {folder}/*.png", highlight=False, soft_wrap=True)
         return True
 
-    def _statistics(self, vocabulary: int, path: Path) -> dict[str, Any]:
-        """Of the codes of all tokenizers with so many values a position, and of as many subwords."""
-        alike = [arm for arm in self.tokenizers.arms if arm.task.vocab_size**arm.task.sub_codes == vocabulary]
+    def _statistics(self, vocabulary: int, codes: list[Path], path: Path) -> dict[str, Any]:
+        """Of codes with so many values a position, and of as many subwords."""
         subwords = path.parent / f"subwords_{vocabulary}.model"
         text = self.corpus if vocabulary >= 512 else ""
         if text and not subwords.exists():
             documents = open_corpus(text, "train")
             texts = (documents[n] for n in range(len(documents)))
             train_sentencepiece(texts, subwords, vocab_size=vocabulary, model_type="bpe")
-        codes = tuple(path.parent / "codes" / arm.name for arm in alike)
-        return statistics(codes, path, corpus=text, tokenizer=str(subwords))
+        return statistics(tuple(codes), path, corpus=text, tokenizer=str(subwords))
 
     @staticmethod
     def _once(path: Path, make: Any) -> None:

@@ -90,9 +90,10 @@ def test_files_that_are_no_checkpoints(tmp_path):
     torch = pytest.importorskip("torch")
     with pytest.raises(FileNotFoundError, match="no file of weights"):
         read_checkpoint(tmp_path / "nothing.pth")
-    for content in ([1], {"x": 1}, {"model": {}}):
+    none = "no table of tensors by name"
+    for content, said in (([1], f"a list, {none}"), ({"x": 1}, rf"{none} \('x' is no tensor"), ({"model": {}}, none)):
         torch.save(content, tmp_path / "odd.pth")
-        with pytest.raises(ValueError, match="no table of tensors"):
+        with pytest.raises(ValueError, match=said):
             read_checkpoint(tmp_path / "odd.pth")
     path = write_checkpoint(tmp_path / "whole.pth", CONFIG, params_of(CONFIG))
     (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:3000])
