@@ -4,8 +4,7 @@
 
 Tokenizers: 1,911 emoji of 16 x 16 pixels as 8 x 8 positions of 10 bits, and 1,797 digits of 8 x 8 pixels as 4 x 4
 positions of 8 bits. Models of the digits' codes: autoregressive ones of 1 code of 8 bits, of 2 of 4 bits and of VQ
-codes, and a masked one. (A model of the emoji's 64 positions needs more than these minutes: after 600 steps of 64
-images it drew flags, and little else that could be told.)
+codes, and a masked one. (A model of the emoji's 64 positions needs more than these minutes.)
 
 Expect, in ten and a half minutes on two cores: BAE uses 1,016 of 1,024 codes of emoji and 255 of 256 of digits, VQ 215
 and 134; 3.60 nats a position for 1 code and 3.39 for 2; and digits of which a classifier recognises 55 % and 91 %, of
