@@ -8,8 +8,10 @@ Axis names, used in every shape of the package: batch, length, heads, head_dim, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -37,6 +39,16 @@ and a batch of codes, in place of the images,
 
 codes      int32    [batch, positions, sub_codes], as an `ImageTokenizer` makes them
 """
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
+    """One array of a batch, over all processes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    axes: tuple[str | None, ...]
+    """The logical axis of each dimension (`batch`, `length`, ...); None: a dimension that no mesh divides."""
 
 
 @runtime_checkable
@@ -142,6 +154,52 @@ class Task(Protocol):
 
     def flops(self, batch: Batch) -> float:
         """Model FLOPs of one training step on the batch (forward and backward, no recomputation)."""
+        ...
+
+
+class Surgery(Protocol):
+    """A pure function from one model to another: growth, an adapter, another vocabulary.
+
+    It is used from the command line, and as a stage inside a run (`Experiment.stages`), on any mesh. It is a frozen
+    dataclass, so that a run's config tells it.
+    """
+
+    steps: int
+    """As a stage of a run: training steps after it, with the learning-rate schedule starting anew."""
+    optimizer: Literal["keep", "reset"]
+    """Whether the optimizer's state is taken along or starts anew."""
+
+    def task(self, task: Task, data: Data) -> tuple[Task, Data]:
+        """The task and the data afterwards. Raises a ValueError for a task that it cannot change."""
+        ...
+
+    def params(self, task: Task, params: Params, opt_state: Any, rng: jax.Array) -> tuple[Params, Any]:
+        """The parameters and the optimizer's state (None if it starts anew) afterwards; compiled, on the run's mesh.
+
+        `task` is the one before.
+        """
+        ...
+
+
+class Format(Protocol):
+    """Somebody else's layout of files. One table of names, with transposes and splits, serves both directions."""
+
+    name: str
+
+    def owns(self, task: Task) -> bool:
+        """Whether a model of this task can be written in this format."""
+        ...
+
+    def recognises(self, path: Path) -> bool:
+        """Whether the folder or file is in this format; looks at names and headers only."""
+        ...
+
+    def read(self, path: Path, like: Task | None = None) -> Any:
+        """A `jaxtok.model.Model`. `like` says the sizes, where the files are bare tensors."""
+        ...
+
+    def write(self, path: Path, model: Any, **options: Any) -> Path:
+        """Writes a `jaxtok.model.Model`; the inverse of `read`."""
         ...
 
 
