@@ -33,7 +33,7 @@ CLOCK = ("seconds_per_step", "tokens_per_second", "images_per_second", "fraction
 
 
 def recovery(
-    config: Positional[Path] = Path("configs/lm/recovery.py"),
+    config: Positional[str] = "recovery",
     kills: int = 50,
     processes: int = 1,
     workdir: Path = Path("runs/recovery"),
@@ -43,7 +43,7 @@ def recovery(
     """Kills a run so many times, lets it end, and compares it with an undisturbed one.
 
     Args:
-      config: of the run; it should log every step and save often.
+      config: of the run, by its name or file; it should log every step and save often.
       kills: how many times; each time the run is started again.
       processes: of the run. One of them is killed, and then the others, as a launcher does.
       workdir: an empty place for both runs.
@@ -123,10 +123,10 @@ def _same_bits(x: Any, y: Any) -> bool:
 class _Job:
     """A run in processes of its own."""
 
-    def __init__(self, config: Path, workdir: Path, processes: int):
+    def __init__(self, config: str, workdir: Path, processes: int):
         self.workdir = workdir
         self._log = (workdir.parent / f"{workdir.name}.log").open("ab")
-        command = [sys.executable, "-m", "jaxtok.cli", "train", str(config), "--workdir", str(workdir)]
+        command = [sys.executable, "-m", "jaxtok.cli", "train", config, "--workdir", str(workdir)]
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]

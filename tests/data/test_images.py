@@ -689,7 +689,7 @@ def test_bad_sources(tmp_path):
 
 @pytest.mark.slow
 def test_vit_learns_digits(tmp_path):
-    config = load_config(f"{__file__.rsplit('/tests/', 1)[0]}/configs/vision/vit_digits.py")
+    config = load_config("vit_digits")
     run = dataclasses.replace(config, workdir=str(tmp_path), mesh=MeshConfig(data=1))
     result = train(run, quiet=True)
     numbers = result.task.evaluate(result.params, run.data.eval_batches("test"))

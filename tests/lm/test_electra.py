@@ -432,7 +432,7 @@ def test_a_run_is_evaluated_and_becomes_a_folder(tmp_path):
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_configs_have_the_published_sizes(size):
-    config = load_config(f"configs/lm/electra_{size}.py")
+    config = load_config(f"electra_{size}")
     task, model = PUBLISHED[size], config.task.model
     assert (model.dtype, config.train.optimizer.bias_correction) == ("bfloat16", False)
     assert count(config.task.discriminator_config) == count(task.discriminator_config)

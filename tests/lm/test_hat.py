@@ -440,7 +440,7 @@ def test_a_written_folder_is_read_again(qk_norm, tmp_path):
 
 @pytest.mark.parametrize("name", ["hat_1b", "hat_3b", "hat_7b", "hat_released_7b"])
 def test_configs(name):
-    config = load_config(f"configs/lm/{name}.py")
+    config = load_config(name)
     batch = example_batch(dataclasses.replace(config.data, batch_size=1, streams=1))
     params = jax.eval_shape(lambda: config.task.init(jax.random.key(0), batch))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 1e9

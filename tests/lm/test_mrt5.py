@@ -235,7 +235,7 @@ def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
 def test_configs_of_published_sizes():
     for kind, sizes in (("byt5", T5_PUBLISHED), ("mrt5", PUBLISHED)):
         for size in ("small", "base", "large", "xl", "xxl"):
-            config = load_config(f"configs/lm/{kind}_{size}.py")
+            config = load_config(f"{kind}_{size}")
             plain = {"dtype": "float32", "remat": "none", "dropout": 0.0, "attention_dropout": 0.0, "mlp_dropout": 0.0}
             assert dataclasses.replace(config.task.model, **plain) == sizes[f"{kind}-{size}"]
             assert config.data.row_items == 1193 and config.data.batch_spec()["targets"][0] == (1024, 189)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import jax
 import jax.flatten_util
@@ -204,7 +203,7 @@ def test_numbers_of_parameters():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name):
-    experiment = load_config(Path(__file__).parents[2] / f"configs/lm/word_pooled_{name}.py")
+    experiment = load_config(f"word_pooled_{name}")
     batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in experiment.data.batch_spec().items()}
     params = jax.eval_shape(lambda: experiment.task.init(jax.random.key(0), batch))
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)) == formula(PUBLISHED[name])

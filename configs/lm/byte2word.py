@@ -1,10 +1,12 @@
-"""Byte2Word with BERT-base's body on Wikipedia, as far as the paper is known: its recipe is this package's choice.
+"""Byte2Word (arXiv 2211.12677) on Wikipedia, as far as the paper is known: its recipe is this package's choice.
 
     jaxtok tokenizer wordpieces.model --corpus tfds:wikipedia/20230601.en --vocab-size 30522
-    jaxtok train configs/lm/byte2word_base.py
+    jaxtok train byte2word_base
 
-Expect, by the paper's abstract (arXiv 2211.12677), the quality of a BERT of this size with a tenth of its input
-embedding: 2.58M numbers instead of 23.4M. Any tokenizer whose ids are below 30,522 can name the pieces.
+Expect, by the paper's abstract, the quality of a BERT of this size with a tenth of its input embedding: 2.58M numbers
+instead of 23.4M. Any tokenizer whose ids are below 30,522 can name the pieces.
+
+byte2word_base  the body of BERT-base; 112M parameters
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
 
-config = Experiment(
+base = Experiment(
     name="byte2word_base",
     task=ByteWords(model=dataclasses.replace(PUBLISHED["base"], dtype="bfloat16", remat="projections")),
     data=WordPieceText(
@@ -43,3 +45,5 @@ config = Experiment(
     ),
     mesh=MeshConfig(data=-1, fsdp=16),
 )
+
+configs = {"byte2word_base": base}
