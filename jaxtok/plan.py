@@ -35,7 +35,7 @@ import rich.table
 from jaxtok.kernels.attention import kernel_flops
 from jaxtok.training.checkpoints import abstract_params
 from jaxtok.training.compiled import Collective, Operation, Program, read_program, shapes
-from jaxtok.training.experiment import Experiment, resolve
+from jaxtok.training.experiment import Experiment
 from jaxtok.training.loop import abstract_state, batch_items, batch_unit, count, make_train_step
 from jaxtok.training.mesh import Layout, make_layout
 from jaxtok.training.peak import PEAK_FLOPS
@@ -172,7 +172,8 @@ def plan(
     """
     devices = topology_devices(topology)
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot keep programs for devices that are not there
-    experiment = experiment if getattr(_model(experiment), "vocab_size", 1) else resolve(experiment)
+    if not getattr(_model(experiment), "vocab_size", 1):  # else, the data need not be there
+        experiment = experiment.fitted()
     console = rich.console.Console(quiet=quiet, soft_wrap=True)
     cases = list(variants(experiment, len(devices))) if sweep else [experiment]
     rows: list[Row] = []

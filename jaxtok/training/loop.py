@@ -35,7 +35,7 @@ from jaxtok.training.checkpoints import (
     write_config,
 )
 from jaxtok.training.distributed import barrier, gather, is_main
-from jaxtok.training.experiment import MAY_CHANGE, Experiment, TrainConfig, resolve
+from jaxtok.training.experiment import MAY_CHANGE, Experiment, TrainConfig
 from jaxtok.training.logs import Display, MetricsLog, NoLog
 from jaxtok.training.mesh import Layout, make_layout, one_device, unboxed
 from jaxtok.training.optimizer import descend, learning_rates, make_optimizer, move_average
@@ -82,7 +82,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Result:
       ValueError: the folder holds a run of another config; the message names the fields that differ.
       FloatingPointError: the loss or a gradient is not finite; the batch is saved beside the checkpoints.
     """
-    experiment = resolve(experiment)
+    experiment = experiment.fitted()
     directory, config = experiment.directory, experiment.train
     layout = make_layout(experiment.mesh)
     _check_config(directory, experiment)
@@ -148,7 +148,7 @@ def initial_state(task: Any, train_config: TrainConfig, data: Any, layout: Layou
 
     with layout.active():
         state = jax.jit(make, out_shardings=_shardings(abstract_state(task, train_config, data, layout)))()
-        params = task.load_weights(state.params) if hasattr(task, "load_weights") else state.params
+        params = task.load_weights(state.params)
         if params is not state.params:
             params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
             opt_state = jax.jit(optimizer.init, out_shardings=_shardings(state.opt_state))(params)
@@ -286,8 +286,7 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any,
         params = optax.apply_updates(state.params, updates)
         named = {"_".join(filter(None, ("learning_rate", part))): rate for part, rate in rates.items()}
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads)} | named | metrics
-        if hasattr(task, "after_step"):
-            params = task.after_step(params, metrics, state.step)
+        params = task.after_step(params, metrics, state.step)
         metrics.pop("state", None)
         opt_state = move_average(train_config.optimizer, opt_state, params, state.step + 1, trainable)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
