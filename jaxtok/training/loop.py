@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import math
 import os
 import signal
 import sys
@@ -303,7 +302,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
     flops = task.flops(example_batch(experiment.data))
     peak = peak_flops()
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()  # of CPUs there is one, whatever is simulated
-    rows, batch_size = layout.rows(experiment.data.batch_size), experiment.data.batch_size
+    data, rows = experiment.data, layout.rows(experiment.data.batch_size)
     pending: deque = deque()  # (step, batch, metrics) of updates whose numbers have not been looked at
     values: dict[str, float] = {}  # the numbers of the newest update that was looked at
     meta, evaluation, saved = run.meta, run.metrics, step if step == checkpoints.latest_step() else -1
@@ -363,7 +362,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
         saved = -1
     while step < end and not interrupt.check():
         batch = next(run.data)
-        state, metrics = train_step(state, layout.put(batch, rows, batch_size))
+        state, metrics = train_step(state, layout.put(batch, rows, data.batch_spec()))
         step += 1
         pending.append((step, batch, metrics))
         look(1)  # one update stays in flight while the host goes on
@@ -374,8 +373,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
             seconds = time.perf_counter() - clock - idle
             meta = dataclasses.replace(meta, elapsed=meta.elapsed + seconds)
             speed = (step - logged) / seconds
-            rate = f"{batch_unit(experiment.data)}_per_second"
-            row = values | {"seconds_per_step": 1 / speed, rate: speed * batch_items(experiment.data)}
+            row = values | {"seconds_per_step": 1 / speed, f"{data.unit}_per_second": speed * data.units}
             if peak:
                 row["fraction_of_peak"] = speed * flops / (peak * devices)
             log.write(step, "train", row)
@@ -405,24 +403,12 @@ def _evaluate(task, params, experiment, layout, rows, interrupt) -> dict[str, fl
         for batch in experiment.data.eval_batches("validation", rows):
             if interrupt.check():
                 raise _Stop
-            yield layout.put(batch, rows, experiment.data.batch_size)
+            yield layout.put(batch, rows, experiment.data.batch_spec())
 
     try:
         return task.evaluate(params, batches())
     except _Stop:
         return None
-
-
-def batch_unit(data: Any) -> str:
-    """What `batch_items` counts: images, or tokens."""
-    return "images" if {"images", "codes"} & data.batch_spec().keys() else "tokens"
-
-
-def batch_items(data: Any) -> int:
-    """Tokens in a batch of text (words, where rows are of words); elsewhere, its rows."""
-    spec = data.batch_spec()
-    shape, _ = spec.get("tokens") or spec.get("mask") or ((data.batch_size,), None)
-    return math.prod(shape)
 
 
 def _check_config(directory: Path, experiment: Experiment) -> None:

@@ -21,8 +21,8 @@ class Lora(Task):
     A run starts from new parameters, or from a checkpoint that `jaxtok adapt` has made of a trained model.
     """
 
-    task: Task
-    """Where its parameters train, is the adapter's matter; the optimizer leaves out what is frozen."""
+    task: Any
+    """A Task. Where its parameters train, is the adapter's matter; the optimizer leaves out what is frozen."""
     lora: LoraConfig = LoraConfig()
 
     @property

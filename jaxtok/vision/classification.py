@@ -73,7 +73,7 @@ class ImageClassification(Task):
         return {name: jnp.sum(x * mask) for name, x in found.items()}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss (nats, labels not smoothed), accuracy (top-1), and examples, the number of images they are means over."""
+        """loss (nats, labels not smoothed), accuracy (top-1), and examples, the number of images."""
         images = sums["images"]
         return {"loss": sums["nats"] / images, "accuracy": sums["right"] / images, "examples": images}
 
