@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxtok.interop.peft import write_adapter
 from jaxtok.nn.lora import LoraConfig, find_sites, init_adapter, merge, saved_paths
 from jaxtok.protocols import Batch, Params
 
@@ -47,17 +45,6 @@ class Lora:
 
     def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
         return self.task.evaluate(_merged(self, params), batches)
-
-    def write(self, folder: str | Path, params: Params) -> Path:
-        """Writes the adapter as a PEFT folder.
-
-        Raises:
-          ValueError: the model is none of Hugging Face's, or PEFT has no name for a difference.
-        """
-        sites, lora = find_sites(self.lora, params["frozen"]), self.lora
-        return write_adapter(
-            folder, self.task.model, sites, params["adapter"], rslora=lora.rank_stabilized, dropout=lora.dropout
-        )
 
     def trainable(self, params: Params) -> Params | None:
         """All of the adapter; the optimizer leaves out what is frozen."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.convert import convert
 from jaxtok.data.text import TextData
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
@@ -21,7 +22,7 @@ from jaxtok.training.loop import initial_state, make_train_step, train
 from jaxtok.training.lora import Lora
 from jaxtok.training.mesh import MeshConfig, one_device
 from jaxtok.training.optimizer import OptimizerConfig
-from jaxtok.verbs import adapt, convert, evaluate, generate, open_model
+from jaxtok.verbs import adapt, evaluate, generate, open_model
 
 
 @pytest.fixture(scope="module")
