@@ -12,7 +12,7 @@ import importlib
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +82,31 @@ def _line_of(error: BaseException, path: Path) -> str:
         return f", line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f", line {lines[-1]}" if lines else ""
+
+
+def replaced(config: T, changes: Mapping[str, Any]) -> T:
+    """The config with fields replaced by their dotted names: `{"train.steps": 100}`; `growth.0.init` is of the first.
+
+    Raises:
+      ValueError: there is no such field, or its value is impossible.
+    """
+    for name, value in changes.items():
+        config = _replaced(config, name.split("."), value, name)
+    return config
+
+
+def _replaced(config: Any, path: Sequence[str], value: Any, name: str) -> Any:
+    if not path:
+        return value
+    first, *rest = path
+    if isinstance(config, tuple) and first.isdigit() and int(first) < len(config):
+        place = int(first)
+        return (*config[:place], _replaced(config[place], rest, value, name), *config[place + 1 :])
+    fields = [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
+    if first not in fields:
+        hint = systems.nearest(first, fields, f"; it must be one of {', '.join(fields)}" if fields else "")
+        raise ValueError(f"{name} is no field: a {type(config).__name__} has no {first!r}{hint}")
+    return dataclasses.replace(config, **{first: _replaced(getattr(config, first), rest, value, name)})
 
 
 def override(config: T, arguments: Sequence[str], prog: str) -> T:

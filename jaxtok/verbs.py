@@ -11,16 +11,12 @@ from typing import Any, Literal
 import jax
 from tyro.conf import Positional
 
-from jaxtok.convert import open_run
 from jaxtok.data.corpora import open_corpus
-from jaxtok.decoding.sampling import Sampling
-from jaxtok.decoding.sampling import generate as generate_tokens
-from jaxtok.interop.formats import format_of, recognised
-from jaxtok.interop.peft import apply_adapter
+from jaxtok.door import open_model
 from jaxtok.lm.growth import Growth
+from jaxtok.model import Split
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
-from jaxtok.protocols import TextGenerator, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.tokenizers.byte_words import basic_words
 from jaxtok.training.checkpoints import begin, fork, load, must_be_free
@@ -29,79 +25,31 @@ from jaxtok.training.lora import Lora
 from jaxtok.training.optimizer import OptimizerConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
-    """A model to work with: a run's, or a Hugging Face folder's."""
-
-    task: Any
-    params: Any
-    data: Any
-    tokenizer: Tokenizer | None
-    """None, where the data are no text."""
-    prefix: list[int]
-    """Ids in front of every text."""
-    stops: list[int]
-    """Ids behind which a text ends."""
-    step: int = 0
-
-
-def open_model(path: Path, adapter: Path | None = None, ema: bool = False) -> Opened:
-    """A run's newest checkpoint, the one at RUN/checkpoints/STEP, or a Hugging Face folder.
-
-    Of a run that trains an adapter, the model with it; and with the one in the PEFT folder `adapter`, if it is given.
-    With `ema`, of a run that keeps a moving average of the parameters, this.
-
-    Raises:
-      ValueError: there is no average.
-    """
-    opened = _open_base(path, ema)
-    if isinstance(opened.task, Lora):
-        merged = opened.task.merged(opened.params)
-        opened = dataclasses.replace(opened, task=opened.task.task, params=merged)
-    if adapter is not None:
-        model, params = apply_adapter(adapter, opened.task.model, opened.params)
-        opened = dataclasses.replace(opened, task=dataclasses.replace(opened.task, model=model), params=params)
-    return opened
-
-
-def _open_base(path: Path, ema: bool) -> Opened:
-    found = recognised(path)
-    if ema and found:
-        raise ValueError(f"{path} is no run, so it has no moving average; leave out ema.")
-    model = format_of(path).read(path) if found else open_run(path, ema)
-    return Opened(
-        model.task, model.params, model.data, model.tokenizer, list(model.begin), list(model.ends), model.step
-    )
-
-
 def evaluate(
     checkpoint: Positional[Path],
     corpus: str = "",
-    split: Literal["train", "validation", "test", "all"] = "validation",
+    split: Split = "validation",
     batches: int = 0,
     output: Path | None = None,
     adapter: Path | None = None,
     ema: bool = False,
-) -> dict[str, float]:
-    """Loss, perplexity and bits per byte of a checkpoint on a corpus; of a model of images, its own numbers.
+) -> dict[str, Any]:
+    """Measures a model on a corpus: loss, perplexity and bits per byte of text; of images, what its task measures.
 
     Args:
-      checkpoint: a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder.
-      corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN (of images: emoji, sprites, digits,
-        folder:PATH, tfds:NAME or arrayrecord:PATTERN); default: what the run was trained on.
-      split: of the corpus; files are split by a hash of their path.
-      batches: evaluate only so many; 0: all.
-      output: also write the numbers into this JSON file.
-      adapter: a PEFT folder of LoRA, whose differences are added to the model.
-      ema: take the moving average of the parameters, of a run that keeps one (optimizer.ema_decay).
+      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok list`).
+      corpus: The name python, a file or folder, tfds:NAME or arrayrecord:PATTERN (of images: emoji, sprites, digits,
+        folder:PATH, tfds:NAME or arrayrecord:PATTERN). By default it is what the run was trained on.
+      split: The part of the corpus; files are split by a hash of their path.
+      batches: Only so many batches are evaluated; 0 is for all.
+      output: The numbers are also written into this JSON file.
+      adapter: A PEFT folder of LoRA, whose differences are added to the model.
+      ema: Takes the moving average of the parameters, of a run that keeps one (optimizer.ema_decay).
     """
-    loaded = open_model(checkpoint, adapter, ema)
-    data = dataclasses.replace(loaded.data, eval_limit=batches)
-    if corpus:
-        data = dataclasses.replace(data, **{data.source: corpus})
-    metrics = loaded.task.evaluate(loaded.params, data.eval_batches(split))
-    source = {data.source: getattr(data, data.source)}
-    row = {"checkpoint": str(checkpoint), **source, "split": split, "step": loaded.step} | metrics
+    model = open_model(checkpoint, adapter, ema)
+    data = model.on(corpus)
+    of = {"checkpoint": str(checkpoint), data.source: getattr(data, data.source), "split": split, "step": model.step}
+    row = of | model.evaluate(corpus, split, batches)
     if output:
         output.write_text(json.dumps(row, indent=2) + "\n")
     return row
@@ -125,75 +73,48 @@ def generate(
     """Continues prompts: a single one token by token on the terminal, several as a batch.
 
     Args:
-      checkpoint: a run's folder, RUN/checkpoints/STEP, or a Hugging Face folder.
-      prompt: one or several texts to continue; an empty one starts a new document.
-      prompt_file: a file with one prompt a line, instead.
-      max_new_tokens: at most so many for each prompt (bytes, for models that generate words); 0: 200, or what the
-        model's context has room for.
-      temperature: below 1 is safer, above is wilder; 0: always the most likely token.
-      top_k: only the k most likely tokens; 0: all.
-      top_p: only the most likely tokens that together have this probability; 1: all.
-      seed: another seed, another text.
-      stop: also stop behind these texts, each of a single token (with bytes: a single character).
-      stop_at_end: stop where the model ends the document.
-      stream: write the texts to the standard output.
-      adapter: a PEFT folder of LoRA, whose differences are added to the model.
-      ema: take the moving average of the parameters, of a run that keeps one (optimizer.ema_decay).
+      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok list`).
+      prompt: One or several texts to continue; an empty one begins a new document.
+      prompt_file: A file with one prompt a line, which is read instead.
+      max_new_tokens: At most so many tokens for each prompt (bytes, for models that generate words); 0 is for 200, or
+        what the model's context has room for.
+      temperature: Below 1 is safer, above is wilder; 0 always takes the most likely token.
+      top_k: Only the k most likely tokens are drawn; 0 is for all.
+      top_p: Only the most likely tokens that together have this probability are drawn; 1 is for all.
+      seed: Another seed gives another text.
+      stop: A text also stops after any of these, each of which is a single token (with bytes: a single character).
+      stop_at_end: Whether a text stops where the model ends the document.
+      stream: Whether the texts are written to the standard output.
+      adapter: A PEFT folder of LoRA, whose differences are added to the model.
+      ema: Takes the moving average of the parameters, of a run that keeps one (optimizer.ema_decay).
     """
-    loaded = open_model(checkpoint, adapter, ema)
-    tokenizer = loaded.tokenizer
-    if tokenizer is None:
-        raise ValueError(f"{checkpoint} is of {type(loaded.task).__name__}, whose data are no text to continue.")
+    model = open_model(checkpoint, adapter, ema)
     prompts = tuple(prompt_file.read_text().splitlines()) if prompt_file else prompt
-    sampling, rng = Sampling(temperature=temperature, top_k=top_k, top_p=top_p), jax.random.key(seed)
-    if isinstance(loaded.task, TextGenerator):
-        if stop:
-            raise ValueError(f"a {type(loaded.task).__name__} does not stop at texts; leave out stop.")
-        given = [text.encode() for text in prompts]
-        texts = loaded.task.continue_text(
-            loaded.params, given, max_bytes=max_new_tokens or 200, sampling=sampling, rng=rng
-        )
-        if stream:
-            _print_texts(given, texts)
-        return texts
-    if not hasattr(loaded.task, "module") or not hasattr(loaded.task.module(), "init_cache"):
-        raise ValueError(f"a {type(loaded.task).__name__} does not generate text; give a language model.")
-
-    stops = [tokenizer.encode(text) for text in stop]
-    if long := [text for text, tokens in zip(stop, stops) if len(tokens) != 1]:
-        raise ValueError(f"stop has {long[0]!r}, which is not a single token; choose texts that are.")
-
-    def text_of(tokens: list[int]) -> bytes:
-        return b"".join(tokenizer.token_bytes(token) for token in tokens)
-
-    ids = [[*loaded.prefix, *tokenizer.encode(text)] for text in prompts]
-    room = loaded.task.model.max_length - max(map(len, ids), default=0)
     live = stream and len(prompts) == 1
-    if live:
-        _write(prompts[0].encode())
-    rows = generate_tokens(
-        loaded.task.module(),
-        loaded.params,
-        ids,
-        max_new_tokens=max_new_tokens or max(1, min(200, room)),
-        sampling=sampling,
-        rng=rng,
-        stop_tokens=[*(token for (token,) in stops), *(loaded.stops if stop_at_end else [])],
-        num_ids=tokenizer.vocab_size,
-        on_tokens=(lambda new: _write(text_of(new[0]))) if live else None,
-        chunk=4,
+    begun = False
+
+    def write(row: int, new: bytes) -> None:
+        nonlocal begun
+        _write(new if begun else prompts[row].encode() + new)
+        begun = True
+
+    texts = model.generate_bytes(
+        prompts,
+        max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop,
+        stop_at_end=stop_at_end,
+        on_bytes=write if live else None,
     )
-    texts = [text_of(row) for row in rows]
     if live:
-        _write(b"\n")
+        _write(b"\n" if begun else prompts[0].encode() + b"\n")
     elif stream:
-        _print_texts([text.encode() for text in prompts], texts)
+        for number, (before, text) in enumerate(zip(prompts, texts)):
+            _write(f"--- {number} ---\n{before}".encode() + text + b"\n")
     return texts
-
-
-def _print_texts(prompts: list[bytes], texts: list[bytes]) -> None:
-    for number, (prompt, text) in enumerate(zip(prompts, texts)):
-        _write((f"--- {number} ---\n".encode() if len(prompts) > 1 else b"") + prompt + text + b"\n")
 
 
 def _write(text: bytes) -> None:
