@@ -86,8 +86,8 @@ def open_run(path: Path, ema: bool = False) -> Model:
     data, facts = loaded.experiment.data, {}
     if hasattr(data, "tokenizer"):
         tokenizer = load_tokenizer(data.tokenizer)
-        end = (tokenizer.eod_id,)
-        facts = {"tokenizer": tokenizer, "begin": end, "ends": end} | read_record(loaded.directory)
+        begin = (tokenizer.eod_id,)  # as the data's documents begin
+        facts = {"tokenizer": tokenizer, "begin": begin, "ends": tokenizer.special.eos} | read_record(loaded.directory)
     return Model(
         task=loaded.task, params=loaded.params, data=data, path=loaded.directory, step=loaded.meta.step, **facts
     )

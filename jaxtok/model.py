@@ -26,7 +26,7 @@ class Model:
 
     >>> model = jaxtok.open(run)
     >>> model
-    Model(LanguageModeling of TokenFormerConfig, 5,120 parameters, step 4, from run)
+    Model(LanguageModeling of TokenFormerConfig, 3,472 parameters, step 4, from run)
     >>> logits, _ = model.module.apply({"params": model.params}, model.ids("number 1")[None])
     >>> logits.shape
     (1, 9, 384)

@@ -112,7 +112,7 @@ def test_logits_of_texts_and_of_ids_are_the_modules(folder):
         ("no/such/run", "there is no no/such/run; give a run's folder, or a folder or file of a model."),
         ("hat_1b", "hat_1b has not been trained here: there is no runs/hat_1b; run `jaxtok train hat_1b`."),
         ("hat_study", "hat_study is a study, and has several models"),
-        ("run/checkpoints/7", "holds no finished checkpoint of step 7"),
+        ("run/checkpoints/7", "there is no run/checkpoints/7; did you mean run/checkpoints/4?"),
         ("corpus", "which is in none of the formats here"),
     ],
 )

@@ -1,7 +1,9 @@
-"""Word pooling of subwords against a plain model of subwords, otherwise as word_pooled_study.
+"""Word pooling of subwords against a plain model of subwords, on the words of Python's standard library.
 
-jaxtok tokenizer runs/python_1024.model --corpus python --vocab-size 1024 --model-type bpe
-jaxtok study word_pooled_subword_study
+    jaxtok tokenizer runs/python_1024.model --corpus python --vocab-size 1024 --model-type bpe
+    jaxtok study word_pooled_subword_study
+
+All else is as in word_pooled_study.
 """
 
 import dataclasses

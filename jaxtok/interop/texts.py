@@ -76,13 +76,12 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
     if not spec:
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; put the model's there, or name its tokenizer.")
     loaded = load_tokenizer(spec)
-    end = (loaded.eod_id,)
-    begin = () if default else end
+    begin = () if default else (loaded.eod_id,)
     return Texts(
         spec,
         loaded,
         begin=tuple(own.get("begin", begin)),
-        ends=tuple(own.get("ends", end)),
+        ends=tuple(own.get("ends", loaded.special.eos)),
         pad=own.get("pad", options.get("pad_token_id")),
     )
 
