@@ -75,6 +75,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     _cache_compilations()
     try:
         return VERBS[verb](rest)
+    except BrokenPipeError:  # the reader of the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("JAXTOK_TRACEBACK"):
             raise

@@ -398,7 +398,9 @@ class ConfigEntry:
     about: str
     """One line."""
     verb: str
-    """That runs it: train, or study."""
+    """The one that runs it: train, or study."""
+    title: str = ""
+    """What all configs of its file are, where it has several."""
 
     @property
     def family(self) -> str:
@@ -424,28 +426,31 @@ def config_entries(file: Path) -> Iterator[ConfigEntry]:
     """
     tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     text = ast.get_docstring(tree, clean=False) or ""
+    title = text.partition("\n")[0]
     verb = "study" if re.search(r"^ +jaxtok study ", text, re.M) else "train"
     for node in tree.body:
         if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
             continue
         if node.targets[0].id == "config":
-            yield ConfigEntry(file.stem, file, text.partition("\n")[0], verb)
+            yield ConfigEntry(file.stem, file, title, verb)
         elif node.targets[0].id == "configs" and isinstance(node.value, ast.Dict):
             for key in node.value.keys:
                 if isinstance(key, ast.Constant):
                     line = re.search(rf"^{re.escape(str(key.value))}  +(.*)$", text, re.M)
-                    yield ConfigEntry(str(key.value), file, line[1] if line else "", verb)
+                    yield ConfigEntry(str(key.value), file, line[1] if line else "", verb, title)
 
 
 def configs_text(verb: Literal["train", "study"]) -> str:
     """A list of the configs for a verb, a line each, by family and file."""
     lines: list[str] = []
     shown = [entry for entry in configs().values() if entry.verb == verb]
-    width = max(len(entry.name) for entry in shown)
     for entry in shown:
         if f"{entry.family}:" not in lines:
             lines += ["", f"{entry.family}:"]
-        lines.append(f"  {entry.name:<{width}}  {entry.about}")
+        if entry.title and f"  {entry.title}" not in lines:
+            lines.append(f"  {entry.title}")
+        indent = "    " if entry.title else "  "
+        lines.append(f"{indent + entry.name:<38}  {entry.about}")
     return "\n".join(lines[1:]) + "\n"
 
 
