@@ -113,6 +113,10 @@ class ImageData:
             "mask": ((self.batch_size,), np.float32),
         }
 
+    def count(self, split: str) -> int:
+        """How many pictures the split has."""
+        return len(self.pictures(split))
+
     def pictures(self, split: str = "all") -> Pictures:
         """The pictures of a split, opened once."""
         if split not in self._opened:
