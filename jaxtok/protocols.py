@@ -205,7 +205,7 @@ class Format(Protocol):
 
 
 @runtime_checkable
-class ImageData(Data, Protocol):
+class ImageSource(Data, Protocol):
     """Data whose batches are of images or volumes, for what looks at the images of a split one by one."""
 
     classes: tuple[str, ...]

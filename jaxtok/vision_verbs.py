@@ -27,7 +27,7 @@ from jaxtok.data.codes import CodeData, Header, alike, open_codes, regroup, time
 from jaxtok.data.corpora import SPLITS, open_corpus
 from jaxtok.interop import elm, vqgan
 from jaxtok.model import Model
-from jaxtok.protocols import ImageData, ImageGenerator, ImageTokenizer, Params
+from jaxtok.protocols import ImageGenerator, ImageSource, ImageTokenizer, Params
 from jaxtok.tokenizers import load_tokenizer
 from jaxtok.training.checkpoints import begin, find_run, load, must_be_free, read_config
 from jaxtok.training.mesh import make_layout
@@ -469,7 +469,7 @@ def _generator(task: Any, path: str | Path) -> ImageGenerator:
 
 
 def _encoded(
-    tokenizer: Model, data: ImageData, split: str, repeats: int, mirrored: bool, rng: jax.Array
+    tokenizer: Model, data: ImageSource, split: str, repeats: int, mirrored: bool, rng: jax.Array
 ) -> Iterator[tuple[Int[np.ndarray, "images views positions sub_codes"], Int[np.ndarray, " images"]]]:
     """Codes of the images and their mirror images in turn, and their classes, batch by batch."""
     for step, batch in enumerate(_with_progress(data, split, f"encoding {split}")):
@@ -491,9 +491,9 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _images(data: Any, images: str, batch_size: int = 0) -> ImageData:
+def _images(data: Any, images: str, batch_size: int = 0) -> ImageSource:
     """The run's data of images, or other images cut like them."""
-    if not isinstance(data, ImageData):
+    if not isinstance(data, ImageSource):
         raise ValueError(f"the run's data are {type(data).__name__}, which have no images to look at one by one.")
     changes = {"images": images, "batch_size": batch_size}
     changes = {name: value for name, value in changes.items() if value}
@@ -506,7 +506,7 @@ def _progress() -> rich.progress.Progress:
     return rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True)
 
 
-def _with_progress(data: ImageData, split: str, what: str) -> Iterator[dict[str, np.ndarray]]:
+def _with_progress(data: ImageSource, split: str, what: str) -> Iterator[dict[str, np.ndarray]]:
     total = -(-data.count(split) // data.batch_size)
     total = min(total, data.eval_limit or total)
     with _progress() as progress:

@@ -124,7 +124,7 @@ def test_bits_are_cut_anew(stored):
         data = dataclasses.replace(stored, sub_codes=t, code_bits=k)
         batch = next(iter(data.eval_batches()))
         assert batch["codes"].shape == (4, 4, t) and batch["codes"].max() < 2**k
-        first[t] = regroup(batch["codes"], k, 1)
+        first[t] = regroup(batch["codes"], (2**k,) * t, (64,))
     np.testing.assert_array_equal(first[1], first[2])
     np.testing.assert_array_equal(first[1], first[6])
 

@@ -14,8 +14,8 @@ from jaxtok.training.mesh import unboxed
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 from jaxtok.vision.token_statistics import (
-    attention_locality,
     MapsAttention,
+    attention_locality,
     compare_tokens,
     locality,
     plot_locality,
