@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -179,16 +179,17 @@ def generate(
 
     Args:
       checkpoint: A run of a model of codes, or RUN/checkpoints/STEP.
-      output: FILE.png for one picture, with a row for each class; FILE.npz for all images as `arr_0` (and labels as
-        `arr_1`), as ADM's evaluator reads them; anything else is a folder, which gets a file for each image: PNG, or
-        TIFF of a volume's slices. (A picture shows the slice in the middle of a volume.)
+      output: FILE.png for one picture with a row for each class (of a volume, it shows the slice in the middle);
+        or FILE.npz for all images as `arr_0` and labels as `arr_1`, which is what ADM's evaluator reads;
+        or a folder, which gets a file for each image (for a volume, a TIFF of its slices).
       tokenizer: The run of the tokenizer that made the codes. By default it is the one that the files of codes name.
       labels: Classes, by their names or numbers, or `none` for no class. By default they are all classes.
       per_class: How many images of each class are drawn.
       batch_size: How many images are drawn at a time.
       seed: The seed; another one gives other images.
       ema: Use the moving average of the model's parameters.
-      sampling: Options of the model's own sampling, as a mapping or as an instance of the generator's `sampling`.
+      sampling: Options of the model's own sampling: in Python, a mapping of some of them or an instance of the
+        generator's `sampling`; on the command line, an option each.
     """
     if per_class < 1 or batch_size < 1:
         raise ValueError(f"per_class is {per_class} and batch_size {batch_size}; both must be at least 1.")
@@ -214,7 +215,7 @@ def generate_from_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     hints = {name: hint for name, hint in generate.__annotations__.items() if name != "sampling"}
     if arguments and not arguments[0].startswith("-"):
         kind = _generator(read_config(find_run(arguments[0])[0]).task, arguments[0]).sampling
-        hints["sampling"] = Annotated[kind, tyro.conf.OmitArgPrefixes]
+        hints["sampling"] = kind
         fixed.append(inspect.Parameter("sampling", inspect.Parameter.KEYWORD_ONLY, default=kind()))
 
     @functools.wraps(generate)
@@ -223,7 +224,8 @@ def generate_from_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
     command.__signature__ = signature.replace(parameters=fixed)  # what tyro reads
     command.__annotations__ = hints
-    return tyro.cli(command, args=list(arguments), prog="jaxtok vision generate")
+    config = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(command, args=list(arguments), prog="jaxtok vision generate", config=config)
 
 
 def make_sampling(generator: ImageGenerator, options: Any = None) -> Any:

@@ -321,15 +321,18 @@ class MaskedSampling:
     """How images are drawn."""
 
     rounds: int = 12
-    """T, passes through the model."""
+    """T: how many passes through the model draw an image."""
     guidance: float = 3.0
-    """The scale s; 1: none."""
+    """The scale s of the guidance; 1 means none."""
     schedule: Literal["constant", "linear", "powercos"] = "linear"
-    """With r = (j + 1) / T in round j, w is s; 1 + (s - 1) r; or 1 + (s - 1) (1 - cos(pi r^power)) / 2."""
+    """How the guidance rises: with r = (j + 1) / T in round j it is s, or 1 + (s - 1) r, or
+    1 + (s - 1) (1 - cos(pi r^power)) / 2."""
     power: float = 1.0
+    """The exponent in `powercos`."""
     temperature: float = 4.0
-    """Of the Gumbel noise on how sure a draw is, times 1 - r; 0: none. (Codes are drawn at temperature 1.)"""
+    """How much noise (Gumbel's, times 1 - r) is added to how sure a draw is; 0 means none. Codes are drawn at 1."""
     mask_schedule: Literal["cos", "linear"] = "cos"
+    """How fast the masked part of an image shrinks."""
     remask: bool = False
     """In the first half of the rounds, a known code of which another was drawn may be masked again."""
 
