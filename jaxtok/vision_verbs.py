@@ -460,7 +460,8 @@ def _on_devices(function: Callable[[Params, jax.Array], jax.Array], params: Para
     count, more = len(array), -len(array) % layout.mesh.size
     whole = np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
     with layout.active():
-        rows = layout.put({"x": whole}, range(len(whole)), len(whole))["x"]
+        axes = ("batch", *[None] * (whole.ndim - 1))
+        rows = jax.device_put(whole, layout.sharding(axes, whole.shape, "the batch"))
         return np.asarray(function(jax.device_put(params, layout.replicated), rows))[:count]
 
 
@@ -497,11 +498,10 @@ def _images(data: Any, images: str, batch_size: int = 0) -> ImageSource:
     """The run's data of images, or other images cut like them."""
     if not isinstance(data, ImageSource):
         raise ValueError(f"the run's data are {type(data).__name__}, which have no images to look at one by one.")
-    changes = {"images": images, "batch_size": batch_size}
-    changes = {name: value for name, value in changes.items() if value}
-    if images and "images" not in {field.name for field in dataclasses.fields(data)}:
+    if images and data.source != "images":
         raise ValueError(f"images is {images!r}, but the run's data, {type(data).__name__}, take no other images.")
-    return dataclasses.replace(data, eval_limit=0, **changes)
+    changes = {"images": images, "batch_size": batch_size}
+    return dataclasses.replace(data, eval_limit=0, **{name: value for name, value in changes.items() if value})
 
 
 def _progress() -> rich.progress.Progress:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtok.protocols import Task
 from jaxtok.training.mesh import unboxed
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
@@ -25,8 +26,10 @@ class HistogramSampling:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Histograms:
+class Histograms(Task):
     """Each sub-code on its own, as often as it occurred in a class; without one, in all. Parameters are counts."""
+
+    counted = "images"
 
     code_shape: tuple[int, ...]
     code_values: tuple[int, ...]
@@ -59,11 +62,11 @@ class Histograms:
     def loss(self, params, batch, rng, step):
         return jnp.mean(self.nats(params, batch) * batch["mask"]), {}
 
-    def evaluate(self, params, batches):
-        return {"loss": float(np.mean([self.loss(params, batch, None, 0)[0] for batch in batches]))}
+    def sums(self, params, batch, rng):
+        return {"nats": jnp.sum(self.nats(params, batch) * batch["mask"]), "images": jnp.sum(batch["mask"])}
 
-    def trainable(self, params):
-        return None
+    def metrics(self, sums):
+        return {"loss": sums["nats"] / sums["images"]}
 
     def flops(self, batch):
         return float(batch["codes"].size)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtok.protocols import ArraySpec, Task
 from jaxtok.training.mesh import unboxed
 from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
@@ -44,22 +44,25 @@ def alone(model) -> Autoencoding:
     return Autoencoding(model=model, discriminator=None, perceptual="none")
 
 
-class MeasuredByError:
-    """The part of a task that the two tokenizers of this file share: the squared error of reconstructions."""
+class MeasuredByError(Task):
+    """What the two tokenizers of this file share as tasks: the squared error of reconstructions."""
 
+    counted = "images"
     draws_codes: ClassVar[bool] = False
 
-    def loss(self, params, batch, rng, step):
+    def errors(self, params, batch, rng):
         images = as_float(batch["images"])
         error = jnp.square(self.decode(params, self.encode(params, images), rng) - images)
-        return jnp.mean(error.mean(tuple(range(1, error.ndim))) * batch["mask"]), {}
+        return error.mean(tuple(range(1, error.ndim))) * batch["mask"]
 
-    def evaluate(self, params: Any, batches: Iterable[Any]) -> dict[str, float]:
-        found = [(float(self.loss(params, batch, jax.random.key(0), 0)[0]), len(batch["mask"])) for batch in batches]
-        return {"loss": sum(loss * count for loss, count in found) / sum(count for _, count in found)}
+    def loss(self, params, batch, rng, step):
+        return jnp.mean(self.errors(params, batch, rng)), {}
 
-    def trainable(self, params):
-        return None
+    def sums(self, params, batch, rng):
+        return {"mse": jnp.sum(self.errors(params, batch, rng)), "images": jnp.sum(batch["mask"])}
+
+    def metrics(self, sums):
+        return {"mse": sums["mse"] / sums["images"]}
 
     def flops(self, batch):
         return float(batch["images"].size)
@@ -141,15 +144,21 @@ class Ramps:
     eval_limit: int = 0
     flip: bool = True
     classes: ClassVar[tuple[str, ...]] = ("deep", "high", "wide")
+    unit: ClassVar[str] = "images"
+    source: ClassVar[str] = ""
+
+    @property
+    def units(self) -> int:
+        return self.batch_size
 
     def count(self, split: str) -> int:
         return {"train": 10, "validation": 6, "test": 5, "all": 21}[split]
 
     def batch_spec(self):
         return {
-            "images": ((self.batch_size, *BlockTokenizer.image_shape), np.uint8),
-            "labels": ((self.batch_size,), np.int32),
-            "mask": ((self.batch_size,), np.float32),
+            "images": ArraySpec((self.batch_size, *BlockTokenizer.image_shape), np.uint8, ("batch", *[None] * 4)),
+            "labels": ArraySpec((self.batch_size,), np.int32, ("batch",)),
+            "mask": ArraySpec((self.batch_size,), np.float32, ("batch",)),
         }
 
     def train_batches(self, rows=None):

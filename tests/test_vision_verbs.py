@@ -196,7 +196,7 @@ def test_volumes(wide, tmp_path):
     mirrored = np.asarray(file.codes[:, 1]).reshape(10, 2, 4, 3)[..., ::-1].reshape(10, 24, 1)
     np.testing.assert_array_equal(mirrored, file.codes[:, 0])
     numbers = reconstruct(place / "tokenizer", tmp_path / "grid.png", count=4, columns=4)
-    assert numbers["loss"] < 0.02
+    assert numbers["mse"] < 0.02
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
     (first, *_), size = Ramps().eval_batches("validation"), 96 // 6
     assert (picture[6 : 6 + 8 * 16, 6:102, 0] == first["images"][0, 2, :, :, 0].repeat(size, 0).repeat(size, 1)).all()

@@ -21,14 +21,14 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
 from jaxtyping import Int
 
 from jaxtok.data.streams import StreamBatches
-from jaxtok.protocols import Batch
+from jaxtok.protocols import ArraySpec, Batch
 
 FORMAT = 2
 """Of codes.json. The first one had `grid`, `sub_codes`, `vocab_size` and `image_size` (a side) in place of `shape`,
@@ -244,6 +244,9 @@ class CodeData:
         ValueError: a number is out of range.
     """
 
+    unit: ClassVar[str] = "images"
+    source: ClassVar[str] = "path"
+
     path: str = "codes"
     """A folder with a folder for each split (train, validation, test) as `write_codes` writes them."""
     grid: int = 16
@@ -288,13 +291,18 @@ class CodeData:
         """How many values each sub-code has."""
         return self.values or (2**self.code_bits,) * self.sub_codes
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of each array in a batch of all processes."""
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        """See `jaxtok.protocols.Data`."""
+        n = self.batch_size
         return {
-            "codes": ((self.batch_size, math.prod(self.code_shape), len(self.code_values)), np.int32),
-            "labels": ((self.batch_size,), np.int32),
-            "mask": ((self.batch_size,), np.float32),
+            "codes": ArraySpec((n, math.prod(self.code_shape), len(self.code_values)), np.int32, ("batch", None, None)),
+            "labels": ArraySpec((n,), np.int32, ("batch",)),
+            "mask": ArraySpec((n,), np.float32, ("batch",)),
         }
+
+    @property
+    def units(self) -> int:
+        return self.batch_size
 
     def train_batches(self, rows: range | None = None) -> StreamBatches:
         """Batches without end, in a new order each epoch, or these rows of each (for a process that needs no others).
