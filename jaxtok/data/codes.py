@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 
 import grain
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from jaxtok.data.streams import StreamBatches
 from jaxtok.protocols import ArraySpec, Batch
@@ -43,8 +43,8 @@ def alike(values: tuple[int, ...], others: tuple[int, ...]) -> bool:
 
 
 def regroup(
-    codes: Int[np.ndarray, "*batch sub_codes"], values: tuple[int, ...], into: tuple[int, ...]
-) -> Int[np.ndarray, "*batch regrouped"]:
+    codes: Integer[np.ndarray, "*batch sub_codes"], values: tuple[int, ...], into: tuple[int, ...]
+) -> Integer[np.ndarray, "*batch regrouped"]:
     """The same codes, each position cut into other sub-codes: ELM's vocabulary decomposition (section 3).
 
     The sub-codes of a position are the digits of one number, the first the most significant, each in a base of its own.
@@ -188,7 +188,7 @@ class CodeFile:
     """A split of codes, open for reading."""
 
     header: Header
-    codes: Int[np.ndarray, "images draws positions sub_codes"]
+    codes: Integer[np.ndarray, "images draws positions sub_codes"]
     labels: Int[np.ndarray, " images"]
 
 
