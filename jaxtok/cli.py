@@ -185,6 +185,9 @@ def _vision(arguments: list[str]) -> int:
     if verb not in VISION:
         hint = systems.nearest(verb, VISION, f"; use {', '.join(VISION)}")
         return _fail(f"there is no verb {verb!r} of vision{hint}")
+    if verb == "generate":  # whose options are also those of the run
+        _print(_function("jaxtok.vision_verbs:generate_from_arguments")(rest))
+        return 0
     return _call(VISION[verb], f"vision {verb}", rest)
 
 
@@ -205,18 +208,20 @@ def _function(place: str) -> Callable[..., Any]:
 
 
 def _call(place: str, verb: str, arguments: list[str]) -> int:
-    """Calls a function with a command line, of which its signature and docstring make the options and the help.
-
-    Numbers that it returns are shown as a table, and a folder or file as its path.
-    """
+    """Calls a function with a command line, of which its signature and docstring make the options and the help."""
     import tyro
 
     result = tyro.cli(_function(place), args=arguments, prog=f"jaxtok {verb}")
+    _print(f"jaxtok train {result}" if verb in ("grow", "adapt") else result)
+    return 0
+
+
+def _print(result: Any) -> None:
+    """Numbers as a table, and a folder or file as its path; what else there is was shown as it came."""
     if isinstance(result, dict):
         _show(result)
-    elif isinstance(result, Path):
-        print(f"jaxtok train {result}" if verb in ("grow", "adapt") else result)
-    return 0
+    elif isinstance(result, str | Path):
+        print(result)
 
 
 def _show(values: dict[str, Any]) -> None:

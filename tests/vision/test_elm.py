@@ -148,9 +148,9 @@ def test_bits_and_codes_are_one(t, k, grid, seed):
     assert codes.min() >= 0 and codes.max() < 2**k
     np.testing.assert_array_equal(unpack_bits(codes, t * k), bits)
     if t * k <= 24:
-        joined = regroup(codes, k, 1)
+        joined = regroup(codes, (2**k,) * t, (2 ** (t * k),))
         np.testing.assert_array_equal(joined[..., 0], sum(codes[..., i] << k * (t - 1 - i) for i in range(t)))
-        np.testing.assert_array_equal(regroup(joined, t * k, t), codes)
+        np.testing.assert_array_equal(regroup(joined, (2 ** (t * k),), (2**k,) * t), codes)
 
 
 def test_bits_of_jax_are_those_of_numpy():
