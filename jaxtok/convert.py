@@ -89,7 +89,7 @@ def open_run(path: Path, ema: bool = False) -> Model:
         begin = (tokenizer.eod_id,)  # as the data's documents begin
         facts = {"tokenizer": tokenizer, "begin": begin, "ends": tokenizer.special.eos} | read_record(loaded.directory)
     return Model(
-        task=loaded.task, params=loaded.params, data=data, path=loaded.directory, step=loaded.meta.step, **facts
+        task=loaded.task, params=loaded.params, data=data, path=Path(path), step=loaded.meta.step, **facts
     )
 
 

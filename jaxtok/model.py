@@ -12,10 +12,13 @@ from typing import Any, Literal, overload
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
 
 from jaxtok.decoding.sampling import Sampling, generate
-from jaxtok.protocols import Params, TextGenerator, Tokenizer
+from jaxtok.protocols import ImageTokenizer, Params, TextGenerator, Tokenizer
+from jaxtok.training.mesh import make_layout
+from jaxtok.vision.images import as_float
 
 Split = Literal["train", "validation", "test", "all"]
 
@@ -232,6 +235,38 @@ class Model:
         data = self.on(corpus, batches)
         return self.task.evaluate(self.params, data.eval_batches(split))
 
+    def encode(
+        self, images: UInt8[np.ndarray, "batch ..."] | Float[np.ndarray, "batch ..."], rng: jax.Array | None = None
+    ) -> Int[np.ndarray, "batch positions sub_codes"]:
+        """Codes of images, by all devices of this process.
+
+        Args:
+          images: of the tokenizer's `image_shape`, as bytes, or as floats in [0, 1].
+          rng: a key, which is used where the tokenizer draws its codes.
+
+        Raises:
+          ValueError: the model is no image tokenizer.
+        """
+        task = self._image_tokenizer()
+        key = rng if task.draws_codes else None
+        return _on_devices(lambda params, x: task.encode(params, as_float(x), key), self.params, images)
+
+    def decode(
+        self, codes: Int[np.ndarray, "batch positions sub_codes"], rng: jax.Array | None = None
+    ) -> Float[np.ndarray, "batch ..."]:
+        """Images of codes, not limited to [0, 1], by all devices of this process.
+
+        Args:
+          codes: of whole images, or of a prefix that the tokenizer can decode.
+          rng: a key, which is used where the tokenizer draws its images.
+
+        Raises:
+          ValueError: the model is no image tokenizer.
+        """
+        task = self._image_tokenizer()
+        key = rng if task.draws_images else None
+        return _on_devices(lambda params, x: task.decode(params, x, key), self.params, codes)
+
     def on(self, corpus: str = "", batches: int = 0) -> Any:
         """The model's data, of another corpus (if one is named) and of so many batches of an evaluation (0: all)."""
         source = {self.data.source: corpus} if corpus else {}
@@ -246,6 +281,11 @@ class Model:
             raise ValueError(f"{self._it()} has no text; give a model of text.")
         return self.tokenizer
 
+    def _image_tokenizer(self) -> Any:
+        if not isinstance(self.task, ImageTokenizer):
+            raise ValueError(f"{self._it()} is no image tokenizer; give one.")
+        return self.task
+
     def _must_be_causal(self) -> None:
         if not hasattr(self.task, "module") or not hasattr(self.task.module(), "init_cache"):
             raise ValueError(f"{self._it()} does not generate text; give a language model.")
@@ -254,3 +294,14 @@ class Model:
 @jax.jit(static_argnums=0)
 def _logits(module: nn.Module, params: Params, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
     return module.apply({"params": params}, ids)[0].astype(jnp.float32)
+
+
+def _on_devices(function: Callable[[Params, jax.Array], jax.Array], params: Params, array: np.ndarray) -> np.ndarray:
+    """The function of the rows of an array, to which rows are added until the devices divide them."""
+    layout = make_layout()
+    count, more = len(array), -len(array) % layout.mesh.size
+    whole = np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
+    with layout.active():
+        axes = ("batch", *[None] * (whole.ndim - 1))
+        rows = jax.device_put(whole, layout.sharding(axes, whole.shape, "the batch"))
+        return np.asarray(function(jax.device_put(params, layout.replicated), rows))[:count]

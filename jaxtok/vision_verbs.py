@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,19 +18,19 @@ import numpy as np
 import rich.console
 import rich.progress
 import tyro
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from PIL import Image
 from tyro.conf import Positional
 
 from jaxtok.data.codes import CodeData, Header, alike, open_codes, regroup, times, write_codes
 from jaxtok.data.corpora import SPLITS, open_corpus
+from jaxtok.door import open_model
 from jaxtok.model import Model
 from jaxtok.protocols import ImageGenerator, ImageSource, ImageTokenizer, Params
 from jaxtok.tokenizers import load_tokenizer
-from jaxtok.training.checkpoints import find_run, load, must_be_free, read_config
+from jaxtok.training.checkpoints import find_run, must_be_free, read_config
 from jaxtok.training.mesh import make_layout
 from jaxtok.vision.grids import image_grid
-from jaxtok.vision.images import as_float
 from jaxtok.vision.token_statistics import (
     MapsAttention,
     compare_tokens,
@@ -144,8 +144,8 @@ def reconstruct(
     if not kept:
         raise ValueError("none of the images that were to be shown could be read; choose another seed.")
     rng = jax.random.key(seed)
-    codes = encode_images(tokenizer, np.stack(kept), rng)
-    rows = [np.stack(kept), *(decode_codes(tokenizer, codes[:, :n], rng) for n in [*prefixes, codes.shape[1]])]
+    codes = tokenizer.encode(np.stack(kept), rng)
+    rows = [np.stack(kept), *(tokenizer.decode(codes[:, :n], rng) for n in [*prefixes, codes.shape[1]])]
     tiles = [
         tile
         for start in range(0, len(kept), columns)
@@ -187,17 +187,17 @@ def generate(
     """
     if per_class < 1 or batch_size < 1:
         raise ValueError(f"per_class is {per_class} and batch_size {batch_size}; both must be at least 1.")
-    loaded = load(checkpoint, ema)
-    task = _generator(loaded.task, checkpoint)
+    model = open_model(checkpoint, ema=ema)
+    task = _generator(model.task, checkpoint)
     options = make_sampling(task, sampling)
-    header = _stored_header(loaded.experiment.data)
+    header = _stored_header(model.data)
     if tokenizer is None and not (header and header.tokenizer):
         raise ValueError(f"nothing says which tokenizer made the codes of {checkpoint}; give its run as --tokenizer.")
     decoder = open_tokenizer(tokenizer or Path(header.tokenizer))
     must_fit(task, decoder.task)
     ids, names = _classes(labels, header.classes if header else (), task.num_classes)
     wanted = [label for label in ids for _ in range(per_class)]
-    pixels = draw_images(task, loaded.params, decoder, wanted, options, jax.random.key(seed), batch_size)
+    pixels = draw_images(task, model.params, decoder, wanted, options, jax.random.key(seed), batch_size)
     _write_images(pixels, [names[n // per_class] for n in range(len(wanted))], wanted, per_class, output)
     return {"images": len(pixels), "written": str(output)}
 
@@ -310,14 +310,13 @@ def attention(
     """
     found = {}
     for name, path in zip(_names(checkpoints), checkpoints):
-        loaded = load(path, ema)
-        if not isinstance(loaded.task, MapsAttention):
+        model = open_model(path, ema=ema)
+        if not isinstance(model.task, MapsAttention):
             raise ValueError(
-                f"{path} is of {type(loaded.task).__name__}, which shows no attention; give runs of models of image "
+                f"{path} is of {type(model.task).__name__}, which shows no attention; give runs of models of image "
                 "codes that do."
             )
-        data = dataclasses.replace(loaded.experiment.data, eval_limit=batches)
-        found[name] = locality(loaded.task, loaded.params, data.eval_batches(split))
+        found[name] = locality(model.task, model.params, model.on(batches=batches).eval_batches(split))
     plot_locality(found, output)
     rows = {}
     for name, measures in found.items():
@@ -350,22 +349,21 @@ def draw_images(
 
             codes = np.asarray(generator.draw(params, some, key, sampling=sampling, on_progress=advance))
             codes = regroup(codes, generator.code_values, tokenizer.task.code_values)
-            made.append(decode_codes(tokenizer, codes, jax.random.fold_in(key, 1)))
+            made.append(tokenizer.decode(codes, jax.random.fold_in(key, 1)))
     # The authors cut pixels off to whole numbers.
     return (np.clip(np.concatenate(made)[: len(conditions)], 0, 1) * 255).astype(np.uint8)
 
 
-def open_tokenizer(path: Path, ema: bool = False) -> Model:
-    """An image tokenizer from a run, with its parameters on all devices of this process.
+def open_tokenizer(path: str | Path, ema: bool = False) -> Model:
+    """An image tokenizer, with its parameters on all devices of this process.
 
     Raises:
-      ValueError: the run is of something else.
+      ValueError: the model is of something else.
     """
-    loaded = load(path, ema)
-    if not isinstance(loaded.task, ImageTokenizer):
-        raise ValueError(f"{path} is of {type(loaded.task).__name__}; give a run of an image tokenizer.")
-    params = jax.device_put(loaded.params, make_layout().replicated)
-    return Model(task=loaded.task, params=params, data=loaded.experiment.data, path=Path(path), step=loaded.meta.step)
+    model = open_model(path, ema=ema)
+    if not isinstance(model.task, ImageTokenizer):
+        raise ValueError(f"{path} is of {type(model.task).__name__}; give a run of an image tokenizer.")
+    return dataclasses.replace(model, params=jax.device_put(model.params, make_layout().replicated))
 
 
 def code_header(tokenizer: Model, classes: tuple[str, ...]) -> Header:
@@ -381,35 +379,6 @@ def code_header(tokenizer: Model, classes: tuple[str, ...]) -> Header:
     )
 
 
-def encode_images(
-    tokenizer: Model, images: UInt8[np.ndarray, "batch ..."], rng: jax.Array
-) -> Int[np.ndarray, "batch positions sub_codes"]:
-    """Codes, by all devices; the key is used where the tokenizer draws its codes."""
-    task = tokenizer.task
-    key = rng if task.draws_codes else None
-    return _on_devices(lambda params, x: task.encode(params, as_float(x), key), tokenizer.params, images)
-
-
-def decode_codes(
-    tokenizer: Model, codes: Int[np.ndarray, "batch positions sub_codes"], rng: jax.Array | None = None
-) -> Float[np.ndarray, "batch ..."]:
-    """Images, not limited to [0, 1], by all devices; the key is used where the tokenizer draws its images."""
-    task = tokenizer.task
-    key = rng if task.draws_images else None
-    return _on_devices(lambda params, x: task.decode(params, x, key), tokenizer.params, codes)
-
-
-def _on_devices(function: Callable[[Params, jax.Array], jax.Array], params: Params, array: np.ndarray) -> np.ndarray:
-    """The function of the rows of an array, to which rows are added until the devices divide them."""
-    layout = make_layout()
-    count, more = len(array), -len(array) % layout.mesh.size
-    whole = np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
-    with layout.active():
-        axes = ("batch", *[None] * (whole.ndim - 1))
-        rows = jax.device_put(whole, layout.sharding(axes, whole.shape, "the batch"))
-        return np.asarray(function(jax.device_put(params, layout.replicated), rows))[:count]
-
-
 def _generator(task: Any, path: str | Path) -> ImageGenerator:
     if not isinstance(task, ImageGenerator):
         raise ValueError(f"{path} is of {type(task).__name__}; give a run of a model of image codes.")
@@ -423,7 +392,7 @@ def _encoded(
     for step, batch in enumerate(_with_progress(data, split, f"encoding {split}")):
         key, real = jax.random.fold_in(rng, step), batch["mask"] > 0
         views = [batch["images"], batch["images"][..., ::-1, :]][: 1 + mirrored] * repeats
-        codes = [encode_images(tokenizer, view, jax.random.fold_in(key, n)) for n, view in enumerate(views)]
+        codes = [tokenizer.encode(view, jax.random.fold_in(key, n)) for n, view in enumerate(views)]
         yield np.stack(codes, 1)[real], batch["labels"][real]
 
 

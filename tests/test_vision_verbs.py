@@ -25,7 +25,6 @@ from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 from jaxtok.vision_verbs import (
     attention,
-    decode_codes,
     generate,
     open_tokenizer,
     reconstruct,
@@ -122,7 +121,7 @@ def test_codes_come_back(folder):
     tokenizer = open_tokenizer(folder / "tokenizer")
     codes = np.asarray(open_codes(folder / "codes" / "test").codes[:3, 0]).astype(np.int32)
     again = tokenizer.task.decode(tokenizer.params, codes)
-    np.testing.assert_allclose(decode_codes(tokenizer, codes), again, atol=1e-5)
+    np.testing.assert_allclose(tokenizer.decode(codes), again, atol=1e-5)
 
 
 def test_options_of_a_runs_own_sampling(folder, tmp_path, capsys):
