@@ -186,7 +186,7 @@ def _vision(arguments: list[str]) -> int:
         hint = systems.nearest(verb, VISION, f"; use {', '.join(VISION)}")
         return _fail(f"there is no verb {verb!r} of vision{hint}")
     if verb == "generate":  # whose options are also those of the run
-        _print(_function("jaxtok.vision_verbs:generate_from_arguments")(rest))
+        _print(_function("jaxtok.verbs.vision:generate_from_arguments")(rest))
         return 0
     return _call(VISION[verb], f"vision {verb}", rest)
 
@@ -237,23 +237,23 @@ def _show(values: dict[str, Any]) -> None:
 
 
 FUNCTIONS = {
-    "eval": "jaxtok.verbs:evaluate",
-    "generate": "jaxtok.verbs:generate",
-    "grow": "jaxtok.verbs:grow",
-    "adapt": "jaxtok.verbs:adapt",
+    "eval": "jaxtok.verbs.text:evaluate",
+    "generate": "jaxtok.verbs.text:generate",
+    "grow": "jaxtok.verbs.change:grow",
+    "adapt": "jaxtok.verbs.change:adapt",
     "convert": "jaxtok.convert:convert",
-    "tokenizer": "jaxtok.verbs:tokenizer",
+    "tokenizer": "jaxtok.verbs.tokenizers:tokenizer",
     "recovery": "jaxtok.studies.recovery:recovery",
     "bench": "jaxtok.bench:bench",
 }
 """Verbs that are a function, by its module and name; they are imported when they are called."""
 
 VISION = {
-    "tokenize": "jaxtok.vision_verbs:tokenize",
-    "reconstruct": "jaxtok.vision_verbs:reconstruct",
-    "generate": "jaxtok.vision_verbs:generate",
-    "statistics": "jaxtok.vision_verbs:statistics",
-    "attention": "jaxtok.vision_verbs:attention",
+    "tokenize": "jaxtok.verbs.vision:tokenize",
+    "reconstruct": "jaxtok.verbs.vision:reconstruct",
+    "generate": "jaxtok.verbs.vision:generate",
+    "statistics": "jaxtok.verbs.vision:statistics",
+    "attention": "jaxtok.verbs.vision:attention",
 }
 """The verbs of `jaxtok vision`."""
 

@@ -88,9 +88,7 @@ def open_run(path: Path, ema: bool = False) -> Model:
         tokenizer = load_tokenizer(data.tokenizer)
         begin = (tokenizer.eod_id,)  # as the data's documents begin
         facts = {"tokenizer": tokenizer, "begin": begin, "ends": tokenizer.special.eos} | read_record(loaded.directory)
-    return Model(
-        task=loaded.task, params=loaded.params, data=data, path=Path(path), step=loaded.meta.step, **facts
-    )
+    return Model(task=loaded.task, params=loaded.params, data=data, path=Path(path), step=loaded.meta.step, **facts)
 
 
 def write_run(target: Path, model: Model, experiment: Experiment | None = None) -> Path:

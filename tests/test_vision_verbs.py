@@ -19,11 +19,7 @@ from jaxtok.training.checkpoints import begin
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
-from jaxtok.vision.autoencoding import Autoencoding
-from jaxtok.vision.binary_autoencoder import BAEConfig
-from jaxtok.vision.elm import ElmConfig, ElmModeling
-from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
-from jaxtok.vision_verbs import (
+from jaxtok.verbs.vision import (
     attention,
     generate,
     open_tokenizer,
@@ -31,6 +27,10 @@ from jaxtok.vision_verbs import (
     statistics,
     tokenize,
 )
+from jaxtok.vision.autoencoding import Autoencoding
+from jaxtok.vision.binary_autoencoder import BAEConfig
+from jaxtok.vision.elm import ElmConfig, ElmModeling
+from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 
 IMAGES = ImageData(images="digits", size=8, batch_size=64, eval_limit=1)
 BODY = {"width": 32, "multipliers": (1, 1), "res_blocks": 1, "attention_resolutions": (), "embed_dim": 32}

@@ -18,7 +18,7 @@ from jaxtok.protocols import ImageGenerator, Params
 from jaxtok.studies.comparison import Comparison
 from jaxtok.studies.proxy_features import train_proxy
 from jaxtok.tokenizers.sentencepiece import train_sentencepiece
-from jaxtok.vision_verbs import (
+from jaxtok.verbs.vision import (
     attention,
     draw_images,
     generate,

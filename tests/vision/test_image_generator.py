@@ -13,7 +13,7 @@ import pytest
 from image_generators import IMAGE_GENERATORS, random_params
 
 from jaxtok.protocols import ImageGenerator
-from jaxtok.vision_verbs import make_sampling
+from jaxtok.verbs.vision import make_sampling
 
 KEY = jax.random.key(3)
 
