@@ -89,7 +89,7 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
 def named_texts(spec: str) -> Texts:
     """How texts become ids for a run with this tokenizer: its end of a document begins a text, too."""
     tokenizer = load_tokenizer(spec)
-    return Texts(spec, tokenizer, begin=(tokenizer.eod_id,), ends=tokenizer.special.eos)
+    return Texts(spec, tokenizer, begin=(tokenizer.eod_id,), ends=tokenizer.special.eos, pad=tokenizer.special.pad)
 
 
 def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[str, Any]) -> Texts:
