@@ -153,7 +153,7 @@ def places(folder, run):
         ("generate broken", "broken/config.json is no JSON"),
         ("generate README.md", "README.md is a file .md"),
         ("generate encoder", "is of MaskedWords, which does not generate text; give a language model."),
-        ("generate run --ema", "the run kept no average"),
+        ("generate run --ema", "the run kept no moving average of its parameters"),
         ("grow no/such/run --times 2", "no/such/run"),
         ("grow encoder --times 2", "encoder"),
         ("adapt no/such/run", "there is no no/such/run"),
@@ -162,6 +162,8 @@ def places(folder, run):
         ("tokenizer t.model --corpus no/such/corpus", "no/such/corpus"),
         ("vision genrate x", "there is no verb 'genrate' of vision; did you mean generate?"),
         ("vision reconstruct run", "give a run of an image tokenizer"),
+        ("vision generate README.md", "README.md is a file .md, which is in none of the formats here"),
+        ("vision generate run", "give a run of a model of image codes"),
         ("list nothing*", "nothing has a name like 'nothing*'; `jaxtok list` shows all there is."),
     ],
 )

@@ -22,6 +22,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from tyro.conf import Positional
 
+from jaxtok.convert import is_run
 from jaxtok.data.codes import CodeData, Header, alike, open_codes, regroup, times, write_codes
 from jaxtok.data.corpora import SPLITS, open_corpus
 from jaxtok.door import open_model
@@ -207,7 +208,7 @@ def generate_from_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     signature = inspect.signature(generate)
     fixed = [parameter for parameter in signature.parameters.values() if parameter.name != "sampling"]
     hints = {name: hint for name, hint in generate.__annotations__.items() if name != "sampling"}
-    if arguments and not arguments[0].startswith("-"):
+    if arguments and is_run(Path(arguments[0])):
         kind = _generator(read_config(find_run(arguments[0])[0]).task, arguments[0]).sampling
         hints["sampling"] = kind
         fixed.append(inspect.Parameter("sampling", inspect.Parameter.KEYWORD_ONLY, default=kind()))
