@@ -144,6 +144,7 @@ def places(folder, run):
             "growth_study is a study, which `jaxtok train` does not take; run it with `jaxtok study",
         ),
         ("plan growth_study", "growth_study is a study, which `jaxtok plan` does not take"),
+        ("recovery growth_study --workdir nowhere", "growth_study is a study, which `jaxtok recovery` does not take"),
         ("study hat_1b", "hat_1b is an experiment, not a study; run it with `jaxtok train hat_1b`."),
         ("eval no/such/run", "there is no no/such/run; give a run's folder, or a folder or file of a model."),
         ("eval rnu", "there is no rnu; did you mean run?"),
