@@ -241,7 +241,7 @@ FUNCTIONS = {
     "generate": "jaxtok.verbs.text:generate",
     "grow": "jaxtok.verbs.change:grow",
     "adapt": "jaxtok.verbs.change:adapt",
-    "convert": "jaxtok.convert:convert",
+    "convert": "jaxtok.verbs.convert:convert",
     "tokenizer": "jaxtok.verbs.tokenizers:tokenizer",
     "recovery": "jaxtok.studies.recovery:recovery",
     "bench": "jaxtok.bench:bench",

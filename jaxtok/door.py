@@ -10,10 +10,10 @@ from typing import Any, overload
 
 from jaxtok import systems
 from jaxtok.configuration import load_config, replaced
-from jaxtok.convert import is_run, open_run
 from jaxtok.interop.formats import format_of
 from jaxtok.interop.peft import apply_adapter
 from jaxtok.model import Model, Split
+from jaxtok.runs import is_run, open_run
 from jaxtok.training.checkpoints import read_config
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.lora import Lora

@@ -22,12 +22,12 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from tyro.conf import Positional
 
-from jaxtok.convert import is_run
 from jaxtok.data.codes import CodeData, Header, alike, open_codes, regroup, times, write_codes
 from jaxtok.data.corpora import SPLITS, open_corpus
 from jaxtok.door import open_model
 from jaxtok.model import Model
 from jaxtok.protocols import ImageGenerator, ImageSource, ImageTokenizer, Params
+from jaxtok.runs import is_run
 from jaxtok.tokenizers import load_tokenizer
 from jaxtok.training.checkpoints import find_run, must_be_free, read_config
 from jaxtok.training.mesh import make_layout

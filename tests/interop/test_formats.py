@@ -17,7 +17,6 @@ import pytest
 import safetensors.numpy
 
 from jaxtok.cli import main
-from jaxtok.convert import open_run
 from jaxtok.data.codes import CodeData
 from jaxtok.data.encoders import EncoderData
 from jaxtok.data.images import ImageData
@@ -44,6 +43,7 @@ from jaxtok.lm.word_pooled import PlainConfig, WordPooledConfig, WordPooling
 from jaxtok.model import Model
 from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.lora import LoraConfig
+from jaxtok.runs import open_run
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.training.checkpoints import abstract_params, begin
 from jaxtok.training.experiment import Experiment

@@ -16,7 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtok.configuration import load_config
-from jaxtok.convert import convert
 from jaxtok.data.encoders import EncoderData
 from jaxtok.interop.electra import from_official, to_official, variables
 from jaxtok.interop.huggingface import config_json, read_encoder_config, read_folder, write_folder
@@ -37,6 +36,7 @@ from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig, unboxed
 from jaxtok.verbs import evaluate
+from jaxtok.verbs.convert import convert
 
 CLS, SEP, MASK = 1, 2, 3
 MASKING = Masking(rate=0.25, mask_id=MASK, kept_ids=(CLS, SEP))

@@ -14,7 +14,6 @@ from flax import linen as nn
 from tiny import Case
 
 from jaxtok.configuration import load_config
-from jaxtok.convert import convert
 from jaxtok.data.words import WordText
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.hat import config_json, read_config, read_folder, write_folder
@@ -27,6 +26,7 @@ from jaxtok.nn.rotary import RopeScaling
 from jaxtok.protocols import TextGenerator
 from jaxtok.tokenizers.words import WordSplitter
 from jaxtok.training.checkpoints import example_batch
+from jaxtok.verbs.convert import convert
 
 GREEDY = Sampling(temperature=0)
 

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 
 from jaxtok import verbs
 from jaxtok.configuration import load_config
-from jaxtok.convert import convert
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.huggingface import read_folder, write_folder
@@ -43,6 +42,7 @@ from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.recipes import start_from_byt5
+from jaxtok.verbs.convert import convert
 
 CASES = {
     "mrt5": lambda: tiny.pairs(

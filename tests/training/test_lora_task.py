@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtok.convert import convert
 from jaxtok.data.text import TextData
 from jaxtok.door import open_model
 from jaxtok.lm.language_modeling import LanguageModeling
@@ -25,6 +24,7 @@ from jaxtok.training.lora import Lora
 from jaxtok.training.mesh import MeshConfig, one_device
 from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.verbs import adapt, evaluate, generate
+from jaxtok.verbs.convert import convert
 
 
 def case() -> tiny.Case:
