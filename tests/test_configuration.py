@@ -33,19 +33,19 @@ def test_dotted_overrides_reach_every_depth():
         "7",
         "--task.model.tokens.ffn",
         "99",
-        "--growth.0.init",
+        "--stages.0.init",
         "copy",
         "--data.length",
         "64",
     ]
     config = override(small(), arguments, "jaxtok train")
-    assert (config.train.steps, config.task.model.tokens.ffn, config.growth[0].init) == (7, 99, "copy")
+    assert (config.train.steps, config.task.model.tokens.ffn, config.stages[0].init) == (7, 99, "copy")
     assert config.task.model.tokens.query == small().task.model.tokens.query
     assert differences(config, small()) == [
         "task.model.tokens.ffn: 99, not 144",
         "data.length: 64, not 128",
         "train.steps: 7, not 400",
-        "growth.0.init: copy, not zero_keys",
+        "stages.0.init: copy, not zero_keys",
     ]
 
 
