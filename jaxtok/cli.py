@@ -35,7 +35,11 @@ jaxtok {version}: systems about tokens, in JAX
   jaxtok train tokenformer_small --train.steps 100 --task.model.d-model 256
 """
 
-PROCESSES = """
+TRAINING = """
+A new run starts with new parameters, or with those of another model:
+  --start MODEL     a run, RUN/checkpoints/STEP or a Hugging Face folder; where the model is of another kind, `start` in
+                    the config is the surgery that leads to the run's. A run that is resumed does not open it again.
+
 Of a run of several processes, each is started with the same command. They find each other by what Slurm or a TPU pod
 sets, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by
   --coordinator HOST:PORT --num-processes N --process-id I
@@ -102,14 +106,17 @@ def _fail(message: str) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    arguments = _join_processes(arguments)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--start", type=Path)
+    ours, arguments = parser.parse_known_args(_join_processes(arguments))
     experiment = _config(arguments, "train")
     if experiment is None:
         return 0
+    from jaxtok.door import open_model
     from jaxtok.training.distributed import is_main
     from jaxtok.training.loop import INTERRUPTED, count, train
 
-    result = train(experiment)
+    result = train(experiment, start=functools.partial(open_model, ours.start) if ours.start else None)
     if not is_main():
         return INTERRUPTED if result.interrupted else 0
     _show({"run": result.directory, "step": result.step, "parameters": count(result.params)} | result.metrics)
@@ -164,7 +171,7 @@ def _config(arguments: list[str], verb: str) -> Any:
         print(systems.configs_text("study" if verb == "study" else "train"))
         print(f"`jaxtok {verb} CONFIG --help` lists the fields of one and their values.")
         if verb == "train":
-            print(PROCESSES, end="")
+            print(TRAINING, end="")
         return None
     from jaxtok.configuration import override
     from jaxtok.door import experiment_of, study_of

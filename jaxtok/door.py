@@ -16,7 +16,7 @@ from jaxtok.model import Model, Split
 from jaxtok.runs import is_run, open_run
 from jaxtok.training.checkpoints import read_config
 from jaxtok.training.experiment import Experiment
-from jaxtok.training.lora import Lora
+from jaxtok.transfer.lora import Lora
 
 
 def open_model(
@@ -75,7 +75,7 @@ def _place(path: str | Path) -> Path:
     raise FileNotFoundError(f"there is no {name}{hint}")
 
 
-def train(config: str | Path | Experiment, **overrides: Any) -> Model:
+def train(config: str | Path | Experiment, start: Model | str | Path | None = None, **overrides: Any) -> Model:
     """Trains what a config describes, or resumes it, as `jaxtok train` does; returns the trained model.
 
     >>> model = jaxtok.train(config, train__steps=2, workdir="short")
@@ -84,6 +84,7 @@ def train(config: str | Path | Experiment, **overrides: Any) -> Model:
 
     Args:
       config: the name of a config (`jaxtok.list` shows them), its file or FILE:NAME, a run's folder, or an Experiment.
+      start: a model, or what `jaxtok.open` takes, whose parameters a new run begins with; see `Experiment.start`.
       overrides: fields to change; two underscores go down: `train__steps=100`, `task__model__d_model=256`.
 
     Raises:
@@ -93,7 +94,8 @@ def train(config: str | Path | Experiment, **overrides: Any) -> Model:
 
     experiment = config if isinstance(config, Experiment) else experiment_of(config)
     changes = {name.replace("__", "."): value for name, value in overrides.items()}
-    return open_model(run_loop(replaced(experiment, changes)).directory)
+    begin = None if start is None else lambda: _opened(start)
+    return open_model(run_loop(replaced(experiment, changes), start=begin).directory)
 
 
 def experiment_of(config: str | Path, verb: str = "train") -> Experiment:

@@ -3,6 +3,7 @@
 A test file adds its systems to the contract tests by defining, next to its own tests, one of
 
     CASES = {name: function that makes a tiny.Case}    a task with its data
+    SURGERIES = {name: function that makes a tiny.Operation}  a surgery with a task
 """
 
 from __future__ import annotations

@@ -127,7 +127,7 @@ def test_what_is_no_model_is_said(path, message, folder, monkeypatch):
     ("overrides", "message"),
     [
         ({"train__step": 3}, "train.step is no field: a TrainConfig has no 'step'; did you mean steps?"),
-        ({"growth__0__init": "copy"}, "growth.0.init is no field"),
+        ({"stages__0__init": "copy"}, "stages.0.init is no field"),
         ({"train__steps": 0}, "train.steps is 0; it must be at least 1."),
     ],
 )

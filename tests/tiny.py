@@ -42,6 +42,16 @@ class Case:
         return Experiment(task=self.task, data=self.data, train=self.train)
 
 
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A surgery on a tiny case; tests/transfer/test_surgeries.py holds it to the contract."""
+
+    surgery: Any
+    before: Case
+    refused: Any
+    """A task that it cannot change."""
+
+
 def zeros(data: Any) -> dict[str, np.ndarray]:
     """An empty batch."""
     return {name: np.zeros(array.shape, array.dtype) for name, array in data.batch_spec().items()}

@@ -1,10 +1,9 @@
 """MrT5 (arXiv 2410.20771) around ByT5: 5,000 steps of 1,024 x 1,024 bytes of mC4, deleting half of them.
 
-    python -c "from jaxtok.training import recipes; recipes.start_from_byt5('mrt5_small', 'byt5-small')"
-    jaxtok train mrt5_small
+    jaxtok train mrt5_small --start byt5-small
 
-The first line takes ByT5's weights, from Hugging Face's folder of google/byt5-small or from a run of byt5_small;
-without it, training starts from scratch. The paper takes 15 of mC4's languages, and trained small and large only.
+`--start` takes ByT5's weights, from Hugging Face's folder of google/byt5-small or from a run of byt5_small; without it,
+training starts from scratch. The paper takes 15 of mC4's languages, and trained small and large only.
 
 mrt5_small  300M parameters. The paper: half of the bytes deleted, and a batch in 29.99 ms instead of 44.29
 mrt5_base  582M parameters
@@ -20,6 +19,7 @@ from jaxtok.configuration import load_config
 from jaxtok.lm.mrt5 import PUBLISHED, MrT5Training
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.transfer.mrt5 import T5ToMrT5
 
 
 def mrt5(size: str) -> Experiment:
@@ -45,6 +45,7 @@ def mrt5(size: str) -> Experiment:
         byt5,
         name=f"mrt5_{size}",
         task=MrT5Training(model=model, target_rate=0.5),
+        start=T5ToMrT5(),
         train=dataclasses.replace(byt5.train, steps=5_000, optimizer=optimizer),
     )
 

@@ -12,7 +12,7 @@ tokenformer_pile_1_5b  1.5B parameters on the Pile: perplexity 6.91
 tokenformer_pile_7b  6.6B parameters with the same recipe, for `jaxtok plan`; not a published model, so no loss is known
 tokenformer_openwebtext2_354m_757m  354M for 600,000 steps of 524,288 tokens, grown to 757M for 120,000 more
     The authors' PyTorch run. They report perplexity 11.9 before the growth and 10.7 after it. As in their run, new rows
-    are random and tau follows the number of tokens: the loss jumps, then falls; `--growth.0.init zero_keys` preserves
+    are random and tau follows the number of tokens: the loss jumps, then falls; `--stages.0.init zero_keys` preserves
     the function instead.
 tokenformer_openwebtext_124m_1_4b  124M on OpenWebText, grown to 354M, 757M and 1.4B with 60B tokens a stage
     The study of incremental scaling. Read off the authors' figure, perplexity should be about 16.4 at 124M, 13.6 at
@@ -24,12 +24,12 @@ import dataclasses
 from typing import Any
 
 from jaxtok.data.text import TextData
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import PUBLISHED, TokenFormerConfig, uniform_counts
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.transfer.growth import Growth
 
 
 def recipe(
@@ -75,8 +75,8 @@ def recipe(
     )
 
 
-def grown(name: str, first: str, corpus: str, growth: tuple[Growth, ...]) -> Experiment:
-    return recipe(name, PUBLISHED[first], corpus=corpus, steps=600_000, batch_size=512, growth=growth)
+def grown(name: str, first: str, corpus: str, stages: tuple[Growth, ...]) -> Experiment:
+    return recipe(name, PUBLISHED[first], corpus=corpus, steps=600_000, batch_size=512, stages=stages)
 
 
 configs = {

@@ -19,6 +19,7 @@ from jaxtok import verbs
 from jaxtok.configuration import load_config
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.decoding.sampling import Sampling
+from jaxtok.door import open_model
 from jaxtok.interop.huggingface import read_folder, write_folder
 from jaxtok.lm.mrt5 import (
     PUBLISHED,
@@ -39,25 +40,24 @@ from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
 from jaxtok.lm.t5 import T5, SequenceToSequence, T5Config, init_params
 from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import Experiment, TrainConfig
-from jaxtok.training.loop import train
+from jaxtok.training.loop import start_from, train
 from jaxtok.training.mesh import MeshConfig
-from jaxtok.training.recipes import start_from_byt5
+from jaxtok.transfer.mrt5 import T5ToMrT5
 from jaxtok.verbs.convert import convert
 
-CASES = {
-    "mrt5": lambda: tiny.pairs(
-        MrT5Training(
-            model=mrt5(
-                T5Config(**tiny.SIZES, head_size=4, mlp_dim=32, gated=True, tie_embeddings=False),
-                gate_layer=1,
-                softmax1=True,
-            ),
-            target_rate=0.5,
-            score_weight=0.5,
-            hard_probability=0.5,
-        )
-    )
-}
+TINY_T5 = T5Config(**tiny.SIZES, head_size=4, mlp_dim=32, gated=True, tie_embeddings=False)
+TINY = MrT5Training(
+    model=mrt5(TINY_T5, gate_layer=1, softmax1=True), target_rate=0.5, score_weight=0.5, hard_probability=0.5
+)
+CASES = {"mrt5": lambda: tiny.pairs(TINY)}
+
+
+def operation() -> tiny.Operation:
+    to = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vocab_size=0))  # the T5's
+    return tiny.Operation(T5ToMrT5(to=to, steps=2), tiny.pairs(SequenceToSequence(model=TINY_T5)), TINY)
+
+
+SURGERIES = {"mrt5": operation}
 
 SIZES = {"num_layers": 3, "decoder_layers": 1, "d_model": 16, "num_heads": 2, "head_size": 6, "mlp_dim": 24}
 PLAIN = T5Config(**SIZES, vocab_size=384, gated=True, activation="gelu_tanh", tie_embeddings=False, softmax1=True)
@@ -235,16 +235,18 @@ def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
     run = convert(folder, tmp_path / "run")
     assert isinstance(load(run).task, SequenceToSequence) and load(run).experiment.data == SpanCorruption(batch_size=8)
     for source in (folder, run):
-        there = dataclasses.replace(experiment, workdir=str(tmp_path / f"mrt5_{source.name}"))
-        start_from_byt5(there, source)
-        params = load(there.directory).params
+        there = dataclasses.replace(experiment, workdir=str(tmp_path / f"mrt5_{source.name}"), start=T5ToMrT5())
+        params = start_from(there, open_model(source))
         assert float(params["controller"]["alpha"]) == 0
         for name, layers in (("stack", slice(0, 1)), ("rest", slice(1, 3))):
             ours, theirs = (tree["encoder"] for tree in (params, t5_params))
             kernels = [part["blocks"]["ffn"]["up"]["kernel"] for part in (ours[name], theirs["stack"])]
             np.testing.assert_array_equal(kernels[0], kernels[1][layers])
-    with pytest.raises(FileExistsError):
-        start_from_byt5(there, folder)
+    with pytest.raises(ValueError, match=r"SequenceToSequence of a T5Config and .* MrT5Config.*set `start`"):
+        start_from(dataclasses.replace(there, start=None), source)
+    wide = dataclasses.replace(there.task, model=dataclasses.replace(there.task.model, mlp_dim=32))
+    with pytest.raises(ValueError, match="other shapes"):
+        start_from(dataclasses.replace(there, task=wide), source)
     (text,) = verbs.generate(folder, prompt=("def f",), max_new_tokens=3, stream=False)
     assert len(text) <= 3
 

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.lm.transformer import matched_transformer
@@ -18,6 +17,7 @@ from jaxtok.training import loop
 from jaxtok.training.checkpoints import load
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import train
+from jaxtok.transfer.growth import Growth
 
 
 def equal(a, b) -> bool:
@@ -140,7 +140,7 @@ def test_accumulation_gives_the_same_update(short, tmp_path):
 
 
 def test_training_only_new_tokens_leaves_all_else(experiment):
-    new = dataclasses.replace(experiment, growth=(Growth(to=uniform_counts(12, 24), steps=3, train="new"),))
+    new = dataclasses.replace(experiment, stages=(Growth(to=uniform_counts(12, 24), steps=3, train="new"),))
     result = train(new, quiet=True)
     before = load(f"{new.workdir}/checkpoints/6").params
     after = result.params
@@ -159,7 +159,9 @@ def test_growth_keeps_the_validation_loss(experiment):
     rows = read_metrics(experiment.workdir, "train")
     batch = next(iter(experiment.data.eval_batches("validation")))
     small = before.task.module().apply({"params": before.params}, batch["tokens"])[0]
-    task, params, _ = before.task.grow(experiment.growth[0], before.params, None, jax.random.key(0))
+    growth = experiment.stages[0]
+    task, _ = growth.task(before.task, before.data)
+    params, _ = growth.params(before.task, before.data, before.params, None, jax.random.key(0))
     large = task.module().apply({"params": params}, batch["tokens"])[0]
     np.testing.assert_allclose(small, large, atol=1e-6)
     assert rows[6]["learning_rate"] == 0.0  # the schedule starts anew
