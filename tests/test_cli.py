@@ -123,7 +123,7 @@ def places(folder, run):
     (folder / "broken" / "config.json").write_text("{")
     (folder / "other").mkdir()
     (folder / "other" / "config.json").write_text('{"model_type": "whisper"}')
-    case = collect("CASES")["masked_words"]()
+    case = collect("TASKS")["masked_words"]()
     encoder = dataclasses.replace(case.experiment, workdir=str(folder / "encoder"))
     begin(encoder, nn.meta.unbox(case.task.init(jax.random.key(0), case.batch)))
     return folder

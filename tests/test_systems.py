@@ -16,7 +16,7 @@ import jaxtok
 from jaxtok.interop.formats import FORMATS
 from jaxtok.systems import COLUMNS, REASONS, SYSTEMS, configs, configs_folder, find, system, with_tables
 
-TASKS = collect("CASES")
+TASKS = collect("TASKS")
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS / "interop"))
