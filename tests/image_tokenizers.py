@@ -71,11 +71,11 @@ class MeasuredByError(Task):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrequencyTokenizer(MeasuredByError):
     """An image as its 15 lowest frequencies, low ones first: of each, the coefficients of grey, and of two differences
-    of colours, in 32, 8 and 6 steps. What a prefix leaves open is drawn."""
+    of colours, in 33, 9 and 5 steps. What a prefix leaves open is drawn."""
 
     image_shape: ClassVar[tuple[int, ...]] = (8, 8, 3)
     code_shape: ClassVar[tuple[int, ...]] = (15,)
-    code_values: ClassVar[tuple[int, ...]] = (32, 8, 6)
+    code_values: ClassVar[tuple[int, ...]] = (33, 9, 5)
     prefixes: ClassVar[tuple[int, ...]] = (1, 3, 6, 15)
     draws_images: ClassVar[bool] = True
     spread: float = 0.05
@@ -108,8 +108,8 @@ class FrequencyTokenizer(MeasuredByError):
 
     @staticmethod
     def reach():
-        """How large the coefficients of images in [0, 1] are; the mean is never negative."""
-        return np.full((15, 3), 16.0) * np.where(np.arange(15) == 0, 2, 1)[:, None]
+        """How far the steps of each coefficient reach, half of it on either side of 0."""
+        return np.where(np.arange(15)[:, None] == 0, [32.0, 8.0, 4.0], [12.0, 4.0, 2.0])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

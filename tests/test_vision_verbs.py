@@ -169,7 +169,7 @@ def wide(tmp_path_factory):
 def test_ordered_codes_with_a_decoder_that_draws(wide, tmp_path, capsys):
     place = wide / "ordered"
     header = open_codes(place / "codes" / "train").header
-    assert (header.shape, header.values, header.prefixes) == ((15,), (32, 8, 6), (1, 3, 6, 15))
+    assert (header.shape, header.values, header.prefixes) == ((15,), (33, 9, 5), (1, 3, 6, 15))
     grid = tmp_path / "grid.png"
     command = ["vision", "reconstruct", str(place / "tokenizer"), str(grid), "--count", "3", "--columns", "3"]
     assert main([*command, "--prefixes", "1", "6"]) == 0
