@@ -3,7 +3,7 @@
 A test file adds its systems to the contract tests by defining, next to its own tests, one of
 
     TASKS = {name: function that makes a tiny.Case}           a task with its data
-    DATA = {name: function of a folder of texts}              data
+    DATASETS = {name: function of a folder of texts}          data
     SURGERIES = {name: function that makes a tiny.Operation}  a surgery with a task
 
 as a literal dictionary at the top level of the file.
