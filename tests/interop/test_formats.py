@@ -344,7 +344,7 @@ def test_there_and_back_by_the_verb(case, tmp_path, corpus):
 
 def code_loss(model: Model) -> float:
     rng = np.random.default_rng(0)
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in model.data.batch_spec().items()}
+    batch = {name: np.zeros(spec.shape, spec.dtype) for name, spec in model.data.batch_spec().items()}
     batch["codes"] = rng.integers(0, model.task.model.codebook, batch["codes"].shape).astype(np.int32)
     batch["mask"] = np.ones_like(batch["mask"])
     return float(jax.jit(model.task.loss)(model.params, batch, jax.random.key(0), 0)[0])

@@ -236,17 +236,18 @@ def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
     assert isinstance(load(run).task, SequenceToSequence) and load(run).experiment.data == SpanCorruption(batch_size=8)
     for source in (folder, run):
         there = dataclasses.replace(experiment, workdir=str(tmp_path / f"mrt5_{source.name}"), start=T5ToMrT5())
-        params = start_from(there, open_model(source))
+        opened = open_model(source)
+        params = start_from(there, opened)
         assert float(params["controller"]["alpha"]) == 0
         for name, layers in (("stack", slice(0, 1)), ("rest", slice(1, 3))):
             ours, theirs = (tree["encoder"] for tree in (params, t5_params))
             kernels = [part["blocks"]["ffn"]["up"]["kernel"] for part in (ours[name], theirs["stack"])]
             np.testing.assert_array_equal(kernels[0], kernels[1][layers])
     with pytest.raises(ValueError, match=r"SequenceToSequence of a T5Config and .* MrT5Config.*set `start`"):
-        start_from(dataclasses.replace(there, start=None), source)
+        start_from(dataclasses.replace(there, start=None), opened)
     wide = dataclasses.replace(there.task, model=dataclasses.replace(there.task.model, mlp_dim=32))
     with pytest.raises(ValueError, match="other shapes"):
-        start_from(dataclasses.replace(there, task=wide), source)
+        start_from(dataclasses.replace(there, task=wide), opened)
     (text,) = verbs.generate(folder, prompt=("def f",), max_new_tokens=3, stream=False)
     assert len(text) <= 3
 
