@@ -110,7 +110,7 @@ T5_SIZES = {
     "mlp_dim": 24,
     "vocab_size": 384,
 }
-PAIRS = SpanCorruption(length=64, batch_size=8)
+PAIRS = SpanCorruption(length=1024, batch_size=8)
 CHARACTERS = LlamaStack(num_layers=1, d_model=12, num_heads=2, mlp_dim=20)
 RELEASED = ReleasedConfig(
     encoder=CHARACTERS,
