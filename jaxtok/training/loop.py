@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -254,7 +255,8 @@ def start_from(experiment: Experiment, source: Model, layout: Layout | None = No
         rng = jax.random.key(experiment.train.seed)
 
         def change(params):
-            return surgery.params(task, data, params, None, rng)[0]
+            with nn.logical_axis_rules(()):
+                return surgery.params(task, data, params, None, rng)[0]
 
         if difference := _difference(jax.eval_shape(change, source.params), abstract):
             raise ValueError(
@@ -324,7 +326,8 @@ def compile_surgery(
     seed = np.asarray(jax.random.key_data(rng))
 
     def change(params, opt_state):
-        params, opt_state = surgery.params(task, data, params, opt_state, jax.random.wrap_key_data(seed))
+        with nn.logical_axis_rules(()):  # new modules are made with a batch of one, which no mesh divides
+            params, opt_state = surgery.params(task, data, params, opt_state, jax.random.wrap_key_data(seed))
         return params, optimizer.init(params) if opt_state is None else opt_state
 
     if difference := _difference(jax.eval_shape(change, params, opt_state)[0], abstract):
