@@ -281,7 +281,7 @@ def _difference(found: Any, expected: Any) -> str:
     ours, theirs = trees
     for path in ours | theirs:
         if ours.get(path) != theirs.get(path):
-            here, there = (f"has {x[path]}" if path in x else "is missing" for x in (ours, theirs))
+            here, there = (f"has the shape {x[path]}" if path in x else "is missing" for x in (ours, theirs))
             return f"{path} {here} in the one and {there} in the other"
     return ""
 

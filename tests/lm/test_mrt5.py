@@ -50,7 +50,7 @@ TINY_T5 = T5Config(**tiny.SIZES, head_size=4, mlp_dim=32, gated=True, tie_embedd
 TINY = MrT5Training(
     model=mrt5(TINY_T5, gate_layer=1, softmax1=True), target_rate=0.5, score_weight=0.5, hard_probability=0.5
 )
-CASES = {"mrt5": lambda: tiny.pairs(TINY)}
+TASKS = {"mrt5": lambda: tiny.pairs(TINY)}
 
 
 def operation() -> tiny.Operation:

@@ -20,7 +20,7 @@ from jaxtok.training.mesh import AxisRules, MeshConfig, make_layout, one_device
 from jaxtok.training.optimizer import make_optimizer
 from jaxtok.transfer.growth import Growth
 
-TASKS = collect("CASES")
+TASKS = collect("TASKS")
 
 MESHES = {
     "data 8": MeshConfig(data=8),
