@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -210,9 +211,11 @@ def _start(
     found, damaged = checkpoints.newest(read)
     if found is None:
         data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
-        params = None if start is None else start_from(experiment, start(), layout)
+        said: list[str] = []
+        params = None if start is None else start_from(experiment, start(), layout, said.append)
         state = initial_state(experiment.task, experiment.train, experiment.data, layout, params)
-        return _Run(Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment), state, data), []
+        meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
+        return _Run(meta, state, data), said
     stored, state, place = found
     data = stored.data.train_batches(layout.rows(stored.data.batch_size))
     said = [
@@ -223,11 +226,22 @@ def _start(
     return _Run(dataclasses.replace(stored, experiment=experiment), state, data), said
 
 
-def start_from(experiment: Experiment, source: Model, layout: Layout | None = None) -> Any:
+def start_from(
+    experiment: Experiment,
+    source: Model,
+    layout: Layout | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Any:
     """The first parameters of a run, made from another model's, where they live (default: on one device).
 
     A model of the run's kind and sizes gives its parameters as they are; those of another go through the surgery
     `experiment.start`. What is not in `source`, such as the optimizer's state, starts anew.
+
+    Args:
+      experiment: the run; its task is one that fits its data.
+      source: the model, with its parameters on this process's host or device.
+      layout: where the parameters are to live.
+      say: is told where the run's task differs from the one that the parameters are of, as with another dropout.
 
     Raises:
       ValueError: the models differ and there is no such surgery, or it does not lead to the run's model.
@@ -238,6 +252,7 @@ def start_from(experiment: Experiment, source: Model, layout: Layout | None = No
     kinds = [f"{type(t).__name__} of a {type(getattr(t, 'model', None)).__name__}" for t in (task, own)]
     name = source.path or "the model to start from"
     if kinds[0] == kinds[1] and not _difference(source.params, abstract):
+        afterwards = task
 
         def change(params):
             return params
@@ -250,11 +265,12 @@ def start_from(experiment: Experiment, source: Model, layout: Layout | None = No
                 "config to the surgery that leads from one to the other."
             )
         surgery = experiment.start.towards(own)
-        surgery.task(task, data)
+        afterwards, _ = surgery.task(task, data)
         rng = jax.random.key(experiment.train.seed)
 
         def change(params):
-            return surgery.params(task, data, params, None, rng)[0]
+            with nn.logical_axis_rules(()):
+                return surgery.params(task, data, params, None, rng)[0]
 
         if difference := _difference(jax.eval_shape(change, source.params), abstract):
             raise ValueError(
@@ -262,6 +278,8 @@ def start_from(experiment: Experiment, source: Model, layout: Layout | None = No
                 f"{difference}; change `task` or `start` in the config."
             )
 
+    if say and (changed := differences(own, afterwards)):
+        say(f"starts with the parameters of {name}, but with {'; '.join(changed)}")
     places = _shardings(abstract_params(task, data, layout))
     params = jax.tree.map(lambda x, place: jax.device_put(np.asarray(x), place), source.params, places)
     types = jax.tree.map(lambda x: x.dtype, abstract)
@@ -279,7 +297,7 @@ def _difference(found: Any, expected: Any) -> str:
     ours, theirs = trees
     for path in ours | theirs:
         if ours.get(path) != theirs.get(path):
-            here, there = (f"has {x[path]}" if path in x else "is missing" for x in (ours, theirs))
+            here, there = (f"has the shape {x[path]}" if path in x else "is missing" for x in (ours, theirs))
             return f"{path} {here} in the one and {there} in the other"
     return ""
 
@@ -324,7 +342,8 @@ def compile_surgery(
     seed = np.asarray(jax.random.key_data(rng))
 
     def change(params, opt_state):
-        params, opt_state = surgery.params(task, data, params, opt_state, jax.random.wrap_key_data(seed))
+        with nn.logical_axis_rules(()):  # new modules are made with a batch of one, which no mesh divides
+            params, opt_state = surgery.params(task, data, params, opt_state, jax.random.wrap_key_data(seed))
         return params, optimizer.init(params) if opt_state is None else opt_state
 
     if difference := _difference(jax.eval_shape(change, params, opt_state)[0], abstract):

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtok import verbs
+from jaxtok.cli import main
 from jaxtok.configuration import load_config
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.decoding.sampling import Sampling
@@ -38,10 +39,11 @@ from jaxtok.lm.mrt5 import (
 )
 from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
 from jaxtok.lm.t5 import T5, SequenceToSequence, T5Config, init_params
-from jaxtok.training.checkpoints import load
+from jaxtok.training.checkpoints import load, write_config
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import start_from, train
 from jaxtok.training.mesh import MeshConfig
+from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.transfer.mrt5 import T5ToMrT5
 from jaxtok.verbs.convert import convert
 
@@ -250,6 +252,25 @@ def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
         start_from(dataclasses.replace(there, task=wide), opened)
     (text,) = verbs.generate(folder, prompt=("def f",), max_new_tokens=3, stream=False)
     assert len(text) <= 3
+
+
+def test_the_command_starts_a_run_from_a_byt5(experiment, t5_params, tmp_path):
+    """One small step away from the T5's weights; the run that is there is resumed without opening the T5 again."""
+    folder = write_folder(tmp_path / "byt5", dataclasses.replace(PLAIN, softmax1=False), t5_params)
+    run = dataclasses.replace(
+        experiment,
+        train=TrainConfig(steps=1, optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-3, warmup=0.0)),
+        workdir=str(tmp_path / "run"),
+        start=T5ToMrT5(),
+    )
+    write_config(run.directory, run)
+    assert main(["train", run.workdir, "--start", str(folder)]) == 0
+    params = load(run.directory).params
+    np.testing.assert_allclose(params["embedding"], t5_params["embedding"], atol=2e-3)
+    assert main(["train", run.workdir, "--start", str(tmp_path / "nowhere")]) == 0
+    again = dataclasses.replace(run, workdir=str(tmp_path / "again"))
+    write_config(again.directory, again)
+    assert main(["train", again.workdir, "--start", str(tmp_path / "nowhere")]) == 1
 
 
 def test_configs_of_published_sizes():

@@ -17,9 +17,12 @@ from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenCounts, TokenFormerConfig, uniform_counts
 from jaxtok.lm.transformer import TransformerConfig, matched_transformer
+from jaxtok.model import Model
 from jaxtok.nn.losses import cross_entropy
 from jaxtok.nn.parameter_attention import GROUPS, NORMALIZATIONS, new_token_mask
-from jaxtok.transfer.growth import Growth, grow, why_not_exact
+from jaxtok.training.experiment import Experiment
+from jaxtok.training.loop import start_from
+from jaxtok.transfer.growth import Growth, grow, grown_config, why_not_exact
 
 COUNTS = TokenCounts(query=6, key=7, value=8, output=5, ffn=12)
 UNEVEN = TokenCounts(query=9, key=8, value=21, output=6, ffn=13)
@@ -348,6 +351,23 @@ def test_a_model_without_parameter_tokens_cannot_grow():
     task = LanguageModeling(model=TransformerConfig(d_model=16, num_heads=2))
     with pytest.raises(ValueError, match="TransformerConfig has no parameter tokens"):
         Growth(to=UNEVEN).task(task, DATA)
+
+
+def test_a_larger_run_starts_with_a_smaller_model(params):
+    """By `Experiment.start`; what would change the function is said, and without a surgery the sizes have to fit."""
+    source = Model(task=LanguageModeling(model=CONFIG), params=params, data=DATA)
+    larger = LanguageModeling(model=grown_config(CONFIG, UNEVEN))
+    run, said = Experiment(task=larger, data=DATA, start=Growth()), []
+    found = start_from(run, source, say=said.append)
+    expected, _ = Growth(to=UNEVEN).params(source.task, DATA, params, None, jax.random.key(run.train.seed))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    assert said == []
+    current = dataclasses.replace(larger, model=dataclasses.replace(larger.model, norm_tokens=TokenCounts()))
+    start_from(dataclasses.replace(run, task=current), source, say=said.append)
+    (line,) = said
+    assert "model.norm_tokens." in line
+    with pytest.raises(ValueError, match=r"has the shape .* in the one and has the shape .*set `start`"):
+        start_from(dataclasses.replace(run, start=None), source)
 
 
 def operation() -> Operation:
