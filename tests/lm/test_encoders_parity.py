@@ -17,7 +17,7 @@ from jaxtok.lm.bert import PUBLISHED, Bert, BertConfig, init_params
 from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.nn.losses import cross_entropy, masked_mean
 
-CASES = {
+TASKS = {
     "masked_words": lambda: tiny.encoder(
         MaskedWords(
             model=dataclasses.replace(tiny.ENCODER, mask_head=True, replaced_head=False),
