@@ -11,9 +11,8 @@ from tyro.conf import Positional
 
 from jaxtok.configuration import load_config
 from jaxtok.interop.formats import format_for, format_named, format_of
-from jaxtok.interop.texts import copy_tokenizer, read_record, write_record
+from jaxtok.interop.texts import copy_tokenizer, named_texts, read_record, write_record
 from jaxtok.model import Model
-from jaxtok.tokenizers import load_tokenizer
 from jaxtok.training.checkpoints import begin, find_run, load, must_be_free
 from jaxtok.training.experiment import Experiment
 
@@ -83,11 +82,8 @@ def open_run(path: Path, ema: bool = False) -> Model:
       FileNotFoundError, ValueError: as `jaxtok.training.checkpoints.load`.
     """
     loaded = load(path, ema)
-    data, facts = loaded.experiment.data, {}
-    if hasattr(data, "tokenizer"):
-        tokenizer = load_tokenizer(data.tokenizer)
-        end = (tokenizer.eod_id,)
-        facts = {"tokenizer": tokenizer, "begin": end, "ends": end} | read_record(loaded.directory)
+    data = loaded.experiment.data
+    facts = named_texts(data.tokenizer).facts() | read_record(loaded.directory) if hasattr(data, "tokenizer") else {}
     return Model(
         task=loaded.task, params=loaded.params, data=data, path=loaded.directory, step=loaded.meta.step, **facts
     )

@@ -230,7 +230,7 @@ def task_and_data(config: BertConfig, texts: Texts, options: Options) -> tuple[A
         if ids[role] is None and Path(texts.spec).suffix == ".json":
             vocabulary = tokenizers.Tokenizer.from_file(texts.spec).get_vocab(with_added_tokens=True)
             ids[role] = next((vocabulary[name] for name in names if name in vocabulary), None)
-        if ids[role] is None:
+        if ids[role] is None and not (role == "mask" and config.num_classes):
             raise ValueError(f"the tokenizer {texts.spec} has none of {' and '.join(names)}; give the encoder's own.")
     data = EncoderData(
         tokenizer=texts.spec,

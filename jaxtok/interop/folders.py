@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.interop.tensors import Shapes, Table, read_params, read_tensors, save_tensors, whole_folder
-from jaxtok.interop.texts import Texts, read_texts, write_texts
+from jaxtok.interop.texts import Texts, named_texts, read_texts, write_texts
 from jaxtok.model import Model
 from jaxtok.protocols import Params
 
@@ -47,7 +47,7 @@ class FolderFormat:
     facts: Callable[[Model], dict[str, Any]] = lambda model: {}
     """What else `task_and_data` wants to know, for the entry `jaxtok` of config.json."""
     has_texts: bool = True
-    """Whether the folder has a tokenizer."""
+    """Whether the folder has a tokenizer; else that of the data is the only one."""
     default_tokenizer: str = ""
     """The tokenizer of a folder without any."""
     is_file: bool = False
@@ -80,8 +80,8 @@ class FolderFormat:
             if type(like) is not type(task):
                 raise ValueError(f"{path} holds a {type(task).__name__}; the config must be of one, too.")
             task = dataclasses.replace(like, model=task.model)
-        facts = texts.facts() if texts else {}
-        return Model(task=task, params=self.params_of(task, params), data=data, path=path, **facts)
+        texts = texts or named_texts(data.tokenizer)
+        return Model(task=task, params=self.params_of(task, params), data=data, path=path, **texts.facts())
 
     def write(
         self, path: Path, model: Model, *, shard_bytes: int = 5 * 10**9, torch_bin: bool = False, **_: Any

@@ -83,8 +83,14 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
         loaded,
         begin=tuple(own.get("begin", begin)),
         ends=tuple(own.get("ends", end)),
-        pad=own.get("pad", options.get("pad_token_id")),
+        pad=own.get("pad") if own else options.get("pad_token_id"),
     )
+
+
+def named_texts(spec: str) -> Texts:
+    """How texts become ids for a run with this tokenizer: its end of a document begins a text, too."""
+    tokenizer = load_tokenizer(spec)
+    return Texts(spec, tokenizer, begin=(tokenizer.eod_id,), ends=(tokenizer.eod_id,))
 
 
 def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[str, Any]) -> Texts:
@@ -116,7 +122,7 @@ def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[
             begin = (bos, *begin)
         elif adds is False:
             begin = tuple(token for token in begin if token != bos)
-    pad = own.get("pad", of_role("pad"))
+    pad = own.get("pad") if own else of_role("pad")
     tokenizer = HuggingFaceTokenizer(folder, eod=theirs.id_to_token(ends[0]))
     return Texts(str(file.absolute()), tokenizer, tuple(begin), ends, pad if isinstance(pad, int) else None)
 

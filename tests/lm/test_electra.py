@@ -462,7 +462,7 @@ def test_the_authors_variables_there_and_back(name, batch):
     theirs = to_official(task, params)
     again = from_official(task, theirs | {"global_step": np.zeros(()), "electra/x/adam_m": np.zeros(3)})
     assert jax.tree.all(jax.tree.map(np.array_equal, again, jax.tree.map(np.asarray, params)))
-    assert len({name for name, _ in variables(task).values()}) == len(variables(task))
+    assert len({source.name for source in variables(task).values()}) == len(variables(task))
     with pytest.raises(ValueError, match="electra/odd is unknown"):
         from_official(task, theirs | {"electra/odd": np.zeros(3)})
     del theirs["electra/embeddings/LayerNorm/beta"]
