@@ -423,7 +423,7 @@ def _generate(model: HAT, sampling, max_bytes, params, words, lengths, counts, b
         stopped = state.stopped | ended | (left <= 0)
         outputs, cache = run("backbone", run("encode", word[:, None], length[:, None]), cache=state.cache)
         return _State(
-            cache=cache.replace(length=jnp.where(stopped, state.cache.length, cache.length)),
+            cache=cache.truncate(jnp.where(stopped, state.cache.length, cache.length)),
             predictive=run("predictive", outputs)[:, 0],
             words=state.words.at[:, state.step].set(word),
             lengths=state.lengths.at[:, state.step].set(length),

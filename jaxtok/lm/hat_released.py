@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
 from jaxtok.decoding.sampling import Sampling, sample, sampling_key
-from jaxtok.nn.cache import KVCache, places_of
+from jaxtok.nn.cache import KVCache, entered, places_of
 from jaxtok.nn.linear import Linear, LlamaStack
 from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, totals
 from jaxtok.nn.rotary import RopeScaling, apply_rotary
@@ -222,10 +222,11 @@ class GuidedStack(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = jnp.arange(stack.num_layers)
+        positions, cache = entered(x, positions, cache)
         (x, cache), _ = scan(self.config, name="blocks")(
             (x, cache), layers, positions, segments, guides, word, deterministic
         )
-        return x, None if cache is None else cache.advance(x.shape[1])
+        return x, cache
 
 
 def _linear(of: LlamaStack, features: int, axes: tuple[str, str], name: str) -> Linear:
@@ -618,10 +619,8 @@ def _decode(
 ) -> _State:
     """The decoder on the byte at `place` of some rows; what it has cached from there on is forgotten."""
     states = jnp.take_along_axis(state.states, place[:, None, None], 1)
-    cache = state.decoder.replace(length=jnp.where(some, place, state.decoder.length))
+    cache = state.decoder.truncate(jnp.where(some, place, state.decoder.length))
     word = jnp.zeros((len(place), 1), jnp.int32)
     logits, cache = model.apply({"params": params}, states, state.guide[:, None], word, cache=cache, method="decode")
     length = jnp.where(some, place + 1, state.decoder.length)
-    return state.replace(
-        decoder=cache.replace(length=length), logits=jnp.where(some[:, None], logits[:, 0], state.logits)
-    )
+    return state.replace(decoder=cache.truncate(length), logits=jnp.where(some[:, None], logits[:, 0], state.logits))

@@ -22,11 +22,11 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.axes import constrain, gather
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.decoding.sampling import generate as generate_tokens
-from jaxtok.nn.cache import KVCache, places_of
+from jaxtok.nn.cache import KVCache, entered
 from jaxtok.nn.linear import MLP, LinearStack
 from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics
 from jaxtok.nn.relative import RelativeBias
-from jaxtok.nn.transformer import Stack
+from jaxtok.nn.transformer import Stack, layer_range
 from jaxtok.protocols import Batch, Params
 from jaxtok.tokenizers.byt5 import ByT5Tokenizer
 
@@ -171,20 +171,33 @@ class Encoder(Side):
 
 
 class Decoder(Side):
-    def __call__(self, x, encoded: Encoded, cache: KVCache | None = None, deterministic: bool = True):
-        places = places_of(x[:1] if cache is None else x, cache)  # of all rows, where they are equal
-        slots = jnp.arange(x.shape[1] if cache is None else cache.slots)[None]
+    def __call__(
+        self,
+        x: Float[Array, "batch length d_model"],
+        encoded: Encoded,
+        *,
+        positions: Int[Array, "#batch length"] | None = None,
+        mask: Bool[Array, "#batch length length"] | None = None,
+        layers: tuple[int, int] | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
+        """As `hidden` of `jaxtok.protocols.CausalLM`."""
+        first, end = layer_range(layers, self.config.num_layers)
+        positions, known = entered(x, positions, cache, first)
         x, cache = self.stack(
-            self.drop(x, deterministic),
-            places,
+            self.drop(x, deterministic or first > 0),
+            positions,
             None,
             cache,
             deterministic,
-            bias=(self.relative_bias(places, slots),),
+            bias=(self.relative_bias(positions, positions if cache is None else known.positions),),
             context=encoded.states,
             context_bias=encoded.bias,
+            mask=mask,
+            layers=(first, end),
         )
-        return self.drop(self.final_norm(x), deterministic), cache
+        return self.drop(self.final_norm(x), deterministic) if end == self.config.num_layers else x, cache
 
 
 class T5(nn.Module):
@@ -252,8 +265,12 @@ class T5(nn.Module):
         Args:
           encoded: without `states`, where the cache has the keys and values of the input already.
         """
-        x, cache = self.decoder(self.embed(outputs), encoded, cache, deterministic)
+        x, cache = self.decoder(self.embed(outputs), encoded, cache=cache, deterministic=deterministic)
         return self.head(x), cache
+
+    def hidden(self, x: Float[Array, "batch length d_model"], encoded: Encoded, **options: Any):
+        """The decoder's states, from the embeddings of outputs, and the cache; see `Decoder`."""
+        return self.decoder(x, encoded, **options)
 
     def head(self, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length vocab"]:
         if self.config.scale_outputs:
@@ -316,17 +333,29 @@ class Conditioned:
     def config(self) -> T5Config:
         return self.module.config
 
-    def apply(self, variables, tokens, *, cache: KVCache | None = None, **_: Any):
+    def apply(self, variables, x, *, method: str = "", cache: KVCache | None = None, **options: Any):
         params = variables["params"]
-        known = cache if cache is not None else self.init_cache(*tokens.shape)
-        logits, after = self.module.apply(
-            {"params": params["model"]},
-            tokens,
+        model = {"params": params["model"]}
+        if method in ("embed", "head"):
+            return self.module.apply(model, x, method=method)
+        known = cache
+        if cache is None:  # one that holds nothing but the input
+            known = self.init_cache(*x.shape[:2])
+            if (options.get("layers") or (0,))[0]:
+                known = entered(x, options.get("positions"), known)[1]
+        if not method:
+            x = self.module.apply(model, x, method="embed")
+        x, after = self.module.apply(
+            model,
+            x,
             Encoded(None, params["bias"]),
-            known.replace(context=params["context"]),
-            method="decode",
+            cache=known.replace(context=params["context"]),
+            method="hidden",
+            **options,
         )
-        return logits, None if cache is None else after.replace(context=None)
+        if not method:
+            x = self.module.apply(model, x, method="head")
+        return x, None if cache is None else after.replace(context=None)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         return self.module.init_cache(batch, length)
