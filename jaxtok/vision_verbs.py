@@ -201,9 +201,7 @@ def generate(
         )
     sampling: Any
     if isinstance(task, ElmModeling):
-        sampling = ElmSampling(
-            guidance=guidance, schedule=schedule, temperature=temperature, top_k=top_k or None, top_p=top_p
-        )
+        sampling = ElmSampling(guidance=guidance, schedule=schedule, temperature=temperature, top_k=top_k, top_p=top_p)
     else:
         sampling = MaskedSampling(rounds=rounds, guidance=guidance, schedule=schedule, temperature=noise)
     wanted = [label for label in ids for _ in range(per_class)]

@@ -109,7 +109,7 @@ config = ElmStudy(
             SampleQuality(
                 images=digits,
                 proxy=f"{WORKDIR}/proxy",
-                guided=ElmSampling(guidance=GUIDANCE, top_k=None),
+                guided=ElmSampling(guidance=GUIDANCE, top_k=0),
                 masked=MaskedSampling(guidance=GUIDANCE),
             ),
         ),

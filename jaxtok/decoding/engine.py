@@ -36,7 +36,7 @@ class State:
 
     model: Any
     """The model's own state. Of a CausalLM, its cache, which holds all tokens of a row but the newest."""
-    text: Int[Array, "batch room *parts"]
+    text: Int[Array, "batch room ..."]
     """The prompt and then the new tokens of each row."""
     logprobs: Float[Array, "batch room"]
     """Of new tokens, their log probabilities in nats, by the model's own distribution, before temperature, top_k,
@@ -175,7 +175,7 @@ class Engine:
     def begin(
         self,
         state: Any,
-        text: Int[Array, "batch prompt *parts"],
+        text: Int[Array, "batch prompt ..."],
         *,
         new: int,
         lengths: Int[Array, " batch"] | None = None,
@@ -361,7 +361,7 @@ class Engine:
 
         The arrays of `state.model` are used up: they become those of the new state.
         """
-        until = jnp.iinfo(jnp.int32).max if until is None else until
+        until = jnp.asarray(jnp.iinfo(jnp.int32).max if until is None else until, jnp.int32)
         return self._run(params, state.model, state.replace(model=None), until)
 
     @functools.partial(jax.jit, static_argnames="self", donate_argnames="model")
@@ -379,18 +379,26 @@ class Engine:
         Raises:
           ValueError: the logits were no numbers.
         """
-        given = jax.device_get(state.length)
-        live = jax.device_get(state.live)
+        given, live = jax.device_get((state.length, state.live))
         while live.any():
             until = None if chunk is None else (given - jax.device_get(state.start))[live].min() + chunk
             state = self.run(params, state, until)
-            text, logprobs, length, live = jax.device_get((state.text, state.logprobs, state.length, state.live))
-            spans = [slice(*span) for span in zip(given, length)]
-            if any(np.isnan(row[span]).any() for row, span in zip(logprobs, spans)):
-                raise ValueError("the logits are not numbers; look at the parameters.")
-            pieces = ([row[span].tolist() for row, span in zip(of, spans)] for of in (text, logprobs))
-            given = length
-            yield Piece(*pieces), state
+            piece = new_tokens(state, given)
+            given, live = jax.device_get((state.length, state.live))
+            yield piece, state
+
+
+def new_tokens(state: State, since: Int[np.ndarray, " batch"] | None = None) -> Piece:
+    """The tokens of each row after the first `since` of its text; default: after its prompt.
+
+    Raises:
+      ValueError: their logits were no numbers.
+    """
+    text, logprobs, start, length = jax.device_get((state.text, state.logprobs, state.start, state.length))
+    spans = [slice(*span) for span in zip(start if since is None else since, length)]
+    if any(np.isnan(row[span]).any() for row, span in zip(logprobs, spans)):
+        raise ValueError("the logits are not numbers; look at the parameters.")
+    return Piece(*([row[span].tolist() for row, span in zip(of, spans)] for of in (text, logprobs)))
 
 
 @flax.struct.dataclass
@@ -400,7 +408,7 @@ class _Walk:
     node: Int[Array, " batch"]
     going: Bool[Array, " batch"]
     path: Int[Array, "batch nodes"]
-    chosen: Int[Array, "batch nodes *parts"]
+    chosen: Int[Array, "batch nodes ..."]
     logprobs: Float[Array, "batch nodes"]
     count: Int[Array, " batch"]
     stopped: Bool[Array, " batch"]
@@ -494,15 +502,10 @@ def generate(
         chooser=chooser_state,
         drafter=drafter_state,
     )
-    rows, logprobs = ([[] for _ in prompts] for _ in range(2))
-    for piece, state in engine.stream(params, state, chunk if on_tokens else None):  # noqa: B020
-        for row, new in zip(rows, piece.tokens):
-            row += new
-        for row, new in zip(logprobs, piece.logprobs):
-            row += new
+    for piece, state in engine.stream(params, state, chunk if on_tokens else None):  # noqa: B007, B020
         if on_tokens:
             on_tokens(piece)
-    return Generation(rows, logprobs, jax.device_get(state.steps).tolist(), state.replace(model=None))
+    return Generation(*new_tokens(state), jax.device_get(state.steps).tolist(), state.replace(model=None))
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> list[int]:

@@ -24,7 +24,7 @@ class TokenModel(Protocol):
     """
 
     def step(
-        self, params: Params, tokens: Int[Array, "batch *parts"], state: Any, live: Bool[Array, " batch"]
+        self, params: Params, tokens: Int[Array, "batch ..."], state: Any, live: Bool[Array, " batch"]
     ) -> tuple[Float[Array, "batch *parts vocab"], Any, Bool[Array, " batch"]]:
         """Reads each row's newest token and gives the logits of the next one.
 
@@ -50,7 +50,7 @@ class Chooser(Protocol):
 
     def choose(
         self, logits: Float[Array, "batch *parts vocab"], keys: Key[Array, " batch"], state: Any
-    ) -> tuple[Int[Array, "batch *parts"], Any]:
+    ) -> tuple[Int[Array, "batch ..."], Any]:
         """A token for each row, and the state after it.
 
         A row's token must depend on its own logits, key and state only. It is called once for every token that a row
@@ -139,8 +139,8 @@ class Evictor(Protocol):
 
 
 def keep_slots(
-    index: Int[Array, "..."], rows: Bool[Array, " batch"], length: Int[Array, " batch"], size: int
-) -> tuple[Int[Array, "..."], Int[Array, " batch"]]:
+    index: Int[Array, " *leading kept"], rows: Bool[Array, " batch"], length: Int[Array, " batch"], size: int
+) -> tuple[Int[Array, " *leading kept"], Int[Array, " batch"]]:
     """What `KVCache.gather` takes, to keep the slots `index` in these rows, and in others all that are in use.
 
     Args:

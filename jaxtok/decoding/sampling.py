@@ -63,7 +63,7 @@ class Sampling:
 
     def choose(
         self, logits: Float[Array, "batch *parts vocab"], keys: Key[Array, " batch"], state: Any = ()
-    ) -> tuple[Int[Array, "batch *parts"], Any]:
+    ) -> tuple[Int[Array, "batch ..."], Any]:
         """A token for each row, with a key of its own; where a token has several parts, each is drawn on its own."""
         if self.temperature == 0:
             return logits.argmax(-1).astype(jnp.int32), state

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,8 +20,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
+from jaxtok.decoding.engine import Generation
+from jaxtok.decoding.engine import generate as generate_tokens
+from jaxtok.decoding.protocols import Chooser
 from jaxtok.decoding.sampling import Sampling
-from jaxtok.decoding.sampling import generate as generate_tokens
+from jaxtok.decoding.text import Continued, OnText, texts_and_logprobs
 from jaxtok.nn.cache import KVCache, entered
 from jaxtok.nn.linear import MLP, LinearStack
 from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics
@@ -436,15 +439,13 @@ class SequenceToSequence:
         inputs: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        sampling: Sampling = Sampling(temperature=0),
-        rng: jax.Array | None = None,
+        chooser: Chooser = Sampling(temperature=0),
         begin: Sequence[int] = (),
         stop_tokens: Collection[int] | None = None,
-        num_ids: int | None = None,
-        on_tokens: Callable[[list[list[int]]], None] | None = None,
-        **encoding: Any,
-    ) -> list[list[int]]:
-        """Outputs for inputs; the encoder runs once. See `jaxtok.decoding.sampling.generate`.
+        encoding: Mapping[str, Any] = {},
+        **options: Any,
+    ) -> Generation:
+        """Outputs for inputs; the encoder runs once. See `jaxtok.decoding.generate`, which has more options.
 
         Args:
           inputs: ids, of any lengths, each with its end.
@@ -462,17 +463,25 @@ class SequenceToSequence:
             condition(self.module(), params, self.encoded(params, tokens, **encoding)),
             [[cfg.pad_id, *begin]] * len(inputs),
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            rng=rng,
+            chooser=chooser,
             stop_tokens=(cfg.eos_id,) if stop_tokens is None else stop_tokens,
-            num_ids=num_ids,
-            on_tokens=on_tokens,
+            **options,
         )
 
     def continue_text(
-        self, params: Params, prompts: Sequence[bytes], *, max_bytes: int, sampling: Sampling, rng: jax.Array | None
-    ) -> list[bytes]:
-        """What a ByT5 trained on span corruption puts in the place of a sentinel behind each prompt.
+        self,
+        params: Params,
+        prompts: Sequence[bytes],
+        *,
+        max_bytes: int,
+        sampling: Chooser = Sampling(),
+        rng: jax.Array | None = None,
+        on_text: OnText | None = None,
+        logprobs: bool = False,
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
+        """What a ByT5 trained on span corruption puts in the place of a sentinel after each prompt.
+
+        See `jaxtok.protocols.TextGenerator`.
 
         Raises:
           ValueError: the model's vocabulary is not ByT5's, or as in `generate`.
@@ -483,17 +492,23 @@ class SequenceToSequence:
                 f"vocab_size is {self.model.vocab_size}; text is continued with ByT5's ids, {tokenizer.vocab_size}."
             )
         sentinel = SENTINEL
-        rows = self.generate(
+
+        def text_of(tokens: Sequence[int]) -> bytes:
+            return tokenizer.decode(token for token in tokens if token != sentinel - 1)
+
+        found = self.generate(
             params,
             [[*tokenizer.encode(prompt), sentinel, self.model.eos_id] for prompt in prompts],
             max_new_tokens=max_bytes,
-            sampling=sampling,
+            chooser=sampling,
             rng=rng,
             begin=[sentinel],
             stop_tokens=(self.model.eos_id, sentinel - 1),
             num_ids=sentinel + 1,
+            on_tokens=on_text and (lambda piece: on_text([text_of(new) for new in piece.tokens])),
         )
-        return [tokenizer.decode(token for token in row if token != sentinel - 1) for row in rows]
+        rows = [Continued(text_of(row), row, likely) for row, likely in zip(found.tokens, found.logprobs)]
+        return texts_and_logprobs(rows, logprobs)
 
 
 SENTINEL = 258

@@ -35,7 +35,7 @@ class SampleQuality:
     images: ImageData
     proxy: str
     """The folder of the proxy, which is trained once."""
-    guided: ElmSampling = ElmSampling(guidance=2.0, top_k=None)
+    guided: ElmSampling = ElmSampling(guidance=2.0, top_k=0)
     masked: MaskedSampling = MaskedSampling(guidance=2.0)
 
     def __call__(self, task: ElmModeling | MaskedElmModeling, params: Params, data: CodeData) -> dict[str, float]:

@@ -166,10 +166,8 @@ def test_generation(golden):
     rows = [row[mask.astype(bool)].tolist() for row, mask in zip(golden["in/input_ids"], golden["in/attention_mask"])]
     for deletion in ("soft", "hard"):
         theirs = golden[f"out/{deletion}_greedy_ids"][:, 1:]
-        new = task.generate(
-            params, rows, max_new_tokens=theirs.shape[1], sampling=Sampling(temperature=0), deletion=deletion
-        )
-        np.testing.assert_array_equal([row + [0] * (theirs.shape[1] - len(row)) for row in new], theirs)
+        new = task.generate(params, rows, max_new_tokens=theirs.shape[1], encoding={"deletion": deletion})
+        np.testing.assert_array_equal([row + [0] * (theirs.shape[1] - len(row)) for row in new.tokens], theirs)
 
 
 @pytest.mark.parity("mrt5/bp*.npz", "mrt5/cp*.npz")
