@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from jaxtok.data.span_corruption import corrupt, raw_length
-from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.huggingface import params_from, params_to
 from jaxtok.interop.t5 import read_config
 from jaxtok.lm.mrt5 import (

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtok.data.codes import regroup
 from jaxtok import decoding
+from jaxtok.data.codes import regroup
 from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.nn.linear import LinearStack
 from jaxtok.nn.losses import by_parts
