@@ -67,15 +67,50 @@ class Tokenizer(Protocol):
         ...
 
 
+class Cache(Protocol):
+    """What a causal model keeps of the tokens before: a pytree of static shapes, in which rows have lengths of their own.
+
+    `init_cache` makes it empty, and `apply` returns it with the new tokens in it. `jaxtok.nn.cache.KVCache` has slots
+    with keys and values; the state of a state-space model has none, and is not rewindable.
+    """
+
+    length: jax.Array
+    """[batch] int32: how many tokens each row has taken, and not dropped since."""
+    rewindable: bool
+    """Whether `truncate` and `gather` are possible; otherwise they raise a ValueError."""
+
+    @property
+    def next_position(self) -> jax.Array:
+        """[batch] int32: one above the largest position of each row. Dropping earlier tokens does not change it."""
+        ...
+
+    def truncate(self, length: jax.Array) -> Cache:
+        """Forgets what each row took after its first `length` [batch] tokens; never lengthens."""
+        ...
+
+    def gather(self, index: jax.Array, count: jax.Array | None = None) -> Cache:
+        """Keeps the slots `index` [batch, kept] of each row, in that order, with their positions.
+
+        With an index [layers, batch, kept] or [layers, batch, heads, kept] these differ. `count`, of the shape of the
+        index but its last dimension or [batch], says how many of them hold something; default: all.
+        """
+        ...
+
+
 class CausalLM(Protocol):
     """A Linen module from tokens [batch, length] to next-token logits [batch, length, vocab].
 
     Used with explicit parameters, as `model.apply({"params": params}, tokens, ...)`. `method="embed"`, `"hidden"` and
-    `"head"` give the parts: `head(hidden(embed(tokens)))` is the whole.
+    `"head"` give the parts: `head(hidden(embed(tokens)))` is the whole. `hidden` takes the options of `apply`, and
+
+    layers  (a, b): only the layers from number a on and before number b run. With a > 0, the input is what earlier
+            layers gave for the same tokens. What belongs to the embeddings (positions, dropout) is applied where a = 0,
+            and the final norm after the last layer: `layers=(count, count)` is the final norm alone. With a cache,
+            a = 0 gives it new tokens; otherwise they are its newest ones, and those layers that run are written.
     """
 
     config: Any
-    """Has at least `vocab_size` and `max_length`."""
+    """Has at least `vocab_size`, `max_length` and `num_layers`."""
 
     def apply(
         self,
@@ -84,15 +119,25 @@ class CausalLM(Protocol):
         *,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
+        mask: jax.Array | None = None,
         cache: Any | None = None,
         deterministic: bool = True,
         **kwargs: Any,
     ) -> tuple[jax.Array, Any]:
-        """Returns logits and the cache, with the new tokens appended (None if none was given)."""
+        """Returns logits and the cache, with the new tokens appended (None if none was given).
+
+        Args:
+          positions: [batch or 1, length] int32; default: 0, 1, ..., or from the cache's `next_position` on. With a
+            cache, a token at position -1 is padding: it leaves no trace, and its logits mean nothing.
+          segments: [batch, length] int32; tokens see those of their own segment only. Not together with a cache.
+          mask: [batch or 1, length, length] bool, who sees whom among these tokens, in place of "those up to itself":
+            a draft tree, with positions by depth. Each also sees what the cache holds at its position or before, and in
+            either case no farther back than a window reaches.
+        """
         ...
 
     def init_cache(self, batch: int, length: int) -> Any:
-        """An empty `KVCache` with room for `length` tokens in each of `batch` rows."""
+        """An empty `Cache` with room for `length` tokens in each of `batch` rows."""
         ...
 
 

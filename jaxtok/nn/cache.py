@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -97,7 +96,7 @@ class KVCache:
     def gather(
         self,
         index: Int[Array, "batch kept"] | Int[Array, "layers batch kept"] | Int[Array, "layers batch heads kept"],
-        count: Int[Array, "..."] | None = None,
+        count: Int[Array, ...] | None = None,
     ) -> KVCache:
         """Keeps the slots `index` of each row, or of each layer, or of each of its heads, in that order.
 
