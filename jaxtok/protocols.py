@@ -9,7 +9,7 @@ Axis names, used in every shape of the package: batch, length, heads, head_dim, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -279,7 +279,27 @@ class TextGenerator(Protocol):
     """A Task whose model continues text in a way of its own; those of causal language models need none."""
 
     def continue_text(
-        self, params: Params, prompts: Sequence[bytes], *, max_bytes: int, sampling: Any, rng: jax.Array | None
-    ) -> list[bytes]:
-        """Up to `max_bytes` bytes behind each prompt; `sampling` is a `jaxtok.decoding.sampling.Sampling`."""
+        self,
+        params: Params,
+        prompts: Sequence[bytes],
+        *,
+        max_bytes: int,
+        sampling: Any,
+        rng: jax.Array | None,
+        on_text: Callable[[list[bytes]], None] | None = None,
+        logprobs: bool = False,
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
+        """Up to `max_bytes` bytes after each prompt. A row depends on its prompt, `rng` and its number only.
+
+        Args:
+          sampling: a `jaxtok.decoding.Sampling`, or another chooser of the model's tokens.
+          rng: a key; needed unless the temperature is 0.
+          on_text: called with the new bytes of each row, as they come (streaming).
+          logprobs: return the log probabilities as well: for each row those of its tokens in nats, by the model's own
+            distribution before `sampling`. Tokens are bytes, units, and what ends words and texts; the sum is that of
+            the whole row.
+
+        Raises:
+          ValueError: there is no prompt or no room, or a key is needed.
+        """
         ...

@@ -87,35 +87,54 @@ class CachedTokens:
 
     model: CausalLM
 
-    def step(self, params: Params, tokens, state, live):
-        logits, cache = self.model.apply({"params": params}, tokens[:, None], cache=state)
-        return logits[:, 0], cache.truncate(jnp.where(live, cache.length, state.length)), live
+    @property
+    def rewindable(self) -> bool:
+        """Whether tokens can be taken out of the cache again."""
+        return jax.eval_shape(lambda: self.model.init_cache(1, 1)).rewindable
 
-    def verify(
+    def read(
+        self,
+        params: Params,
+        tokens: Int[Array, "batch new"],
+        cache: Any,
+        positions: Int[Array, "batch new"] | None = None,
+        mask: Bool[Array, "batch new new"] | None = None,
+        sow: bool = False,
+    ) -> tuple[Float[Array, "batch new vocab"], Any, Any]:
+        """Logits after each token, the cache with all of them, and, where asked, the model's intermediates."""
+        # A token after the end of the context is never accepted; it must only have a position that there is.
+        positions = None if positions is None else jnp.minimum(positions, self.model.config.max_length - 1)
+        given = {"positions": positions, "mask": mask}
+        options: dict[str, Any] = {"cache": cache} | {name: x for name, x in given.items() if x is not None}
+        if not sow:
+            return *self.model.apply({"params": params}, tokens, **options), None
+        out, sown = self.model.apply({"params": params}, tokens, mutable=["intermediates"], **options)
+        return *out, sown["intermediates"]
+
+    def step(self, params: Params, tokens, state, live):
+        if self.rewindable:
+            logits, cache, _ = self.read(params, tokens[:, None], state)
+            return logits[:, 0], cache.truncate(jnp.where(live, cache.length, state.length)), live
+        positions = jnp.where(live, state.next_position, -1)  # padding leaves no trace
+        logits, cache, _ = self.read(params, tokens[:, None], state, positions[:, None])
+        return logits[:, 0], cache, live
+
+    def keep(
         self,
         params: Params,
         tokens: Int[Array, "batch nodes"],
-        parents: Int[Array, "batch nodes"],
-        cache: Any,
-        position: Int[Array, " batch"],
-        sow: bool = False,
-    ) -> tuple[Float[Array, "batch nodes vocab"], Any, Any]:
-        """Logits after each node of a tree, the cache with all nodes appended, and the model's intermediates.
-
-        A node sees the cache, its ancestors and itself; its position is that of the root plus its depth.
-        """
-        seen = ancestors(parents)
-        depth = seen.sum(-1) - 1
-        # A node after the end of the context is never accepted; it must only have a position that there is.
-        positions = jnp.minimum(position[:, None] + depth, self.model.config.max_length - 1)
-        options: dict[str, Any] = {"positions": positions, "cache": cache}
-        if tokens.shape[1] > 1:
-            options["mask"] = seen
-        if sow:
-            (logits, cache), sown = self.model.apply({"params": params}, tokens, mutable=["intermediates"], **options)
-            return logits, cache, sown["intermediates"]
-        logits, cache = self.model.apply({"params": params}, tokens, **options)
-        return logits, cache, None
+        before: Any,
+        after: Any,
+        path: Int[Array, "batch nodes"],
+        count: Int[Array, " batch"],
+        chain: bool,
+    ) -> Any:
+        """The cache with the accepted nodes only: the first `count` of `path`."""
+        nodes = jnp.arange(tokens.shape[1])
+        if not self.rewindable:  # they are read once more
+            positions = jnp.where(nodes < count[:, None], before.next_position[:, None] + nodes, -1)
+            return self.read(params, tokens, before, positions)[1]
+        return after.truncate(before.length + count) if chain else after.keep_newest(len(nodes), path, count)
 
 
 def ancestors(parents: Int[Array, "batch nodes"]) -> Bool[Array, "batch nodes nodes"]:
@@ -163,9 +182,16 @@ class Engine:
 
     def __post_init__(self):
         for name in ("drafter", "evictor"):
-            if getattr(self, name) is not None and not hasattr(self.model, "verify"):
-                kind = type(self.model).__name__
-                raise ValueError(f"{name} is {getattr(self, name)}; it needs a CausalLM, and the model is {kind}.")
+            if (given := getattr(self, name)) is None:
+                continue
+            if not isinstance(self.model, CachedTokens):
+                raise ValueError(f"{name} is {given}; it needs a CausalLM, and the model is {self.model}.")
+            if not self.model.rewindable and not getattr(given, "chain", False):
+                takes = "drafts that are chains" if name == "drafter" else "no evictor"
+                raise ValueError(
+                    f"{name} is {given}; tokens cannot be taken out of the cache of {type(self.model.model).__name__}, "
+                    f"so it takes {takes}."
+                )
 
     @property
     def nodes(self) -> int:
@@ -242,13 +268,15 @@ class Engine:
         lengths = lengths.astype(jnp.int32)
         room = min(longest + new, model.config.max_length) + self.nodes - 1
         cache = model.init_cache(batch, room if self.evictor is None else longest)
+        places = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
         # The logits are not used, so the compiler drops the head; the first step reads the last token.
-        _, cache, sown = self._read(params, tokens, cache)
-        cache, evictor = cache.truncate(lengths - 1), None
+        _, cache, sown = self.model.read(
+            params, tokens, cache, jnp.where(places < lengths[:, None] - 1, places, -1), sow=self._sow
+        )
+        cache, evictor = cache.truncate(lengths - 1) if self.model.rewindable else cache, None
         if self.evictor is not None:
             evictor = self.evictor.init(cache)
             if self.evictor.observes:
-                places = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
                 evictor = self.evictor.observe(evictor, cache, sown, places, lengths - 1)
             rows = cache.length > self.evictor.slots
             cache, evictor = self.evictor.evict(evictor, cache, rows, self._slots())
@@ -261,11 +289,9 @@ class Engine:
         """Of a cache that is evicted from."""
         return self.evictor.slots + self.evictor.every - 1 + self.nodes
 
-    def _read(self, params, tokens, cache):
-        if self.evictor is not None and self.evictor.observes:
-            out, sown = self.model.model.apply({"params": params}, tokens, cache=cache, mutable=["intermediates"])
-            return *out, sown["intermediates"]
-        return *self.model.model.apply({"params": params}, tokens, cache=cache), None
+    @property
+    def _sow(self) -> bool:
+        return self.evictor is not None and self.evictor.observes
 
     def step(self, params: Params, state: State) -> State:
         """One pass of the model: each row gets the tokens that its draft has right, and one more."""
@@ -279,16 +305,20 @@ class Engine:
         else:
             tokens, parents = self.drafter.propose(state.drafter, state.text, state.length)
             tokens, parents = tokens.at[:, 0].set(newest).astype(jnp.int32), parents.at[:, 0].set(-1)
+        chain = self.drafter is None or self.drafter.chain
         if self.drafter is None and self.evictor is None:
             logits, model, ready = self.model.step(params, newest, state.model, state.live)
             logits = logits[:, None]
         else:
-            observes = self.evictor is not None and self.evictor.observes
-            logits, model, sown = self.model.verify(params, tokens, parents, state.model, last, observes)
+            seen = None if chain else ancestors(parents)
+            depth = jnp.arange(self.nodes) if chain else seen.sum(-1) - 1
+            logits, model, sown = self.model.read(
+                params, tokens, state.model, last[:, None] + depth, seen, sow=self._sow
+            )
             ready = state.live
         found = self._walk(state, logits, tokens, parents, ready & state.live, most)
         if self.drafter is not None or self.evictor is not None:
-            model = model.keep_newest(self.nodes, found.path, found.count)
+            model = self.model.keep(params, tokens, state.model, model, found.path, found.count, chain)
 
         places = state.length[:, None] + jnp.arange(self.nodes)
         places = jnp.where(jnp.arange(self.nodes) < found.count[:, None], places, state.text.shape[1])

@@ -43,6 +43,8 @@ class PromptLookup:
         if self.take not in ("last", "first"):
             raise ValueError(f"take is {self.take!r}; it can be last, first.")
 
+    chain = True
+
     @property
     def nodes(self) -> int:
         return 1 + self.tokens

@@ -86,6 +86,8 @@ class Drafter(Protocol):
 
     nodes: int
     """Of a tree, its root included: static."""
+    chain: bool
+    """Whether the parent of each node is the one before it (or none), for models that take no trees."""
 
     def init(self, batch: int, room: int, vocab: int) -> Any:
         """Its state before the first step, for texts of at most `room` tokens, prompts included."""

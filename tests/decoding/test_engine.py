@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from causal_lms import noisy_params
+from recurrent import Recurrent, RecurrentConfig
 
 from jaxtok.decoding import (
     CachedTokens,
@@ -163,6 +165,8 @@ class Told:
     tokens: int = 4
     wrong: bool = False
 
+    chain = True
+
     @property
     def nodes(self):
         return 1 + self.tokens
@@ -182,6 +186,8 @@ class RandomTree(Told):
     """Other trees in every step and row, with siblings of the same token, gaps, and what comes here and there."""
 
     tokens: int = 9
+
+    chain = False
 
     def propose(self, state, text, length):
         truth, key = state
@@ -320,6 +326,38 @@ def test_what_the_evicted_model_sees(causal_lm):
     logits, _ = model.apply({"params": params}, jnp.array([[6]]), cache=cache, positions=jnp.array([[7]]))
     assert found.tokens == [[int(logits[0, 0].argmax())]]
     np.testing.assert_allclose(found.logprobs[0][0], jax.nn.log_softmax(logits[0, 0]).max(), atol=1e-5)
+
+
+# A model whose cache cannot be rewound.
+
+
+def test_a_recurrent_model():
+    """Plain decoding equals repeated full passes; drafts that are chains change nothing; the rest is refused."""
+    model = Recurrent(RecurrentConfig())
+    params = noisy_params(model)
+    rows = greedy(model, params)
+    assert rows == [greedy_without_cache(model, params, prompt, NEW) for prompt in PROMPTS]
+    assert max(len(set(row)) for row in rows) > 1
+    options = {"chooser": Sampling(temperature=1.5), "rng": KEY, "stop_tokens": [7]}
+    plain = run(model, params, **options)
+    drafted = run(model, params, drafter=Told(), drafter_state=texts_of(PROMPTS, plain.tokens), **options)
+    assert drafted.tokens == plain.tokens
+    assert drafted.steps == [-(-len(row) // 5) for row in plain.tokens]
+    with pytest.raises(ValueError, match="cache of Recurrent, so it takes drafts that are chains"):
+        greedy(model, params, drafter=RandomTree())
+    with pytest.raises(ValueError, match="so it takes no evictor"):
+        greedy(model, params, evictor=SinksAndRecent())
+
+
+def test_logits_that_are_no_numbers_are_refused(causal_lm):
+    model, params = causal_lm
+    with pytest.raises(ValueError, match="not numbers"):
+        greedy(model, jax.tree.map(lambda x: x * jnp.nan, params))
+
+
+def test_what_is_no_causal_model_takes_no_drafts():
+    with pytest.raises(ValueError, match="it needs a CausalLM"):
+        Engine(model=object(), drafter=PromptLookup())
 
 
 def test_bfloat16_models_generate(causal_lm):
