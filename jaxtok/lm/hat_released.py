@@ -551,8 +551,8 @@ class _State:
     """The encoder's, of the text."""
     guide: Float[Array, "batch d_model"]
     """Of the open word."""
-    word: Int[Array, "batch max_word_size"]
-    """The open word, and how many bytes it has."""
+    word: Int[Array, "batch max_word_size+1"]
+    """The open word, which the byte that ends it can make longer, and how many bytes it has."""
     length: Int[Array, " batch"]
     begun: Bool[Array, ""]
     """Whether bytes have been generated: where the prompt's words end is known."""
@@ -593,7 +593,7 @@ class ReleasedBytes:
             decoder=decoder.truncate(total - 1),
             states=jnp.pad(states, ((0, 0), (0, slots - length), (0, 0))),
             guide=jnp.take_along_axis(guides, closed[:, None, None], 1)[:, 0],
-            word=_window(tokens, start, cfg.max_word_size),
+            word=_window(tokens, start, cfg.max_word_size + 1),
             length=total - 1 - start,
             begun=jnp.array(False),
         )
