@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_lms import noisy_params
+from causal_lms import CAUSAL_LMS, noisy_params
 from recurrent import Recurrent, RecurrentConfig
 
 from jaxtok.decoding import (
@@ -23,7 +23,7 @@ from jaxtok.decoding import (
     generate,
 )
 from jaxtok.decoding.engine import ancestors
-from jaxtok.lm.decoder import Decoder
+from jaxtok.decoding.protocols import keep_slots
 from jaxtok.lm.lexinvariant import Lexinvariant
 
 GREEDY = Sampling(temperature=0)
@@ -82,23 +82,32 @@ def test_rows_of_a_batch_equal_single_rows(alike_rows_lm):
     assert first[1] != second[1]
 
 
+SAMPLED = {"chooser": Sampling(temperature=1.5, top_k=20), "rng": KEY}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    """The model for what cannot depend on the model: each test of it compiles the loop anew."""
+    model = CAUSAL_LMS["llama"]()
+    return model, noisy_params(model)
+
+
 def joined(pieces, field):
     return [list(itertools.chain(*parts)) for parts in zip(*(getattr(piece, field) for piece in pieces))]
 
 
 def test_streaming_equals_not_streaming(causal_lm):
     model, params = causal_lm
-    options = {"chooser": Sampling(temperature=1.5, top_k=20), "rng": KEY}
-    whole = run(model, params, **options)
+    whole = run(model, params, **SAMPLED)
     assert all(len(row) == NEW for row in whole.tokens)
     for chunk in (5, 1, 100):
         pieces = []
-        found = run(model, params, on_tokens=pieces.append, chunk=chunk, **options)
+        found = run(model, params, on_tokens=pieces.append, chunk=chunk, **SAMPLED)
         assert found.tokens == joined(pieces, "tokens") == whole.tokens
         assert found.logprobs == joined(pieces, "logprobs") == whole.logprobs
         assert len(pieces) == -(-NEW // chunk)
         assert all(len(new) <= chunk for piece in pieces for new in piece.tokens)
-    assert greedy(model, params, **options | {"rng": jax.random.key(1)}) != whole.tokens
+    assert greedy(model, params, **SAMPLED | {"rng": jax.random.key(1)}) != whole.tokens
 
 
 def test_a_row_ends_behind_its_stop_token(causal_lm):
@@ -144,9 +153,9 @@ class Traced:
 
 
 @pytest.mark.parametrize("drafter", [None, PromptLookup(tokens=3)], ids=["plain", "drafts"])
-def test_one_compilation_for_a_whole_generation(causal_lm, drafter):
+def test_one_compilation_for_a_whole_generation(llama, drafter):
     """Streamed or not, of short prompts or longer ones: the loop is traced once."""
-    model, params = causal_lm
+    model, params = llama
     options = {"chooser": Traced(), "drafter": drafter, "rng": KEY}
     for prompts in (PROMPTS, [[1] * 20, [2], [3, 4]]):
         whole = run(model, params, prompts, **options)
@@ -160,10 +169,9 @@ def test_one_compilation_for_a_whole_generation(causal_lm, drafter):
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """A drafter that knows the text [batch, room]: it is its state. It drafts what comes, or what does not."""
+    """A drafter whose state is the text [batch, room] that comes, and what to add to its tokens: 0 makes it right."""
 
     tokens: int = 4
-    wrong: bool = False
 
     chain = True
 
@@ -172,10 +180,11 @@ class Told:
         return 1 + self.tokens
 
     def propose(self, state, text, length):
-        truth = jnp.pad(state, ((0, 0), (0, self.nodes)))
+        truth, wrong = state
+        truth = jnp.pad(truth, ((0, 0), (0, self.nodes)))
         places = jnp.maximum(length[:, None] - 1 + jnp.arange(self.nodes), 0)
-        tokens = jnp.take_along_axis(truth, places, 1) + self.wrong
-        return tokens % 32, jnp.broadcast_to(jnp.arange(-1, self.tokens), tokens.shape)
+        tokens = (jnp.take_along_axis(truth, places, 1) + wrong) % 32
+        return tokens, jnp.broadcast_to(jnp.arange(-1, self.tokens), tokens.shape)
 
     def observe(self, state, verified):
         return state
@@ -191,7 +200,7 @@ class RandomTree(Told):
 
     def propose(self, state, text, length):
         truth, key = state
-        tokens, _ = super().propose(truth, text, length)
+        tokens, _ = super().propose((truth, 0), text, length)
         keys = jax.random.split(key, 4)
         numbers = jnp.arange(self.nodes)
         parents = (jax.random.uniform(keys[0], tokens.shape) * (numbers + 0.5) - 0.5).astype(jnp.int32)
@@ -213,46 +222,90 @@ def texts_of(prompts, rows):
     return jnp.asarray(texts)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5, top_p=0.9)], ids=["greedy", "sampled"])
-def test_drafts_change_nothing(causal_lm, sampling):
+def assert_same(found, plain, what):
+    assert found.tokens == plain.tokens, what
+    for ours, theirs in zip(found.logprobs, plain.logprobs):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=what)
+
+
+def test_drafts_change_nothing(causal_lm):
+    """Neither of greedy text, of right and wrong drafts, nor of sampled text, of trees."""
     model, params = causal_lm
-    stop = {7}
-    options = {"chooser": sampling, "rng": KEY, "stop_tokens": stop, "max_new_tokens": 14}
+    plain = run(model, params)
+    truth, steps = texts_of(PROMPTS, plain.tokens), {}
+    for wrong in (0, 1):
+        found = run(model, params, drafter=Told(), drafter_state=(truth, wrong))
+        assert_same(found, plain, f"told, {wrong}")
+        steps[wrong] = found.steps
+    assert steps == {0: [3] * 3, 1: [NEW] * 3} and plain.steps == [NEW] * 3
+    plain = run(model, params, **SAMPLED)
+    state = texts_of(PROMPTS, plain.tokens), jax.random.key(3)
+    found = run(model, params, drafter=RandomTree(), drafter_state=state, **SAMPLED)
+    assert_same(found, plain, "trees")
+    assert sum(found.steps) < 3 * NEW
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5, top_p=0.9)], ids=["greedy", "sampled"])
+def test_drafts_with_ends(llama, sampling):
+    """Rows that end at stop tokens inside of drafts, at several places, with each drafter."""
+    model, params = llama
+    options = {"chooser": sampling, "rng": KEY, "max_new_tokens": 14}
+    first = greedy(model, params, **options)
+    options["stop_tokens"] = [first[0][3], first[1][6]]
     plain = run(model, params, **options)
+    lengths = [len(row) for row in plain.tokens]
+    assert plain.steps == lengths and len(set(lengths)) > 1 and min(lengths) < 14
     truth = texts_of(PROMPTS, plain.tokens)
     told = {
-        "oracle": (Told(), truth),
-        "wrong": (Told(wrong=True), truth),
-        "random": (RandomTree(), (truth, jax.random.key(3))),
+        "oracle": (Told(), (truth, 0)),
+        "wrong": (Told(), (truth, 1)),
+        "trees": (RandomTree(), (truth, jax.random.key(3))),
         "lookup": (PromptLookup(), None),
     }
     steps = {}
     for name, (drafter, state) in told.items():
         found = run(model, params, drafter=drafter, drafter_state=state, **options)
-        assert found.tokens == plain.tokens, name
-        for ours, theirs in zip(found.logprobs, plain.logprobs):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
+        assert_same(found, plain, name)
         steps[name] = found.steps
-    lengths = [len(row) for row in plain.tokens]
-    assert plain.steps == lengths == steps["wrong"]
-    assert steps["oracle"] == [-(-length // 5) for length in lengths]
-    assert sum(steps["random"]) < sum(lengths)
+    assert steps["wrong"] == lengths and steps["oracle"] == [-(-length // 5) for length in lengths]
 
 
-def test_streams_of_drafts_end_where_they_should(causal_lm):
-    model, params = causal_lm
-    options = {"chooser": Sampling(temperature=1.5), "rng": KEY}
+@dataclasses.dataclass(frozen=True)
+class Alternating(Sampling):
+    """A constraint with a state: tokens are odd and even in turns, and how many there are is counted."""
+
+    temperature: float = 1.5
+
+    def init(self, batch):
+        return {"odd": jnp.zeros(batch, bool), "count": jnp.zeros(batch, jnp.int32)}
+
+    def choose(self, logits, keys, state):
+        allowed = jnp.arange(logits.shape[-1]) % 2 == state["odd"][:, None]
+        token, _ = super().choose(jnp.where(allowed, logits, -jnp.inf), keys)
+        return token, {"odd": token % 2 == 0, "count": state["count"] + 1}
+
+
+def test_a_constraint_and_a_drafter(llama):
+    """The constraint's state is that after the tokens of the row, whatever was drafted. States can be taken along."""
+    model, params = llama
+    options = {"chooser": Alternating(), "rng": KEY}
     plain = run(model, params, **options)
-    pieces = []
-    run(
-        model,
-        params,
-        drafter=Told(tokens=5),
-        drafter_state=texts_of(PROMPTS, plain.tokens),
-        on_tokens=pieces.append,
-        chunk=3,
-        **options,
-    )
+    assert all(token % 2 == place % 2 for row in plain.tokens for place, token in enumerate(row))
+    start = texts_of(PROMPTS, plain.tokens), jax.random.key(3)
+    found = run(model, params, drafter=RandomTree(), drafter_state=start, **options)
+    assert_same(found, plain, "")
+    assert sum(found.steps) < 3 * NEW
+    np.testing.assert_array_equal(found.state.chooser["count"], [NEW] * 3)
+    assert (jax.random.key_data(found.state.drafter[1]) != jax.random.key_data(start[1])).any()
+    odd = found.state.chooser | {"odd": jnp.ones(3, bool)}
+    assert all(row[0] % 2 for row in greedy(model, params, chooser_state=odd, **options))
+
+
+def test_streams_of_drafts_end_where_they_should(llama):
+    model, params = llama
+    plain = run(model, params, **SAMPLED)
+    pieces, state = [], (texts_of(PROMPTS, plain.tokens), 0)
+    run(model, params, drafter=Told(tokens=5), drafter_state=state, on_tokens=pieces.append, chunk=3, **SAMPLED)
     assert joined(pieces, "tokens") == plain.tokens
     assert len(pieces) == 2  # six tokens a step
 
@@ -278,27 +331,21 @@ def full_pass(model, params, tokens):
 
 def test_eviction_that_keeps_everything_changes_nothing(causal_lm):
     model, params = causal_lm
-    options = {"chooser": Sampling(temperature=1.5), "rng": KEY}
-    whole = run(model, params, **options)
-    for drafter in (None, PromptLookup(tokens=3)):
-        found = run(model, params, evictor=SinksAndRecent(sinks=2, recent=62), drafter=drafter, **options)
-        assert found.tokens == whole.tokens
-        for ours, theirs in zip(found.logprobs, whole.logprobs):
-            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    whole = run(model, params, **SAMPLED)
+    assert_same(run(model, params, evictor=SinksAndRecent(sinks=2, recent=62), **SAMPLED), whole, "")
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_with_eviction_the_cache_is_of_fixed_size(causal_lm, every):
+def test_with_eviction_the_cache_is_of_fixed_size(llama, every):
     """And drafts change nothing: they end where slots go."""
-    model, params = causal_lm
+    model, params = llama
     evictor = SinksAndRecent(sinks=1, recent=3, every=every)
-    options = {"chooser": Sampling(temperature=1.5), "rng": KEY, "evictor": evictor, "max_new_tokens": 14}
+    options = SAMPLED | {"evictor": evictor}
     plain = run(model, params, **options)
+    assert plain.tokens != greedy(model, params, **SAMPLED)
     truth = texts_of(PROMPTS, plain.tokens)
-    for drafter, state in ((Told(tokens=2), truth), (RandomTree(), (truth, KEY))):
-        drafted = run(model, params, drafter=drafter, drafter_state=state, **options)
-        assert drafted.tokens == plain.tokens
-    assert plain.tokens != greedy(model, params, chooser=Sampling(temperature=1.5), rng=KEY, max_new_tokens=14)
+    for drafter, state in ((Told(tokens=2), (truth, 0)), (RandomTree(), (truth, KEY))):
+        assert_same(run(model, params, drafter=drafter, drafter_state=state, **options), plain, str(drafter))
 
     engine = Engine(model=CachedTokens(model), chooser=GREEDY, evictor=evictor)
     tokens, lengths = np.zeros((3, 64), np.int32), np.array([len(prompt) for prompt in PROMPTS])
@@ -314,11 +361,9 @@ def test_with_eviction_the_cache_is_of_fixed_size(causal_lm, every):
         assert found[0] == 0 and set(found[-3:]) == {length - 4, length - 3, length - 2}
 
 
-def test_what_the_evicted_model_sees(causal_lm):
+def test_what_the_evicted_model_sees(llama):
     """Attention to the sinks and the window is that of a model which is shown them only, at their own places."""
-    model, params = causal_lm
-    if not isinstance(model, Decoder):
-        pytest.skip("the others have no call that hides slots")
+    model, params = llama
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
     found = run(model, params, [prompt], evictor=SinksAndRecent(sinks=1, recent=3, every=1), max_new_tokens=1)
     _, cache = model.apply({"params": params}, jnp.array([prompt[:-1]]), cache=model.init_cache(1, 8))
@@ -326,6 +371,64 @@ def test_what_the_evicted_model_sees(causal_lm):
     logits, _ = model.apply({"params": params}, jnp.array([[6]]), cache=cache, positions=jnp.array([[7]]))
     assert found.tokens == [[int(logits[0, 0].argmax())]]
     np.testing.assert_allclose(found.logprobs[0][0], jax.nn.log_softmax(logits[0, 0]).max(), atol=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeavyHitters:
+    """H2O: each head of each layer keeps its newest slots, and those that had the most attention."""
+
+    slots: int = 5
+    recent: int = 2
+    every: int = 3
+
+    observes = True
+
+    def init(self, cache):
+        layers, batch, slots, heads, _ = cache.keys.shape
+        return jnp.zeros((layers, batch, heads, slots))
+
+    def observe(self, state, cache, sown, path, count):
+        (queries,) = sown["stack"]["blocks"]["attention"]["queries"]
+        layers, batch, new, heads, dim = queries.shape
+        kept = cache.keys.shape[3]
+        queries = jnp.take_along_axis(queries, path[None, :, :, None, None], 2)
+        queries = queries.reshape(layers, batch, new, kept, heads // kept, dim)
+        scores = jnp.einsum("lbngrd,lbsgd->lbngrs", queries, cache.keys) / dim**0.5
+        number = jnp.arange(new)
+        slot = cache.length[:, None] - count[:, None] + number  # of each query
+        positions = jnp.broadcast_to(cache.positions, (layers, batch, cache.slots, kept))
+        own = jnp.take_along_axis(positions, slot[None, :, :, None], 2, mode="clip")
+        sees = (positions[:, :, None] >= 0) & (positions[:, :, None] <= own[:, :, :, None])  # [l, b, n, s, g]
+        weights = jax.nn.softmax(jnp.where(jnp.moveaxis(sees, 4, 3)[:, :, :, :, None], scores, -1e30))
+        real = (number < count[:, None])[None, :, :, None, None, None]
+        return state + jnp.where(real, weights, 0).sum((2, 4))
+
+    def evict(self, state, cache, rows, size):
+        number = jnp.arange(cache.slots)
+        used, new = (number < cache.length[:, None] - back for back in (0, self.recent))
+        rank = jnp.where(new, state, jnp.where(used, jnp.inf, -jnp.inf))
+        index = jnp.sort(jax.lax.top_k(rank, self.slots)[1])
+        index, count = keep_slots(index, rows, cache.length, size)
+        return cache.gather(index, count), jnp.take_along_axis(state, index, -1, mode="clip") * (
+            jnp.arange(size) < count[:, None, None]
+        )
+
+
+def test_an_evictor_that_observes_attention(llama):
+    """Heads keep different slots; drafts change nothing, so it has observed the accepted tokens only."""
+    model, params = llama
+    options = SAMPLED | {"evictor": HeavyHitters()}
+    plain = run(model, params, **options)
+    truth = texts_of(PROMPTS, plain.tokens)
+    for drafter, state in ((Told(tokens=2), (truth, 0)), (RandomTree(), (truth, KEY))):
+        found = run(model, params, drafter=drafter, drafter_state=state, **options)
+        assert_same(found, plain, str(drafter))
+        np.testing.assert_allclose(found.state.evictor[..., :5], plain.state.evictor[..., :5], atol=1e-4)
+    whole = run(model, params, evictor=HeavyHitters(slots=40), **SAMPLED)
+    assert_same(whole, run(model, params, **SAMPLED), "all")
+    # Every query has given a weight of 1 to each of the four heads, which share keys in pairs.
+    queries = np.array([len(prompt) for prompt in PROMPTS]) - 1 + NEW
+    np.testing.assert_allclose(whole.state.evictor.sum(-1), np.broadcast_to(2 * queries[:, None], (2, 3, 2)), rtol=1e-4)
 
 
 # A model whose cache cannot be rewound.
@@ -338,10 +441,10 @@ def test_a_recurrent_model():
     rows = greedy(model, params)
     assert rows == [greedy_without_cache(model, params, prompt, NEW) for prompt in PROMPTS]
     assert max(len(set(row)) for row in rows) > 1
-    options = {"chooser": Sampling(temperature=1.5), "rng": KEY, "stop_tokens": [7]}
+    options = SAMPLED | {"stop_tokens": [7]}
     plain = run(model, params, **options)
-    drafted = run(model, params, drafter=Told(), drafter_state=texts_of(PROMPTS, plain.tokens), **options)
-    assert drafted.tokens == plain.tokens
+    drafted = run(model, params, drafter=Told(), drafter_state=(texts_of(PROMPTS, plain.tokens), 0), **options)
+    assert_same(drafted, plain, "")
     assert drafted.steps == [-(-len(row) // 5) for row in plain.tokens]
     with pytest.raises(ValueError, match="cache of Recurrent, so it takes drafts that are chains"):
         greedy(model, params, drafter=RandomTree())
@@ -349,8 +452,8 @@ def test_a_recurrent_model():
         greedy(model, params, evictor=SinksAndRecent())
 
 
-def test_logits_that_are_no_numbers_are_refused(causal_lm):
-    model, params = causal_lm
+def test_logits_that_are_no_numbers_are_refused(llama):
+    model, params = llama
     with pytest.raises(ValueError, match="not numbers"):
         greedy(model, jax.tree.map(lambda x: x * jnp.nan, params))
 
@@ -384,7 +487,7 @@ def test_bfloat16_models_generate(causal_lm):
         ([[1]], {"chooser": Sampling()}, "rng is None.*temperature 0"),
     ],
 )
-def test_impossible_requests_are_refused(causal_lm, prompts, options, message):
-    model, params = causal_lm
+def test_impossible_requests_are_refused(llama, prompts, options, message):
+    model, params = llama
     with pytest.raises(ValueError, match=message):
         greedy(model, params, prompts, **options)

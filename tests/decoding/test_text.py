@@ -98,5 +98,5 @@ def test_the_key_and_the_number_of_a_row_decide(continued):
 def test_what_is_refused(continued):
     with pytest.raises(ValueError, match="rng is None"):
         continued(rng=None)
-    with pytest.raises(ValueError, match="is no|are 0|no input"):
+    with pytest.raises(ValueError, match=r"there (is no|are 0) (prompt|input)"):
         continued([])
