@@ -21,10 +21,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Verified
-from jaxtok.decoding.sampling import Sampling, row_keys, sampling_key
+from jaxtok.decoding.sampling import Sampling, row_keys, sampling_key, token_keys
 from jaxtok.protocols import CausalLM, Params
 
 _BUCKET = 64  # prompts are padded to a multiple of this, so that those of similar length share a compiled function
@@ -53,7 +53,8 @@ class State:
     """Steps that gave the row tokens: (length - start) / steps is the mean of accepted tokens."""
     stop: Int[Array, " stops"]
     """The tokens that end a row."""
-    key: Array
+    keys: Key[Array, " batch"]
+    """Of each row: the key of the generation, folded with the number of the row."""
     chooser: Any
     drafter: Any
     evictor: Any
@@ -233,7 +234,7 @@ class Engine:
             live=jnp.ones(batch, bool),
             steps=jnp.zeros(batch, jnp.int32),
             stop=jnp.asarray(stop, jnp.int32),
-            key=sampling_key(rng, self.chooser),
+            keys=row_keys(sampling_key(rng, self.chooser), batch),
             chooser=self.chooser.init(batch) if chooser is None else chooser,
             drafter=None,
             evictor=None,
@@ -357,10 +358,10 @@ class Engine:
 
         def visit(walk: _Walk) -> _Walk:
             here = logits[rows, walk.node].astype(jnp.float32)
-            keys = row_keys(state.key, batch, state.length - state.start + walk.count)
+            keys = token_keys(state.keys, state.length - state.start + walk.count)
             allowed = here if self.num_ids is None else here[..., : self.num_ids]
             token, chooser = self.chooser.choose(allowed, keys, walk.chooser)
-            logprob = jnp.take_along_axis(jax.nn.log_softmax(here), token[..., None], -1)[..., 0]
+            logprob = jnp.take_along_axis(here, token[..., None], -1)[..., 0] - jax.nn.logsumexp(here, -1)
             logprob = logprob.reshape(batch, -1).sum(-1)
             place = jnp.where(walk.going, walk.count, nodes)
             count = walk.count + walk.going

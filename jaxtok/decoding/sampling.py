@@ -82,10 +82,14 @@ def sampling_key(rng: jax.Array | None, chooser: Any) -> jax.Array:
     return jax.random.key(0) if rng is None else rng
 
 
-def row_keys(rng: jax.Array, rows: int, number: Int[Array, " rows"] | int) -> Key[Array, " rows"]:
-    """The key of each row's token number `number`: folded with the row, then with that number."""
-    of_rows = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(rows))
-    return jax.vmap(jax.random.fold_in)(of_rows, jnp.broadcast_to(number, (rows,)))
+def row_keys(rng: jax.Array, rows: int) -> Key[Array, " rows"]:
+    """The key of each row: folded with its number."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(rows))
+
+
+def token_keys(keys: Key[Array, " rows"], number: Int[Array, " rows"] | int) -> Key[Array, " rows"]:
+    """The key of each row's new token of this number: the row's key, folded with it."""
+    return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
 
 
 def sample(
@@ -99,4 +103,5 @@ def sample(
     >>> sample(jnp.array([[0.0, 2.0, 1.0]]), None, Sampling(temperature=0)).tolist()
     [1]
     """
-    return sampling.choose(logits, row_keys(sampling_key(rng, sampling), len(logits), 0))[0]
+    keys = row_keys(sampling_key(rng, sampling), len(logits))
+    return sampling.choose(logits, token_keys(keys, 0))[0]
