@@ -68,7 +68,7 @@ class Tokenizer(Protocol):
 
 
 class Cache(Protocol):
-    """What a causal model keeps of the tokens before: a pytree of static shapes, in which rows have lengths of their own.
+    """What a causal model keeps of the tokens before: a pytree of static shapes; rows have lengths of their own.
 
     `init_cache` makes it empty, and `apply` returns it with the new tokens in it. `jaxtok.nn.cache.KVCache` has slots
     with keys and values; the state of a state-space model has none, and is not rewindable.
