@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny import check_spec
 
 from jaxtok.data.codes import CodeData, Header, open_codes, regroup, write_codes
 from jaxtok.training.experiment import Experiment, TrainConfig
@@ -27,13 +28,20 @@ def some(images, draws=2, header=HEADER, seed=0):
     return codes, rng.integers(0, 3, images)
 
 
-@pytest.fixture
-def stored(tmp_path):
+def written(folder):
     """Eleven images to train on, in two parts, and six to validate."""
     codes, labels = some(11)
-    write_codes(tmp_path / "train", HEADER, [(codes[:7], labels[:7]), (codes[7:], labels[7:])])
-    write_codes(tmp_path / "validation", HEADER, [some(6, seed=1)])
-    return dataclasses.replace(DATA, path=str(tmp_path))
+    write_codes(folder / "train", HEADER, [(codes[:7], labels[:7]), (codes[7:], labels[7:])])
+    write_codes(folder / "validation", HEADER, [some(6, seed=1)])
+    return dataclasses.replace(DATA, path=str(folder))
+
+
+DATASETS = {"codes": lambda texts, folder: written(folder)}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return written(tmp_path)
 
 
 def images_of(batch):
@@ -66,8 +74,7 @@ def test_an_epoch_has_every_image_once_and_all_draws(stored):
     codes, labels = some(11)
     seen = []
     for batch in batches:
-        for name, (shape, dtype) in stored.batch_spec().items():
-            assert (batch[name].shape, batch[name].dtype) == (shape, dtype)
+        check_spec(batch, stored)
         images = images_of(batch)
         np.testing.assert_array_equal(batch["labels"], labels[images])
         for image, row in zip(images, regroup(batch["codes"], 3, 1)):
@@ -227,4 +234,4 @@ def test_codes_are_cut_as_the_models(field, value):
     with pytest.raises(
         ValueError, match=rf"task\.model\.{field} is {getattr(model, field)}, but data\.{field} is {value}"
     ):
-        Experiment(task=ElmModeling(model=model), data=dataclasses.replace(DATA, **{field: value}))
+        Experiment(task=ElmModeling(model=model), data=dataclasses.replace(DATA, **{field: value})).fitted()
