@@ -110,8 +110,8 @@ def test_streaming_equals_not_streaming(causal_lm):
     assert greedy(model, params, **SAMPLED | {"rng": jax.random.key(1)}) != whole.tokens
 
 
-def test_a_row_ends_behind_its_stop_token(causal_lm):
-    model, params = causal_lm
+def test_a_row_ends_after_its_stop_token(llama):
+    model, params = llama
     whole = greedy(model, params)
     for stop in ({whole[0][3]}, {row[4] for row in whole}):
         expected = []
@@ -125,8 +125,8 @@ def test_a_row_ends_behind_its_stop_token(causal_lm):
         assert len(calls) == -(-max(map(len, expected)) // 2)  # no further than the longest row
 
 
-def test_padding_rows_of_the_vocabulary_are_never_chosen(alike_rows_lm):
-    model, params = alike_rows_lm
+def test_padding_rows_of_the_vocabulary_are_never_chosen(llama):
+    model, params = llama
     real = 6
     prompts = [[3, 1, 4], [1], [2]]
     rows = greedy(model, params, prompts, num_ids=real)
@@ -156,6 +156,7 @@ class Traced:
 def test_one_compilation_for_a_whole_generation(llama, drafter):
     """Streamed or not, of short prompts or longer ones: the loop is traced once."""
     model, params = llama
+    chex.clear_trace_counter()
     options = {"chooser": Traced(), "drafter": drafter, "rng": KEY}
     for prompts in (PROMPTS, [[1] * 20, [2], [3, 4]]):
         whole = run(model, params, prompts, **options)
@@ -311,9 +312,9 @@ def test_streams_of_drafts_end_where_they_should(llama):
 
 
 def test_log_probabilities_are_those_of_a_full_pass(alike_rows_lm):
-    """Of the model's own distribution, whatever restricts the choice."""
+    """Of the model's own distribution, although temperature and top_k restrict the choice."""
     model, params = alike_rows_lm
-    found = run(model, params, chooser=Sampling(temperature=2.0, top_k=5), rng=KEY, num_ids=20)
+    found = run(model, params, **SAMPLED)
     texts = texts_of(PROMPTS, found.tokens)[:, : model.config.max_length]
     full = jax.nn.log_softmax(full_pass(model, params, texts))
     for row, (prompt, new) in enumerate(zip(PROMPTS, found.tokens)):
@@ -405,8 +406,8 @@ class HeavyHitters:
 
     def evict(self, state, cache, rows, size):
         number = jnp.arange(cache.slots)
-        used, new = (number < cache.length[:, None] - back for back in (0, self.recent))
-        rank = jnp.where(new, state, jnp.where(used, jnp.inf, -jnp.inf))
+        used, old = (number < cache.length[:, None, None] - back for back in (0, self.recent))
+        rank = jnp.where(old, state, jnp.where(used, jnp.inf, -jnp.inf))
         index = jnp.sort(jax.lax.top_k(rank, self.slots)[1])
         index, count = keep_slots(index, rows, cache.length, size)
         return cache.gather(index, count), jnp.take_along_axis(state, index, -1, mode="clip") * (
