@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from jaxtok.decoding.sampling import Sampling, generate
+from jaxtok.decoding import Piece, Sampling, generate
 from jaxtok.protocols import ImageTokenizer, Params, TextGenerator, Tokenizer
 from jaxtok.training.mesh import make_layout
 from jaxtok.vision.images import as_float
@@ -97,7 +97,8 @@ class Model:
         Raises:
           ValueError: the model is no causal language model.
         """
-        self._must_be_causal()
+        if not self._is_causal:
+            raise ValueError(f"{self._it()} has no logits of next tokens; give a causal language model.")
         ids = self.ids(inputs) if isinstance(inputs, str | bytes) else jnp.asarray(inputs, jnp.int32)
         logits = _logits(self.module, self.params, ids[None] if ids.ndim == 1 else ids)
         return logits[0] if ids.ndim == 1 else logits
@@ -181,17 +182,25 @@ class Model:
         """
         tokenizer = self._text_tokenizer()
         sampling, rng = Sampling(temperature=temperature, top_k=top_k, top_p=top_p), jax.random.key(seed)
+
+        def report(texts: Sequence[bytes]) -> None:
+            for row, new in enumerate(texts):
+                on_bytes(row, new)
+
         if isinstance(self.task, TextGenerator):
             if stop:
                 raise ValueError(f"{self._it()} does not stop at texts; leave out stop.")
             given = [text.encode() if isinstance(text, str) else text for text in prompts]
-            texts = self.task.continue_text(
-                self.params, given, max_bytes=max_new_tokens or 200, sampling=sampling, rng=rng
+            return self.task.continue_text(
+                self.params,
+                given,
+                max_bytes=max_new_tokens or 200,
+                sampling=sampling,
+                rng=rng,
+                on_text=report if on_bytes else None,
             )
-            for row, text in enumerate(texts if on_bytes else ()):
-                on_bytes(row, text)
-            return texts
-        self._must_be_causal()
+        if not self._is_causal:
+            raise ValueError(f"{self._it()} does not generate text; give a language model.")
         stops = [tokenizer.encode(text) for text in stop]
         if long := [text for text, tokens in zip(stop, stops) if len(tokens) != 1]:
             raise ValueError(f"stop has {long[0]!r}, which is not a single token; choose texts that are.")
@@ -199,9 +208,8 @@ class Model:
         def bytes_of(tokens: Sequence[int]) -> bytes:
             return b"".join(tokenizer.token_bytes(token) for token in tokens)
 
-        def report(rows: list[list[int]]) -> None:
-            for row, tokens in enumerate(rows):
-                on_bytes(row, bytes_of(tokens))
+        def report_tokens(new: Piece) -> None:
+            report([bytes_of(tokens) for tokens in new.tokens])
 
         ids = [[*self.begin, *tokenizer.encode(text)] for text in prompts]
         room = self.task.model.max_length - max(map(len, ids), default=0)
@@ -210,13 +218,13 @@ class Model:
             self.params,
             ids,
             max_new_tokens=max_new_tokens or max(1, min(200, room)),
-            sampling=sampling,
+            chooser=sampling,
             rng=rng,
             stop_tokens=[*(token for (token,) in stops), *(self.ends if stop_at_end else ())],
             num_ids=tokenizer.vocab_size,
-            on_tokens=report if on_bytes else None,
+            on_tokens=report_tokens if on_bytes else None,
             chunk=4,
-        )
+        ).tokens
         return [bytes_of(row) for row in rows]
 
     def evaluate(self, corpus: str = "", split: Split = "validation", batches: int = 0) -> dict[str, float]:
@@ -286,9 +294,10 @@ class Model:
             raise ValueError(f"{self._it()} is no image tokenizer; give one.")
         return self.task
 
-    def _must_be_causal(self) -> None:
-        if not hasattr(self.task, "module") or not hasattr(self.task.module(), "init_cache"):
-            raise ValueError(f"{self._it()} does not generate text; give a language model.")
+    @property
+    def _is_causal(self) -> bool:
+        own = isinstance(self.task, TextGenerator) or not hasattr(self.task, "module")
+        return not own and hasattr(self.task.module(), "init_cache")
 
 
 @jax.jit(static_argnums=0)

@@ -90,15 +90,50 @@ class Tokenizer(Protocol):
         ...
 
 
+class Cache(Protocol):
+    """What a causal model keeps of the tokens before: a pytree of static shapes; rows have lengths of their own.
+
+    `init_cache` makes it empty, and `apply` returns it with the new tokens in it. `jaxtok.nn.cache.KVCache` has slots
+    with keys and values; the state of a state-space model has none, and is not rewindable.
+    """
+
+    length: jax.Array
+    """[batch] int32: how many tokens each row has taken, and not dropped since."""
+    rewindable: bool
+    """Whether `truncate` and `gather` are possible; otherwise they raise a ValueError."""
+
+    @property
+    def next_position(self) -> jax.Array:
+        """[batch] int32: one above the largest position of each row. Dropping earlier tokens does not change it."""
+        ...
+
+    def truncate(self, length: jax.Array) -> Cache:
+        """Forgets what each row took after its first `length` [batch] tokens; never lengthens."""
+        ...
+
+    def gather(self, index: jax.Array, count: jax.Array | None = None) -> Cache:
+        """Keeps the slots `index` [batch, kept] of each row, in that order, with their positions.
+
+        With an index [layers, batch, kept] or [layers, batch, heads, kept] these differ. `count`, of the shape of the
+        index but its last dimension or [batch], says how many of them hold something; default: all.
+        """
+        ...
+
+
 class CausalLM(Protocol):
     """A Linen module from tokens [batch, length] to next-token logits [batch, length, vocab].
 
     Used with explicit parameters, as `model.apply({"params": params}, tokens, ...)`. `method="embed"`, `"hidden"` and
-    `"head"` give the parts: `head(hidden(embed(tokens)))` is the whole.
+    `"head"` give the parts: `head(hidden(embed(tokens)))` is the whole. `hidden` takes the options of `apply`, and
+
+    layers  (a, b): only the layers from number a on and before number b run. With a > 0, the input is what earlier
+            layers gave for the same tokens. What belongs to the embeddings (positions, dropout) is applied where a = 0,
+            and the final norm after the last layer: `layers=(count, count)` is the final norm alone. With a cache,
+            a = 0 gives it new tokens; otherwise they are its newest ones, and those layers that run are written.
     """
 
     config: Any
-    """Has at least `vocab_size` and `max_length`."""
+    """Has at least `vocab_size`, `max_length` and `num_layers`."""
 
     def apply(
         self,
@@ -107,15 +142,25 @@ class CausalLM(Protocol):
         *,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
+        mask: jax.Array | None = None,
         cache: Any | None = None,
         deterministic: bool = True,
         **kwargs: Any,
     ) -> tuple[jax.Array, Any]:
-        """Returns logits and the cache, with the new tokens appended (None if none was given)."""
+        """Returns logits and the cache, with the new tokens appended (None if none was given).
+
+        Args:
+          positions: [batch or 1, length] int32; default: 0, 1, ..., or from the cache's `next_position` on. With a
+            cache, a token at position -1 is padding: it leaves no trace, and its logits mean nothing.
+          segments: [batch, length] int32; tokens see those of their own segment only. Not together with a cache.
+          mask: [batch or 1, length, length] bool, who sees whom among these tokens, in place of "those up to itself":
+            a draft tree, with positions by depth. Each also sees what the cache holds at its position or before, and in
+            either case no farther back than a window reaches.
+        """
         ...
 
     def init_cache(self, batch: int, length: int) -> Any:
-        """An empty `KVCache` with room for `length` tokens in each of `batch` rows."""
+        """An empty `Cache` with room for `length` tokens in each of `batch` rows."""
         ...
 
 
@@ -450,7 +495,27 @@ class TextGenerator(Protocol):
     """A Task whose model continues text in a way of its own; those of causal language models need none."""
 
     def continue_text(
-        self, params: Params, prompts: Sequence[bytes], *, max_bytes: int, sampling: Any, rng: jax.Array | None
-    ) -> list[bytes]:
-        """Up to `max_bytes` bytes behind each prompt; `sampling` is a `jaxtok.decoding.sampling.Sampling`."""
+        self,
+        params: Params,
+        prompts: Sequence[bytes],
+        *,
+        max_bytes: int,
+        sampling: Any,
+        rng: jax.Array | None,
+        on_text: Callable[[list[bytes]], None] | None = None,
+        logprobs: bool = False,
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
+        """Up to `max_bytes` bytes after each prompt. A row depends on its prompt, `rng` and its number only.
+
+        Args:
+          sampling: a `jaxtok.decoding.Sampling`, or another chooser of the model's tokens.
+          rng: a key; needed unless the temperature is 0.
+          on_text: called with the new bytes of each row, as they come (streaming).
+          logprobs: return the log probabilities as well: for each row those of its tokens in nats, by the model's own
+            distribution before `sampling`. Tokens are bytes, units, and what ends words and texts; the sum is that of
+            the whole row.
+
+        Raises:
+          ValueError: there is no prompt or no room, or a key is needed.
+        """
         ...

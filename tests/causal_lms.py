@@ -1,6 +1,12 @@
 """Every system that fills the CausalLM waist, in a tiny size. Registered here, it runs through the contract tests."""
 
-from jaxtok.lm.decoder import Decoder
+from typing import Any
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+
+from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.lexinvariant import Lexinvariant, LexinvariantConfig
 from jaxtok.lm.llama import LlamaConfig
@@ -36,3 +42,15 @@ CAUSAL_LMS = {
     ),
     "transformer": lambda: Decoder(TransformerConfig(**SIZES, mlp_dim=24)),
 }
+
+
+def noisy_params(model) -> Any:
+    """Parameters of a model, none of them zero."""
+
+    @jax.jit
+    def noisy_init():
+        params = init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+        flat, unflatten = jax.flatten_util.ravel_pytree(params)
+        return unflatten(flat + 0.4 * jax.random.normal(jax.random.key(1), flat.shape))
+
+    return noisy_init()

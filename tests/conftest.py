@@ -27,13 +27,9 @@ os.environ.setdefault(
 )
 
 import jax
-import jax.flatten_util
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_lms import CAUSAL_LMS
-
-from jaxtok.lm.decoder import init_params
+from causal_lms import CAUSAL_LMS, noisy_params
 
 
 def pytest_addoption(parser):
@@ -133,11 +129,4 @@ def forget_compiled_programs():
 def causal_lm(request) -> tuple[Any, Any]:
     """A model of the registry, and its parameters, none of them zero."""
     model = CAUSAL_LMS[request.param]()
-
-    @jax.jit
-    def noisy_init():
-        params = init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-        flat, unflatten = jax.flatten_util.ravel_pytree(params)
-        return unflatten(flat + 0.4 * jax.random.normal(jax.random.key(1), flat.shape))
-
-    return model, noisy_init()
+    return model, noisy_params(model)

@@ -98,10 +98,10 @@ IMAGE_GENERATORS = {
 
 
 def random_params(task, seed=0):
-    """Parameters of the task's shapes, positive, without compiling its initialisation."""
-    if isinstance(task, Histograms):
-        return task.init(jax.random.key(0), {})
+    """Parameters of the task's shapes, without compiling its initialisation."""
     rng = np.random.default_rng(seed)
+    if isinstance(task, Histograms):
+        return {"counts": (n := task.init(None, {})["counts"]) * rng.exponential(size=n.shape).astype(np.float32)}
     sizes = (1, math.prod(task.code_shape), len(task.code_values))
     batch = {"codes": jax.ShapeDtypeStruct(sizes, np.int32), "labels": jax.ShapeDtypeStruct((1,), np.int32)}
     shapes = unboxed(jax.eval_shape(task.init, jax.random.key(0), batch))

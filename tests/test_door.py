@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from collector import collect
 
 import jaxtok
 from jaxtok import door, model, systems
@@ -103,6 +104,20 @@ def test_logits_of_texts_and_of_ids_are_the_modules(folder):
     whole, _ = opened.module.apply({"params": opened.params}, ids[None])
     for logits in (opened.logits("number 7"), opened.logits(ids), opened.logits(ids[None])[0]):
         np.testing.assert_allclose(logits, whole[0], atol=1e-5)
+
+
+def test_what_another_kind_of_model_cannot_do_is_said():
+    t5, encoder, tokenizer = (
+        jaxtok.Model(task=case.task, params={}, data=case.data)
+        for case in (collect("TASKS")[name]() for name in ("t5", "masked_words", "bae"))
+    )
+    for one in (t5, encoder):
+        with pytest.raises(ValueError, match="which has no logits of next tokens; give a causal language model"):
+            one.logits([1, 2])
+    with pytest.raises(ValueError, match="this is of Autoencoding, which has no text; give a model of text"):
+        tokenizer.generate("a")
+    with pytest.raises(ValueError, match="this is of SequenceToSequence, which is no image tokenizer; give one"):
+        t5.decode(np.zeros((1, 4, 1), int))
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain, gather
 from jaxtok.data.codes import CodeData
-from jaxtok.nn.cache import KVCache, check_row, places_of
+from jaxtok.nn.cache import KVCache, check_row, entered
 from jaxtok.nn.linear import Linear, LlamaStack
 from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean
 from jaxtok.nn.rotary import rotary_table_2d
-from jaxtok.nn.transformer import Stack
+from jaxtok.nn.transformer import Stack, layer_range
 from jaxtok.protocols import Batch, Data, OnProgress, Params, Sums, Task
 from jaxtok.vision.classes import check_classes
 
@@ -288,10 +288,9 @@ class ElmText(Elm):
 
     config: ElmTextConfig
 
-    def __call__(self, tokens, *, positions=None, segments=None, cache=None, deterministic: bool = True):
+    def __call__(self, tokens, **options: Any):
         """As `jaxtok.lm.decoder.Decoder`. Classes are no targets: their logits are 20 below the least of the codes'."""
-        x = self.embed(tokens)
-        x, cache = self.hidden(x, positions=positions, segments=segments, cache=cache, deterministic=deterministic)
+        x, cache = self.hidden(self.embed(tokens), **options)
         return self.head(x), cache
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length d_model"]:
@@ -300,15 +299,18 @@ class ElmText(Elm):
         of_class = jnp.take(self.class_embedding, jnp.maximum(tokens - codes, 0), axis=0)
         return constrain(jnp.where((tokens < codes)[..., None], of_code, of_class), "d_model")
 
-    def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
-        batch, length = x.shape[:2]
-        check_row(length, self.config.max_length, segments, cache)
-        if positions is None:
-            positions = places_of(x, cache)
-        rows = jnp.take(jnp.asarray(self.config.rotation()), jnp.broadcast_to(positions, (batch, length)), axis=0)
-        x = self.embedding_dropout(x, deterministic)
-        x, cache = self.stack(x, None, segments, cache, deterministic, rotary=rows)
-        return self.final_norm(x), cache
+    def hidden(
+        self, x, *, positions=None, segments=None, mask=None, layers=None, cache=None, deterministic: bool = True
+    ):
+        cfg, (batch, length) = self.config, x.shape[:2]
+        check_row(length, cfg.max_length, segments, cache)
+        first, end = layer_range(layers, cfg.num_layers)
+        positions = jnp.broadcast_to(entered(x, positions, cache, first)[0], (batch, length))
+        rows = jnp.take(jnp.asarray(cfg.rotation()), positions, axis=0)
+        if first == 0:
+            x = self.embedding_dropout(x, deterministic)
+        x, cache = self.stack(x, positions, segments, cache, deterministic, rotary=rows, mask=mask, layers=(first, end))
+        return self.final_norm(x) if end == cfg.num_layers else x, cache
 
     def head(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length vocab"]:
         logits = _logits(hidden, self.head_matrix)[:, :, 0]
@@ -413,17 +415,12 @@ class ElmModeling(ModelOfCodes, Task):
         sampling: ElmSampling | None = None,
         on_progress: OnProgress | None = None,
     ) -> Int[Array, "batch positions sub_codes"]:
-        """Codes of an image of each class (None: of no class); `jaxtok.vision.elm_sampling.generate`.
-
-        One compiled loop draws the whole image, so the only progress that is reported is its end.
-        """
+        """Codes of an image of each class (None: of no class); `generate`, with progress after each row of the grid."""
         from jaxtok.vision import elm_sampling
 
         sampling = elm_sampling.ElmSampling() if sampling is None else sampling
-        codes = elm_sampling.generate(self.model, params, conditions, sampling=sampling, rng=rng)
-        if on_progress is not None:
-            on_progress(1.0)
-        return codes
+        options = {"sampling": sampling, "rng": rng, "on_progress": on_progress}
+        return elm_sampling.generate(self.model, params, conditions, **options)
 
     def attention_maps(
         self, params: Params, batch: Batch, rng: jax.Array | None = None

@@ -29,7 +29,7 @@ TASKS = {
     )
 }
 
-FILES = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("bert", "roberta", "xlmr")]
+FIXTURES = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("bert", "roberta", "xlmr")]
 
 
 def load(golden):
@@ -72,7 +72,7 @@ def class_gradient(config, params, arrays):
     return jax.value_and_grad(loss)(params)
 
 
-@pytest.mark.parity(*FILES)
+@pytest.mark.parity(*FIXTURES)
 def test_encoder(golden, parity):
     config, params = load(golden)
     arrays = golden.under("in")
