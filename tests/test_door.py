@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from collector import collect
@@ -113,7 +114,7 @@ def test_what_another_kind_of_model_cannot_do_is_said():
     )
     for one in (t5, encoder):
         with pytest.raises(ValueError, match="which has no logits of next tokens; give a causal language model"):
-            one.logits([1, 2])
+            one.logits(jnp.array([1, 2]))
     with pytest.raises(ValueError, match="this is of Autoencoding, which has no text; give a model of text"):
         tokenizer.generate("a")
     with pytest.raises(ValueError, match="this is of SequenceToSequence, which is no image tokenizer; give one"):
