@@ -23,9 +23,7 @@ from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 from jaxtok.vision_verbs import (
     OpenTokenizer,
-    export_weights,
     generate,
-    import_weights,
     reconstruct,
     statistics,
     tokenize,
@@ -140,20 +138,22 @@ def test_analyses(folder, tmp_path, capsys):
         assert np.asarray(Image.open(plot).convert("L")).std() > 5
 
 
-def test_weights_go_out_and_come_back(folder, tmp_path):
+def test_weights_go_out_and_come_back(folder, tmp_path, capsys):
     for name in ("tokenizer", "ar", "masked"):
-        file = export_weights(folder / name, tmp_path / f"{name}.safetensors")
-        config = tmp_path / f"{name}.py"
+        file, config = tmp_path / f"{name}.safetensors", tmp_path / f"{name}.py"
+        assert main(["convert", str(folder / name), str(file)]) == 0
         config.write_text(
             "from jaxtok.training.checkpoints import read_config\nfrom pathlib import Path\n"
             f"config = read_config(Path({str(folder / name)!r}))\n"
         )
-        again = load(import_weights(file, config, tmp_path / name))
-        jax.tree.map(np.testing.assert_array_equal, again.params, load(folder / name).params)
-    with pytest.raises(FileExistsError, match="exists"):
-        export_weights(folder / "ar", tmp_path / "ar.safetensors")
-    with pytest.raises(ValueError, match=r"no tensor|missing"):
-        import_weights(tmp_path / "ar.safetensors", tmp_path / "tokenizer.py", tmp_path / "other")
+        assert main(["convert", str(file), str(tmp_path / name), "--config", str(config)]) == 0
+        jax.tree.map(np.testing.assert_array_equal, load(tmp_path / name).params, load(folder / name).params)
+    capsys.readouterr()
+    assert main(["convert", str(folder / "ar"), str(tmp_path / "ar.safetensors")]) == 1
+    assert "exists already" in " ".join(capsys.readouterr().err.split())
+    wrong = ["--config", str(tmp_path / "tokenizer.py")]
+    assert main(["convert", str(tmp_path / "ar.safetensors"), str(tmp_path / "other"), *wrong]) == 1
+    assert "is missing" in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "other").exists()
 
 

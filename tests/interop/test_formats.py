@@ -101,16 +101,8 @@ MASKING = Masking(mask_id=260, kept_ids=(258, 259))
 ENCODER = {**SIZES, "vocab_size": 384, "max_positions": 32}
 ELECTRA = ElectraConfig(**ENCODER, embedding_size=8)
 WORDS = ElectraConfig(**ENCODER, embedding_size=8, replaced_head=False, mask_head=True)
-T5_SIZES = {
-    "num_layers": 2,
-    "decoder_layers": 2,
-    "d_model": 16,
-    "num_heads": 2,
-    "head_size": 8,
-    "mlp_dim": 24,
-    "vocab_size": 384,
-}
-PAIRS = SpanCorruption(length=64, batch_size=8)
+T5_SIZES = {**SIZES, "decoder_layers": 2, "head_size": 8, "vocab_size": 384}
+PAIRS = SpanCorruption(length=1024, batch_size=8)  # as it is of a folder that was read
 CHARACTERS = LlamaStack(num_layers=1, d_model=12, num_heads=2, mlp_dim=20)
 RELEASED = ReleasedConfig(
     encoder=CHARACTERS,
@@ -146,13 +138,29 @@ def codes(task: Any, suffix: str) -> Case:
 
 
 LM_SIZES = {**SIZES, "vocab_size": 400, "max_length": 32}
+HUB_SIZES = {**LM_SIZES, "head_size": 8, "mlp_bias": False}
 CASES: dict[str, Callable[[], Case]] = {
     "gpt2": lambda: language_model("huggingface", GPT2Config(**LM_SIZES, norm_eps=1e-5)),
     "llama, a tokenizer.json": lambda: language_model(
         "huggingface",
-        LlamaConfig(**LM_SIZES, num_kv_heads=1, head_size=8, mlp_bias=False),
+        LlamaConfig(**HUB_SIZES, num_kv_heads=1),
         str(HUB_FOLDER / "tokenizer.json"),
         **BPE,
+    ),
+    "mistral": lambda: language_model("huggingface", LlamaConfig(**HUB_SIZES, num_kv_heads=1, window=7)),
+    "qwen2": lambda: language_model(
+        "huggingface", LlamaConfig(**HUB_SIZES, num_kv_heads=2, qkv_bias=True, window=5, full_layers=(0,))
+    ),
+    "gemma": lambda: language_model(
+        "huggingface",
+        LlamaConfig(
+            **HUB_SIZES,
+            num_kv_heads=1,
+            norm="rms_plus_one",
+            activation="gelu_tanh",
+            tie_embeddings=True,
+            scale_embeddings=True,
+        ),
     ),
     "tokenformer": lambda: language_model(
         "tokenformer",
@@ -385,12 +393,7 @@ def test_an_adapter_there_and_back(adapter, tmp_path):
 
 
 def test_a_bert_lends_its_layers_to_a_byte2word(tmp_path):
-    body = {**SIZES, "num_heads": 2}
-    bert = Case(
-        "bert",
-        MaskedWords(model=BertConfig(**body, vocab_size=384, max_positions=32), masking=MASKING),
-        EncoderData(**TEXT),
-    ).model()
+    bert = CASES["bert"]().model()
     format_named("bert").write_model(tmp_path / "bert", bert.task.model, bert.params)
     case = CASES["byte2word"]()
     run = begin(Experiment(task=case.task, data=case.data, workdir=str(tmp_path / "run")), case.model().params)
