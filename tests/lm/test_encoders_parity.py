@@ -12,8 +12,9 @@ import pytest
 
 from jaxtok import verbs
 from jaxtok.data.encoders import EncoderData
+from jaxtok.interop.encoders import read_encoder_config
 from jaxtok.interop.formats import format_named
-from jaxtok.interop.huggingface import params_from, params_to, read_encoder_config, read_folder, write_folder
+from jaxtok.interop.huggingface import params_from, params_to, read_folder, write_folder
 from jaxtok.lm.bert import PUBLISHED, Bert, BertConfig, init_params
 from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.model import Model
