@@ -22,51 +22,51 @@ REASONS = {
     "e": "it decodes the codes that others generate",
 }
 
-CONVERTED = "interop/test_formats.py::test_there_and_back_by_the_verb"
-"""By `jaxtok convert`, there and back, bit for bit."""
+FOLDERS = "interop/test_huggingface.py::test_written_then_read_is_the_same"
+ENCODERS = "lm/test_encoders_parity.py::test_with_the_library_itself"
 
 GRID = {
     "TokenFormer": {
         "task": "tokenformer",
         "generate, cached": "tokenformer",
         "grow": "training/test_mesh.py::test_growth_happens_where_the_parameters_are",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": "interop/test_tokenformer_checkpoint.py::test_round_trip",
+        "export": "interop/test_tokenformer_checkpoint.py::test_round_trip",
     },
     "GPT-2": {
         "task": "gpt2",
         "generate, cached": "gpt2",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": FOLDERS,
+        "export": FOLDERS,
     },
     "Llama, Mistral, Qwen2, Gemma": {
         "task": "llama",
         "generate, cached": "llama",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": FOLDERS,
+        "export": FOLDERS,
     },
     "BERT, RoBERTa, XLM-R": {
         "task": "masked_words",
         "generate, cached": "a",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": ENCODERS,
+        "export": "lm/test_encoders_parity.py::test_written_then_read_is_the_same",
     },
     "T5, mT5, ByT5": {
         "task": "t5",
         "generate, cached": "lm/test_t5_parity.py::test_generation",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": "lm/test_t5_parity.py::test_with_the_library_itself",
+        "export": "lm/test_t5_parity.py::test_written_then_read_is_the_same",
     },
     "MrT5": {
         "task": "mrt5",
         "generate, cached": "lm/test_mrt5.py::test_evaluation_and_generation",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": "lm/test_mrt5.py::test_written_then_read_is_the_same",
+        "export": "lm/test_mrt5.py::test_written_then_read_is_the_same",
     },
     "HAT (paper)": {
         "task": "hat",
@@ -79,21 +79,21 @@ GRID = {
         "task": "hat_released",
         "generate, cached": "lm/test_hat.py::test_released_generation_is_what_a_full_pass_says",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": "lm/test_hat.py::test_a_written_folder_is_read_again",
+        "export": "lm/test_hat.py::test_a_written_folder_is_read_again",
     },
     "Learn Your Tokens": {
         "task": "word_pooled",
         "generate, cached": "lm/test_word_pooled.py::test_cached_generation_is_recomputation",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": "lm/test_word_pooled.py::test_written_then_read_is_the_same",
+        "export": "lm/test_word_pooled.py::test_written_then_read_is_the_same",
     },
     "Byte2Word": {
         "task": "byte2word",
         "generate, cached": "a",
         "grow": "b",
-        "import": "interop/test_formats.py::test_a_bert_lends_its_layers_to_a_byte2word",
+        "import": "lm/test_byte2word.py::test_a_bert_lends_its_body",
         "export": "c",
     },
     "Lexinvariant": {
@@ -107,29 +107,29 @@ GRID = {
         "task": "electra",
         "generate, cached": "a",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": "lm/test_electra.py::test_hugging_face_folders",
+        "export": "lm/test_electra.py::test_hugging_face_folders",
     },
     "VQGAN, BAE": {
         "task": "bae",
         "generate, cached": "e",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": "vision/test_autoencoding.py::test_official_checkpoints_both_ways",
+        "export": "vision/test_autoencoding.py::test_official_checkpoints_both_ways",
     },
     "ELM": {
         "task": "elm",
         "generate, cached": "vision/test_elm.py::test_cached_is_recomputed",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": "interop/test_elm_checkpoint.py::test_written_then_read_is_the_same",
+        "export": "interop/test_elm_checkpoint.py::test_written_then_read_is_the_same",
     },
     "ELM (masked)": {
         "task": "elm_masked",
         "generate, cached": "d",
         "grow": "b",
-        "import": CONVERTED,
-        "export": CONVERTED,
+        "import": "interop/test_elm_checkpoint.py::test_written_then_read_is_the_same",
+        "export": "interop/test_elm_checkpoint.py::test_written_then_read_is_the_same",
     },
 }
 """By model: its entry in `TASKS`, and for each column an entry of `CAUSAL_LMS`, a test, or the letter of a reason."""

@@ -406,6 +406,34 @@ def test_a_bert_lends_its_layers_to_a_byte2word(tmp_path):
         format_named("byte2word").read(tmp_path / "bert")
 
 
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("electra, discriminator", {"generator": "encoder"}),
+        ("mrt5", {"target_rate": 0.5}),
+        ("gpt2", {}),
+    ],
+)
+def test_a_config_says_how_a_folder_is_trained_on(name, changed, tmp_path):
+    """Parameters that the folder does not have (a generator, a controller) are new, and the run can be opened."""
+    case = CASES[name]()
+    folder = format_named(case.format).write(tmp_path / "folder", case.model())
+    task = dataclasses.replace(case.task, **changed)
+    run = Case(case.format, task, dataclasses.replace(case.data, corpus="some/texts"))
+    config = write_config(
+        tmp_path, begin(Experiment(task=task, data=run.data, workdir=str(tmp_path / "run")), run.model().params)
+    )
+    assert main(["convert", str(folder), str(tmp_path / "new"), "--config", config]) == 0
+    new = open_run(tmp_path / "new")
+    assert new.task == task and new.data.corpus == "some/texts"
+    assert jax.tree.structure(new.params) == jax.tree.structure(run.model().params)
+    assert format_for(new.task).model_of(new.task, new.params)[0] == case.task.model
+    again = format_for(new.task).write(tmp_path / "again", new)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="the config must be of one, too"):
+        format_named(case.format).read(folder, CASES["hat"]().task)
+
+
 def test_a_model_that_is_more_than_its_body_is_not_written_as_that():
     task = LexinvariantModeling(model=CASES["tokenformer"]().task.model, random_symbols=0.5)
     with pytest.raises(ValueError, match="of LexinvariantModeling, for which there is no format here"):
