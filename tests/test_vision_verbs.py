@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +12,6 @@ from PIL import Image
 from jaxtok.cli import main
 from jaxtok.data.codes import CodeData, open_codes
 from jaxtok.data.images import ImageData
-from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
@@ -136,25 +134,6 @@ def test_analyses(folder, tmp_path, capsys):
     assert found[f"{folder / 'codes'}: kl_unigram"] == found[f"{tmp_path / 'codes'}: kl_unigram"], "both are there"
     for plot in plots:
         assert np.asarray(Image.open(plot).convert("L")).std() > 5
-
-
-def test_weights_go_out_and_come_back(folder, tmp_path, capsys):
-    for name in ("tokenizer", "ar", "masked"):
-        file, config = tmp_path / f"{name}.safetensors", tmp_path / f"{name}.py"
-        assert main(["convert", str(folder / name), str(file)]) == 0
-        config.write_text(
-            "from jaxtok.training.checkpoints import read_config\nfrom pathlib import Path\n"
-            f"config = read_config(Path({str(folder / name)!r}))\n"
-        )
-        assert main(["convert", str(file), str(tmp_path / name), "--config", str(config)]) == 0
-        jax.tree.map(np.testing.assert_array_equal, load(tmp_path / name).params, load(folder / name).params)
-    capsys.readouterr()
-    assert main(["convert", str(folder / "ar"), str(tmp_path / "ar.safetensors")]) == 1
-    assert "exists already" in " ".join(capsys.readouterr().err.split())
-    wrong = ["--config", str(tmp_path / "tokenizer.py")]
-    assert main(["convert", str(tmp_path / "ar.safetensors"), str(tmp_path / "other"), *wrong]) == 1
-    assert "is missing" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_wrong_is_said(folder, tmp_path, capsys):

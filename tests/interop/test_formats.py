@@ -101,8 +101,16 @@ MASKING = Masking(mask_id=260, kept_ids=(258, 259))
 ENCODER = {**SIZES, "vocab_size": 384, "max_positions": 32}
 ELECTRA = ElectraConfig(**ENCODER, embedding_size=8)
 WORDS = ElectraConfig(**ENCODER, embedding_size=8, replaced_head=False, mask_head=True)
-T5_SIZES = {**SIZES, "decoder_layers": 2, "head_size": 8, "vocab_size": 384}
-PAIRS = SpanCorruption(length=1024, batch_size=8)  # as it is of a folder that was read
+T5_SIZES = {
+    "num_layers": 2,
+    "decoder_layers": 2,
+    "d_model": 16,
+    "num_heads": 2,
+    "head_size": 8,
+    "mlp_dim": 24,
+    "vocab_size": 384,
+}
+PAIRS = SpanCorruption(length=1024, batch_size=8)
 CHARACTERS = LlamaStack(num_layers=1, d_model=12, num_heads=2, mlp_dim=20)
 RELEASED = ReleasedConfig(
     encoder=CHARACTERS,
@@ -432,6 +440,17 @@ def test_a_config_says_how_a_folder_is_trained_on(name, changed, tmp_path):
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="the config must be of one, too"):
         format_named(case.format).read(folder, CASES["hat"]().task)
+
+
+def test_a_file_of_another_model_than_the_configs(tmp_path, capsys):
+    elm, bae = CASES["elm"](), CASES["bae"]()
+    file = format_named("elm").write(tmp_path / "elm.safetensors", elm.model())
+    run = begin(Experiment(task=bae.task, data=bae.data, workdir=str(tmp_path / "run")), bae.model().params)
+    command = ["convert", str(file), str(tmp_path / "new"), "--config", write_config(tmp_path, run)]
+    assert main(command) == 1
+    assert "encoder.blocks.0.weight is missing" in said(capsys) and not (tmp_path / "new").exists()
+    assert main(["convert", str(run), str(file)]) == 1
+    assert "exists already" in said(capsys), "nothing is overwritten"
 
 
 def test_a_model_that_is_more_than_its_body_is_not_written_as_that():
