@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from image_generators import Histograms
