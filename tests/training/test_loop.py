@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import re
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -191,3 +193,10 @@ def test_metrics_go_to_jsonl_and_tensorboard(short):
     assert {"loss", "bits_per_byte", "gradient_norm", "learning_rate", "tokens_per_second"} <= set(rows[0])
     assert any((result.directory / "tensorboard").iterdir())
     assert rows[-1]["train_flops"] == 6 * result.task.flops({"tokens": np.zeros((4, 16))})
+
+
+@pytest.mark.parametrize("name", ["loop", "checkpoints", "experiment"])
+def test_training_knows_no_system_by_name(name):
+    source = Path(loop.__file__).with_name(f"{name}.py").read_text()
+    imported = re.findall(r"^\s*(?:from|import) jaxtok\.(\w+)", source, re.M)
+    assert imported and not {"lm", "vision", "multimodal", "transfer", "decoding", "interop"} & set(imported)
