@@ -49,10 +49,11 @@ class ElmSampling(Sampling):
     """How codes are drawn; defaults: the authors' for 2-10."""
 
     top_k: int = 1000
+    """Only the k most likely values of a sub-code; 0: all."""
     guidance: float = 4.0
-    """The scale s; 1: none."""
+    """The scale s of the guidance; 1 means none."""
     schedule: Literal["constant", "linear", "cos", "log", "square", "square_root"] = "linear"
-    """Over the positions of the image."""
+    """How the guidance rises over the positions of the image."""
 
     def __post_init__(self):
         super().__post_init__()
