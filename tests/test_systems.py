@@ -49,7 +49,7 @@ EVIDENCE = {
     "llama": {
         "task": "llama",
         "generate, cached": "llama",
-        "formats": ("llama, a tokenizer.json",),
+        "formats": ("llama, a tokenizer.json", "mistral", "qwen2", "gemma"),
     },
     "bert": {
         "task": "masked_words",
