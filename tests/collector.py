@@ -40,8 +40,3 @@ def collect(variable: str) -> dict[str, Any]:
             raise ValueError(f"{file.name} defines {variable}[{min(twice)!r}], which another file has already.")
         found |= entries
     return found
-
-
-def file_of(function: Any) -> str:
-    """The file below tests/ in which an entry's function stands."""
-    return str(Path(function.__code__.co_filename).relative_to(TESTS))
