@@ -3,7 +3,9 @@
 A test file adds its systems to the contract tests by defining, next to its own tests, one of
 
     TASKS = {name: function that makes a tiny.Case}    a task with its data
-    DATA = {name: function of a folder of texts}       data
+    CAUSAL_LMS = {name: function}                      a causal language model, as a Linen module
+    IMAGE_TOKENIZERS = {name: function}                an image tokenizer
+    DATASETS = {name: function}                        data; the function gets a file of texts and an empty folder
 
 as a literal dictionary at the top level of the file.
 """
