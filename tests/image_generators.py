@@ -1,4 +1,4 @@
-"""Every generator of codes of images in a tiny size. Registered here, it is tested against the waist.
+"""What the tiny generators of codes of images share; they stand in their systems' test files, as `IMAGE_GENERATORS`.
 
 `Histograms` exists for the tests only: it draws codes of any shape and any values.
 """
@@ -14,8 +14,6 @@ import numpy as np
 
 from jaxtok.protocols import Task
 from jaxtok.training.mesh import unboxed
-from jaxtok.vision.elm import ElmConfig, ElmModeling
-from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,11 +85,7 @@ class Histograms(Task):
         return jnp.concatenate(parts, 1).astype(jnp.int32)
 
 
-SMALL = {"num_layers": 1, "d_model": 16, "num_heads": 2, "mlp_dim": 16, "grid": 3, "num_classes": 4, "code_bits": 3}
-
-IMAGE_GENERATORS = {
-    "elm": lambda: ElmModeling(model=ElmConfig(**SMALL, sub_codes=2)),
-    "elm_masked": lambda: MaskedElmModeling(model=MaskedElmConfig(**SMALL, sub_codes=2)),
+TEST_ONLY = {
     "histograms": lambda: Histograms(code_shape=(5,), code_values=(6, 3), num_classes=4),
     "histograms_of_volumes": lambda: Histograms(code_shape=(2, 3, 2), code_values=(7,), num_classes=4),
 }

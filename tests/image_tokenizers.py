@@ -1,7 +1,7 @@
-"""Every image tokenizer in a tiny size. Registered here, it is tested against the waist.
+"""What the tiny image tokenizers share; they stand in their systems' test files, as `IMAGE_TOKENIZERS`.
 
-Two more exist for these tests only, and show that the waist is wide enough: `FrequencyTokenizer` has ordered codes of
-several numbers of values and a decoder that draws, and `BlockTokenizer` is one of volumes.
+Two exist for the tests only, and show that the waist is wide enough: `FrequencyTokenizer` has ordered codes of several
+numbers of values and a decoder that draws, and `BlockTokenizer` is one of volumes.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ import numpy as np
 from jaxtok.protocols import ArraySpec, Task
 from jaxtok.training.mesh import unboxed
 from jaxtok.vision.autoencoding import Autoencoding
-from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.images import as_float, check_codes, check_images
-from jaxtok.vision.vqgan import VQGANConfig
 
 SIZES = {
     "image_size": 8,
@@ -176,14 +174,7 @@ class Ramps:
             yield {"images": images, "labels": (places % 3).astype(np.int32), "mask": mask}
 
 
-IMAGE_TOKENIZERS = {
-    "vqgan": lambda: alone(VQGANConfig(**SIZES, codebook_size=20)),
-    "vqgan_gumbel": lambda: alone(VQGANConfig(**SIZES, codebook_size=20, quantizer_kind="gumbel")),
-    "bae": lambda: alone(BAEConfig(**SIZES, bits=6, sub_codes=2)),
-    "bae_deterministic": lambda: alone(BAEConfig(**SIZES, bits=6, deterministic=True, tanh=True)),
-    "frequencies": FrequencyTokenizer,
-    "blocks": BlockTokenizer,
-}
+TEST_ONLY = {"frequencies": FrequencyTokenizer, "blocks": BlockTokenizer}
 
 TAKE_A_KEY = ("vqgan_gumbel",)
 """Those whose codes are drawn with a key, and not without."""

@@ -9,14 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from causal_lms import CAUSAL_LMS
 from collector import collect
 
 import jaxtok
 from jaxtok.interop.formats import FORMATS
 from jaxtok.systems import COLUMNS, REASONS, SYSTEMS, configs, configs_folder, find, system, with_tables
 
-TASKS = collect("TASKS")
+TASKS, CAUSAL_LMS = collect("TASKS"), collect("CAUSAL_LMS")
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 sys.path.insert(0, str(TESTS / "interop"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from image_generators import Histograms

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 
+import causal_lms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +40,15 @@ def case(model, **options) -> Case:
 TASKS = {
     "lexinvariant": lambda: case(LexinvariantConfig(**SIZES, mlp_dim=32)),
     "semi_lexinvariant": lambda: case(TOKENFORMER, random_symbols=0.5, block=24),
+}
+
+CAUSAL_LMS = {
+    "lexinvariant": lambda: Lexinvariant(
+        LexinvariantConfig(**causal_lms.SIZES | causal_lms.TIED | {"rotary_fraction": 0.0})
+    ),
+    "semi_lexinvariant": lambda: Lexinvariant(
+        LlamaConfig(**causal_lms.LLAMA | causal_lms.TIED), random_symbols=0.5, block=12
+    ),
 }
 
 VOCAB, BATCH, LENGTH = 29, 3, 12  # no other axis is 29

@@ -57,6 +57,17 @@ TASKS = {
     "elm_masked": lambda: case(MaskedElmModeling(model=MaskedElmConfig(**TINY, sub_codes=2), rounds=4), drawn=True),
 }
 
+IMAGE_GENERATORS = {
+    "elm": lambda: ElmModeling(model=CONFIG),
+    "elm_masked": lambda: MaskedElmModeling(model=MASKED),
+}
+
+CAUSAL_LMS = {
+    "elm": lambda: ElmText(
+        ElmTextConfig(num_layers=2, d_model=16, num_heads=2, mlp_dim=24, grid=9, code_bits=4, num_classes=15)
+    )
+}
+
 SMALL = {"num_layers": 2, "d_model": 16, "num_heads": 2, "mlp_dim": 24, "grid": 3, "code_bits": 3, "num_classes": 4}
 CONFIG = ElmConfig(**SMALL)
 MODULATED = ElmConfig(**SMALL | {"num_heads": 4, "num_kv_heads": 2, "modulation": True, "sub_codes": 1})

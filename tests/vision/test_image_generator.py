@@ -10,11 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from image_generators import IMAGE_GENERATORS, random_params
+from collector import collect
+from image_generators import TEST_ONLY, random_params
 
 from jaxtok.protocols import ImageGenerator
 from jaxtok.verbs.vision import make_sampling
 
+IMAGE_GENERATORS = collect("IMAGE_GENERATORS") | TEST_ONLY
+"""All know four classes."""
 KEY = jax.random.key(3)
 
 

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from image_tokenizers import EXACT, IMAGE_TOKENIZERS, TAKE_A_KEY, FrequencyTokenizer, params_of
+from collector import collect
+from image_tokenizers import EXACT, TAKE_A_KEY, TEST_ONLY, FrequencyTokenizer, params_of
 
 from jaxtok.data.codes import CodeData, Header, open_codes, write_codes
 from jaxtok.protocols import ImageTokenizer
+
+IMAGE_TOKENIZERS = collect("IMAGE_TOKENIZERS") | TEST_ONLY
 
 
 @pytest.fixture(scope="module", params=IMAGE_TOKENIZERS)
