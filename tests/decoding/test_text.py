@@ -50,7 +50,10 @@ GENERATORS = {
     "released hat": released_hat,
     "learn your tokens": learn_your_tokens,
     "byt5": lambda: (SequenceToSequence(model=BYT5), lambda key: t5.init_params(BYT5, key)),
-    "mrt5": lambda: (MrT5Training(model=mrt5(BYT5)), lambda key: t5.init_params(mrt5(BYT5), key)),
+    "mrt5": lambda: (
+        MrT5Training(model=mrt5(BYT5, gate_layer=0)),
+        lambda key: t5.init_params(mrt5(BYT5, gate_layer=0), key),
+    ),
 }
 PROMPTS = [b"one two", b"a b c d e f", "naïve".encode()]
 MOST = 23
