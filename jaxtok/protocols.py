@@ -33,7 +33,8 @@ bytes      int32    how many bytes of text the target stands for (0 for special 
 
 A batch of images has
 
-images     uint8    [batch, height, width, channels]; or float32 in [0, 1], where that is so
+images     uint8    [batch, height, width, channels]; or float32 in [0, 1], where that is so. Volumes have a depth,
+                    [batch, depth, height, width, channels]
 labels     int32    [batch], the class
 mask       float32  [batch], 1 where the image counts, 0 where it only fills the batch
 
@@ -339,6 +340,10 @@ class Format(Protocol):
     """Somebody else's layout of files. One table of names, with transposes and splits, serves both directions."""
 
     name: str
+    holds: str
+    """The kinds of models, for messages."""
+    is_file: bool
+    """Whether it is one file; else it is a folder."""
 
     def owns(self, task: Task) -> bool:
         """Whether a model of this task can be written in this format."""
@@ -349,37 +354,107 @@ class Format(Protocol):
         ...
 
     def read(self, path: Path, like: Task | None = None) -> Any:
-        """A `jaxtok.model.Model`. `like` says the sizes, where the files are bare tensors."""
+        """A `jaxtok.model.Model`.
+
+        `like` says the sizes, where the files are bare tensors; else its other settings are taken. `data` is None where
+        the files do not say what the model was trained on.
+        """
         ...
 
     def write(self, path: Path, model: Any, **options: Any) -> Path:
-        """Writes a `jaxtok.model.Model`; the inverse of `read`."""
+        """Writes a `jaxtok.model.Model`; the inverse of `read`. A failure leaves nothing at the path.
+
+        Options that are not its own are passed over.
+        """
+        ...
+
+
+@runtime_checkable
+class ImageSource(Data, Protocol):
+    """Data whose batches are of images or volumes, for what looks at the images of a split one by one."""
+
+    classes: tuple[str, ...]
+    """Names of the classes, by label; empty where there are none."""
+    flip: bool
+    """Whether training may show the mirror image, left to right, in place of an image."""
+    eval_limit: int
+    """Batches in an evaluation, of images from all over the split; 0: the whole split."""
+
+    def count(self, split: str) -> int:
+        """How many images the split has."""
         ...
 
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """Images to grids of codes and back: a Task, whose parameters are what `init` makes."""
+    """Images or volumes to codes and back: a Task, whose parameters are what `init` makes.
 
-    image_size: int
-    """Side of the images in pixels."""
-    grid: tuple[int, int]
-    """Rows and columns of positions; position n is row-major."""
-    sub_codes: int
-    """Codes at each position."""
-    vocab_size: int
-    """Values of each of them."""
+    An image has one or several sub-codes at each of its positions. Codes are int32 [batch, positions, sub_codes]:
+    positions are those of `code_shape` in row-major order, and sub-code i is in 0..code_values[i] - 1.
+    """
+
+    image_shape: tuple[int, ...]
+    """(height, width, channels) of an image, or (depth, height, width, channels) of a volume."""
+    code_shape: tuple[int, ...]
+    """Of the positions of an image: (rows, columns), (depth, rows, columns), or (length,) of a row of codes."""
+    code_values: tuple[int, ...]
+    """How many values each sub-code of a position has; its length is the number of sub-codes."""
+    prefixes: tuple[int, ...]
+    """If the codes are ordered: how many of an image's first positions can be decoded without the rest, rising; the
+    last of them is all positions. Empty where only whole images can be decoded."""
+    draws_codes: bool
+    """Whether codes are drawn by the tokenizer's definition, so that `encode` needs a key."""
+    draws_images: bool
+    """Whether images are drawn given their codes (rectified flow, diffusion), so that `decode` needs a key."""
 
     def encode(self, params: Params, images: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """Codes int32 [batch, positions, sub_codes] of images [batch, height, width, channels] in [0, 1].
+        """Codes of images float32 [batch, *image_shape] in [0, 1].
 
-        Without a key, the same images have the same codes; a tokenizer whose codes are drawn by its definition raises
-        a ValueError that says so.
+        Without a key, the same images have the same codes. A ValueError tells images of another shape or type, and that
+        a key is needed.
         """
         ...
 
-    def decode(self, params: Params, codes: jax.Array) -> jax.Array:
-        """Images [batch, height, width, channels] in float32, not limited to [0, 1]."""
+    def decode(self, params: Params, codes: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """Images float32 [batch, *image_shape], not limited to [0, 1], of codes of whole images or of a prefix of them.
+
+        An image depends on its own codes, the key and its place in the batch only. A ValueError tells codes of another
+        shape or out of range, and that a key is needed.
+        """
+        ...
+
+
+OnProgress = Callable[[float], None]
+"""Called from time to time with the share of the work that is done, the last time with 1."""
+
+
+@runtime_checkable
+class ImageGenerator(Protocol):
+    """A Task whose model draws codes of images, which the `ImageTokenizer` of these codes decodes."""
+
+    code_shape: tuple[int, ...]
+    """Of the positions that are drawn; that of the tokenizer, or (n,), where n is one of the tokenizer's prefixes."""
+    code_values: tuple[int, ...]
+    """How many values each sub-code has. Their product is that of the tokenizer's: `jaxtok.data.codes.regroup`."""
+    num_classes: int
+    """0: the model knows no classes."""
+    sampling: type
+    """A frozen dataclass of the options of a draw, each with its default."""
+
+    def draw(
+        self,
+        params: Params,
+        conditions: Sequence[int | None],
+        rng: jax.Array,
+        *,
+        sampling: Any = None,
+        on_progress: OnProgress | None = None,
+    ) -> jax.Array:
+        """Codes int32 [batch, positions, sub_codes], an image for each condition: a class, or None for no class.
+
+        An image depends on its condition, the key and its place in the batch only. `sampling` is an instance of the
+        class of that name (None: its defaults). A ValueError tells conditions that are out of range.
+        """
         ...
 
 

@@ -30,7 +30,7 @@ from jaxtok.axes import constrain
 from jaxtok.decoding.engine import Engine
 from jaxtok.decoding.sampling import Sampling, sampling_key
 from jaxtok.nn.cache import KVCache
-from jaxtok.protocols import Params
+from jaxtok.protocols import OnProgress, Params
 from jaxtok.vision.elm import Elm, ElmConfig
 
 SCHEDULES = {
@@ -49,10 +49,11 @@ class ElmSampling(Sampling):
     """How codes are drawn; defaults: the authors' for 2-10."""
 
     top_k: int = 1000
+    """Only the k most likely values of a sub-code; 0: all."""
     guidance: float = 4.0
-    """The scale s; 1: none."""
+    """The scale s of the guidance; 1 means none."""
     schedule: Literal["constant", "linear", "cos", "log", "square", "square_root"] = "linear"
-    """Over the positions of the image."""
+    """How the guidance rises over the positions of the image."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -124,6 +125,7 @@ def generate(
     prefix: Int[np.ndarray, "batch given sub_codes"] | None = None,
     new: int | None = None,
     uniforms: Float[np.ndarray, "new sub_codes batch"] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Int[Array, "batch given+new sub_codes"]:
     """Codes of images of these classes. A row depends on its class, `rng` and its place in the batch, not on others.
 
@@ -134,6 +136,7 @@ def generate(
       new: positions to make; default: all that are left. The schedule of the guidance runs over these.
       uniforms: recorded draws from [0, 1): a sub-code is the number of its values, in the order of their indices, up to
         which the probabilities sum to this or less.
+      on_progress: called after each row of the grid with the share of the new positions that are made.
 
     Raises:
       ValueError: a class, a code or a length is out of range; no key.
@@ -154,7 +157,9 @@ def generate(
             f"uniforms have the shape {np.shape(uniforms)}; they must be "
             f"[{new} positions, {config.sub_codes} sub-codes, {len(ids)} images]."
         )
-    codes, _ = draw(config, params, ids, prefix, sampling, sampling.weights(new), rng, uniforms)
+    codes, _ = draw(
+        config, params, ids, prefix, sampling, sampling.weights(new), rng, uniforms, on_progress=on_progress
+    )
     return codes
 
 
@@ -168,28 +173,44 @@ def draw(
     rng: jax.Array | None = None,
     uniforms: Float[np.ndarray, "new sub_codes batch"] | None = None,
     fixed: tuple[Int[np.ndarray, "batch new sub_codes"], Bool[np.ndarray, " new"]] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[Int[Array, "batch given+new sub_codes"], Float[Array, "batch sub_codes vocab"]]:
     """As `generate`, from guidance weights; also returns the last position's logits as they were drawn from.
 
     Args:
       fixed: codes, and at which of the new positions they are taken instead of drawn ones.
+      on_progress: as in `generate`. Without it, one compiled call draws the whole images.
     """
     if uniforms is None:
         rng = sampling_key(rng, sampling)
     plain = Sampling(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
-    guided = bool((weights != 1).any())
-    return _draw(config, plain, guided, params, labels, prefix, weights, rng, uniforms, fixed)
+    engine = Engine(model=GuidedCodes(config, bool((weights != 1).any())), chooser=Drawing(plain))
+    given, new = (labels, prefix, weights, rng, uniforms, fixed), len(weights)
+    if on_progress is None:
+        state = _draw(engine, params, given)
+    else:
+        state = _begin(engine, params, given)
+        for made in [*range(config.grid, new, config.grid), new]:
+            state = engine.run(params, state, made)
+            jax.block_until_ready(state.length)
+            on_progress(made / new)
+    return jnp.concatenate([prefix, state.text[:, 1:]], axis=1), state.chooser.last
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "guided"))
-def _draw(config, sampling, guided, params, labels, prefix, weights, rng, uniforms, fixed):
-    engine = Engine(model=GuidedCodes(config, guided), chooser=Drawing(sampling))
+@functools.partial(jax.jit, static_argnames="engine")
+def _begin(engine, params, given):
+    labels, prefix, weights, rng, uniforms, fixed = given
+    config = engine.model.config
     state = engine.model.start(params, labels, prefix, weights)
     newest = prefix[:, -1:] if prefix.shape[1] else jnp.zeros((len(labels), 1, config.sub_codes), jnp.int32)
     draws = Drawing.start(len(labels), config, uniforms, fixed)
     rng = jax.random.key(0) if rng is None else rng
-    state = engine.run(params, engine.begin(state, newest, new=len(weights), rng=rng, chooser=draws))
-    return jnp.concatenate([prefix, state.text[:, 1:]], axis=1), state.chooser.last
+    return engine.begin(state, newest, new=len(weights), rng=rng, chooser=draws)
+
+
+@functools.partial(jax.jit, static_argnames="engine")
+def _draw(engine, params, given):
+    return engine.run(params, _begin(engine, params, given))
 
 
 @flax.struct.dataclass

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_lms import CAUSAL_LMS, noisy_params
+from causal_lms import noisy_params
+from collector import collect
 from recurrent import Recurrent, RecurrentConfig
 
 from jaxtok.decoding import (
@@ -88,7 +89,7 @@ SAMPLED = {"chooser": Sampling(temperature=1.5, top_k=20), "rng": KEY}
 @pytest.fixture(scope="module")
 def llama():
     """The model for what cannot depend on the model: each test of it compiles the loop anew."""
-    model = CAUSAL_LMS["llama"]()
+    model = collect("CAUSAL_LMS")["llama"]()
     return model, noisy_params(model)
 
 
