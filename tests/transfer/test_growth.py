@@ -329,7 +329,7 @@ def test_an_impossible_plan_is_refused_when_it_is_made():
 
 # As a surgery.
 
-DATA = TextData()
+DATA = TextData(length=8, batch_size=2)
 
 
 def test_the_task_grows_with_its_model(params):
