@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc):
         folder = metafunc.config.getoption("--goldens")
         files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         metafunc.parametrize("golden", files, ids=[file.stem for file in files], indirect=True)
-    if "causal_lm" in metafunc.fixturenames:
+    if "causal_lm" in metafunc.fixturenames and not hasattr(metafunc.module, "causal_lm"):  # a file may have its own
         metafunc.parametrize("causal_lm", collect("CAUSAL_LMS"), indirect=True, scope="session")
 
 
