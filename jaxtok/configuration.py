@@ -77,8 +77,10 @@ def from_json(value: Any) -> Any:
     cls = getattr(sys.modules.get(module), name, None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise ValueError(f"the stored config names {value['type']}, which is unknown here; import its module first.")
-    known = {f.name for f in dataclasses.fields(cls)}
     fields = {k: v for k, v in value.items() if k != "type"}
+    if hasattr(cls, "saved_before"):  # a class that has become several
+        cls, fields = cls.saved_before(fields)
+    known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(set(fields) - known):
         raise ValueError(f"the stored config gives {name} the fields {', '.join(unknown)}, which it does not have.")
     return cls(**{k: from_json(v) for k, v in fields.items()})
