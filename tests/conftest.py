@@ -26,6 +26,10 @@ os.environ.setdefault(
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
 )
 
+import jaxtyping
+
+jaxtyping.install_import_hook("jaxtok", "shapes.check")
+
 import jax
 import jax.flatten_util
 import jax.numpy as jnp

@@ -24,14 +24,16 @@ from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Integer
 
 from jaxtok.data.streams import StreamBatches
 from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.protocols import Batch
 
 
-def regroup(codes: Int[Array, "*batch sub_codes"], code_bits: int, sub_codes: int) -> Int[Array, "*batch regrouped"]:
+def regroup(
+    codes: Integer[Array, "*batch sub_codes"], code_bits: int, sub_codes: int
+) -> Integer[Array, "*batch regrouped"]:
     """The same bits, cut into another number of sub-codes: the paper's vocabulary decomposition.
 
     Raises:

@@ -48,8 +48,8 @@ class RelativeBias(nn.Module):
 
     @nn.compact
     def __call__(
-        self, queries: Int[Array, "batch length"], keys: Int[Array, "batch slots"]
-    ) -> Float[Array, "batch heads length slots"]:
+        self, queries: Int[Array, "#batch length"], keys: Int[Array, "#batch slots"]
+    ) -> Float[Array, "#batch heads length slots"]:
         """Float32. The batch is 1 where all rows have the same places."""
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), (None, "heads"))
         table = self.param("table", init, (self.buckets, self.heads), self.param_dtype)
