@@ -9,10 +9,14 @@ def test_model(golden, parity):
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import os
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +43,32 @@ from causal_lms import CAUSAL_LMS
 
 from jaxtok.lm.decoder import init_params
 
+TORCH = ("torch", "transformers", "peft")
+IMPORTS_TORCH = re.compile(rf"importorskip\(['\"]({'|'.join(TORCH)})['\"]\)")
+
 
 def pytest_addoption(parser):
-    parser.addoption("--goldens", metavar="DIR", default=Path(__file__).parent / "goldens", type=Path)
+    # Written with "=", as pytest takes a path without one for a folder of tests until it has read this file.
+    goldens = Path(__file__).parent / "goldens"
+    parser.addoption("--goldens", metavar="DIR", default=goldens, type=Path, help="--goldens=DIR: other fixtures")
     parser.addoption("--slow", action="store_true", help="also run the learning experiments")
+    parser.addoption("--budget", type=float, metavar="SECONDS", help="list the systems whose tests take longer")
+
+
+def pytest_configure(config):
+    if not (folder := config.getoption("--goldens")).is_dir():
+        raise pytest.UsageError(f"--goldens is {folder}; it must be a folder of fixtures.")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="a learning experiment; run with --slow"))
+    missing = [name for name in TORCH if find_spec(name) is None]
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="a learning experiment; run with --slow"))
+        if IMPORTS_TORCH.search(inspect.getsource(item.function)):
+            item.add_marker("torch")  # so that `make slow` finds it
+        elif item.get_closest_marker("torch") and missing:
+            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}; run with `make slow`"))
 
 
 def pytest_generate_tests(metafunc):
@@ -111,7 +130,9 @@ def relative_error(ours, reference) -> float:
     return np.max(np.abs(ours - reference)) / (np.max(np.abs(reference)) or 1.0)
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
+    if budget := config.getoption("--budget"):
+        beyond_budget(terminalreporter, budget)
     worst: dict[tuple[str, str], float] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -124,6 +145,22 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.line("| fixture | what | max relative error |\n|---|---|---|")
         for (name, what), error in worst.items():
             terminalreporter.line(f"| {name} | {what} | {error:.1e} |")
+
+
+def beyond_budget(terminalreporter, budget: float):
+    """A line for each system whose test files (test_NAME.py, test_NAME_parity.py, ...) took longer together."""
+    files: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                file = report.nodeid.split("::")[0]
+                system = re.sub(r"_(parity|learning|study|checkpoint)$", "", Path(file).stem.removeprefix("test_"))
+                files[system][file] += report.duration
+    terminalreporter.section(f"systems whose tests take more than {budget:g} s")
+    for system, seconds in sorted(files.items(), key=lambda item: -sum(item[1].values())):
+        if (total := sum(seconds.values())) > budget:
+            each = ", ".join(f"{file} {s:.0f}" for file, s in seconds.items())
+            terminalreporter.line(f"{system:20} {total:5.0f} s   {each}")
 
 
 @pytest.fixture(scope="module", autouse=True)
