@@ -1,17 +1,19 @@
 """The waists of the house: the few interfaces through which everything plugs into everything.
 
-Each is a structural `Protocol`: a class fills a waist by having its methods, without importing this module. What is
-written against a waist (the training loop, sampling, evaluation, ...) works for every system that fills it.
+Each is a structural `Protocol`: a class fills a waist by having its methods, without importing this module. Only `Task`
+is a base class, for what most tasks share. What is written against a waist (the training loop, sampling, evaluation,
+...) works for every system that fills it.
 
 Axis names, used in every shape of the package: batch, length, heads, head_dim, d_model, param_tokens, vocab, layers.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -116,45 +118,152 @@ class Data(Protocol):
 
     batch_size: int
     """Rows of a batch, over all devices and processes."""
+    unit: str
+    """What speed is counted in: tokens, words or images."""
+    source: str
+    """The name of the field that says where the data come from: corpus, images or path."""
+
+    @property
+    def units(self) -> int:
+        """How many of `unit` a batch has, padding included."""
+        ...
 
     def train_batches(self, rows: range | None = None) -> Batches: ...
     def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
         """One pass over a split; the last batch is filled up with rows that do not count."""
         ...
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of each array in a batch of all processes; told without opening the data."""
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        """What each array of a batch of all processes is; told without opening the data."""
         ...
 
 
-class Task(Protocol):
-    """Something that learns: what the one training loop trains.
+@runtime_checkable
+class Labelled(Protocol):
+    """Data whose rows have a class."""
 
-    A task may also have `after_step(params, metrics, step) -> params`, for state that no gradient moves (a controller,
-    a moving average): it is called in the compiled step, behind the update number `step`, with the metrics of the whole
-    batch. Such state is a part of the parameters, so it is sharded, saved and restored with them; `trainable` says 0.
-    With `check(experiment)`, it can refuse data or an optimizer that do not fit its own config, by a ValueError.
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by label; empty where the source tells none."""
+        ...
+
+
+Sums = Mapping[str, Any]
+"""What an evaluation has added up, by name: a float or, of a sum that is an array, a float64 array."""
+
+
+class Task(abc.ABC):
+    """Something that learns: what the one training loop trains. A task is a frozen dataclass with this base.
+
+    Required are `counted`, `init`, `loss`, `sums`, `metrics` and `flops`; the rest has the defaults below.
     """
 
+    counted: ClassVar[str]
+    """The name of the sum that counts what an evaluation is of (tokens, words, images); 0 of them are refused."""
+
+    @abc.abstractmethod
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         """New parameters, in Linen's boxes where they have logical axes (`flax.linen.meta`; the loop unboxes them)."""
-        ...
 
+    @abc.abstractmethod
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The scalar to minimise, and metrics to log (scalars, averaged over the steps between two log lines)."""
-        ...
+        """The scalar to minimise, and metrics to log (scalars, averaged over the steps between two log lines).
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]: ...
+        What is no number and goes to `after_step` is under `state` in the metrics.
+        """
 
-    def trainable(self, params: Params) -> Params | None:
-        """A pytree that broadcasts against `params`: 1 where an entry trains and 0 where it stays; None: all train."""
-        ...
+    @abc.abstractmethod
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """What an evaluation adds up over its batches. Pure; it is compiled once for each task.
 
+        Args:
+          rng: for what is drawn (places to hide, gates), the same in every evaluation.
+        """
+
+    @abc.abstractmethod
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """What an evaluation reports, from the sums over all batches."""
+
+    @abc.abstractmethod
     def flops(self, batch: Batch) -> float:
         """Model FLOPs of one training step on the batch (forward and backward, no recomputation)."""
-        ...
+
+    def fit(self, data: Data, train: Any = None) -> Task:
+        """The task made to fit the data; a task that fits already comes back equal. Default: it fits any.
+
+        Args:
+          data: may be opened (a tokenizer, the names of classes).
+          train: the run's `jaxtok.training.experiment.TrainConfig`, for what depends on the optimizer.
+
+        Raises:
+          ValueError: they do not fit: too small a vocabulary, too long rows, too many classes, ...
+        """
+        return self
+
+    def trainable(self, params: Params) -> Params | None:
+        """A pytree that broadcasts against `params`: 1 where an entry trains, 0 where it stays. Default, None: all
+        train."""
+        return None
+
+    def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
+        """The parameters after update number `step`, for state that no gradient moves (a controller, running means).
+
+        It is called in the compiled step, with the metrics of the whole batch. Such state is a part of the parameters,
+        so it is sharded, saved and restored with them, and `trainable` says 0. Default: they stay.
+        """
+        return params
+
+    def load_weights(self, params: Params) -> Params:
+        """New parameters with those that come from files, when a run begins. Default: none do."""
+        return params
+
+    def batch_sums(self, params: Params, batch: Batch, rng: jax.Array, **options: Any) -> dict[str, Any]:
+        """`sums`, compiled. A task that has to run Python between compiled parts does so here, and may have options."""
+        return _compiled_sums(self, params, batch, rng)
+
+    def evaluate(
+        self, params: Params, batches: Iterable[Batch], rng: jax.Array | None = None, **options: Any
+    ) -> dict[str, float]:
+        """The `metrics` of the sums over all batches, added up in float64.
+
+        Args:
+          rng: the key of batch n is this one with n folded in; default: the key of seed n.
+          options: of `batch_sums`, where the task has some.
+
+        Raises:
+          ValueError: there was nothing to count (`counted` is 0).
+        """
+
+        def parts():
+            for number, batch in enumerate(batches):
+                key = jax.random.key(number) if rng is None else jax.random.fold_in(rng, number)
+                yield self.batch_sums(params, batch, key, **options)
+
+        return self.metrics(add_up(parts(), self.counted))
+
+
+_compiled_sums = jax.jit(lambda task, params, batch, rng: task.sums(params, batch, rng), static_argnums=0)
+
+
+def add_up(parts: Iterable[Mapping[str, Any]], counted: str) -> Sums:
+    """The sums of all batches, in float64.
+
+    Args:
+      parts: the sums of each batch.
+      counted: the name of that one which counts what the evaluation is of.
+
+    Raises:
+      ValueError: there was nothing to count.
+    """
+    total: dict[str, Any] = {}
+    for part in parts:
+        found = jax.device_get(part)
+        total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in found.items()}
+    if not np.sum(total.get(counted, 0.0)):
+        raise ValueError(f"the evaluation data hold no {counted} that count; choose a larger data set or split.")
+    return {name: float(value) if np.ndim(value) == 0 else value for name, value in total.items()}
 
 
 class Surgery(Protocol):

@@ -140,11 +140,11 @@ def evaluate(
     """
     loaded = open_model(checkpoint, adapter, ema)
     data = dataclasses.replace(loaded.data, eval_limit=batches)
-    source = "corpus" if hasattr(data, "corpus") else "images"
     if corpus:
-        data = dataclasses.replace(data, **{source: corpus})
+        data = dataclasses.replace(data, **{data.source: corpus})
     metrics = loaded.task.evaluate(loaded.params, data.eval_batches(split))
-    row = {"checkpoint": str(checkpoint), source: getattr(data, source), "split": split, "step": loaded.step} | metrics
+    source = {data.source: getattr(data, data.source)}
+    row = {"checkpoint": str(checkpoint), **source, "split": split, "step": loaded.step} | metrics
     if output:
         output.write_text(json.dumps(row, indent=2) + "\n")
     return row

@@ -403,7 +403,8 @@ class OpenTokenizer:
         count, more = len(array), -len(array) % self.layout.mesh.size
         whole = np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
         with self.layout.active():
-            put = self.layout.put({"x": whole}, range(len(whole)), len(whole))["x"]
+            axes = ("batch", *[None] * (whole.ndim - 1))
+            put = jax.device_put(whole, self.layout.sharding(axes, whole.shape, "the batch"))
             return np.asarray(function(put))[:count]
 
 

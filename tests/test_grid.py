@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from causal_lms import CAUSAL_LMS
-from tasks import TASKS
+from collector import collect
 
+TASKS = collect("CASES")
 TESTS = Path(__file__).parent
 COLUMNS = ("train", "evaluate", "generate, cached", "grow", "shard", "import", "export")
 

@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
@@ -28,7 +28,7 @@ from jaxtyping import Array, Int, Integer
 
 from jaxtok.data.streams import StreamBatches
 from jaxtok.nn.bits import pack_bits, unpack_bits
-from jaxtok.protocols import Batch
+from jaxtok.protocols import ArraySpec, Batch
 
 
 def regroup(
@@ -188,6 +188,9 @@ class CodeData:
         ValueError: a number is out of range.
     """
 
+    unit: ClassVar[str] = "images"
+    source: ClassVar[str] = "path"
+
     path: str = "codes"
     """A folder with a folder for each split (train, validation, test) as `write_codes` writes them."""
     grid: int = 16
@@ -213,13 +216,18 @@ class CodeData:
         if self.seed >= 2**32 or self.code_bits > 24:
             raise ValueError(f"seed={self.seed}, code_bits={self.code_bits}: choose them below 2**32 and 25")
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of each array in a batch of all processes."""
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        """See `jaxtok.protocols.Data`."""
+        n = self.batch_size
         return {
-            "codes": ((self.batch_size, self.grid**2, self.sub_codes), np.int32),
-            "labels": ((self.batch_size,), np.int32),
-            "mask": ((self.batch_size,), np.float32),
+            "codes": ArraySpec((n, self.grid**2, self.sub_codes), np.int32, ("batch", None, None)),
+            "labels": ArraySpec((n,), np.int32, ("batch",)),
+            "mask": ArraySpec((n,), np.float32, ("batch",)),
         }
+
+    @property
+    def units(self) -> int:
+        return self.batch_size
 
     def train_batches(self, rows: range | None = None) -> StreamBatches:
         """Batches without end, in a new order each epoch, or these rows of each (for a process that needs no others).

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,12 +26,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
+from jaxtok.data.words import WordText
 from jaxtok.decoding.sampling import Sampling, sample, sampling_key
 from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import LlamaStack
-from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
 from jaxtok.nn.transformer import Stack
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.words import WordSplitter
 
 _BUCKET = 16  # prompts are padded to a multiple of so many words
@@ -214,8 +215,10 @@ def spelled(config: HATConfig, targets, lengths) -> tuple[Int[Array, "*words pla
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HATModeling:
+class HATModeling(Task):
     """Trains a HAT on rows of words (`jaxtok.data.words.WordText`)."""
+
+    counted = "targets"
 
     model: HATConfig = HATConfig()
     splitter: WordSplitter = WordSplitter()
@@ -223,6 +226,15 @@ class HATModeling:
 
     def module(self) -> HAT:
         return HAT(self.model)
+
+    def fit(self, data: Data, train: Any = None) -> HATModeling:
+        """Itself. Raises ValueError: the data's words have more or fewer places than the model's."""
+        if isinstance(data, WordText) and data.max_units != self.model.max_units:
+            raise ValueError(
+                f"data.max_units is {data.max_units}, but task.model.max_units is {self.model.max_units}; make them "
+                "equal."
+            )
+        return self
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
@@ -233,15 +245,22 @@ class HATModeling:
         bits = jnp.sum(nats * mask) / math.log(2)
         return masked_mean(nats, mask), {"bits_per_byte": bits / jnp.maximum(jnp.sum(self._bytes(batch)), 1)}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss (nats a target), bits per byte with the ends of words counted in, and the share of the words whose bytes
-        are each the likeliest behind the true ones before; `word_accuracy_with_end`: and so is what ends them.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        nats, mask, right = self._spell(params, batch)
+        n = batch["target_lengths"][..., None]
+        words = (mask[..., 0] > 0) & (n[..., 0] > 0)
+        places = jnp.arange(mask.shape[-1])
+        letters, whole = (jnp.all(right | (places >= end), -1) & words for end in (n, n + 1))
+        found = {"nats": nats * mask, "targets": mask, "bytes": self._bytes(batch)}
+        found |= {"words": words, "right": letters, "right_with_end": whole}
+        return {name: jnp.sum(x) for name, x in found.items()}
 
-        Raises:
-          ValueError: there was not a single target to predict.
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats a target), bits_per_byte with the ends of words counted in, words, bytes, and accuracies.
+
+        word_accuracy           the share of the words whose bytes are each the likeliest after the true ones before
+        word_accuracy_with_end  and so is what ends them
         """
-        parts = (_evaluation_sums(self, params, batch) for batch in batches)
-        sums = totals(parts, "nats targets bytes words right right_with_end", counted="targets")
         words = max(sums["words"], 1.0)
         return {
             "loss": sums["nats"] / sums["targets"],
@@ -251,9 +270,6 @@ class HATModeling:
             "words": sums["words"],
             "bytes": sums["bytes"],
         }
-
-    def trainable(self, params: Params) -> None:
-        return None
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass, with padding counted."""
@@ -297,26 +313,11 @@ class HATModeling:
         return batch["bytes"] * counted
 
     def _spell(self, params, batch):
-        if batch["words"].shape[-1] != self.model.max_units:
-            raise ValueError(
-                f"the data's words have {batch['words'].shape[-1]} places, but model.max_units = "
-                f"{self.model.max_units}; make data.max_units equal to it."
-            )
         inputs = (batch[name] for name in ("words", "lengths", "targets", "positions", "segments"))
         logits = self.module().apply({"params": params}, *inputs)
         ids, real = spelled(self.model, batch["targets"], batch["target_lengths"])
         mask = batch["mask"] if self.model.start else batch["mask"] * (batch["lengths"] > 0)
         return cross_entropy(logits, ids), real * mask[..., None], logits.argmax(-1) == ids
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluation_sums(task: HATModeling, params, batch):
-    nats, mask, right = task._spell(params, batch)
-    n = batch["target_lengths"][..., None]
-    words = (mask[..., 0] > 0) & (n[..., 0] > 0)
-    places = jnp.arange(mask.shape[-1])
-    letters, whole = (jnp.all(right | (places >= end), -1) & words for end in (n, n + 1))
-    return jnp.sum(nats * mask), jnp.sum(mask), jnp.sum(task._bytes(batch)), words.sum(), letters.sum(), whole.sum()
 
 
 def generate_words(

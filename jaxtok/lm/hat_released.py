@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,10 +30,10 @@ from jaxtok.axes import constrain, gather
 from jaxtok.decoding.sampling import Sampling, sample, sampling_key
 from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import Linear, LlamaStack
-from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
 from jaxtok.nn.rotary import RopeScaling, apply_rotary
 from jaxtok.nn.transformer import REMAT_POLICIES, Block, Stack
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Params, Sums, Task
 from jaxtok.tokenizers.words import NEVER_IN_UTF8, WordSplitter, split_specials
 
 _BUCKET = 64  # texts are padded to a multiple of so many bytes
@@ -368,8 +368,10 @@ def byte_stream(batch: Batch, length: int, eot: int) -> dict[str, jax.Array]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReleasedModeling:
+class ReleasedModeling(Task):
     """Trains a released HAT on rows of words by its next byte."""
+
+    counted = "targets"
 
     model: ReleasedConfig = ReleasedConfig()
     row_bytes: int = 0
@@ -392,14 +394,20 @@ class ReleasedModeling:
         bits = jnp.sum(nats * stream["mask"]) / math.log(2)
         return masked_mean(nats, stream["mask"]), {"bits_per_byte": bits / jnp.maximum(self._bytes(batch, stream), 1)}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """As `jaxtok.lm.hat.HATModeling.evaluate`, without the first byte of a document, nor its first word's accuracy.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        stream, nats, right = self._nats(params, batch)
+        mask, words = stream["mask"], batch["lengths"].shape[1]
+        count = jax.vmap(lambda values, word: jax.ops.segment_sum(values, word, words))
+        good, bad = (count(x.astype(jnp.float32) * mask, stream["target_word"]) for x in (right, ~right))
+        whole = (good + bad == batch["target_lengths"]) & (batch["target_lengths"] > 0) & (batch["mask"] > 0)
+        found = {"nats": nats * mask, "targets": mask, "words": whole, "right": whole & (bad == 0)}
+        return {name: jnp.sum(x) for name, x in found.items()} | {"bytes": self._bytes(batch, stream)}
 
-        Raises:
-          ValueError: there was not a single target to predict.
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss, bits_per_byte, word_accuracy, words and bytes, as those of `jaxtok.lm.hat.HATModeling`.
+
+        The first byte of a document is left out, and so is the accuracy of its first word.
         """
-        parts = (_evaluation_sums(self, params, batch) for batch in batches)
-        sums = totals(parts, "nats targets bytes words right", counted="targets")
         return {
             "loss": sums["nats"] / sums["targets"],
             "bits_per_byte": bits_per_byte(sums["nats"], sums["bytes"]),
@@ -407,9 +415,6 @@ class ReleasedModeling:
             "words": sums["words"],
             "bytes": sums["bytes"],
         }
-
-    def trainable(self, params: Params) -> None:
-        return None
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass, with padding counted."""
@@ -463,17 +468,6 @@ class ReleasedModeling:
     @staticmethod
     def _bytes(batch, stream):
         return jnp.sum(stream["mask"] * (stream["target_word"] < batch["lengths"].shape[1]))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluation_sums(task: ReleasedModeling, params, batch):
-    stream, nats, right = task._nats(params, batch)
-    mask, words = stream["mask"], batch["lengths"].shape[1]
-    count = jax.vmap(lambda values, word: jax.ops.segment_sum(values, word, words))
-    good, bad = (count(x.astype(jnp.float32) * mask, stream["target_word"]) for x in (right, ~right))
-    whole = (good + bad == batch["target_lengths"]) & (batch["target_lengths"] > 0) & (batch["mask"] > 0)
-    bytes_ = task._bytes(batch, stream)
-    return jnp.sum(nats * mask), jnp.sum(mask), bytes_, whole.sum(), (whole & (bad == 0)).sum()
 
 
 @flax.struct.dataclass

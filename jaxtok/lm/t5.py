@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -24,10 +24,10 @@ from jaxtok.decoding.sampling import Sampling
 from jaxtok.decoding.sampling import generate as generate_tokens
 from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import MLP, LinearStack
-from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics
+from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics, text_sums
 from jaxtok.nn.relative import RelativeBias
 from jaxtok.nn.transformer import Stack
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.byt5 import ByT5Tokenizer
 
 _BUCKET = 64  # inputs are padded to a multiple of this, so that those of similar length share a compiled function
@@ -343,17 +343,23 @@ def condition(module: T5, params: Params, encoded: Encoded) -> Params:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SequenceToSequence:
+class SequenceToSequence(Task):
     """Trains an encoder-decoder on pairs of texts.
 
     A batch has `tokens` [batch, inputs] int32 (padded with pad_id), and [batch, outputs] each `targets` int32, `mask`
     float32 (1 where the target counts) and `bytes` int32 (of text that the target stands for).
     """
 
+    counted = "tokens"
+
     model: T5Config
 
     def module(self) -> T5:
         return self.model.module()
+
+    def fit(self, data: Data, train: Any = None) -> SequenceToSequence:
+        """See `jaxtok.lm.fitting.fit_text`."""
+        return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return initial(self.model, rng, batch["tokens"])
@@ -377,19 +383,18 @@ class SequenceToSequence:
         metrics = {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"] * batch["mask"]), 1)}
         return masked_mean(nats, batch["mask"]), metrics
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss (nats a target), perplexity, and bits per byte of the targets' text.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        outputs = shift_right(batch["targets"], self.model.pad_id)
+        logits = self.module().apply({"params": params}, batch["tokens"], outputs)
+        return text_sums(cross_entropy(logits, batch["targets"]), batch["mask"], batch["bytes"])
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats a target), perplexity, bits_per_byte of the targets' text; tokens and bytes of the targets.
 
         Sentinels and ends count in the bits and not in the bytes; the ByT5 and MrT5 papers' bits per byte are loss /
         ln 2.
-
-        Raises:
-          ValueError: there was not a single target to predict.
         """
-        return text_metrics(jax.device_get(evaluation_sums(self, params, batch)) for batch in batches)
-
-    def trainable(self, params: Params) -> Params | None:
-        return None
+        return text_metrics(sums)
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass."""
@@ -474,18 +479,6 @@ SENTINEL = 258
 @functools.partial(jax.jit, static_argnames="module")
 def encode(module: T5, params: Params, tokens) -> Encoded:
     return module.apply({"params": params}, tokens, method="encode")
-
-
-@functools.partial(jax.jit, static_argnames="task")
-def evaluation_sums(task: SequenceToSequence, params, batch):
-    logits = task.module().apply({"params": params}, batch["tokens"], shift_right(batch["targets"], task.model.pad_id))
-    return sums_of(logits, batch)
-
-
-def sums_of(logits, batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Nats, targets and bytes."""
-    nats = cross_entropy(logits, batch["targets"])
-    return jnp.sum(nats * batch["mask"]), jnp.sum(batch["mask"]), jnp.sum(batch["bytes"] * batch["mask"])
 
 
 def pad_inputs(config: T5Config, inputs: Sequence[Sequence[int]]) -> Int[np.ndarray, "batch length"]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -25,15 +25,17 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
 from jaxtok.data.word_units import BYTE_OFFSET, RULES, Rule, WordUnitText, load_units
+from jaxtok.data.words import WordText
 from jaxtok.decoding.sampling import Sampling, sample, sampling_key
 from jaxtok.lm import decoder
 from jaxtok.lm.decoder import DecoderConfig
+from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 END = 0
 """The unit that ends a word, and fills up the rest of its canvas. No real unit has this number."""
@@ -463,8 +465,10 @@ def generate_words(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WordPooling:
+class WordPooling(Task):
     """Trains the model on rows of words; see `jaxtok.data.word_units.WordUnitText`."""
+
+    counted = "units"
 
     model: WordPooledConfig
     tokenizer: str = "bytes"
@@ -479,20 +483,26 @@ class WordPooling:
         if self.rule not in RULES:
             raise ValueError(f"rule is {self.rule!r}; it can be {', '.join(RULES)}.")
 
-    def init(self, rng: jax.Array, batch: Batch) -> Params:
-        """Fresh parameters.
+    def fit(self, data: Data, train: Any = None) -> WordPooling:
+        """With the units of the data, where their number is open.
 
         Raises:
-          ValueError: the model has too few units for bytes, or the data another canvas.
+          ValueError: the model has too few units, another canvas than the data, or a shorter context than their rows.
         """
-        if self.tokenizer == "bytes" and self.model.vocab_size < BYTE_OFFSET + 256:
+        if isinstance(data, WordText) and data.max_units != self.model.max_units:  # texts are continued on the model's
             raise ValueError(
-                f"model.vocab_size is {self.model.vocab_size}, but bytes are units up to {BYTE_OFFSET + 255}; raise it."
+                f"data.max_units is {data.max_units}, but task.model.max_units is {self.model.max_units}; make them "
+                "equal."
             )
-        if (width := batch["words"].shape[2]) != self.model.max_units:  # texts are continued on the model's
+        task = fit_text(self, data)
+        if self.tokenizer == "bytes" and task.model.vocab_size < BYTE_OFFSET + 256:
             raise ValueError(
-                f"data.max_units is {width}, but model.max_units is {self.model.max_units}; make them equal."
+                f"task.model.vocab_size is {task.model.vocab_size}, but bytes are units up to {BYTE_OFFSET + 255}; "
+                "raise it."
             )
+        return task
+
+    def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
@@ -507,7 +517,16 @@ class WordPooling:
         loss = masked_mean(nats, unit_weights(lengths, size, mask, self.model.loss_on_pads))
         return loss, {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"] * mask), 1)}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        nats, of_words, right = score_words(self, params, batch)
+        lengths, mask = batch["target_lengths"], batch["mask"]
+        trained = unit_weights(lengths, nats.shape[-1], mask, self.model.loss_on_pads)
+        words = mask * (lengths > 0)
+        found = {"trained": nats * trained, "units": trained, "nats": of_words * mask, "bytes": batch["bytes"] * mask}
+        found |= {"right": right * words, "expected": jnp.exp(-of_words) * words, "words": words}
+        return {name: jnp.sum(x) for name, x in found.items()}
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
         """What is trained, and what compares models of any units.
 
         loss                   as in training
@@ -516,12 +535,8 @@ class WordPooling:
                                the true words (a wrong unit makes a word wrong, so that the rest of it need not be
                                spelled behind that unit)
         sampled_word_accuracy  what is to be expected of the same at temperature 1: the mean probability of a word
-
-        Raises:
-          ValueError: there was not a single word to predict.
+        words, bytes           of text
         """
-        parts = (_evaluation_sums(self, params, batch) for batch in batches)
-        sums = totals(parts, "trained units nats bytes right expected words", counted="units")
         words = max(sums["words"], 1.0)
         return {
             "loss": sums["trained"] / sums["units"],
@@ -531,9 +546,6 @@ class WordPooling:
             "words": sums["words"],
             "bytes": sums["bytes"],
         }
-
-    def trainable(self, params: Params) -> Params | None:
-        return None
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass, attention counted over whole rows and canvases."""
@@ -617,16 +629,6 @@ def score_words(
     nats, likeliest = task._nats(params, batch)
     own = unit_weights(batch["target_lengths"], nats.shape[-1], jnp.ones_like(batch["mask"]), False)
     return nats, jnp.sum(nats * own, -1), jnp.all(likeliest | (own == 0), -1)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluation_sums(task: WordPooling, params, batch):
-    nats, of_words, right = score_words(task, params, batch)
-    lengths, mask = batch["target_lengths"], batch["mask"]
-    trained = unit_weights(lengths, nats.shape[-1], mask, task.model.loss_on_pads)
-    words = mask * (lengths > 0)
-    sums = (nats * trained, trained, of_words * mask, batch["bytes"] * mask, right * words)
-    return jnp.stack([*map(jnp.sum, sums), jnp.sum(jnp.exp(-of_words) * words), jnp.sum(words)])
 
 
 PUBLISHED = {

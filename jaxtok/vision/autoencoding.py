@@ -35,7 +35,7 @@ from jaxtok.axes import constrain
 from jaxtok.nn.convolution import AutoencoderConfig, Encoder, Generator, last_conv, last_name
 from jaxtok.nn.losses import masked_mean
 from jaxtok.nn.quantizers import Quantized, code_counts, perplexity
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.vision.augmentation import AugmentationDraws, augment, draw_augmentation
 from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, hinge_loss, new_statistics
 from jaxtok.vision.metrics import SSIM_WINDOW, psnr, ssim
@@ -120,7 +120,7 @@ class Draws:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Autoencoding:
+class Autoencoding(Task):
     """Trains an image tokenizer, and is one (`jaxtok.protocols.ImageTokenizer`).
 
     The discriminator is to have an optimizer of its own that starts at `discriminator.start_step + 1`
@@ -133,6 +133,8 @@ class Autoencoding:
     Parameters are {"autoencoder", "discriminator", "statistics": the discriminator's running means and variances, which
     no gradient moves, "frozen": LPIPS'}; of these only the first is needed to encode and decode.
     """
+
+    counted = "images"
 
     model: TokenizerConfig
     discriminator: DiscriminatorConfig | None = DiscriminatorConfig()
@@ -226,16 +228,17 @@ class Autoencoding:
 
     # -- a task
 
-    def check(self, experiment: Any) -> None:
-        """Raises a ValueError where the discriminator's own optimizer starts at another step than it does."""
-        starts = {part.part: part.start for part in experiment.train.optimizer.parts}
+    def fit(self, data: Data, train: Any = None) -> Autoencoding:
+        """Itself. Raises ValueError: the discriminator's own optimizer starts at another step than it does."""
+        starts = {part.part: part.start for part in train.optimizer.parts} if train is not None else {}
         if self.discriminator is None or "discriminator" not in starts:
-            return
+            return self
         if starts["discriminator"] != (first := self.discriminator.start_step + 1):
             raise ValueError(
                 f"the discriminator's optimizer starts at {starts['discriminator']}, but with discriminator.start_step "
                 f"= {first - 1} it learns from step {first} on; make the part's start {first}."
             )
+        return self
 
     def module(self) -> Autoencoder:
         return Autoencoder(self.model)
@@ -366,29 +369,50 @@ class Autoencoding:
         """The parameters behind an update: the discriminator's running statistics have seen the batch."""
         return params if self.discriminator is None else {**params, "statistics": metrics["state"]}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means over images of the loss (nll) and L1, and of the squared error, PSNR (dB, at most 100) and SSIM (where
-        its window of 11 pixels fits) of pixels that are limited to [0, 1]; and the number of images.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        x, mask = as_float(batch["images"]), batch["mask"]
+        rng = rng if self.model.needs_draws else None
+        fake, quantized = _quantized(self, params["autoencoder"], x, rng, "__call__")
+        l1 = jnp.abs(x - fake).mean((1, 2, 3))
+        nll = l1 + self.perceptual_weight * self.distance(params)(x, fake)
+        shown = jnp.clip(fake, 0, 1)
+        mse = jnp.square(x - shown).mean((1, 2, 3))
+        found = {
+            "loss": nll,
+            "l1": l1,
+            "mse": mse,
+            "psnr": jnp.minimum(psnr(x, shown), 100.0),
+            "images": jnp.ones_like(mask),
+        }
+        if self.image_size >= SSIM_WINDOW:
+            found["ssim"] = ssim(x, shown)
+        sums = {name: jnp.sum(value * mask) for name, value in found.items()}
+        size, count = self.vocab_size**self.sub_codes, self.sub_codes
+        if size > COUNTED:
+            return sums
+        whole = sum(quantized.codes[..., n] * self.vocab_size ** (count - 1 - n) for n in range(count))
+        places = jnp.where(mask[:, None, None] > 0, whole, size)  # what fills the batch falls off the end
+        return sums | {"codes": constrain(code_counts(places, size), None)}  # whole on each device
 
-        Of vocabularies up to 2^20, also the codes used, and their perplexity. Codes that are drawn by their definition
-        are drawn by the batch's number.
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """Means over images of the loss (nll) and l1, and of mse (the squared error), psnr (dB, at most 100) and ssim
+        (where its window of 11 pixels fits) of pixels that are limited to [0, 1]; and the number of images.
 
-        Raises:
-          ValueError: there was not a single image.
+        Of vocabularies up to 2^20, also codes_used, and their perplexity. Codes that are drawn by their definition are
+        drawn by the batch's number.
         """
-        sums, counts = {}, 0.0
-        for number, batch in enumerate(batches):
-            rng = jax.random.fold_in(jax.random.key(0), number)
-            found, used = jax.device_get(_evaluation_sums(self, params, batch, rng))
-            sums = {name: sums.get(name, 0.0) + float(value) for name, value in found.items()}
-            counts = counts + np.asarray(used, np.float64)
-        images = sums.pop("images", 0.0)
-        if not images:
-            raise ValueError("the evaluation data hold no image; choose a larger data set or split.")
-        row = {name: value / images for name, value in sums.items()} | {"images": images}
-        if np.size(counts) > 1:
-            row |= {"codes_used": float(np.sum(counts > 0)), "perplexity": float(perplexity(jnp.asarray(counts)))}
+        images, codes = sums["images"], sums.get("codes")
+        row = {name: value / images for name, value in sums.items() if name not in ("images", "codes")}
+        row["images"] = images
+        if codes is not None:
+            row |= {"codes_used": float(np.sum(codes > 0)), "perplexity": float(perplexity(jnp.asarray(codes)))}
         return row
+
+    def evaluate(
+        self, params: Params, batches: Iterable[Batch], rng: jax.Array | None = None, **options: Any
+    ) -> dict[str, float]:
+        """See `Task.evaluate`; the default key is that of seed 0."""
+        return super().evaluate(params, batches, jax.random.key(0) if rng is None else rng, **options)
 
     def trainable(self, params: Params) -> Params | None:
         if "statistics" not in params:
@@ -437,32 +461,5 @@ def _decode_codes(task: Autoencoding, autoencoder: Params, codes):
     return task.module().apply({"params": autoencoder}, codes, method="decode")
 
 
-def _sums(task: Autoencoding, params: Params, batch: Batch, rng):
-    x, mask = as_float(batch["images"]), batch["mask"]
-    rng = rng if task.model.needs_draws else None
-    fake, quantized = _quantized(task, params["autoencoder"], x, rng, "__call__")
-    l1 = jnp.abs(x - fake).mean((1, 2, 3))
-    nll = l1 + task.perceptual_weight * task.distance(params)(x, fake)
-    shown = jnp.clip(fake, 0, 1)
-    mse = jnp.square(x - shown).mean((1, 2, 3))
-    found = {
-        "loss": nll,
-        "l1": l1,
-        "mse": mse,
-        "psnr": jnp.minimum(psnr(x, shown), 100.0),
-        "images": jnp.ones_like(mask),
-    }
-    if task.image_size >= SSIM_WINDOW:
-        found["ssim"] = ssim(x, shown)
-    sums = {name: jnp.sum(value * mask) for name, value in found.items()}
-    size = task.vocab_size**task.sub_codes
-    if size > COUNTED:
-        return sums, 0.0
-    whole = sum(quantized.codes[..., n] * task.vocab_size ** (task.sub_codes - 1 - n) for n in range(task.sub_codes))
-    places = jnp.where(mask[:, None, None] > 0, whole, size)  # what fills the batch falls off the end
-    return sums, constrain(code_counts(places, size), None)  # whole on each device
-
-
 _encode = jax.jit(_encode_images, static_argnums=0)
 _decode = jax.jit(_decode_codes, static_argnums=0)
-_evaluation_sums = jax.jit(_sums, static_argnums=0)

@@ -15,8 +15,6 @@ code is followed: the class token's row of the rotation is zero, so it looks at 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -26,12 +24,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain, gather
+from jaxtok.data.codes import CodeData
 from jaxtok.nn.cache import KVCache, check_row, places_of
 from jaxtok.nn.linear import Linear, LlamaStack
-from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean
 from jaxtok.nn.rotary import rotary_table_2d
 from jaxtok.nn.transformer import Stack
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
+from jaxtok.vision.classes import check_classes
 
 
 def mlp_width(d_model: int, multiple_of: int = 256) -> int:
@@ -308,7 +308,7 @@ def init_params(config: ElmConfig, rng: jax.Array) -> Params:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ElmModeling:
+class ElmModeling(Task):
     """Trains the autoregressive model on batches of codes (`jaxtok.data.codes.CodeData`):
 
     codes   int32    [batch, positions, sub_codes]
@@ -316,14 +316,17 @@ class ElmModeling:
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
     """
 
+    counted = "images"
+
     model: ElmConfig
 
     def module(self) -> Elm:
         return Elm(self.model)
 
-    def check(self, experiment: Any) -> None:
-        """Raises a ValueError where the codes are cut otherwise than the model's."""
-        check_data(self.model, experiment.data)
+    def fit(self, data: Data, train: Any = None) -> ElmModeling:
+        """Itself. Raises ValueError: see `check_data`."""
+        check_data(self.model, data)
+        return self
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["codes"], batch["labels"])["params"]
@@ -333,16 +336,13 @@ class ElmModeling:
         loss = masked_mean(self.image_nats(params, batch, rng), batch["mask"])
         return loss, {"nats_per_position": self.model.sub_codes * loss}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Nats a sub-code (`loss`) and a position, and the number of images.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        nats, images = jnp.sum(self.image_nats(params, batch) * batch["mask"]), jnp.sum(batch["mask"])
+        return {"nats": nats, "count": images, "images": images}
 
-        Raises:
-          ValueError: there was not a single image.
-        """
-        return code_metrics((_evaluation_sums(self, params, batch) for batch in batches), self.model.sub_codes)
-
-    def trainable(self, params: Params) -> Params | None:
-        return None
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats a sub-code), nats_per_position, and examples, the number of images."""
+        return code_metrics(sums, self.model.sub_codes)
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass."""
@@ -361,32 +361,24 @@ class ElmModeling:
         return nats.mean((1, 2))
 
 
-def check_data(model: ElmConfig, data: Any) -> None:
-    """Of a run's data: grid, sub-codes and their bits are the model's.
+def check_data(model: ElmConfig, data: Data) -> None:
+    """Refuses data that do not fit the model.
 
     Raises:
-      ValueError: they are not.
+      ValueError: grid, sub-codes or their bits are others than the model's, or there are more classes.
     """
-    for field in ("grid", "sub_codes", "code_bits"):
-        ours, theirs = getattr(model, field), getattr(data, field, None)
-        if theirs is not None and theirs != ours:
-            raise ValueError(f"task.model.{field} is {ours}, but data.{field} is {theirs}; make them equal.")
+    if isinstance(data, CodeData):
+        for field in ("grid", "sub_codes", "code_bits"):
+            ours, theirs = getattr(model, field), getattr(data, field)
+            if theirs != ours:
+                raise ValueError(f"task.model.{field} is {ours}, but data.{field} is {theirs}; make them equal.")
+    check_classes(model.num_classes, data)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluation_sums(task: ElmModeling, params, batch):
-    return jnp.stack([jnp.sum(task.image_nats(params, batch) * batch["mask"]), *[jnp.sum(batch["mask"])] * 2])
-
-
-def code_metrics(sums: Iterable[Array], sub_codes: int) -> dict[str, float]:
-    """What an evaluation reports, from (sum of nats, what they are of, images) of each batch.
-
-    Raises:
-      ValueError: there was not a single image.
-    """
-    nats, count, images = totals(sums, "nats count images", counted="images").values()
-    loss = nats / count
-    return {"loss": loss, "nats_per_position": sub_codes * loss, "examples": images}
+def code_metrics(sums: Sums, sub_codes: int) -> dict[str, float]:
+    """What an evaluation reports, from the sum of nats, the number of what they are of, and the images."""
+    loss = sums["nats"] / sums["count"]
+    return {"loss": loss, "nats_per_position": sub_codes * loss, "examples": sums["images"]}
 
 
 def _size(layers: int, heads: int, width: int) -> dict[str, int]:

@@ -27,7 +27,7 @@ from jaxtok.axes import constrain
 from jaxtok.nn.activations import gelu
 from jaxtok.nn.losses import by_parts, cross_entropy
 from jaxtok.nn.norms import Norm
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.vision.elm import ElmBase, ElmConfig, check_data, code_metrics, published
 from jaxtok.vision.elm_sampling import check_guidance, choose, class_ids
 
@@ -165,8 +165,10 @@ def mask_lowest(values: Float[Array, "batch positions"], count: Int[Array, " ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskedElmModeling:
+class MaskedElmModeling(Task):
     """Trains the masked model on batches of codes, as `ElmModeling`."""
+
+    counted = "images"
 
     model: MaskedElmConfig
     rounds: int = 12
@@ -193,9 +195,10 @@ class MaskedElmModeling:
     def module(self) -> MaskedElm:
         return MaskedElm(self.model)
 
-    def check(self, experiment: Any) -> None:
-        """Raises a ValueError where the codes are cut otherwise than the model's."""
-        check_data(self.model, experiment.data)
+    def fit(self, data: Data, train: Any = None) -> MaskedElmModeling:
+        """Itself. Raises ValueError: see `jaxtok.vision.elm.check_data`."""
+        check_data(self.model, data)
+        return self
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         masked = jnp.zeros(batch["codes"].shape[:2], bool)
@@ -215,10 +218,10 @@ class MaskedElmModeling:
         """Mean cross entropy in nats over the masked sub-codes of the whole batch; also logs the part masked."""
         of_mask, of_dropout = jax.random.split(rng)
         masked = self.draw_mask(of_mask, len(batch["codes"]))
-        total, count = self.sums(params, batch, masked, of_dropout)
+        total, count = self.masked_nats(params, batch, masked, of_dropout)
         return total / jnp.maximum(count, 1), {"masked": masked.mean(dtype=jnp.float32)}
 
-    def sums(
+    def masked_nats(
         self,
         params: Params,
         batch: Batch,
@@ -248,27 +251,24 @@ class MaskedElmModeling:
         counted = jnp.broadcast_to(counted, nats.shape)
         return jnp.sum(nats * counted), jnp.sum(counted)
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Nats a masked sub-code (`loss`) and position, with masks as in training, the same in every evaluation.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Under masks as in training, without smoothed and soft targets."""
+        nats, count = self.masked_nats(params, batch, self.draw_mask(rng, len(batch["codes"])), plain=True)
+        return {"nats": nats, "count": count, "images": jnp.sum(batch["mask"])}
 
-        Raises:
-          ValueError: there was not a single image.
-        """
-        sums = (_evaluation_sums(self, params, batch, number) for number, batch in enumerate(batches))
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats a masked sub-code), nats_per_position, and examples, the number of images."""
         return code_metrics(sums, self.model.sub_codes)
 
-    def trainable(self, params: Params) -> Params | None:
-        return None
+    def evaluate(
+        self, params: Params, batches: Iterable[Batch], rng: jax.Array | None = None, **options: Any
+    ) -> dict[str, float]:
+        """See `Task.evaluate`; the default key is that of seed 0."""
+        return super().evaluate(params, batches, jax.random.key(0) if rng is None else rng, **options)
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass."""
         return 3 * len(batch["codes"]) * self.model.flops()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _evaluation_sums(task: MaskedElmModeling, params, batch, number):
-    masked = task.draw_mask(jax.random.fold_in(jax.random.key(0), number), len(batch["codes"]))
-    return jnp.stack([*task.sums(params, batch, masked, plain=True), jnp.sum(batch["mask"])])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny import check_spec
 
 from jaxtok.data.codes import CodeData, Header, open_codes, regroup, write_codes
 from jaxtok.training.experiment import Experiment, TrainConfig
@@ -66,8 +67,7 @@ def test_an_epoch_has_every_image_once_and_all_draws(stored):
     codes, labels = some(11)
     seen = []
     for batch in batches:
-        for name, (shape, dtype) in stored.batch_spec().items():
-            assert (batch[name].shape, batch[name].dtype) == (shape, dtype)
+        check_spec(batch, stored)
         images = images_of(batch)
         np.testing.assert_array_equal(batch["labels"], labels[images])
         for image, row in zip(images, regroup(batch["codes"], 3, 1)):

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tiny import check_spec
 
 from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.tokenizers.byte_words import CLS, PAD, SEP, basic_words
@@ -34,8 +35,7 @@ def test_rows():
     assert batch["cut"].tolist() == [[0, 0, 0, 1, 0, 0], [0] * 6]
     assert batch["mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
     np.testing.assert_array_equal(batch["pieces"], batch["inputs"])
-    spec = {name: ((2, *array.shape[1:]), array.dtype) for name, array in batch.items()}
-    assert spec == DATA.batch_spec()
+    check_spec(batch, dataclasses.replace(DATA, batch_size=2))
 
 
 def test_rows_of_a_corpus_begin_and_end(tmp_path):

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from tiny import check_spec
 
 from jaxtok.data.corpora import open_corpus
 from jaxtok.data.words import WordText
@@ -27,7 +28,7 @@ def rows_of(corpus, **options):
     data = WordText(**{"corpus": corpus, "length": 8, "batch_size": 4, "max_units": 6} | options)
     batches = list(data.eval_batches("all"))
     for batch in batches:
-        assert {name: (a.shape, a.dtype) for name, a in batch.items()} == data.batch_spec()
+        check_spec(batch, data)
     return data, {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 

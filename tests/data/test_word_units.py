@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import check_spec
 
 from jaxtok.data.word_units import (
     RULES,
@@ -118,7 +119,7 @@ def test_long_words_are_split_or_cut_and_counted(corpus, how, expected):
 def test_rows_are_padded_with_the_end_mark(corpus):
     data = WordUnitText(corpus=corpus, rule="spaces", length=8, batch_size=4, max_units=6)
     for batch in data.eval_batches("all"):
-        assert {name: (a.shape, a.dtype) for name, a in batch.items()} == data.batch_spec()
+        check_spec(batch, data)
         for words, lengths in (("words", "lengths"), ("targets", "target_lengths")):
             np.testing.assert_array_equal((batch[words] != 0).sum(-1), batch[lengths])
 

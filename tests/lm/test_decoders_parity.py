@@ -9,12 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from jaxtok.decoding.sampling import Sampling, generate
 from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, rope_from_json
 from jaxtok.lm.decoder import Decoder
+from jaxtok.lm.gpt2 import GPT2Config
+from jaxtok.lm.llama import LlamaConfig
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.rotary import rotary_frequencies
+
+CASES = {
+    "gpt2": lambda: tiny.text(GPT2Config(**tiny.SIZES, mlp_dim=32)),
+    "llama": lambda: tiny.text(LlamaConfig(**tiny.SIZES, num_kv_heads=2, mlp_dim=32, window=9)),
+}
 
 DECODERS = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("gpt2", "llama", "qwen2", "mistral", "gemma")]
 

@@ -9,11 +9,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from jaxtok import verbs
 from jaxtok.interop.huggingface import params_from, params_to, read_encoder_config, read_folder, write_folder
 from jaxtok.lm.bert import PUBLISHED, Bert, BertConfig, init_params
+from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.nn.losses import cross_entropy, masked_mean
+
+CASES = {
+    "masked_words": lambda: tiny.encoder(
+        MaskedWords(
+            model=dataclasses.replace(tiny.ENCODER, mask_head=True, replaced_head=False),
+            masking=Masking(mask_id=3, kept_ids=(1, 2)),
+        )
+    )
+}
 
 ENCODERS = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("bert", "roberta", "xlmr")]
 

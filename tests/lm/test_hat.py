@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from tasks import TASKS
+from tiny import Case
 
 from jaxtok import verbs
 from jaxtok.configuration import load_config
@@ -31,13 +31,63 @@ from jaxtok.training.checkpoints import example_batch
 GREEDY = Sampling(temperature=0)
 
 
+def word_batch(data: WordText) -> dict[str, np.ndarray]:
+    """Documents of random words, one after the other over the rows, and padding at the end of the last ones."""
+    rng = np.random.default_rng(0)
+    texts = [bytes(rng.choice(list(b"abcd \n"), n).tolist()) for n in rng.integers(0, 24, 60)]
+    items = [data.items(text) for text in texts]
+    size = data.batch_size * data.length
+    rows = np.zeros((size, items[0].shape[1]), np.int32)
+    place = np.zeros((2, size), np.int32)
+    whole = np.concatenate(items)[: size - 3]
+    rows[: len(whole)] = whole
+    documents = np.repeat(np.arange(len(items)), [len(x) for x in items])[: len(whole)]
+    for row in range(data.batch_size):
+        here = documents[row * data.length : (row + 1) * data.length]
+        segments = np.cumsum(np.diff(here, prepend=here[:1]) > 0) + 1
+        first = np.searchsorted(segments, segments)
+        place[:, row * data.length : row * data.length + len(here)] = segments, np.arange(len(here)) - first
+    shape = (data.batch_size, data.length)
+    return data.layout(rows.reshape(*shape, -1), place[0].reshape(shape), place[1].reshape(shape))
+
+
+def paper_case() -> Case:
+    char = {"num_layers": 2, "d_model": 8, "num_heads": 2, "mlp_dim": 16}
+    model = HATConfig(
+        encoder=LlamaStack(**char, causal=False),
+        backbone=LlamaStack(num_layers=2, d_model=16, num_heads=8, mlp_dim=32),
+        decoder=LlamaStack(**char),
+        max_units=5,
+    )
+    data = WordText(length=8, batch_size=8, max_units=5)
+    return Case(HATModeling(model=model), data, word_batch(data))
+
+
+def released_case() -> Case:
+    char = {"num_layers": 2, "d_model": 16, "num_heads": 8, "mlp_dim": 32, "window": 9}
+    model = ReleasedConfig(
+        encoder=LlamaStack(**char),
+        backbone=LlamaStack(num_layers=2, d_model=16, num_heads=8, num_kv_heads=2, mlp_dim=32),
+        decoder=LlamaStack(**char),
+        connector_heads=8,
+        guide_heads=8,
+        max_word_size=6,
+    )
+    task = ReleasedModeling(model=model)
+    data = WordText(length=8, batch_size=8, max_units=6, splitter=task.splitter)
+    return Case(task, data, word_batch(data))
+
+
+CASES = {"hat": paper_case, "hat_released": released_case}
+
+
 def noisy(params, scale=0.3):
     flat, unflatten = jax.flatten_util.ravel_pytree(params)
     return unflatten(flat + scale * jax.random.normal(jax.random.key(1), flat.shape))
 
 
 def started(name):
-    case = TASKS[name]()
+    case = CASES[name]()
     params = jax.jit(
         lambda: noisy(jax.tree.map(jnp.asarray, nn.meta.unbox(case.task.init(jax.random.key(0), case.batch))))
     )()
@@ -246,7 +296,7 @@ def stream_by_hand(batch, row, length, eot):
 
 
 def test_the_stream_of_bytes_is_that_of_the_words():
-    batch = TASKS["hat_released"]().batch
+    batch = CASES["hat_released"]().batch
     assert batch["segments"].max() > 2 and (batch["segments"] == 0).any() and (batch["lengths"][:, 0] > 0).any()
     stream = {name: np.array(array) for name, array in byte_stream(batch, 60, 192).items()}
     for row in range(8):
@@ -475,9 +525,8 @@ def test_what_cannot_be():
     ]:
         with pytest.raises(ValueError, match=message):
             ReleasedConfig(**options)
-    with pytest.raises(ValueError, match=r"have 6 places, but model.max_units = 16"):
-        case = TASKS["hat_released"]()
-        HATModeling().loss({}, case.batch, jax.random.key(0), 0)
+    with pytest.raises(ValueError, match=r"data\.max_units is 6, but task\.model\.max_units is 16"):
+        HATModeling().fit(WordText(max_units=6))
     assert everywhere(HATConfig(), dtype="bfloat16").decoder.dtype == "bfloat16"
     assert spelled(HATConfig(), np.zeros((1, 4), np.int32), np.array([0]))[0][0, 0] == 254
     assert ReleasedModeling().splitter.rule == "unicode"

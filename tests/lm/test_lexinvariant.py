@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tasks import SIZES, TOKENFORMER, text
+from tiny import SIZES, TOKENFORMER, Case, text
 
 from jaxtok.configuration import load_config
 from jaxtok.decoding import Sampling, generate
@@ -31,6 +31,16 @@ from jaxtok.lm.lexinvariant import (
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+
+
+def case(model, **options) -> Case:
+    return dataclasses.replace(text(model), task=LexinvariantModeling(model=model, **options), drawn=True)
+
+
+CASES = {
+    "lexinvariant": lambda: case(LexinvariantConfig(**SIZES, mlp_dim=32)),
+    "semi_lexinvariant": lambda: case(TOKENFORMER, random_symbols=0.5, block=24),
+}
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "lm"
 VOCAB, BATCH, LENGTH = 29, 3, 12  # no other axis is 29
@@ -279,7 +289,7 @@ def test_losses_by_position_are_parts_of_the_whole():
     assert whole["bits_per_byte"] == pytest.approx(bits)
     (late,) = task.nats_by_position(params, [batch, batch], edges=(8, 16))
     assert late.tokens == bins[-1].tokens and late.nats == pytest.approx(bins[-1].nats, rel=1e-5)
-    with pytest.raises(ValueError, match="no token to predict"):
+    with pytest.raises(ValueError, match="no tokens that count"):
         task.nats_by_position(params, [])
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from jaxtok.interop.tensors import expected_shapes
 from jaxtok.lm.decoder import Decoder, init_params
@@ -18,6 +19,11 @@ from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import PUBLISHED, TokenFormerConfig, tpu_variant, uniform_counts
 from jaxtok.lm.transformer import TransformerConfig, matched_transformer
 from jaxtok.nn.losses import cross_entropy, masked_mean
+
+CASES = {
+    "tokenformer": lambda: tiny.text(tiny.TOKENFORMER),
+    "transformer": lambda: tiny.text(matched_transformer(tiny.TOKENFORMER)),
+}
 
 TINY = TokenFormerConfig(
     num_layers=2,

@@ -1,24 +1,16 @@
-"""Sums over an evaluation's batches."""
+"""Numbers of a text."""
 
 import jax.numpy as jnp
 import pytest
 
-from jaxtok.nn.losses import text_metrics, totals
-
-
-def test_batches_are_added_up():
-    parts = [jnp.array([1.0, 2.0]), (jnp.array(0.5), 1)]  # stacked, or one by one
-    assert totals(parts, "nats words", counted="words") == {"nats": 1.5, "words": 3.0}
-    many = totals((jnp.array([1e-4, 2.0**24]) for _ in range(3)), "nats words", counted="words")
-    assert many["words"] == 3 * 2**24 and many["nats"] == pytest.approx(3e-4)
+from jaxtok.nn.losses import text_metrics, text_sums
 
 
 def test_text_is_compared_by_its_bytes():
-    found = text_metrics([(2.0, 1, 4), (4.0, 2, 4)])
+    found = text_metrics({"nats": 6.0, "tokens": 3.0, "bytes": 8.0})
     assert found["loss"] == 2 and found["bits_per_byte"] == pytest.approx(6 / 0.6931471805599453 / 8)
 
 
-@pytest.mark.parametrize("parts", [[], [(0.0, 0.0)]])
-def test_an_evaluation_of_nothing_is_an_error(parts):
-    with pytest.raises(ValueError, match="hold no words that count"):
-        totals(parts, "nats words", counted="words")
+def test_what_is_masked_does_not_count():
+    nats, mask = jnp.array([[1.0, 2.0, 4.0]]), jnp.array([[1.0, 0.0, 1.0]])
+    assert text_sums(nats, mask, jnp.array([[3, 5, 7]])) == {"nats": 5, "tokens": 2, "bytes": 10}

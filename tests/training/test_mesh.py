@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from collector import collect
 from jax.sharding import PartitionSpec as P
-from tasks import TASKS
 
 from jaxtok.lm.growth import Growth
 from jaxtok.lm.tokenformer import uniform_counts
+from jaxtok.protocols import ArraySpec
 from jaxtok.training.compiled import read_program
 from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.loop import abstract_state, compile_growth, initial_state, make_train_step, train
 from jaxtok.training.mesh import AxisRules, MeshConfig, make_layout, one_device
+
+TASKS = collect("CASES")
 
 MESHES = {
     "data 8": MeshConfig(data=8),
@@ -36,7 +39,7 @@ def steps(case, layout, count=2):
     config, size = case.train, case.data.batch_size
     state = initial_state(case.task, config, case.data, layout)
     step = make_train_step(case.task, config, 10, case.data, layout)
-    batch = layout.put(case.batch, range(size), size)
+    batch = layout.put(case.batch, range(size), case.data.batch_spec())
     numbers = []
     with layout.active():
         for _ in range(count):
@@ -225,7 +228,7 @@ def test_collectives_of_a_data_mesh_are_sums_of_gradients():
 def collectives(case, layout):
     size = case.data.batch_size
     state = initial_state(case.task, TrainConfig(), case.data, layout)
-    batch = layout.put(case.batch, range(size), size)
+    batch = layout.put(case.batch, range(size), case.data.batch_spec())
     with layout.active():
         step = make_train_step(case.task, TrainConfig(), 10, case.data, layout)
         return read_program(step.lower(state, batch).compile().as_text()).collectives
@@ -276,4 +279,5 @@ def test_rows_of_a_process_and_their_place():
     layout = one_device()
     assert layout.rows(6) == range(6)
     batch = {"tokens": np.arange(12).reshape(6, 2)}
-    np.testing.assert_array_equal(layout.put(batch, range(6), 6)["tokens"], batch["tokens"])
+    spec = {"tokens": ArraySpec((6, 2), np.int32, ("batch", "length"))}
+    np.testing.assert_array_equal(layout.put(batch, range(6), spec)["tokens"], batch["tokens"])

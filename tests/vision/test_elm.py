@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Case, typed
 
-from jaxtok.data.codes import regroup
+from jaxtok.data.codes import CodeData, regroup
 from jaxtok.decoding import sampling
 from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.nn.linear import LinearStack
@@ -34,6 +35,27 @@ from jaxtok.vision.elm_masked import (
     published_masked,
 )
 from jaxtok.vision.elm_sampling import SCHEDULES, ElmSampling, blend, expand, extend, generate, restrict
+
+TINY = {"num_layers": 2, "d_model": 32, "num_heads": 8, "mlp_dim": 32, "grid": 4, "code_bits": 5, "num_classes": 3}
+
+
+def case(task, drawn: bool = False) -> Case:
+    """Images of random codes, one of which only fills the batch."""
+    model = task.model
+    data = CodeData(grid=model.grid, sub_codes=model.sub_codes, code_bits=model.code_bits, batch_size=8)
+    rng = np.random.default_rng(0)
+    batch = {
+        "codes": rng.integers(0, model.codebook, data.batch_spec()["codes"].shape),
+        "labels": rng.integers(0, model.num_classes, 8),
+        "mask": np.arange(8) < 7,
+    }
+    return Case(task, data, typed(data, batch), drawn=drawn)
+
+
+CASES = {
+    "elm": lambda: case(ElmModeling(model=ElmConfig(**TINY, num_kv_heads=2, modulation=True, loss_chunk=8))),
+    "elm_masked": lambda: case(MaskedElmModeling(model=MaskedElmConfig(**TINY, sub_codes=2), rounds=4), drawn=True),
+}
 
 SMALL = {"num_layers": 2, "d_model": 16, "num_heads": 2, "mlp_dim": 24, "grid": 3, "code_bits": 3, "num_classes": 4}
 CONFIG = ElmConfig(**SMALL)
@@ -577,7 +599,7 @@ def test_the_masked_loss_is_a_mean_over_what_is_masked():
     total, count = sums(soft, params, batch, masked)
     by_hand = -(hamming_weights(codes, 3, 1) * logp).sum(-1).mean()
     assert (count, float(total / count)) == (36, pytest.approx(float(by_hand), rel=1e-5))
-    gradient = jax.jit(jax.grad(lambda p: task.sums(p, batch, masked)[0]))(params)
+    gradient = jax.jit(jax.grad(lambda p: task.masked_nats(p, batch, masked)[0]))(params)
     np.testing.assert_array_equal(gradient["embedding"][4:], 0)  # codes that are no inputs are met in the head only
     assert jnp.abs(gradient["embedding"][:4]).max() > 0
 

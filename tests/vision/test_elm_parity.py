@@ -126,7 +126,7 @@ def run_masked(task, params, codes, labels, masked, hamming=0):
     batch = {"codes": codes, "labels": labels, "mask": jnp.ones(len(codes))}
 
     def loss(params):
-        total, count = task.sums(params, batch, masked)
+        total, count = task.masked_nats(params, batch, masked)
         logits = MaskedElm(task.model).apply({"params": params}, codes, labels, masked)
         return total / count, logits
 
