@@ -294,6 +294,10 @@ class Format(Protocol):
     """Somebody else's layout of files. One table of names, with transposes and splits, serves both directions."""
 
     name: str
+    holds: str
+    """The kinds of models, for messages."""
+    is_file: bool
+    """Whether it is one file; else it is a folder."""
 
     def owns(self, task: Task) -> bool:
         """Whether a model of this task can be written in this format."""
@@ -304,11 +308,18 @@ class Format(Protocol):
         ...
 
     def read(self, path: Path, like: Task | None = None) -> Any:
-        """A `jaxtok.model.Model`. `like` says the sizes, where the files are bare tensors."""
+        """A `jaxtok.model.Model`.
+
+        `like` says the sizes, where the files are bare tensors; else its other settings are taken. `data` is None where
+        the files do not say what the model was trained on.
+        """
         ...
 
     def write(self, path: Path, model: Any, **options: Any) -> Path:
-        """Writes a `jaxtok.model.Model`; the inverse of `read`."""
+        """Writes a `jaxtok.model.Model`; the inverse of `read`. A failure leaves nothing at the path.
+
+        Options that are not its own are passed over.
+        """
         ...
 
 

@@ -18,17 +18,14 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from tyro.conf import Positional
 
-from jaxtok.configuration import load_config
 from jaxtok.data.codes import CodeData, Header, open_codes, regroup, write_codes
 from jaxtok.data.corpora import SPLITS, open_corpus
 from jaxtok.data.images import ImageData
-from jaxtok.interop import elm, vqgan
 from jaxtok.protocols import ImageTokenizer, Params
 from jaxtok.tokenizers import load_tokenizer
-from jaxtok.training.checkpoints import begin, load, must_be_free
+from jaxtok.training.checkpoints import load, must_be_free
 from jaxtok.training.mesh import make_layout
 from jaxtok.vision import elm_masked, elm_sampling
-from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.elm import ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmModeling, MaskedSampling
 from jaxtok.vision.elm_sampling import ElmSampling
@@ -40,7 +37,6 @@ from jaxtok.vision.token_statistics import (
     plot_statistics,
     stored_tokens,
 )
-from jaxtok.weights import read_weights
 
 
 def tokenize(
@@ -302,55 +298,6 @@ def draw_images(
             made.append(tokenizer.decode(regroup(np.asarray(codes), task.model.code_bits, tokenizer.task.sub_codes)))
     # The authors cut pixels off to whole numbers.
     return (np.clip(np.concatenate(made)[: len(labels)], 0, 1) * 255).astype(np.uint8)
-
-
-def import_weights(
-    source: Positional[Path],
-    config: Positional[Path],
-    output: Positional[Path],
-    which: Literal["", "model", "ema"] = "",
-) -> Path:
-    """A run from a file of the authors' weights: of a tokenizer (BAE, VQGAN), or of a model of codes (ELM).
-
-    Args:
-      source: .th, .pth, .pt (these need PyTorch) or .safetensors.
-      config: the config file of such a model, such as configs/vision/bae_16_imagenet256.py; its sizes are checked.
-      output: the run's folder.
-      which: of a file of a training, the parameters or their moving average.
-    """
-    must_be_free(output)
-    experiment = load_config(config)
-    task = experiment.task
-    if isinstance(task, Autoencoding):
-        params, _ = vqgan.from_official(task, read_weights(source, which))
-        if not {"discriminator", "frozen"} <= params.keys():  # enough to encode and decode
-            task = dataclasses.replace(task, discriminator=None, perceptual="none")
-            params = {"autoencoder": params["autoencoder"]}
-            optimizer = dataclasses.replace(experiment.train.optimizer, parts=())
-            train = dataclasses.replace(experiment.train, optimizer=optimizer)
-            experiment = dataclasses.replace(experiment, train=train)
-    elif isinstance(task, ElmModeling | MaskedElmModeling):
-        params = elm.params_from(task.model, read_weights(source, which))
-    else:
-        raise ValueError(f"{config} is of {type(task).__name__}; give the config of an image tokenizer or of ELM.")
-    return begin(dataclasses.replace(experiment, task=task, name=output.name, workdir=str(output)), params)
-
-
-def export_weights(checkpoint: Positional[Path], output: Positional[Path], ema: bool = False) -> Path:
-    """The weights of a run as the authors' code reads them; the inverse of `import`.
-
-    Args:
-      checkpoint: a run of an image tokenizer or of a model of codes, or RUN/checkpoints/STEP.
-      output: FILE.safetensors, or FILE.pth (needs PyTorch).
-      ema: take the moving average of the parameters.
-    """
-    loaded = load(checkpoint, ema)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(loaded.task, Autoencoding):
-        return vqgan.write_official(output, loaded.task, loaded.params)
-    if isinstance(loaded.task, ElmModeling | MaskedElmModeling):
-        return elm.write_checkpoint(output, loaded.task.model, loaded.params)
-    raise ValueError(f"{checkpoint} is of {type(loaded.task).__name__}; give a run of an image tokenizer or of ELM.")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ import pytest
 from flax import linen as nn
 from tiny import Case
 
-from jaxtok import verbs
 from jaxtok.configuration import load_config
+from jaxtok.convert import convert
 from jaxtok.data.words import WordText
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.hat import config_json, read_config, read_folder, write_folder
@@ -479,8 +479,8 @@ def test_a_written_folder_is_read_again(qk_norm, tmp_path):
     assert jax.tree.structure(tree) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
     if not qk_norm:  # and by the command line's verbs
-        run = verbs.convert(tmp_path, tmp_path / "run")
-        again, tree = read_folder(verbs.convert(run, tmp_path / "back"))
+        run = convert(tmp_path, tmp_path / "run")
+        again, tree = read_folder(convert(run, tmp_path / "back"))
         assert again == config and jax.tree.all(jax.tree.map(np.array_equal, tree, params))
     with pytest.raises(ValueError, match=r"backbone_config.is_neox_style is false"):
         options = config_json(config)
