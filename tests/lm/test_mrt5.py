@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.flatten_util
@@ -349,13 +350,14 @@ def test_baselines(kind, options, arrays, tmp_path):
         seen = np.asarray(encoded.bias[0][1, 0, 0] == 0)
         close(alone.states[0][seen], encoded.states[1][seen])
     again, tree = read_folder(write_folder(tmp_path / "folder", config, params))
-    assert type(again) is kind and jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    assert type(again) is kind
+    chex.assert_trees_all_equal(tree, params)
 
 
 def test_written_then_read_is_the_same(params, t5_params, tmp_path):
     again, tree = read_folder(write_folder(tmp_path / "folder", CONFIG, params))
     assert again == dataclasses.replace(CONFIG, activation=again.activation)
-    assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    chex.assert_trees_all_equal(tree, params)
     with pytest.raises(ValueError, match="other shapes"):
         from_t5(dataclasses.replace(CONFIG, mlp_dim=32), t5_params, jax.random.key(0))
 
