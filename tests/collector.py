@@ -2,7 +2,10 @@
 
 A test file adds its systems to the contract tests by defining, next to its own tests, one of
 
-    CASES = {name: function that makes a tiny.Case}    a task with its data
+    TASKS = {name: function that makes a tiny.Case}    a task with its data
+    DATA = {name: function of a folder of texts}       data
+
+as a literal dictionary at the top level of the file.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ def collect(variable: str) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for file in sorted(TESTS.glob("*/test_*.py")):
-        if not re.search(rf"^{variable} = ", file.read_text(), re.M):
+        if not re.search(rf"^{variable} = {{", file.read_text(), re.M):
             continue
         if str(file.parent) not in sys.path:
             sys.path.insert(0, str(file.parent))

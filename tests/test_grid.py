@@ -7,7 +7,7 @@ import pytest
 from causal_lms import CAUSAL_LMS
 from collector import collect
 
-TASKS = collect("CASES")
+TASKS = collect("TASKS")
 TESTS = Path(__file__).parent
 COLUMNS = ("train", "evaluate", "generate, cached", "grow", "shard", "import", "export")
 

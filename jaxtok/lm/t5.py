@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.axes import constrain, gather
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.decoding.sampling import generate as generate_tokens
+from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import MLP, LinearStack
 from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics, text_sums

@@ -28,13 +28,20 @@ def some(images, draws=2, header=HEADER, seed=0):
     return codes, rng.integers(0, 3, images)
 
 
-@pytest.fixture
-def stored(tmp_path):
+def written(folder):
     """Eleven images to train on, in two parts, and six to validate."""
     codes, labels = some(11)
-    write_codes(tmp_path / "train", HEADER, [(codes[:7], labels[:7]), (codes[7:], labels[7:])])
-    write_codes(tmp_path / "validation", HEADER, [some(6, seed=1)])
-    return dataclasses.replace(DATA, path=str(tmp_path))
+    write_codes(folder / "train", HEADER, [(codes[:7], labels[:7]), (codes[7:], labels[7:])])
+    write_codes(folder / "validation", HEADER, [some(6, seed=1)])
+    return dataclasses.replace(DATA, path=str(folder))
+
+
+DATASETS = {"codes": lambda texts, folder: written(folder)}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    return written(tmp_path)
 
 
 def images_of(batch):
@@ -227,4 +234,4 @@ def test_codes_are_cut_as_the_models(field, value):
     with pytest.raises(
         ValueError, match=rf"task\.model\.{field} is {getattr(model, field)}, but data\.{field} is {value}"
     ):
-        Experiment(task=ElmModeling(model=model), data=dataclasses.replace(DATA, **{field: value}))
+        Experiment(task=ElmModeling(model=model), data=dataclasses.replace(DATA, **{field: value})).fitted()

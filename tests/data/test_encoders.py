@@ -10,6 +10,8 @@ from tiny import check_spec
 
 from jaxtok.data.encoders import EncoderData
 
+DATASETS = {"encoders": lambda texts, folder: EncoderData(corpus=str(texts), length=16, batch_size=4, **IDS)}
+
 IDS = {"cls_id": 300, "sep_id": 301, "pad_id": 302}
 
 

@@ -32,6 +32,8 @@ from jaxtok.training.mesh import MeshConfig
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.vit import LinearViTConfig
 
+DATASETS = {"images": lambda texts, folder: ImageData(images="digits", size=8, batch_size=64, workers=0)}
+
 CLASSES = ("ant", "bee", "cat")
 COUNT = 60
 

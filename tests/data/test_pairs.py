@@ -12,6 +12,11 @@ from tiny import check_spec
 from jaxtok.data.character_edits import CharacterEdits, edited, random_letters
 from jaxtok.data.span_corruption import SpanCorruption, corrupt, noise_counts, noise_mask, raw_length, restore
 
+DATASETS = {
+    "span_corruption": lambda texts, folder: SpanCorruption(corpus=str(texts), length=20, batch_size=4, mean_span=3.0),
+    "character_edits": lambda texts, folder: CharacterEdits(corpus=str(texts), length=24, batch_size=4),
+}
+
 DOCUMENTS = [f"Line {i}: the quick brown fox, é and ü, jumps over {i % 7} lazy dogs.\n" * (i % 5) for i in range(80)]
 
 

@@ -11,6 +11,12 @@ from tiny import check_spec
 from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.tokenizers.byte_words import CLS, PAD, SEP, basic_words
 
+DATASETS = {
+    "word_pieces": lambda texts, folder: WordPieceText(
+        corpus=str(texts), length=8, batch_size=4, max_bytes=4, max_pieces=3, noise=0.2
+    )
+}
+
 DATA = WordPieceText(length=6, batch_size=2, max_bytes=4, max_pieces=3, shuffle_window=1)
 """Pieces are bytes."""
 

@@ -12,6 +12,8 @@ from jaxtok.data.words import WordText
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.tokenizers.words import WordSplitter
 
+DATASETS = {"words": lambda texts, folder: WordText(corpus=str(texts), length=8, batch_size=4, max_units=6)}
+
 WORDS = ["the", "cat", "sat", "on", "mats", "and", "ran", "to", "the", "sea", "with", "üncommonlylong"]
 DOCUMENTS = [" ".join(WORDS[i % 5 : i % 5 + i % 12] * (i % 3 + 1)) + f"\n{i}é" * (i % 4) for i in range(40)]
 

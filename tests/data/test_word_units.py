@@ -21,6 +21,11 @@ from jaxtok.data.word_units import (
 )
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 
+DATASETS = {
+    "word_units": lambda texts, folder: WordUnitText(corpus=str(texts), length=8, batch_size=4, max_units=6),
+    "normalized": lambda texts, folder: NormalizedText(corpus=str(texts), length=16, batch_size=4),
+}
+
 TEXT = "The cat sat-on a mat: 'so {what}' -- naïve, no = @-@ <unk> supercalifragilistic.\nNext\tline\n"
 DOCUMENTS = [TEXT, "", "one", "  two  words ", "a b c\nd e f " * 5]
 

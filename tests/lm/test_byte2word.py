@@ -53,7 +53,7 @@ def case(task) -> tiny.Case:
 
 WORD_BODY = {"num_layers": 2, "d_model": 16, "num_heads": 8, "mlp_dim": 32, "vocab_size": 64, "dropout": 0.0}
 MODEL = Byte2WordConfig(**WORD_BODY, max_length=16, pool_heads=8, max_bytes=6, max_pieces=3)
-CASES = {
+TASKS = {
     "byte2word": lambda: case(ByteWords(model=MODEL)),
     "byte2word_classification": lambda: tiny.labelled(
         case(ByteWordsClassification(model=dataclasses.replace(MODEL, num_classes=4))), 4

@@ -19,7 +19,7 @@ from jaxtok.lm.llama import LlamaConfig
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.rotary import rotary_frequencies
 
-CASES = {
+TASKS = {
     "gpt2": lambda: tiny.text(GPT2Config(**tiny.SIZES, mlp_dim=32)),
     "llama": lambda: tiny.text(LlamaConfig(**tiny.SIZES, num_kv_heads=2, mlp_dim=32, window=9)),
 }

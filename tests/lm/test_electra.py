@@ -42,7 +42,7 @@ from jaxtok.verbs import evaluate
 CLS, SEP, MASK = 1, 2, 3
 MASKING = Masking(rate=0.25, mask_id=MASK, kept_ids=(CLS, SEP))
 ONE_HEAD = dict.fromkeys(("tensor 8", "2 x 2 x 2", "sequence"), "the generator has a head for every 64 channels: one")
-CASES = {
+TASKS = {
     "electra": lambda: tiny.encoder(
         ReplacedTokens(model=tiny.ENCODER, masking=Masking(mask_id=MASK, kept_ids=(CLS, SEP)), generator_width=0.5),
         ONE_HEAD,

@@ -21,7 +21,7 @@ from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.model import Model
 from jaxtok.nn.losses import cross_entropy, masked_mean
 
-CASES = {
+TASKS = {
     "masked_words": lambda: tiny.encoder(
         MaskedWords(
             model=dataclasses.replace(tiny.ENCODER, mask_head=True, replaced_head=False),

@@ -79,7 +79,7 @@ def released_case() -> Case:
     return Case(task, data, word_batch(data))
 
 
-CASES = {"hat": paper_case, "hat_released": released_case}
+TASKS = {"hat": paper_case, "hat_released": released_case}
 
 
 def noisy(params, scale=0.3):
@@ -88,7 +88,7 @@ def noisy(params, scale=0.3):
 
 
 def started(name):
-    case = CASES[name]()
+    case = TASKS[name]()
     params = jax.jit(
         lambda: noisy(jax.tree.map(jnp.asarray, nn.meta.unbox(case.task.init(jax.random.key(0), case.batch))))
     )()
@@ -297,7 +297,7 @@ def stream_by_hand(batch, row, length, eot):
 
 
 def test_the_stream_of_bytes_is_that_of_the_words():
-    batch = CASES["hat_released"]().batch
+    batch = TASKS["hat_released"]().batch
     assert batch["segments"].max() > 2 and (batch["segments"] == 0).any() and (batch["lengths"][:, 0] > 0).any()
     stream = {name: np.array(array) for name, array in byte_stream(batch, 60, 192).items()}
     for row in range(8):

@@ -37,7 +37,7 @@ def case(model, **options) -> Case:
     return dataclasses.replace(text(model), task=LexinvariantModeling(model=model, **options), drawn=True)
 
 
-CASES = {
+TASKS = {
     "lexinvariant": lambda: case(LexinvariantConfig(**SIZES, mlp_dim=32)),
     "semi_lexinvariant": lambda: case(TOKENFORMER, random_symbols=0.5, block=24),
 }

@@ -52,7 +52,7 @@ from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.recipes import start_from_byt5
 
-CASES = {
+TASKS = {
     "mrt5": lambda: tiny.pairs(
         MrT5Training(
             model=mrt5(

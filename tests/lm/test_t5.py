@@ -15,7 +15,7 @@ from jaxtok.interop.huggingface import params_to, read_folder, write_folder
 from jaxtok.interop.t5 import read_config
 from jaxtok.lm.t5 import T5, SequenceToSequence, T5Config, init_params, shift_right
 
-CASES = {
+TASKS = {
     "t5": lambda: tiny.pairs(
         SequenceToSequence(model=T5Config(**tiny.SIZES, head_size=4, mlp_dim=32, gated=True, tie_embeddings=False))
     )

@@ -20,7 +20,7 @@ from jaxtok.lm.tokenformer import PUBLISHED, TokenFormerConfig, tpu_variant, uni
 from jaxtok.lm.transformer import TransformerConfig, matched_transformer
 from jaxtok.nn.losses import cross_entropy, masked_mean
 
-CASES = {
+TASKS = {
     "tokenformer": lambda: tiny.text(tiny.TOKENFORMER),
     "transformer": lambda: tiny.text(matched_transformer(tiny.TOKENFORMER)),
 }

@@ -15,6 +15,7 @@ import pytest
 from tiny import Case, typed, zeros
 
 from jaxtok.configuration import load_config
+from jaxtok.data.word_units import WordUnitText
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.word_pooled import config_from, read_folder, write_folder
 from jaxtok.lm.word_pooled import (
@@ -68,7 +69,7 @@ def case() -> Case:
     return Case(WordPooling(model=model), data, typed(data, batch))
 
 
-CASES = {"word_pooled": case}
+TASKS = {"word_pooled": case}
 
 TINY = WordPooledConfig(
     vocab_size=19,

@@ -34,7 +34,7 @@ def case() -> tiny.Case:
     return dataclasses.replace(base, task=Lora(task=base.task, lora=config))
 
 
-CASES = {"lora": case}
+TASKS = {"lora": case}
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.loop import abstract_state, compile_growth, initial_state, make_train_step, train
 from jaxtok.training.mesh import AxisRules, MeshConfig, make_layout, one_device
 
-TASKS = collect("CASES")
+TASKS = collect("TASKS")
 
 MESHES = {
     "data 8": MeshConfig(data=8),

@@ -62,7 +62,7 @@ def case(model, **options) -> Case:
     )
 
 
-CASES = {
+TASKS = {
     "bae": lambda: case(
         BAEConfig(**TINY, embed_dim=64, bits=8, sub_codes=2, code_weight=0.1),
         discriminator=DiscriminatorConfig(width=8, layers=1, start_step=0, augment=True),

@@ -52,7 +52,7 @@ def case(task, drawn: bool = False) -> Case:
     return Case(task, data, typed(data, batch), drawn=drawn)
 
 
-CASES = {
+TASKS = {
     "elm": lambda: case(ElmModeling(model=ElmConfig(**TINY, num_kv_heads=2, modulation=True, loss_chunk=8))),
     "elm_masked": lambda: case(MaskedElmModeling(model=MaskedElmConfig(**TINY, sub_codes=2), rounds=4), drawn=True),
 }

@@ -32,7 +32,7 @@ def case() -> Case:
     return Case(ImageClassification(model=model), data, batch, {"sequence": "an image is 4 patches and a token"})
 
 
-CASES = {"tokenformer_vit": case}
+TASKS = {"tokenformer_vit": case}
 
 SMALL = {"num_layers": 2, "d_model": 32, "num_heads": 2, "image_size": 8, "patch_size": 4, "num_classes": 10}
 TOKENFORMER = TokenFormerViTConfig(**SMALL, tokens=TokenCounts(query=20, key=24, value=28, output=36, ffn=48))
