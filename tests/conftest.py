@@ -9,6 +9,7 @@ def test_model(golden, parity):
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import os
@@ -65,10 +66,15 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="a learning experiment; run with --slow"))
-        if IMPORTS_TORCH.search(inspect.getsource(item.function)):
+        if isinstance(item, pytest.Function) and imports_torch(item.function):
             item.add_marker("torch")  # so that `make slow` finds it
         elif item.get_closest_marker("torch") and missing:
             item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}; run with `make slow`"))
+
+
+@functools.cache
+def imports_torch(test) -> bool:
+    return bool(IMPORTS_TORCH.search(inspect.getsource(test)))
 
 
 def pytest_generate_tests(metafunc):
