@@ -44,8 +44,7 @@ from causal_lms import CAUSAL_LMS
 
 from jaxtok.lm.decoder import init_params
 
-TORCH = ("torch", "transformers", "peft")
-IMPORTS_TORCH = re.compile(rf"importorskip\(['\"]({'|'.join(TORCH)})['\"]\)")
+IMPORTS_TORCH = re.compile(r'importorskip\("(torch|transformers|peft)"\)')
 
 
 def pytest_addoption(parser):
@@ -62,14 +61,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    missing = [name for name in TORCH if find_spec(name) is None]
     for item in items:
         if item.get_closest_marker("slow") and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="a learning experiment; run with --slow"))
         if isinstance(item, pytest.Function) and imports_torch(item.function):
             item.add_marker("torch")  # so that `make slow` finds it
-        elif item.get_closest_marker("torch") and missing:
-            item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}; run with `make slow`"))
+        elif item.get_closest_marker("torch") and find_spec("torch") is None:
+            item.add_marker(pytest.mark.skip(reason="needs PyTorch; `make slow` installs and runs it"))
 
 
 @functools.cache
