@@ -1,4 +1,4 @@
-"""Every image tokenizer in a tiny size. Registered here, it is tested against the waist."""
+"""What the tiny image tokenizers share. They stand in their systems' test files, as `IMAGE_TOKENIZERS`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import numpy as np
 
 from jaxtok.training.mesh import unboxed
 from jaxtok.vision.autoencoding import Autoencoding
-from jaxtok.vision.binary_autoencoder import BAEConfig
-from jaxtok.vision.vqgan import VQGANConfig
 
 SIZES = {
     "image_size": 8,
@@ -33,16 +31,9 @@ def alone(model) -> Autoencoding:
     return Autoencoding(model=model, discriminator=None, perceptual="none")
 
 
-IMAGE_TOKENIZERS = {
-    "vqgan": lambda: alone(VQGANConfig(**SIZES, codebook_size=20)),
-    "vqgan_gumbel": lambda: alone(VQGANConfig(**SIZES, codebook_size=20, quantizer_kind="gumbel")),
-    "bae": lambda: alone(BAEConfig(**SIZES, bits=6, sub_codes=2)),
-    "bae_deterministic": lambda: alone(BAEConfig(**SIZES, bits=6, deterministic=True, tanh=True)),
-}
-
 DRAWN = ("bae",)
 """Those whose codes are drawn by their definition."""
 TAKE_A_KEY = ("vqgan_gumbel",)
 """Those whose codes are drawn with a key, and not without."""
-EXACT = tuple(IMAGE_TOKENIZERS)
+EXACT = ("vqgan", "vqgan_gumbel", "bae", "bae_deterministic")
 """Those of which decoding the codes is the reconstruction that training sees, bit by bit."""

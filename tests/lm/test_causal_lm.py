@@ -1,4 +1,4 @@
-"""What every CausalLM promises, for each model of the registry in `tests/causal_lms.py`."""
+"""What every CausalLM promises, for each model that test files define as `CAUSAL_LMS` (tests/collector.py)."""
 
 from __future__ import annotations
 

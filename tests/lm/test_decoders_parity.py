@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 
+import causal_lms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +23,12 @@ from jaxtok.nn.rotary import rotary_frequencies
 TASKS = {
     "gpt2": lambda: tiny.text(GPT2Config(**tiny.SIZES, mlp_dim=32)),
     "llama": lambda: tiny.text(LlamaConfig(**tiny.SIZES, num_kv_heads=2, mlp_dim=32, window=9)),
+}
+
+CAUSAL_LMS = {
+    "gpt2": lambda: Decoder(GPT2Config(**causal_lms.SIZES | {"rotary_fraction": 0.0}, mlp_dim=24)),
+    "llama": lambda: Decoder(LlamaConfig(**causal_lms.LLAMA, num_kv_heads=2, mlp_dim=24)),
+    "mistral": lambda: Decoder(LlamaConfig(**causal_lms.LLAMA, mlp_dim=24, window=16)),
 }
 
 DECODERS = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("gpt2", "llama", "qwen2", "mistral", "gemma")]

@@ -7,6 +7,7 @@ import functools
 import math
 from pathlib import Path
 
+import causal_lms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,15 @@ def case(model, **options) -> Case:
 TASKS = {
     "lexinvariant": lambda: case(LexinvariantConfig(**SIZES, mlp_dim=32)),
     "semi_lexinvariant": lambda: case(TOKENFORMER, random_symbols=0.5, block=24),
+}
+
+CAUSAL_LMS = {
+    "lexinvariant": lambda: Lexinvariant(
+        LexinvariantConfig(**causal_lms.SIZES | causal_lms.TIED | {"rotary_fraction": 0.0})
+    ),
+    "semi_lexinvariant": lambda: Lexinvariant(
+        LlamaConfig(**causal_lms.LLAMA | causal_lms.TIED), random_symbols=0.5, block=12
+    ),
 }
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "lm"

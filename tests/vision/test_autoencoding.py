@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from image_tokenizers import SIZES, random_params
+from image_tokenizers import SIZES, alone, random_params
 from tiny import Case
 
 from jaxtok.configuration import load_config
@@ -73,6 +73,13 @@ TASKS = {
         discriminator=None,
         perceptual="none",
     ),
+}
+
+IMAGE_TOKENIZERS = {
+    "vqgan": lambda: alone(VQGANConfig(**SIZES, codebook_size=20)),
+    "vqgan_gumbel": lambda: alone(VQGANConfig(**SIZES, codebook_size=20, quantizer_kind="gumbel")),
+    "bae": lambda: alone(BAEConfig(**SIZES, bits=6, sub_codes=2)),
+    "bae_deterministic": lambda: alone(BAEConfig(**SIZES, bits=6, deterministic=True, tanh=True)),
 }
 
 WIDTHS = (2, 3, 4, 5, 6)

@@ -57,6 +57,12 @@ TASKS = {
     "elm_masked": lambda: case(MaskedElmModeling(model=MaskedElmConfig(**TINY, sub_codes=2), rounds=4), drawn=True),
 }
 
+CAUSAL_LMS = {
+    "elm": lambda: ElmText(
+        ElmTextConfig(num_layers=2, d_model=16, num_heads=2, mlp_dim=24, grid=9, code_bits=4, num_classes=15)
+    )
+}
+
 SMALL = {"num_layers": 2, "d_model": 16, "num_heads": 2, "mlp_dim": 24, "grid": 3, "code_bits": 3, "num_classes": 4}
 CONFIG = ElmConfig(**SMALL)
 MODULATED = ElmConfig(**SMALL | {"num_heads": 4, "num_kv_heads": 2, "modulation": True, "sub_codes": 1})
@@ -590,7 +596,7 @@ def test_the_masked_loss_is_a_mean_over_what_is_masked():
     logp = jax.nn.log_softmax(masked_logits(MASKED, params, codes, LABELS, masked))
     chosen = -jnp.take_along_axis(logp, codes[..., None], -1)[..., 0]
     smooth = 0.9 * chosen - 0.1 * logp.mean(-1)
-    sums = jax.jit(MaskedElmModeling.sums, static_argnums=0, static_argnames="plain")
+    sums = jax.jit(MaskedElmModeling.masked_nats, static_argnums=0, static_argnames="plain")
     total, count = sums(task, params, batch, masked)
     assert (count, float(total / count)) == (18, pytest.approx(float(smooth[masked].mean()), rel=1e-5))
     plain, _ = sums(task, params, batch, masked, plain=True)

@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from image_tokenizers import DRAWN, EXACT, IMAGE_TOKENIZERS, TAKE_A_KEY, random_params
+from collector import collect
+from image_tokenizers import DRAWN, EXACT, TAKE_A_KEY, random_params
 
 from jaxtok.protocols import ImageTokenizer
+
+IMAGE_TOKENIZERS = collect("IMAGE_TOKENIZERS")
 
 
 @pytest.fixture(scope="module", params=IMAGE_TOKENIZERS)
