@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import shutil
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,7 +12,6 @@ from PIL import Image
 from jaxtok.cli import main
 from jaxtok.data.codes import CodeData, open_codes
 from jaxtok.data.images import ImageData
-from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
@@ -23,9 +21,7 @@ from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 from jaxtok.vision_verbs import (
     OpenTokenizer,
-    export_weights,
     generate,
-    import_weights,
     reconstruct,
     statistics,
     tokenize,
@@ -138,23 +134,6 @@ def test_analyses(folder, tmp_path, capsys):
     assert found[f"{folder / 'codes'}: kl_unigram"] == found[f"{tmp_path / 'codes'}: kl_unigram"], "both are there"
     for plot in plots:
         assert np.asarray(Image.open(plot).convert("L")).std() > 5
-
-
-def test_weights_go_out_and_come_back(folder, tmp_path):
-    for name in ("tokenizer", "ar", "masked"):
-        file = export_weights(folder / name, tmp_path / f"{name}.safetensors")
-        config = tmp_path / f"{name}.py"
-        config.write_text(
-            "from jaxtok.training.checkpoints import read_config\nfrom pathlib import Path\n"
-            f"config = read_config(Path({str(folder / name)!r}))\n"
-        )
-        again = load(import_weights(file, config, tmp_path / name))
-        jax.tree.map(np.testing.assert_array_equal, again.params, load(folder / name).params)
-    with pytest.raises(FileExistsError, match="exists"):
-        export_weights(folder / "ar", tmp_path / "ar.safetensors")
-    with pytest.raises(ValueError, match=r"no tensor|missing"):
-        import_weights(tmp_path / "ar.safetensors", tmp_path / "tokenizer.py", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_wrong_is_said(folder, tmp_path, capsys):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -45,6 +46,22 @@ def task_and_data(config: ElectraConfig, texts: Texts, options: Options) -> tupl
     return ReplacedTokens(model=model, masking=words.masking, generator="uniform"), data
 
 
+def params_of(task: Any, params: Params) -> Params:
+    """A task's parameters with the model that was read; of a given task, the generator's are new.
+
+    Raises:
+      ValueError: the task's objective needs other heads than the discriminator's.
+    """
+    if not isinstance(task, ReplacedTokens):
+        return params
+    if task.discriminator_config != task.model:
+        raise ValueError(f"objective is {task.objective!r}; it must be one of a discriminator, such as replaced.")
+    if task.generator == "uniform":
+        return {"discriminator": params}
+    new = jax.jit(task.init)(jax.random.key(0), {"tokens": np.zeros((1, 1), np.int32)})
+    return {**nn.meta.unbox(new), "discriminator": params}
+
+
 def facts(model: Model) -> dict[str, int]:
     """The symbols of a model's rows."""
     masking = getattr(model.task, "masking", None)
@@ -65,7 +82,7 @@ ELECTRA = FolderFormat(
     params_to=encoders.params_to,
     task_and_data=task_and_data,
     model_of=lambda task, params: task.export(params) if isinstance(task, ReplacedTokens) else (task.model, params),
-    params_of=lambda task, params: {"discriminator": params} if isinstance(task, ReplacedTokens) else params,
+    params_of=params_of,
     facts=facts,
 )
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxtok.data.text import TextData
 from jaxtok.interop import electra, encoders, t5
-from jaxtok.interop.encoders import activation_from, activation_to, read_encoder_config
+from jaxtok.interop.encoders import activation_from, activation_to
 from jaxtok.interop.folders import FolderFormat, Options, hub_names, read_hub_params, read_options, stored_dtype
 from jaxtok.interop.tensors import Place, Shapes, Source, expected_shapes, write_params
 from jaxtok.interop.texts import Texts, read_texts
@@ -28,9 +28,6 @@ from jaxtok.lm.t5 import T5Config
 from jaxtok.nn.rotary import RopeScaling
 from jaxtok.protocols import Params
 from jaxtok.tokenizers import HuggingFaceTokenizer
-
-__all__ = ["DECODERS", "config_json", "is_folder", "params_from", "params_to", "read_config", "read_encoder_config"]
-__all__ += ["read_folder", "read_tokenizer", "rope_from_json", "rope_to_json", "shapes", "sources", "write_folder"]
 
 KINDS = ("gpt2", "llama", "mistral", "qwen2", "gemma")
 HEAD = "lm_head.weight"

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from jaxtok.interop.huggingface import HUB, read_options, shapes, sources
+from jaxtok.interop.folders import read_options
+from jaxtok.interop.huggingface import HUB, shapes, sources
 from jaxtok.interop.tensors import Shapes, read_params, whole_folder, write_params
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.gpt2 import GPT2Config

@@ -15,7 +15,7 @@ from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.interop.folders import FolderFormat, Options, read_hub_params, stored_dtype
 from jaxtok.interop.tensors import Shapes, Source, shapes_of, write_params
 from jaxtok.interop.texts import Texts
-from jaxtok.lm.mrt5 import MrT5Config, MrT5Training
+from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, new_controller
 from jaxtok.lm.mrt5_baselines import Convolution, FixedDeletion, RandomDeletion, Segments
 from jaxtok.lm.t5 import SequenceToSequence, T5Config, init_params
 from jaxtok.model import Model
@@ -296,6 +296,11 @@ def model_of(task: SequenceToSequence, params: Params) -> tuple[T5Config, Params
     return task.model, {name: value for name, value in params.items() if name != "controller"}
 
 
+def params_of(task: SequenceToSequence, params: Params) -> Params:
+    """A task's parameters with the model that was read; a controller is new."""
+    return {**params, "controller": new_controller()} if getattr(task, "target_rate", 0.0) else params
+
+
 T5 = FolderFormat(
     name="t5",
     holds="T5, mT5, ByT5 and MrT5",
@@ -307,6 +312,7 @@ T5 = FolderFormat(
     params_to=lambda config, params: write_params(sources(config), params),
     task_and_data=task_and_data,
     model_of=model_of,
+    params_of=params_of,
     facts=facts,
     default_tokenizer="byt5",
 )

@@ -110,7 +110,7 @@ T5_SIZES = {
     "mlp_dim": 24,
     "vocab_size": 384,
 }
-PAIRS = SpanCorruption(length=64, batch_size=8)
+PAIRS = SpanCorruption(length=1024, batch_size=8)
 CHARACTERS = LlamaStack(num_layers=1, d_model=12, num_heads=2, mlp_dim=20)
 RELEASED = ReleasedConfig(
     encoder=CHARACTERS,
@@ -146,13 +146,29 @@ def codes(task: Any, suffix: str) -> Case:
 
 
 LM_SIZES = {**SIZES, "vocab_size": 400, "max_length": 32}
+HUB_SIZES = {**LM_SIZES, "head_size": 8, "mlp_bias": False}
 CASES: dict[str, Callable[[], Case]] = {
     "gpt2": lambda: language_model("huggingface", GPT2Config(**LM_SIZES, norm_eps=1e-5)),
     "llama, a tokenizer.json": lambda: language_model(
         "huggingface",
-        LlamaConfig(**LM_SIZES, num_kv_heads=1, head_size=8, mlp_bias=False),
+        LlamaConfig(**HUB_SIZES, num_kv_heads=1),
         str(HUB_FOLDER / "tokenizer.json"),
         **BPE,
+    ),
+    "mistral": lambda: language_model("huggingface", LlamaConfig(**HUB_SIZES, num_kv_heads=1, window=7)),
+    "qwen2": lambda: language_model(
+        "huggingface", LlamaConfig(**HUB_SIZES, num_kv_heads=2, qkv_bias=True, window=5, full_layers=(0,))
+    ),
+    "gemma": lambda: language_model(
+        "huggingface",
+        LlamaConfig(
+            **HUB_SIZES,
+            num_kv_heads=1,
+            norm="rms_plus_one",
+            activation="gelu_tanh",
+            tie_embeddings=True,
+            scale_embeddings=True,
+        ),
     ),
     "tokenformer": lambda: language_model(
         "tokenformer",
@@ -385,12 +401,7 @@ def test_an_adapter_there_and_back(adapter, tmp_path):
 
 
 def test_a_bert_lends_its_layers_to_a_byte2word(tmp_path):
-    body = {**SIZES, "num_heads": 2}
-    bert = Case(
-        "bert",
-        MaskedWords(model=BertConfig(**body, vocab_size=384, max_positions=32), masking=MASKING),
-        EncoderData(**TEXT),
-    ).model()
+    bert = CASES["bert"]().model()
     format_named("bert").write_model(tmp_path / "bert", bert.task.model, bert.params)
     case = CASES["byte2word"]()
     run = begin(Experiment(task=case.task, data=case.data, workdir=str(tmp_path / "run")), case.model().params)
@@ -401,6 +412,45 @@ def test_a_bert_lends_its_layers_to_a_byte2word(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, new.params["stack"], bert.params["stack"])
     with pytest.raises(ValueError, match="give the config of one"):
         format_named("byte2word").read(tmp_path / "bert")
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("electra, discriminator", {"generator": "encoder"}),
+        ("mrt5", {"target_rate": 0.5}),
+        ("gpt2", {}),
+    ],
+)
+def test_a_config_says_how_a_folder_is_trained_on(name, changed, tmp_path):
+    """Parameters that the folder does not have (a generator, a controller) are new, and the run can be opened."""
+    case = CASES[name]()
+    folder = format_named(case.format).write(tmp_path / "folder", case.model())
+    task = dataclasses.replace(case.task, **changed)
+    run = Case(case.format, task, dataclasses.replace(case.data, corpus="some/texts"))
+    config = write_config(
+        tmp_path, begin(Experiment(task=task, data=run.data, workdir=str(tmp_path / "run")), run.model().params)
+    )
+    assert main(["convert", str(folder), str(tmp_path / "new"), "--config", config]) == 0
+    new = open_run(tmp_path / "new")
+    assert new.task == task and new.data.corpus == "some/texts"
+    assert jax.tree.structure(new.params) == jax.tree.structure(run.model().params)
+    assert format_for(new.task).model_of(new.task, new.params)[0] == case.task.model
+    again = format_for(new.task).write(tmp_path / "again", new)
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="the config must be of one, too"):
+        format_named(case.format).read(folder, CASES["hat"]().task)
+
+
+def test_a_file_of_another_model_than_the_configs(tmp_path, capsys):
+    elm, bae = CASES["elm"](), CASES["bae"]()
+    file = format_named("elm").write(tmp_path / "elm.safetensors", elm.model())
+    run = begin(Experiment(task=bae.task, data=bae.data, workdir=str(tmp_path / "run")), bae.model().params)
+    command = ["convert", str(file), str(tmp_path / "new"), "--config", write_config(tmp_path, run)]
+    assert main(command) == 1
+    assert "encoder.blocks.0.weight is missing" in said(capsys) and not (tmp_path / "new").exists()
+    assert main(["convert", str(run), str(file)]) == 1
+    assert "exists already" in said(capsys), "nothing is overwritten"
 
 
 def test_a_model_that_is_more_than_its_body_is_not_written_as_that():

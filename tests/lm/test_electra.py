@@ -20,7 +20,8 @@ from jaxtok.configuration import load_config
 from jaxtok.convert import convert
 from jaxtok.data.encoders import EncoderData
 from jaxtok.interop.electra import from_official, to_official, variables
-from jaxtok.interop.huggingface import config_json, read_encoder_config, read_folder, write_folder
+from jaxtok.interop.encoders import read_encoder_config
+from jaxtok.interop.huggingface import config_json, read_folder, write_folder
 from jaxtok.lm.bert import init_params
 from jaxtok.lm.electra import (
     PUBLISHED,

@@ -14,8 +14,9 @@ import tiny
 
 from jaxtok import verbs
 from jaxtok.data.encoders import EncoderData
-from jaxtok.interop.encoders import ENCODERS
-from jaxtok.interop.huggingface import params_from, params_to, read_encoder_config, read_folder, write_folder
+from jaxtok.interop.encoders import read_encoder_config
+from jaxtok.interop.formats import format_named
+from jaxtok.interop.huggingface import params_from, params_to, read_folder, write_folder
 from jaxtok.lm.bert import PUBLISHED, Bert, BertConfig, init_params
 from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.model import Model
@@ -194,7 +195,7 @@ def test_verbs_for_language_models_refuse_an_encoder(tmp_path):
     task = MaskedWords(model=config, masking=Masking(mask_id=260, kept_ids=(258, 259)))
     data = EncoderData(cls_id=258, sep_id=259)
     model = Model(task=task, params=init_params(config, jax.random.key(0)), data=data)
-    ENCODERS.write(tmp_path / "bert", model)
+    format_named("bert").write(tmp_path / "bert", model)
     with pytest.raises(ValueError, match="a MaskedWords does not generate text"):
         verbs.generate(tmp_path / "bert")
 
