@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import ClassVar
 
@@ -58,7 +59,7 @@ def case(model, **options) -> Case:
         data,
         batch,
         train=TrainConfig(optimizer=optimizer),
-        drawn=model.needs_draws,
+        drawn=model.draws_codes,
     )
 
 
@@ -109,7 +110,7 @@ def test_published_sizes(name):
     assert ours["quantizer"] == task.model.bits * (256 + 1 + 256)
     assert size(params["discriminator"]) == 2_765_633
     assert size(params["frozen"]) == 14_716_160
-    assert task.grid == (16, 16) and task.vocab_size**task.sub_codes == 2**task.model.bits
+    assert task.code_shape == (16, 16) and math.prod(task.code_values) == 2**task.model.bits
 
 
 def test_published_vqgan():
