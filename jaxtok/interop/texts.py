@@ -108,6 +108,8 @@ def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[
         return None if named is None else theirs.token_to_id(named)
 
     ends = own.get("ends", of_role("eos"))
+    if ends is None:  # of encoders
+        ends = theirs.token_to_id("[SEP]")
     if ends is None or ends == []:
         raise ValueError(
             f"{folder} has no eos_token_id, neither in generation_config.json nor in config.json, and no eos_token in "
