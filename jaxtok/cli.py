@@ -239,7 +239,10 @@ def _vision(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in known:
         return _fail(f"there is no verb {arguments[0]!r} of vision; use {', '.join(known)}.")
-    result = _call(known[arguments[0]], f"vision {arguments[0]}", arguments[1:])
+    if arguments[0] == "generate":  # whose options are also those of the run
+        result = vision_verbs.generate_from_arguments(arguments[1:])
+    else:
+        result = _call(known[arguments[0]], f"vision {arguments[0]}", arguments[1:])
     if isinstance(result, dict):
         _show(result)
     else:

@@ -13,8 +13,8 @@ from tyro.conf import Positional
 
 from jaxtok.convert import open_run
 from jaxtok.data.corpora import open_corpus
-from jaxtok.decoding.sampling import Sampling
-from jaxtok.decoding.sampling import generate as generate_tokens
+from jaxtok.decoding import Sampling
+from jaxtok.decoding import generate as generate_tokens
 from jaxtok.interop.formats import format_of, recognised
 from jaxtok.interop.peft import apply_adapter
 from jaxtok.lm.growth import Growth
@@ -97,11 +97,11 @@ def evaluate(
     """
     loaded = open_model(checkpoint, adapter, ema)
     data = dataclasses.replace(loaded.data, eval_limit=batches)
-    source = "corpus" if hasattr(data, "corpus") else "images"
     if corpus:
-        data = dataclasses.replace(data, **{source: corpus})
+        data = dataclasses.replace(data, **{data.source: corpus})
     metrics = loaded.task.evaluate(loaded.params, data.eval_batches(split))
-    row = {"checkpoint": str(checkpoint), source: getattr(data, source), "split": split, "step": loaded.step} | metrics
+    source = {data.source: getattr(data, data.source)}
+    row = {"checkpoint": str(checkpoint), **source, "split": split, "step": loaded.step} | metrics
     if output:
         output.write_text(json.dumps(row, indent=2) + "\n")
     return row
@@ -176,13 +176,13 @@ def generate(
         loaded.params,
         ids,
         max_new_tokens=max_new_tokens or max(1, min(200, room)),
-        sampling=sampling,
+        chooser=sampling,
         rng=rng,
         stop_tokens=[*(token for (token,) in stops), *(loaded.stops if stop_at_end else [])],
         num_ids=tokenizer.vocab_size,
-        on_tokens=(lambda new: _write(text_of(new[0]))) if live else None,
+        on_tokens=(lambda new: _write(text_of(new.tokens[0]))) if live else None,
         chunk=4,
-    )
+    ).tokens
     texts = [text_of(row) for row in rows]
     if live:
         _write(b"\n")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax.traverse_util import flatten_dict
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -32,6 +33,7 @@ from jaxtok.lm.electra import (
     sample,
 )
 from jaxtok.lm.masked_words import MaskedWords, Masking, put, take
+from jaxtok.lm.text_classification import TextClassification
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig, unboxed
@@ -39,6 +41,18 @@ from jaxtok.verbs import evaluate
 
 CLS, SEP, MASK = 1, 2, 3
 MASKING = Masking(rate=0.25, mask_id=MASK, kept_ids=(CLS, SEP))
+ONE_HEAD = dict.fromkeys(("tensor 8", "2 x 2 x 2", "sequence"), "the generator has a head for every 64 channels: one")
+TASKS = {
+    "electra": lambda: tiny.encoder(
+        ReplacedTokens(model=tiny.ENCODER, masking=Masking(mask_id=MASK, kept_ids=(CLS, SEP)), generator_width=0.5),
+        ONE_HEAD,
+    ),
+    "text_classification": lambda: tiny.labelled(
+        tiny.encoder(TextClassification(model=dataclasses.replace(tiny.ENCODER, num_classes=4, replaced_head=False))),
+        4,
+    ),
+}
+
 MODEL = ElectraConfig(
     vocab_size=40, num_layers=2, d_model=16, num_heads=2, mlp_dim=24, embedding_size=8, max_positions=20
 )
@@ -290,7 +304,7 @@ def test_loss_is_repeatable_and_masked_words_train(batch):
     assert whole["bits_per_byte"] == pytest.approx(whole["loss"] / math.log(2) / 2, rel=1e-5)  # two bytes a token
     with pytest.raises(ValueError, match="no words that count"):
         task.evaluate(params, [dict(batch, mask=0 * batch["mask"])])
-    with pytest.raises(ValueError, match="no word to replace"):
+    with pytest.raises(ValueError, match="no words that count"):
         TASK.evaluate(parameters(TASK, batch), [dict(batch, mask=0 * batch["mask"])])
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from jaxtok import verbs
 from jaxtok.data.encoders import EncoderData
@@ -20,7 +21,16 @@ from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.model import Model
 from jaxtok.nn.losses import cross_entropy, masked_mean
 
-ENCODERS = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("bert", "roberta", "xlmr")]
+TASKS = {
+    "masked_words": lambda: tiny.encoder(
+        MaskedWords(
+            model=dataclasses.replace(tiny.ENCODER, mask_head=True, replaced_head=False),
+            masking=Masking(mask_id=3, kept_ids=(1, 2)),
+        )
+    )
+}
+
+FIXTURES = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("bert", "roberta", "xlmr")]
 
 
 def load(golden):
@@ -63,7 +73,7 @@ def class_gradient(config, params, arrays):
     return jax.value_and_grad(loss)(params)
 
 
-@pytest.mark.parity(*ENCODERS)
+@pytest.mark.parity(*FIXTURES)
 def test_encoder(golden, parity):
     config, params = load(golden)
     arrays = golden.under("in")

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from jaxtok.convert import convert
 from jaxtok.data.text import TextData
@@ -23,6 +24,16 @@ from jaxtok.training.lora import Lora
 from jaxtok.training.mesh import MeshConfig, one_device
 from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.verbs import adapt, evaluate, generate, open_model
+
+
+def case() -> tiny.Case:
+    """The adapter's matrices have no axis of their own that a mesh divides: only that of their parameter."""
+    config = LoraConfig(rank=2, targets=(r".*/kernel", "embedding", "head_matrix"), saved=(r"final_norm/.*",))
+    base = tiny.text(LlamaConfig(**tiny.SIZES, num_kv_heads=2, mlp_dim=32, tie_embeddings=False))
+    return dataclasses.replace(base, task=Lora(task=base.task, lora=config))
+
+
+TASKS = {"lora": case}
 
 
 @pytest.fixture(scope="module")
