@@ -35,8 +35,8 @@ import rich.table
 from jaxtok.kernels.attention import kernel_flops
 from jaxtok.training.checkpoints import abstract_params
 from jaxtok.training.compiled import Collective, Operation, Program, read_program, shapes
-from jaxtok.training.experiment import Experiment, resolve
-from jaxtok.training.loop import abstract_state, batch_items, batch_unit, count, make_train_step
+from jaxtok.training.experiment import Experiment
+from jaxtok.training.loop import abstract_state, count, make_train_step
 from jaxtok.training.mesh import Layout, make_layout
 from jaxtok.training.peak import PEAK_FLOPS
 
@@ -172,7 +172,8 @@ def plan(
     """
     devices = topology_devices(topology)
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot keep programs for devices that are not there
-    experiment = experiment if getattr(_model(experiment), "vocab_size", 1) else resolve(experiment)
+    if not getattr(_model(experiment), "vocab_size", 1):  # else, the data need not be there
+        experiment = experiment.fitted()
     console = rich.console.Console(quiet=quiet, soft_wrap=True)
     cases = list(variants(experiment, len(devices))) if sweep else [experiment]
     rows: list[Row] = []
@@ -276,8 +277,8 @@ def compile_step(experiment: Experiment, layout: Layout) -> tuple[Any, str]:
     task, config, data = experiment.task, experiment.train, experiment.data
     shardings = layout.batch(data.batch_spec())
     batch = {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[name])
-        for name, (shape, dtype) in data.batch_spec().items()
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=shardings[name])
+        for name, array in data.batch_spec().items()
     }
     with layout.active():
         step = make_train_step(task, config, config.steps, data, layout)
@@ -311,8 +312,8 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         return row | {"advice": advice(experiment, layout, chip)}
     memory = compiled.memory_analysis()
     program = read_program(text)
-    spec = experiment.data.batch_spec()
-    flops = experiment.task.flops({name: np.broadcast_to(0, shape) for name, (shape, _) in spec.items()}) / len(devices)
+    batch = {name: np.broadcast_to(0, array.shape) for name, array in experiment.data.batch_spec().items()}
+    flops = experiment.task.flops(batch) / len(devices)
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     row |= {
         "fits": needed <= chip.hbm,
@@ -336,7 +337,7 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         row |= {
             "seconds": dict(seconds),
             "step_seconds": step,
-            f"{batch_unit(experiment.data)}_per_second": batch_items(experiment.data) / step,
+            f"{experiment.data.unit}_per_second": experiment.data.units / step,
             "fraction_of_peak": flops / step / chip.peak,
             "largest_costs": largest_costs(program, chip),
         }
@@ -456,7 +457,7 @@ def _local_bytes(leaf: Any) -> int:
 
 
 def _head(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
-    model, unit = _model(experiment), batch_unit(experiment.data)
+    model = _model(experiment)
     return {
         "name": experiment.name,
         "parameters": count(abstract_params(experiment.task, experiment.data)),
@@ -466,8 +467,7 @@ def _head(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
         "mesh": experiment.mesh.shape(len(devices)),
         "remat": remat_of(model),
         "batch_size": experiment.data.batch_size,
-        "unit": unit,
-        "items": "words" if "words" in experiment.data.batch_spec() else unit,
+        "unit": experiment.data.unit,
         "accumulate": experiment.train.accumulate,
     }
 
@@ -497,7 +497,7 @@ def _table(row: Row) -> rich.table.Table:
     if "seconds" in row:
         seconds = row["seconds"]
         rate = row[f"{row['unit']}_per_second"]
-        add("step", f"{row['step_seconds']:.3f} s (estimate), {rate:,.0f} {row['items']}/s")
+        add("step", f"{row['step_seconds']:.3f} s (estimate), {rate:,.0f} {row['unit']}/s")
         add(
             "of peak", f"{row['fraction_of_peak']:.2f} ({row['model_teraflops']:.1f} TFLOP of the model on each device)"
         )

@@ -1,17 +1,19 @@
 """The waists of the house: the few interfaces through which everything plugs into everything.
 
-Each is a structural `Protocol`: a class fills a waist by having its methods, without importing this module. What is
-written against a waist (the training loop, sampling, evaluation, ...) works for every system that fills it.
+Each is a structural `Protocol`: a class fills a waist by having its methods, without importing this module. Only `Task`
+is a base class, for what most tasks share. What is written against a waist (the training loop, sampling, evaluation,
+...) works for every system that fills it.
 
 Axis names, used in every shape of the package: batch, length, heads, head_dim, d_model, param_tokens, vocab, layers.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -31,7 +33,8 @@ bytes      int32    how many bytes of text the target stands for (0 for special 
 
 A batch of images has
 
-images     uint8    [batch, height, width, channels]; or float32 in [0, 1], where that is so
+images     uint8    [batch, height, width, channels]; or float32 in [0, 1], where that is so. Volumes have a depth,
+                    [batch, depth, height, width, channels]
 labels     int32    [batch], the class
 mask       float32  [batch], 1 where the image counts, 0 where it only fills the batch
 
@@ -161,45 +164,152 @@ class Data(Protocol):
 
     batch_size: int
     """Rows of a batch, over all devices and processes."""
+    unit: str
+    """What speed is counted in: tokens, words or images."""
+    source: str
+    """The name of the field that says where the data come from: corpus, images or path."""
+
+    @property
+    def units(self) -> int:
+        """How many of `unit` a batch has, padding included."""
+        ...
 
     def train_batches(self, rows: range | None = None) -> Batches: ...
     def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
         """One pass over a split; the last batch is filled up with rows that do not count."""
         ...
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of each array in a batch of all processes; told without opening the data."""
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        """What each array of a batch of all processes is; told without opening the data."""
         ...
 
 
-class Task(Protocol):
-    """Something that learns: what the one training loop trains.
+@runtime_checkable
+class Labelled(Protocol):
+    """Data whose rows have a class."""
 
-    A task may also have `after_step(params, metrics, step) -> params`, for state that no gradient moves (a controller,
-    a moving average): it is called in the compiled step, behind the update number `step`, with the metrics of the whole
-    batch. Such state is a part of the parameters, so it is sharded, saved and restored with them; `trainable` says 0.
-    With `check(experiment)`, it can refuse data or an optimizer that do not fit its own config, by a ValueError.
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, by label; empty where the source tells none."""
+        ...
+
+
+Sums = Mapping[str, Any]
+"""What an evaluation has added up, by name: a float or, of a sum that is an array, a float64 array."""
+
+
+class Task(abc.ABC):
+    """Something that learns: what the one training loop trains. A task is a frozen dataclass with this base.
+
+    Required are `counted`, `init`, `loss`, `sums`, `metrics` and `flops`; the rest has the defaults below.
     """
 
+    counted: ClassVar[str]
+    """The name of the sum that counts what an evaluation is of (tokens, words, images); 0 of them are refused."""
+
+    @abc.abstractmethod
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         """New parameters, in Linen's boxes where they have logical axes (`flax.linen.meta`; the loop unboxes them)."""
-        ...
 
+    @abc.abstractmethod
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The scalar to minimise, and metrics to log (scalars, averaged over the steps between two log lines)."""
-        ...
+        """The scalar to minimise, and metrics to log (scalars, averaged over the steps between two log lines).
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]: ...
+        What is no number and goes to `after_step` is under `state` in the metrics.
+        """
 
-    def trainable(self, params: Params) -> Params | None:
-        """A pytree that broadcasts against `params`: 1 where an entry trains and 0 where it stays; None: all train."""
-        ...
+    @abc.abstractmethod
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """What an evaluation adds up over its batches. Pure; it is compiled once for each task.
 
+        Args:
+          rng: for what is drawn (places to hide, gates), the same in every evaluation.
+        """
+
+    @abc.abstractmethod
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """What an evaluation reports, from the sums over all batches."""
+
+    @abc.abstractmethod
     def flops(self, batch: Batch) -> float:
         """Model FLOPs of one training step on the batch (forward and backward, no recomputation)."""
-        ...
+
+    def fit(self, data: Data, train: Any = None) -> Task:
+        """The task made to fit the data; a task that fits already comes back equal. Default: it fits any.
+
+        Args:
+          data: may be opened (a tokenizer, the names of classes).
+          train: the run's `jaxtok.training.experiment.TrainConfig`, for what depends on the optimizer.
+
+        Raises:
+          ValueError: they do not fit: too small a vocabulary, too long rows, too many classes, ...
+        """
+        return self
+
+    def trainable(self, params: Params) -> Params | None:
+        """A pytree that broadcasts against `params`: 1 where an entry trains, 0 where it stays. Default, None: all
+        train."""
+        return None
+
+    def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
+        """The parameters after update number `step`, for state that no gradient moves (a controller, running means).
+
+        It is called in the compiled step, with the metrics of the whole batch. Such state is a part of the parameters,
+        so it is sharded, saved and restored with them, and `trainable` says 0. Default: they stay.
+        """
+        return params
+
+    def load_weights(self, params: Params) -> Params:
+        """New parameters with those that come from files, when a run begins. Default: none do."""
+        return params
+
+    def batch_sums(self, params: Params, batch: Batch, rng: jax.Array, **options: Any) -> dict[str, Any]:
+        """`sums`, compiled. A task that has to run Python between compiled parts does so here, and may have options."""
+        return _compiled_sums(self, params, batch, rng)
+
+    def evaluate(
+        self, params: Params, batches: Iterable[Batch], rng: jax.Array | None = None, **options: Any
+    ) -> dict[str, float]:
+        """The `metrics` of the sums over all batches, added up in float64.
+
+        Args:
+          rng: the key of batch n is this one with n folded in; default: the key of seed n.
+          options: of `batch_sums`, where the task has some.
+
+        Raises:
+          ValueError: there was nothing to count (`counted` is 0).
+        """
+
+        def parts():
+            for number, batch in enumerate(batches):
+                key = jax.random.key(number) if rng is None else jax.random.fold_in(rng, number)
+                yield self.batch_sums(params, batch, key, **options)
+
+        return self.metrics(add_up(parts(), self.counted))
+
+
+_compiled_sums = jax.jit(lambda task, params, batch, rng: task.sums(params, batch, rng), static_argnums=0)
+
+
+def add_up(parts: Iterable[Mapping[str, Any]], counted: str) -> Sums:
+    """The sums of all batches, in float64.
+
+    Args:
+      parts: the sums of each batch.
+      counted: the name of that one which counts what the evaluation is of.
+
+    Raises:
+      ValueError: there was nothing to count.
+    """
+    total: dict[str, Any] = {}
+    for part in parts:
+        found = jax.device_get(part)
+        total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in found.items()}
+    if not np.sum(total.get(counted, 0.0)):
+        raise ValueError(f"the evaluation data hold no {counted} that count; choose a larger data set or split.")
+    return {name: float(value) if np.ndim(value) == 0 else value for name, value in total.items()}
 
 
 class Surgery(Protocol):
@@ -230,6 +340,10 @@ class Format(Protocol):
     """Somebody else's layout of files. One table of names, with transposes and splits, serves both directions."""
 
     name: str
+    holds: str
+    """The kinds of models, for messages."""
+    is_file: bool
+    """Whether it is one file; else it is a folder."""
 
     def owns(self, task: Task) -> bool:
         """Whether a model of this task can be written in this format."""
@@ -240,37 +354,107 @@ class Format(Protocol):
         ...
 
     def read(self, path: Path, like: Task | None = None) -> Any:
-        """A `jaxtok.model.Model`. `like` says the sizes, where the files are bare tensors."""
+        """A `jaxtok.model.Model`.
+
+        `like` says the sizes, where the files are bare tensors; else its other settings are taken. `data` is None where
+        the files do not say what the model was trained on.
+        """
         ...
 
     def write(self, path: Path, model: Any, **options: Any) -> Path:
-        """Writes a `jaxtok.model.Model`; the inverse of `read`."""
+        """Writes a `jaxtok.model.Model`; the inverse of `read`. A failure leaves nothing at the path.
+
+        Options that are not its own are passed over.
+        """
+        ...
+
+
+@runtime_checkable
+class ImageSource(Data, Protocol):
+    """Data whose batches are of images or volumes, for what looks at the images of a split one by one."""
+
+    classes: tuple[str, ...]
+    """Names of the classes, by label; empty where there are none."""
+    flip: bool
+    """Whether training may show the mirror image, left to right, in place of an image."""
+    eval_limit: int
+    """Batches in an evaluation, of images from all over the split; 0: the whole split."""
+
+    def count(self, split: str) -> int:
+        """How many images the split has."""
         ...
 
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """Images to grids of codes and back: a Task, whose parameters are what `init` makes."""
+    """Images or volumes to codes and back: a Task, whose parameters are what `init` makes.
 
-    image_size: int
-    """Side of the images in pixels."""
-    grid: tuple[int, int]
-    """Rows and columns of positions; position n is row-major."""
-    sub_codes: int
-    """Codes at each position."""
-    vocab_size: int
-    """Values of each of them."""
+    An image has one or several sub-codes at each of its positions. Codes are int32 [batch, positions, sub_codes]:
+    positions are those of `code_shape` in row-major order, and sub-code i is in 0..code_values[i] - 1.
+    """
+
+    image_shape: tuple[int, ...]
+    """(height, width, channels) of an image, or (depth, height, width, channels) of a volume."""
+    code_shape: tuple[int, ...]
+    """Of the positions of an image: (rows, columns), (depth, rows, columns), or (length,) of a row of codes."""
+    code_values: tuple[int, ...]
+    """How many values each sub-code of a position has; its length is the number of sub-codes."""
+    prefixes: tuple[int, ...]
+    """If the codes are ordered: how many of an image's first positions can be decoded without the rest, rising; the
+    last of them is all positions. Empty where only whole images can be decoded."""
+    draws_codes: bool
+    """Whether codes are drawn by the tokenizer's definition, so that `encode` needs a key."""
+    draws_images: bool
+    """Whether images are drawn given their codes (rectified flow, diffusion), so that `decode` needs a key."""
 
     def encode(self, params: Params, images: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """Codes int32 [batch, positions, sub_codes] of images [batch, height, width, channels] in [0, 1].
+        """Codes of images float32 [batch, *image_shape] in [0, 1].
 
-        Without a key, the same images have the same codes; a tokenizer whose codes are drawn by its definition raises
-        a ValueError that says so.
+        Without a key, the same images have the same codes. A ValueError tells images of another shape or type, and that
+        a key is needed.
         """
         ...
 
-    def decode(self, params: Params, codes: jax.Array) -> jax.Array:
-        """Images [batch, height, width, channels] in float32, not limited to [0, 1]."""
+    def decode(self, params: Params, codes: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """Images float32 [batch, *image_shape], not limited to [0, 1], of codes of whole images or of a prefix of them.
+
+        An image depends on its own codes, the key and its place in the batch only. A ValueError tells codes of another
+        shape or out of range, and that a key is needed.
+        """
+        ...
+
+
+OnProgress = Callable[[float], None]
+"""Called from time to time with the share of the work that is done, the last time with 1."""
+
+
+@runtime_checkable
+class ImageGenerator(Protocol):
+    """A Task whose model draws codes of images, which the `ImageTokenizer` of these codes decodes."""
+
+    code_shape: tuple[int, ...]
+    """Of the positions that are drawn; that of the tokenizer, or (n,), where n is one of the tokenizer's prefixes."""
+    code_values: tuple[int, ...]
+    """How many values each sub-code has. Their product is that of the tokenizer's: `jaxtok.data.codes.regroup`."""
+    num_classes: int
+    """0: the model knows no classes."""
+    sampling: type
+    """A frozen dataclass of the options of a draw, each with its default."""
+
+    def draw(
+        self,
+        params: Params,
+        conditions: Sequence[int | None],
+        rng: jax.Array,
+        *,
+        sampling: Any = None,
+        on_progress: OnProgress | None = None,
+    ) -> jax.Array:
+        """Codes int32 [batch, positions, sub_codes], an image for each condition: a class, or None for no class.
+
+        An image depends on its condition, the key and its place in the batch only. `sampling` is an instance of the
+        class of that name (None: its defaults). A ValueError tells conditions that are out of range.
+        """
         ...
 
 
@@ -279,7 +463,27 @@ class TextGenerator(Protocol):
     """A Task whose model continues text in a way of its own; those of causal language models need none."""
 
     def continue_text(
-        self, params: Params, prompts: Sequence[bytes], *, max_bytes: int, sampling: Any, rng: jax.Array | None
-    ) -> list[bytes]:
-        """Up to `max_bytes` bytes behind each prompt; `sampling` is a `jaxtok.decoding.sampling.Sampling`."""
+        self,
+        params: Params,
+        prompts: Sequence[bytes],
+        *,
+        max_bytes: int,
+        sampling: Any,
+        rng: jax.Array | None,
+        on_text: Callable[[list[bytes]], None] | None = None,
+        logprobs: bool = False,
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
+        """Up to `max_bytes` bytes after each prompt. A row depends on its prompt, `rng` and its number only.
+
+        Args:
+          sampling: a `jaxtok.decoding.Sampling`, or another chooser of the model's tokens.
+          rng: a key; needed unless the temperature is 0.
+          on_text: called with the new bytes of each row, as they come (streaming).
+          logprobs: return the log probabilities as well: for each row those of its tokens in nats, by the model's own
+            distribution before `sampling`. Tokens are bytes, units, and what ends words and texts; the sum is that of
+            the whole row.
+
+        Raises:
+          ValueError: there is no prompt or no room, or a key is needed.
+        """
         ...

@@ -9,7 +9,7 @@ import pytest
 from jaxtok.configuration import from_json
 
 STORED = json.loads((Path(__file__).parent / "goldens/configs/before.json").read_text())
-"""Task and data of each case of `tests/tasks.py` at commit 05f39b0, by `jaxtok.configuration.to_json`."""
+"""Task and data of the tiny case of each system at commit 05f39b0, by `jaxtok.configuration.to_json`."""
 
 
 @pytest.mark.parametrize("name", STORED)

@@ -11,8 +11,8 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from jaxtok.data.text import TextData
-from jaxtok.protocols import Batch
+from jaxtok.data.text import TextData, row_arrays
+from jaxtok.protocols import ArraySpec, Batch
 
 LETTERS = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 VOWELS = b"aeiouAEIOU"
@@ -79,10 +79,8 @@ class CharacterEdits(TextData):
     def row_items(self) -> int:
         return self.length - 1
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, int], type]]:
-        shape = (self.batch_size, self.length)
-        names = ("tokens", "targets", "mask", "bytes")
-        return {name: (shape, np.float32 if name == "mask" else np.int32) for name in names}
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        return row_arrays((self.batch_size, self.length), ("tokens", "targets", "mask", "bytes"))
 
     def _documents(self, split: str) -> grain.MapDataset[Any]:
         if self.corpus != "random":
@@ -104,7 +102,7 @@ class CharacterEdits(TextData):
     def layout(self, rows, segments, positions) -> Batch:
         """tokens, targets, mask and bytes, each [batch, length]; see `SequenceToSequence`."""
         tokenizer = self.loaded_tokenizer
-        batch = {name: np.zeros((len(rows), self.length), dtype) for name, (_, dtype) in self.batch_spec().items()}
+        batch = {name: np.zeros((len(rows), self.length), array.dtype) for name, array in self.batch_spec().items()}
         for number, (row, real) in enumerate(zip(rows, segments > 0)):
             text = tokenizer.decode(row[real])
             if not text:

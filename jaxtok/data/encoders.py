@@ -8,8 +8,8 @@ import zlib
 import numpy as np
 from jaxtyping import Int
 
-from jaxtok.data.text import TextData
-from jaxtok.protocols import Batch
+from jaxtok.data.text import TextData, row_arrays
+from jaxtok.protocols import ArraySpec, Batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,8 @@ class EncoderData(TextData):
             if (value := getattr(self, field)) < 0:
                 raise ValueError(f"{field}={value}: choose an id, 0 or more")
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        shape = (self.batch_size, self.length)
-        return {name: (shape, np.float32 if name == "mask" else np.int32) for name in _NAMES}
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        return row_arrays((self.batch_size, self.length), ("tokens", "types", "mask", "bytes"))
 
     @property
     def row_items(self) -> int:
@@ -86,6 +85,3 @@ class EncoderData(TextData):
             "mask": real.astype(np.float32),
             "bytes": np.where(text & real, taken[..., 1], 0).astype(np.int32),
         }
-
-
-_NAMES = ("tokens", "types", "mask", "bytes")

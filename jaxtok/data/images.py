@@ -7,7 +7,7 @@ import functools
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import grain
 import numpy as np
@@ -15,7 +15,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 
 from jaxtok.data.pictures import MAX_PIXELS, Pictures, decode, open_pictures
-from jaxtok.protocols import Batch
+from jaxtok.protocols import ArraySpec, Batch
 
 _ENDLESS = 2**62  # batches
 _ASPECT = 4 / 3  # of a random crop, at most
@@ -36,6 +36,9 @@ class ImageData:
     Raises:
         ValueError: a field is out of range.
     """
+
+    unit: ClassVar[str] = "images"
+    source: ClassVar[str] = "images"
 
     images: str = "emoji"
     """See `jaxtok.data.pictures.open_pictures`."""
@@ -105,13 +108,22 @@ class ImageData:
         make = functools.partial(self._eval_batch, pictures, rows, order)
         return self._in_threads(min(batches, self.eval_limit or batches), make)
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of each array in a batch of all processes."""
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        """See `jaxtok.protocols.Data`."""
+        n = self.batch_size
         return {
-            "images": ((self.batch_size, self.size, self.size, 3), np.uint8),
-            "labels": ((self.batch_size,), np.int32),
-            "mask": ((self.batch_size,), np.float32),
+            "images": ArraySpec((n, self.size, self.size, 3), np.uint8, ("batch", None, None, None)),
+            "labels": ArraySpec((n,), np.int32, ("batch",)),
+            "mask": ArraySpec((n,), np.float32, ("batch",)),
         }
+
+    @property
+    def units(self) -> int:
+        return self.batch_size
+
+    def count(self, split: str) -> int:
+        """How many pictures the split has."""
+        return len(self.pictures(split))
 
     def pictures(self, split: str = "all") -> Pictures:
         """The pictures of a split, opened once."""

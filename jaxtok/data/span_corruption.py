@@ -13,8 +13,8 @@ import zlib
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxtok.data.text import TextData
-from jaxtok.protocols import Batch
+from jaxtok.data.text import TextData, row_arrays
+from jaxtok.protocols import ArraySpec, Batch
 
 
 def noise_counts(length: int, density: float, mean_span: float) -> tuple[int, int]:
@@ -133,14 +133,10 @@ class SpanCorruption(TextData):
             raw -= 1
         return raw
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, int], type]]:
+    def batch_spec(self) -> dict[str, ArraySpec]:
         targets = (self.batch_size, _lengths(self.row_items, self.density, self.mean_span)[1])
-        return {
-            "tokens": ((self.batch_size, self.length), np.int32),
-            "targets": (targets, np.int32),
-            "mask": (targets, np.float32),
-            "bytes": (targets, np.int32),
-        }
+        inputs = row_arrays((self.batch_size, self.length), ["tokens"])
+        return inputs | row_arrays(targets, ("targets", "mask", "bytes"))
 
     def items(self, document: str | bytes) -> Int[np.ndarray, " items"]:
         return np.array(self.loaded_tokenizer.encode(document), np.int32)
@@ -151,7 +147,7 @@ class SpanCorruption(TextData):
         A row with fewer than two tokens is padding only.
         """
         spec, end = self.batch_spec(), self.loaded_tokenizer.eod_id
-        batch = {name: np.zeros((len(rows), shape[1]), dtype) for name, (shape, dtype) in spec.items()}
+        batch = {name: np.zeros((len(rows), array.shape[1]), array.dtype) for name, array in spec.items()}
         for number, (row, real) in enumerate(zip(rows, segments > 0)):
             tokens = row[real]
             if len(tokens) < 2:

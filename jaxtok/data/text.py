@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import grain
 import numpy as np
@@ -14,7 +14,7 @@ from jaxtyping import Int
 
 from jaxtok.data.corpora import open_corpus
 from jaxtok.data.streams import StreamBatches
-from jaxtok.protocols import Batch, Tokenizer
+from jaxtok.protocols import ArraySpec, Batch, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, token_byte_lengths
 
 _READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)  # documents tokenised ahead, in order
@@ -34,6 +34,9 @@ class TextData:
     Raises:
         ValueError: a number is out of range.
     """
+
+    unit: ClassVar[str] = "tokens"
+    source: ClassVar[str] = "corpus"
 
     corpus: str = "python"
     """See `jaxtok.data.corpora.open_corpus`."""
@@ -114,11 +117,14 @@ class TextData:
         rows = range(self.batch_size) if rows is None else rows
         return self._batch(packed, self.batch_size, rows, self.eval_limit)
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of each array in a batch of all processes."""
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        """See `jaxtok.protocols.Data`."""
         names = ("tokens", "targets", "positions", "segments", "mask", "bytes")
-        shape = (self.batch_size, self.length)
-        return {name: (shape, np.float32 if name == "mask" else np.int32) for name in names}
+        return row_arrays((self.batch_size, self.length), names)
+
+    @property
+    def units(self) -> int:
+        return self.batch_size * self.length
 
     @property
     def row_items(self) -> int:
@@ -206,6 +212,11 @@ class TextData:
     def _layout(self, packed: dict[str, np.ndarray], part: range) -> Batch:
         names = ("example", "example_segment_ids", "example_positions")
         return self.layout(*(packed[name][part.start : part.stop] for name in names))
+
+
+def row_arrays(shape: tuple[int, int], names: Iterable[str]) -> dict[str, ArraySpec]:
+    """Arrays [batch, length] of int32, but for `mask`, which is float32."""
+    return {name: ArraySpec(shape, np.float32 if name == "mask" else np.int32, ("batch", "length")) for name in names}
 
 
 class _Pack(grain.experimental.ConcatThenSplitIterDataset):

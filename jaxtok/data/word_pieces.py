@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import zlib
+from typing import ClassVar
 
 import numpy as np
 
 from jaxtok.data.noise import Noise
-from jaxtok.data.text import TextData
-from jaxtok.protocols import Batch
+from jaxtok.data.text import TextData, row_arrays
+from jaxtok.protocols import ArraySpec, Batch
 from jaxtok.tokenizers import load_tokenizer
 from jaxtok.tokenizers.byte_words import CLS, PAD, SEP, basic_words, word_array
 
@@ -28,6 +29,8 @@ class WordPieceText(TextData):
     bytes       int32    how many bytes of text the word's pieces stand for
     cut         int32    1 where a word has more bytes or pieces than are kept
     """
+
+    unit: ClassVar[str] = "words"
 
     max_bytes: int = 24
     max_pieces: int = 6
@@ -85,11 +88,12 @@ class WordPieceText(TextData):
             "cut": rows[..., -1],
         }
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+    def batch_spec(self) -> dict[str, ArraySpec]:
         shape = (self.batch_size, self.length)
         wide = {"words": self.max_bytes, "pieces": self.max_pieces, "inputs": self.max_pieces}
-        spec = {name: ((*shape, width), np.int32) for name, width in wide.items()}
-        return spec | {"mask": (shape, np.float32), "bytes": (shape, np.int32), "cut": (shape, np.int32)}
+        axes = ("batch", "length", None)
+        spec = {name: ArraySpec((*shape, width), np.int32, axes) for name, width in wide.items()}
+        return spec | row_arrays(shape, ("mask", "bytes", "cut"))
 
 
 @functools.lru_cache(maxsize=65536)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
-from jaxtok.data.text import TextData
-from jaxtok.protocols import Batch
+from jaxtok.data.text import TextData, row_arrays
+from jaxtok.protocols import ArraySpec, Batch
 from jaxtok.tokenizers.words import WordSplitter
 
 
@@ -31,6 +32,8 @@ class WordText(TextData):
     Raises:
         ValueError: a number is out of range, or there is an option that rows of words do not have.
     """
+
+    unit: ClassVar[str] = "words"
 
     tokenizer: str = "bytes"
     """Makes the units of a word from its bytes; "bytes": they are the bytes."""
@@ -91,10 +94,8 @@ class WordText(TextData):
             "bytes": np.ascontiguousarray(rows[..., -1]),
         }
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Shape and dtype of each array in a batch of all processes."""
-        row = (self.batch_size, self.length)
-        shapes = dict.fromkeys(("words", "lengths", "targets", "target_lengths"), row)
-        shapes |= dict.fromkeys(("positions", "segments", "mask", "bytes"), row)
-        shapes |= dict.fromkeys(("words", "targets"), (*row, self.max_units))
-        return {name: (shape, np.float32 if name == "mask" else np.int32) for name, shape in shapes.items()}
+    def batch_spec(self) -> dict[str, ArraySpec]:
+        shape = (self.batch_size, self.length)
+        units = ArraySpec((*shape, self.max_units), np.int32, ("batch", "length", None))
+        rest = ("lengths", "target_lengths", "positions", "segments", "mask", "bytes")
+        return {"words": units, "targets": units} | row_arrays(shape, rest)

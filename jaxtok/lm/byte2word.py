@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -23,14 +23,15 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
+from jaxtok.lm.fitting import fit_text
 from jaxtok.lm.masked_words import Slots, put, take
 from jaxtok.lm.whole_words import Predicted, WordModeling, choose_words, mean_state, scored
 from jaxtok.nn.activations import gelu
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, symbol_mask, word_array
 
 BYTE_VOCAB = 261
@@ -418,13 +419,15 @@ class ByteWords(WordModeling):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ByteWordsClassification:
+class ByteWordsClassification(Task):
     """Fine-tunes the whole model on texts with a class, from batches of
 
     words   int32    [batch, length, max_bytes], the first of each row [CLS]
     mask    float32  [batch, length], 1 for words, 0 for padding
     labels  int32    [batch]
     """
+
+    counted = "texts"
 
     model: Byte2WordConfig
 
@@ -434,6 +437,10 @@ class ByteWordsClassification:
 
     def module(self) -> Byte2Word:
         return Byte2Word(self.model)
+
+    def fit(self, data: Data, train: Any = None) -> ByteWordsClassification:
+        """See `jaxtok.lm.fitting.fit_text`."""
+        return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         words = batch["words"]
@@ -451,32 +458,21 @@ class ByteWordsClassification:
         right = logits.argmax(-1) == batch["labels"]
         return masked_mean(cross_entropy(logits, batch["labels"]), real), {"accuracy": masked_mean(right, real)}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss (nats), accuracy, and the number of texts that they are means over.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        logits, labels, real = self.logits(params, batch), batch["labels"], batch["mask"][:, 0]
+        right = (logits.argmax(-1) == labels).astype(jnp.float32)
+        found = {"nats": cross_entropy(logits, labels), "right": right, "texts": jnp.ones_like(real)}
+        return {name: jnp.sum(x * real) for name, x in found.items()}
 
-        Raises:
-          ValueError: there was not a single text.
-        """
-        parts = (_class_sums(self, params, batch) for batch in batches)
-        loss, correct, texts = totals(parts, "nats right texts", counted="texts").values()
-        return {"loss": loss / texts, "accuracy": correct / texts, "texts": texts}
-
-    def trainable(self, params: Params) -> Params | None:
-        return None
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats), accuracy, and texts, the number of them."""
+        texts = sums["texts"]
+        return {"loss": sums["nats"] / texts, "accuracy": sums["right"] / texts, "texts": texts}
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass."""
         rows, length = batch["words"].shape[:2]
         return 3 * rows * length * self.model.flops(length)
-
-
-def _sums_of_classes(task: ByteWordsClassification, params, batch):
-    logits, labels, real = task.logits(params, batch), batch["labels"], batch["mask"][:, 0]
-    right = (logits.argmax(-1) == labels).astype(jnp.float32)
-    return jnp.stack([jnp.sum(x * real) for x in (cross_entropy(logits, labels), right, jnp.ones_like(real))])
-
-
-_class_sums = jax.jit(_sums_of_classes, static_argnums=0)
 
 
 class WordTable:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -22,10 +22,11 @@ from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain
 from jaxtok.lm.bert import Bert, BertConfig
+from jaxtok.lm.fitting import fit_text
 from jaxtok.lm.masked_words import Masking, Slots, put, slot_logits, take, weighted_mean
 from jaxtok.nn.linear import ACTIVATIONS
 from jaxtok.nn.losses import bits_per_byte, cross_entropy
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,12 +125,14 @@ _OBJECTIVES = ("replaced", "replaced_masked", "replace_mlm", "all_tokens_mlm", "
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReplacedTokens:
+class ReplacedTokens(Task):
     """Trains a discriminator together with its generator, on batches as `jaxtok.lm.masked_words.MaskedWords` has them.
 
     loss = generator_weight * L_MLM + discriminator_weight * L_Disc (section 2). No gradient goes through the samples.
     The parameters are {"discriminator": ..., "generator": ...}; what they share is the discriminator's.
     """
+
+    counted = "words"
 
     model: ElectraConfig = ElectraConfig()
     """The discriminator."""
@@ -198,6 +201,10 @@ class ReplacedTokens:
             embedding_size=self.model.embedding_width if self.sharing == "embeddings" else 0,
             **heads,
         )
+
+    def fit(self, data: Data, train: Any = None) -> ReplacedTokens:
+        """See `jaxtok.lm.fitting.fit_text`."""
+        return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         self.masking.check(self.model.vocab_size)
@@ -324,53 +331,67 @@ class ReplacedTokens:
         result = self.run(params, batch, self.choose(choose, batch), dropout)
         return result["loss"], {name: result[name] for name in ("generator_loss", "discriminator_loss")}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Means over all places of all batches; the choices are made by keys that are the same in every evaluation.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        choices = self.choose(rng, batch)
+        result = self.run(params, batch, choices)
+        slots, real = choices.slots, batch["mask"].astype(jnp.float32)
+        targets = take(batch["tokens"], slots.places)
+        of_slots = {
+            "nats": result["nats"],
+            "words": jnp.ones_like(result["nats"]),
+            "bytes": take(batch["bytes"], slots.places),
+            "likeliest": result["words"].argmax(-1) == targets,
+            "sampled": result["samples"] == targets,
+        }
+        sums = {name: jnp.sum(x * slots.weights) for name, x in of_slots.items()}
+        chosen = put(jnp.zeros_like(batch["tokens"]), slots.places, slots.weights, jnp.ones_like(slots.places))
+        weights = {"replaced_masked": chosen * real, "replace_mlm": slots.weights}.get(self.objective, real)
+        logits = result.get("replaced", jnp.zeros_like(real))
+        claims = (logits > 0).astype(jnp.int32)
+        return sums | {
+            "discriminator_loss": result["discriminator_loss"] * jnp.sum(weights),
+            "discriminator_weight": jnp.sum(weights),
+            "right": jnp.sum((claims == result["labels"]) * real),
+            "claimed": jnp.sum(claims * real),
+            "histograms": histograms(logits, result["labels"], real),
+        }
 
-        Returns:
-          loss: of both, as in training.
-          generator_loss, bits_per_byte, generator_accuracy, sampled_accuracy: of the chosen words: nats, bits per byte
-            of their text, and how often the likeliest and the sampled word are right. (For towers too: of the chosen.)
-          discriminator_loss: over the places that count in training.
-          accuracy, baseline_accuracy, precision, recall, auc: of telling replaced tokens at all real places; the
-            baseline calls each one original; auc: how often a replaced token has a higher logit than an original one.
-          replaced, tokens: how many there were.
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """Means over all places of all batches.
 
-        Raises:
-          ValueError: there was not a single token.
+        loss: of both, as in training.
+        generator_loss, bits_per_byte, generator_accuracy, sampled_accuracy: of the chosen words: nats, bits per byte of
+          their text, and how often the likeliest and the sampled word are right. (For towers too: of the chosen.)
+        discriminator_loss: over the places that count in training.
+        accuracy, baseline_accuracy, precision, recall, auc: of telling replaced tokens at all real places, where the
+          objective is to tell them; the baseline calls each one original; auc: how often a replaced token has a higher
+          logit than an original one.
+        replaced, tokens: how many there were.
         """
-        sums, counts = np.zeros(9), np.zeros((2, _BINS))
-        for number, batch in enumerate(batches):
-            new = jax.device_get(_evaluation_sums(self, params, batch, jax.random.key(number)))
-            sums, counts = sums + np.asarray(new[0], np.float64), counts + np.asarray(new[1], np.float64)
-        nats, words, text_bytes, likeliest, sampled, loss, weight, correct, claimed = sums.tolist()
-        if not words:
-            raise ValueError("the evaluation data hold no word to replace; choose a larger corpus or split.")
-        generator_loss, discriminator_loss = nats / words, loss / max(weight, 1.0)
+        words, counts = sums["words"], sums["histograms"]
+        generator_loss = sums["nats"] / words
+        discriminator_loss = sums["discriminator_loss"] / max(sums["discriminator_weight"], 1.0)
         metrics = {
             "loss": self.generator_weight * generator_loss + self.discriminator_weight * discriminator_loss,
             "generator_loss": generator_loss,
-            "bits_per_byte": bits_per_byte(nats, text_bytes),
-            "generator_accuracy": likeliest / words,
-            "sampled_accuracy": sampled / words,
+            "bits_per_byte": bits_per_byte(sums["nats"], sums["bytes"]),
+            "generator_accuracy": sums["likeliest"] / words,
+            "sampled_accuracy": sums["sampled"] / words,
             "discriminator_loss": discriminator_loss,
         }
         original, replaced = counts.sum(1).tolist()
         if self.objective in ("replaced", "replaced_masked", "electric"):
             hits = float(counts[1, _BINS // 2 :].sum())
             metrics |= {
-                "accuracy": correct / (original + replaced),
+                "accuracy": sums["right"] / (original + replaced),
                 "baseline_accuracy": original / (original + replaced),
-                "precision": hits / max(claimed, 1.0),
+                "precision": hits / max(sums["claimed"], 1.0),
                 "recall": hits / max(replaced, 1.0),
                 "auc": area_under_curve(counts),
                 "replaced": replaced,
                 "tokens": original + replaced,
             }
         return metrics
-
-    def trainable(self, params: Params) -> Params | None:
-        return None
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
@@ -433,30 +454,6 @@ def area_under_curve(counts: np.ndarray) -> float:
     below = np.cumsum(original) - original / 2
     return float(np.sum(replaced * below) / (original.sum() * replaced.sum()))
 
-
-def _sums(task: ReplacedTokens, params, batch, rng):
-    choices = task.choose(rng, batch)
-    result = task.run(params, batch, choices)
-    slots, real = choices.slots, batch["mask"].astype(jnp.float32)
-    targets = take(batch["tokens"], slots.places)
-    of_slots = (
-        result["nats"],
-        jnp.ones_like(result["nats"]),
-        take(batch["bytes"], slots.places),
-        result["words"].argmax(-1) == targets,
-        result["samples"] == targets,
-    )
-    sums = [jnp.sum(x * slots.weights) for x in of_slots]
-    chosen = put(jnp.zeros_like(batch["tokens"]), slots.places, slots.weights, jnp.ones_like(slots.places))
-    weights = {"replaced_masked": chosen * real, "replace_mlm": slots.weights}.get(task.objective, real)
-    sums += [result["discriminator_loss"] * jnp.sum(weights), jnp.sum(weights)]
-    logits = result.get("replaced", jnp.zeros_like(real))
-    claims = (logits > 0).astype(jnp.int32)
-    sums += [jnp.sum((claims == result["labels"]) * real), jnp.sum(claims * real)]
-    return jnp.stack(sums), histograms(logits, result["labels"], real)
-
-
-_evaluation_sums = jax.jit(_sums, static_argnums=0)
 
 _BASE = {"d_model": 768, "num_heads": 12, "mlp_dim": 3072, "embedding_size": 768}
 _LARGE = {"num_layers": 24, "d_model": 1024, "num_heads": 16, "mlp_dim": 4096, "embedding_size": 1024}

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxtok.lm.decoder import Decoder, DecoderConfig
+from jaxtok.lm.fitting import fit_text
 from jaxtok.lm.growth import Growth, grow_task, new_token_mask
-from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics
+from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics, text_sums
 from jaxtok.nn.parameter_attention import TokenCounts
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LanguageModeling:
+class LanguageModeling(Task):
     """Trains a decoder on rows of text; see `jaxtok.protocols.Batch`."""
+
+    counted = "tokens"
 
     model: DecoderConfig
     frozen_tokens: TokenCounts = TokenCounts()
@@ -27,6 +29,10 @@ class LanguageModeling:
 
     def module(self) -> Decoder:
         return Decoder(self.model)
+
+    def fit(self, data: Data, train: Any = None) -> LanguageModeling:
+        """See `jaxtok.lm.fitting.fit_text`."""
+        return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["tokens"])["params"]
@@ -38,13 +44,12 @@ class LanguageModeling:
         bits = jnp.sum(nats * batch["mask"]) / math.log(2)
         return loss, {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"] * batch["mask"]), 1)}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss (nats a token), perplexity, and bits per byte, which compares models across tokenizers.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        return text_sums(self._nats(params, batch), batch["mask"], batch["bytes"])
 
-        Raises:
-          ValueError: there was not a single target to predict.
-        """
-        return text_metrics(jax.device_get(_evaluation_sums(self, params, batch)) for batch in batches)
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats a token), perplexity, bits_per_byte (which compares models across tokenizers), tokens, bytes."""
+        return text_metrics(sums)
 
     def trainable(self, params: Params) -> Params | None:
         return new_token_mask(params, self.frozen_tokens) if self.frozen_tokens.total() else None
@@ -70,11 +75,3 @@ class LanguageModeling:
             rngs=None if rng is None else {"dropout": rng},
         )
         return cross_entropy(logits, batch["targets"])
-
-
-def _sums(task: LanguageModeling, params, batch):
-    nats = task._nats(params, batch)
-    return jnp.sum(nats * batch["mask"]), jnp.sum(batch["mask"]), jnp.sum(batch["bytes"] * batch["mask"])
-
-
-_evaluation_sums = jax.jit(_sums, static_argnums=0)

@@ -36,8 +36,8 @@ from jaxtok.lm.decoder import Backbone, DecoderConfig
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import bits_per_byte, cross_entropy
-from jaxtok.protocols import Batch, Params
+from jaxtok.nn.losses import cross_entropy, text_metrics
+from jaxtok.protocols import Batch, Params, Sums, add_up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -336,23 +336,22 @@ class LexinvariantModeling(LanguageModeling):
         scale, block = self.readout_scale, self.block
         return Lexinvariant(self.model, random_symbols=part, readout_scale=scale, block=block, seed=self.seed)
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss (nats a token, over `draws` tables for each sequence) and its standard error over them, perplexity, bits
-        per byte.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        return _position_sums(self, (0, 2**31 - 1), False, params, batch, rng)
 
-        Raises:
-          ValueError: there was not a single target to predict.
-        """
-        nats, tokens, text_bytes = self._sums(params, batches)
-        loss, total = nats.sum(1) / tokens.sum(), tokens.sum()
-        return {
-            "loss": float(loss.mean()),
-            "loss_stderr": _stderr(loss),
-            "perplexity": math.exp(min(loss.mean(), 700.0)),
-            "bits_per_byte": bits_per_byte(float(nats.sum(1).mean()), text_bytes),
-            "tokens": float(total),
-            "bytes": text_bytes,
-        }
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats a token, over `draws` tables for each sequence) and loss_stderr, its standard error over them,
+        perplexity, bits_per_byte, tokens, bytes."""
+        nats, tokens = sums["nats"].sum(1), float(sums["tokens"].sum())
+        loss = nats / tokens
+        mean = text_metrics({"nats": float(nats.mean()), "tokens": tokens, "bytes": sums["bytes"]})
+        return mean | {"loss": float(loss.mean()), "loss_stderr": _stderr(loss)}
+
+    def evaluate(
+        self, params: Params, batches: Iterable[Batch], rng: jax.Array | None = None, **options: Any
+    ) -> dict[str, float]:
+        """See `Task.evaluate`. The tables are those of `seed`, unless there is a key."""
+        return super().evaluate(params, batches, jax.random.key(self.seed) if rng is None else rng, **options)
 
     def nats_by_position(
         self, params: Params, batches: Iterable[Batch], *, edges: tuple[int, ...] = (), permuted: bool = False
@@ -369,7 +368,15 @@ class LexinvariantModeling(LanguageModeling):
         batches = iter(batches)
         ahead = list(itertools.islice(batches, 1))
         edges = edges or position_edges(max((batch["tokens"].shape[1] for batch in ahead), default=1))
-        nats, tokens, _ = self._sums(params, itertools.chain(ahead, batches), edges, permuted)
+        seed = jax.random.key(self.seed)
+        sums = add_up(
+            (
+                _position_sums(self, edges, permuted, params, batch, jax.random.fold_in(seed, number))
+                for number, batch in enumerate(itertools.chain(ahead, batches))
+            ),
+            self.counted,
+        )
+        nats, tokens = sums["nats"], sums["tokens"]
         means = nats / np.maximum(tokens, 1)
         return [
             Bin(first, stop - 1, float(means[:, k].mean()), _stderr(means[:, k]), float(tokens[k]))
@@ -398,17 +405,6 @@ class LexinvariantModeling(LanguageModeling):
             **options,
         )
 
-    def _sums(self, params, batches, edges=(0, 2**31 - 1), permuted=False):
-        """Nats [draws, bins], tokens [bins] and bytes over all batches."""
-        nats, tokens, text_bytes = 0.0, np.zeros(len(edges) - 1), 0.0
-        for number, batch in enumerate(batches):
-            sums = jax.device_get(_position_sums(self, edges, permuted, params, batch, number))
-            more, count, size = (np.asarray(x, np.float64) for x in sums)
-            nats, tokens, text_bytes = nats + more, tokens + count, text_bytes + float(size)
-        if not tokens.sum():
-            raise ValueError("the evaluation data hold no token to predict; choose a larger corpus or split.")
-        return nats, tokens, text_bytes
-
 
 def _stderr(draws: np.ndarray) -> float:
     return float(draws.std(ddof=1) / math.sqrt(len(draws))) if len(draws) > 1 else 0.0
@@ -424,8 +420,8 @@ def permute_symbols(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _position_sums(task: LexinvariantModeling, edges: tuple[int, ...], permuted: bool, params, batch, number):
-    key = jax.random.fold_in(jax.random.key(task.seed), number)
+def _position_sums(task: LexinvariantModeling, edges: tuple[int, ...], permuted: bool, params, batch, key):
+    """Nats [draws, bins], tokens [bins] and bytes."""
     batch = dict(batch)
     bins = jnp.searchsorted(jnp.array(edges), batch["positions"], side="right") - 1  # those outside count nowhere
     inside = jax.nn.one_hot(bins, len(edges) - 1) * batch["mask"][..., None]
@@ -439,4 +435,4 @@ def _position_sums(task: LexinvariantModeling, edges: tuple[int, ...], permuted:
 
     drawn = permuted or task.random_symbols == 1
     nats = jax.lax.map(draw, jnp.arange(task.draws if drawn else 1))
-    return nats, inside.sum((0, 1)), jnp.sum(batch["bytes"] * batch["mask"])
+    return {"nats": nats, "tokens": inside.sum((0, 1)), "bytes": jnp.sum(batch["bytes"] * batch["mask"])}

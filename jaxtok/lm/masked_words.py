@@ -7,7 +7,6 @@ BERT's objective (arXiv 1810.04805, section 3.1), with the number of places per 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +14,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.lm.bert import BertConfig
-from jaxtok.nn.losses import bits_per_byte, cross_entropy, totals
-from jaxtok.protocols import Batch, Params
+from jaxtok.lm.fitting import fit_text
+from jaxtok.nn.losses import bits_per_byte, cross_entropy
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 
 class Slots(NamedTuple):
@@ -123,7 +123,7 @@ def put(x: Int[Array, "batch length *rest"], places: Int[Array, "batch slots"], 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskedWords:
+class MaskedWords(Task):
     """Trains an encoder to predict hidden words from rows of
 
     tokens  int32    [batch, length]
@@ -132,6 +132,8 @@ class MaskedWords:
     bytes   int32    how many bytes of text a token stands for
     """
 
+    counted = "words"
+
     model: BertConfig
     masking: Masking = Masking()
 
@@ -139,6 +141,10 @@ class MaskedWords:
         if not self.model.mask_head:
             raise ValueError("model.mask_head is False; masked words are predicted by this head: set it.")
         self.masking.check(self.model.vocab_size)
+
+    def fit(self, data: Data, train: Any = None) -> MaskedWords:
+        """See `jaxtok.lm.fitting.fit_text`."""
+        return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         self.masking.check(self.model.vocab_size)
@@ -162,25 +168,19 @@ class MaskedWords:
         correct = (logits.argmax(-1) == targets).astype(jnp.float32)
         return cross_entropy(logits, targets), correct, slots, take(batch["bytes"], slots.places)
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss in nats a hidden word, its accuracy, and bits per byte of the hidden words' text.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        nats, correct, slots, text_bytes = self.predict(params, batch, rng)
+        found = {"nats": nats, "right": correct, "words": jnp.ones_like(nats), "bytes": text_bytes}
+        return {name: jnp.sum(x * slots.weights) for name, x in found.items()}
 
-        The places are chosen by keys that are the same in every evaluation.
-
-        Raises:
-          ValueError: there was not a single word to predict.
-        """
-        parts = (_evaluation_sums(self, params, batch, jax.random.key(number)) for number, batch in enumerate(batches))
-        nats, correct, words, text_bytes = totals(parts, "nats right words bytes", counted="words").values()
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats a hidden word), bits_per_byte of the hidden words' text, accuracy, and words, their number."""
         return {
-            "loss": nats / words,
-            "bits_per_byte": bits_per_byte(nats, text_bytes),
-            "accuracy": correct / words,
-            "words": words,
+            "loss": sums["nats"] / sums["words"],
+            "bits_per_byte": bits_per_byte(sums["nats"], sums["bytes"]),
+            "accuracy": sums["right"] / sums["words"],
+            "words": sums["words"],
         }
-
-    def trainable(self, params: Params) -> Params | None:
-        return None
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
@@ -201,12 +201,3 @@ def slot_logits(
 def weighted_mean(values: Array, weights: Array) -> Array:
     """As the authors have it: 1e-6 in the denominator, and so 0 where no weight is positive."""
     return jnp.sum(values * weights) / (jnp.sum(weights) + 1e-6)
-
-
-def _sums(task: MaskedWords, params, batch, rng):
-    nats, correct, slots, text_bytes = task.predict(params, batch, rng)
-    weights = slots.weights
-    return jnp.stack([jnp.sum(x * weights) for x in (nats, correct, jnp.ones_like(nats), text_bytes)])
-
-
-_evaluation_sums = jax.jit(_sums, static_argnums=0)

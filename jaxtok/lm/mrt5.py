@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -36,13 +35,12 @@ from jaxtok.lm.t5 import (
     initial,
     position_bias,
     shift_right,
-    sums_of,
 )
 from jaxtok.nn.activations import gelu
-from jaxtok.nn.losses import text_metrics
+from jaxtok.nn.losses import cross_entropy, text_metrics, text_sums
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Params, Sums
 
 REDUCTIONS = ("gate", "random", "fixed", "boundaries", "convolution", "nothing")
 GATES = ("sigmoid", "log_sigmoid")
@@ -645,30 +643,41 @@ class MrT5Training(SequenceToSequence):
             total += self.entropy_weights[0] * each.mean() - self.entropy_weights[1] * mean.mean()
         return total
 
-    def evaluate(
-        self, params: Params, batches: Iterable[Batch], deletion: Literal["hard", "soft"] = "hard"
-    ) -> dict[str, float]:
-        """As in `SequenceToSequence`, of shortened rows; and deletion_rate, slots (the part of the length that is
-        computed with, behind the reduction) and emptied (rows of which nothing but their first place stayed).
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        """Of softly deleted rows, as in training; evaluations are of shortened rows, see `batch_sums`."""
+        begun, counts = begin(self, params, batch["tokens"], rng)
+        return finish_sums(self, 0, params, begun, batch) | self._rates(counts, 0, begun.mask.shape[1])
+
+    def batch_sums(
+        self, params: Params, batch: Batch, rng: jax.Array, deletion: Literal["hard", "soft"] = "hard"
+    ) -> dict[str, Any]:
+        """`sums`, with the least places in which all rows of the batch find room, or softly deleted.
 
         Raises:
-          ValueError: there was not a single target to predict, or the gate deletes everything in a batch.
+          ValueError: the gate deletes everything in the batch.
         """
-        deleted = real = emptied = slots = 0.0
+        if deletion == "soft":
+            return super().batch_sums(params, batch, rng)
+        begun, counts = begin(self, params, batch["tokens"], rng)
+        capacity = self._capacity(counts, length := begun.mask.shape[1])
+        return finish_sums(self, capacity, params, begun, batch) | self._rates(counts, capacity, length)
 
-        def sums():
-            nonlocal deleted, real, emptied, slots
-            for number, batch in enumerate(batches):
-                begun, counts = begin(self, params, batch["tokens"], jax.random.key(number))
-                capacity = self._capacity(counts, begun.mask.shape[1]) if deletion == "hard" else 0
-                part, length = jax.device_get(finish_sums(self, capacity, params, begun, batch)), begun.mask.shape[1]
-                deleted, real = deleted + float(counts["deleted"]), real + float(counts["real"])
-                emptied, slots = emptied + float(counts["emptied"]), slots + (capacity or length) / length
-                yield part
+    @staticmethod
+    def _rates(counts, capacity, length):
+        rates = {name: counts[name] for name in ("real", "deleted", "emptied")}
+        return rates | {"slots": (capacity or length) / length, "batches": 1.0}
 
-        metrics = text_metrics(numbers := list(sums()))
-        rates = {"deletion_rate": deleted / max(real, 1.0), "slots": slots / len(numbers), "emptied": emptied}
-        return metrics | rates
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """As in `SequenceToSequence`: loss, perplexity, bits_per_byte, tokens, bytes.
+
+        Also deletion_rate, slots (the part of the length that is computed with, after the reduction) and emptied (rows
+        of which nothing but their first place stayed).
+        """
+        return text_metrics(sums) | {
+            "deletion_rate": sums["deleted"] / max(sums["real"], 1.0),
+            "slots": sums["slots"] / sums["batches"],
+            "emptied": sums["emptied"],
+        }
 
     def encoded(
         self, params: Params, tokens: Int[np.ndarray, "batch length"], deletion: Literal["hard", "soft"] = "hard"
@@ -728,7 +737,7 @@ def finish_sums(task: MrT5Training, capacity: int, params: Params, begun: Begun,
     params = {name: part for name, part in params.items() if name != "controller"}
     outputs = shift_right(batch["targets"], task.model.pad_id)
     logits, _ = task.module().apply({"params": params}, outputs, encoded, method="decode")
-    return sums_of(logits, batch)
+    return text_sums(cross_entropy(logits, batch["targets"]), batch["mask"], batch["bytes"])
 
 
 def mrt5(base: T5Config, **options: Any) -> MrT5Config:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,14 +20,18 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
+from jaxtok.decoding.engine import Generation
+from jaxtok.decoding.engine import generate as generate_tokens
+from jaxtok.decoding.protocols import Chooser
 from jaxtok.decoding.sampling import Sampling
-from jaxtok.decoding.sampling import generate as generate_tokens
+from jaxtok.decoding.text import Continued, OnText, texts_and_logprobs
+from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.cache import KVCache, entered
 from jaxtok.nn.linear import MLP, LinearStack
-from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics
+from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics, text_sums
 from jaxtok.nn.relative import RelativeBias
 from jaxtok.nn.transformer import Block, Call, MultiHead, Stack, layer_range
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.byt5 import ByT5Tokenizer
 
 _BUCKET = 64  # inputs are padded to a multiple of this, so that those of similar length share a compiled function
@@ -418,17 +422,23 @@ def condition(module: T5, params: Params, encoded: Encoded) -> Params:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SequenceToSequence:
+class SequenceToSequence(Task):
     """Trains an encoder-decoder on pairs of texts.
 
     A batch has `tokens` [batch, inputs] int32 (padded with pad_id), and [batch, outputs] each `targets` int32, `mask`
     float32 (1 where the target counts) and `bytes` int32 (of text that the target stands for).
     """
 
+    counted = "tokens"
+
     model: T5Config
 
     def module(self) -> T5:
         return self.model.module()
+
+    def fit(self, data: Data, train: Any = None) -> SequenceToSequence:
+        """See `jaxtok.lm.fitting.fit_text`."""
+        return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return initial(self.model, rng, batch["tokens"])
@@ -452,19 +462,18 @@ class SequenceToSequence:
         metrics = {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"] * batch["mask"]), 1)}
         return masked_mean(nats, batch["mask"]), metrics
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss (nats a target), perplexity, and bits per byte of the targets' text.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        outputs = shift_right(batch["targets"], self.model.pad_id)
+        logits = self.module().apply({"params": params}, batch["tokens"], outputs)
+        return text_sums(cross_entropy(logits, batch["targets"]), batch["mask"], batch["bytes"])
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats a target), perplexity, bits_per_byte of the targets' text; tokens and bytes of the targets.
 
         Sentinels and ends count in the bits and not in the bytes; the ByT5 and MrT5 papers' bits per byte are loss /
         ln 2.
-
-        Raises:
-          ValueError: there was not a single target to predict.
         """
-        return text_metrics(jax.device_get(evaluation_sums(self, params, batch)) for batch in batches)
-
-    def trainable(self, params: Params) -> Params | None:
-        return None
+        return text_metrics(sums)
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass."""
@@ -482,15 +491,13 @@ class SequenceToSequence:
         inputs: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        sampling: Sampling = Sampling(temperature=0),
-        rng: jax.Array | None = None,
+        chooser: Chooser = Sampling(temperature=0),
         begin: Sequence[int] = (),
         stop_tokens: Collection[int] | None = None,
-        num_ids: int | None = None,
-        on_tokens: Callable[[list[list[int]]], None] | None = None,
-        **encoding: Any,
-    ) -> list[list[int]]:
-        """Outputs for inputs; the encoder runs once. See `jaxtok.decoding.sampling.generate`.
+        encoding: Mapping[str, Any] = {},
+        **options: Any,
+    ) -> Generation:
+        """Outputs for inputs; the encoder runs once. See `jaxtok.decoding.generate`, which has more options.
 
         Args:
           inputs: ids, of any lengths, each with its end.
@@ -508,17 +515,25 @@ class SequenceToSequence:
             condition(self.module(), params, self.encoded(params, tokens, **encoding)),
             [[cfg.pad_id, *begin]] * len(inputs),
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            rng=rng,
+            chooser=chooser,
             stop_tokens=(cfg.eos_id,) if stop_tokens is None else stop_tokens,
-            num_ids=num_ids,
-            on_tokens=on_tokens,
+            **options,
         )
 
     def continue_text(
-        self, params: Params, prompts: Sequence[bytes], *, max_bytes: int, sampling: Sampling, rng: jax.Array | None
-    ) -> list[bytes]:
-        """What a ByT5 trained on span corruption puts in the place of a sentinel behind each prompt.
+        self,
+        params: Params,
+        prompts: Sequence[bytes],
+        *,
+        max_bytes: int,
+        sampling: Chooser = Sampling(),
+        rng: jax.Array | None = None,
+        on_text: OnText | None = None,
+        logprobs: bool = False,
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
+        """What a ByT5 trained on span corruption puts in the place of a sentinel after each prompt.
+
+        See `jaxtok.protocols.TextGenerator`.
 
         Raises:
           ValueError: the model's vocabulary is not ByT5's, or as in `generate`.
@@ -529,17 +544,23 @@ class SequenceToSequence:
                 f"vocab_size is {self.model.vocab_size}; text is continued with ByT5's ids, {tokenizer.vocab_size}."
             )
         sentinel = SENTINEL
-        rows = self.generate(
+
+        def text_of(tokens: Sequence[int]) -> bytes:
+            return tokenizer.decode(token for token in tokens if token != sentinel - 1)
+
+        found = self.generate(
             params,
             [[*tokenizer.encode(prompt), sentinel, self.model.eos_id] for prompt in prompts],
             max_new_tokens=max_bytes,
-            sampling=sampling,
+            chooser=sampling,
             rng=rng,
             begin=[sentinel],
             stop_tokens=(self.model.eos_id, sentinel - 1),
             num_ids=sentinel + 1,
+            on_tokens=on_text and (lambda piece: on_text([text_of(new) for new in piece.tokens])),
         )
-        return [tokenizer.decode(token for token in row if token != sentinel - 1) for row in rows]
+        rows = [Continued(text_of(row), row, likely) for row, likely in zip(found.tokens, found.logprobs)]
+        return texts_and_logprobs(rows, logprobs)
 
 
 SENTINEL = 258
@@ -549,18 +570,6 @@ SENTINEL = 258
 @functools.partial(jax.jit, static_argnames="module")
 def encode(module: T5, params: Params, tokens) -> Encoded:
     return module.apply({"params": params}, tokens, method="encode")
-
-
-@functools.partial(jax.jit, static_argnames="task")
-def evaluation_sums(task: SequenceToSequence, params, batch):
-    logits = task.module().apply({"params": params}, batch["tokens"], shift_right(batch["targets"], task.model.pad_id))
-    return sums_of(logits, batch)
-
-
-def sums_of(logits, batch) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Nats, targets and bytes."""
-    nats = cross_entropy(logits, batch["targets"])
-    return jnp.sum(nats * batch["mask"]), jnp.sum(batch["mask"]), jnp.sum(batch["bytes"] * batch["mask"])
 
 
 def pad_inputs(config: T5Config, inputs: Sequence[Sequence[int]]) -> Int[np.ndarray, "batch length"]:

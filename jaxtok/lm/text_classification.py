@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.lm.bert import BertConfig
+from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.losses import cross_entropy, masked_mean
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextClassification:
+class TextClassification(Task):
     """Trains an encoder and its head for classes on rows as `jaxtok.data.encoders.EncoderData` has them, and
 
     labels  int32  [batch], the class of a row; a row without tokens does not count
@@ -24,11 +24,17 @@ class TextClassification:
     ELECTRA's fine-tuning (arXiv 2003.10555, appendix B) decays the rate by layers: `OptimizerConfig.layer_decay`.
     """
 
+    counted = "texts"
+
     model: BertConfig
 
     def __post_init__(self):
         if not self.model.num_classes:
             raise ValueError("model.num_classes is 0; set it to the number of classes.")
+
+    def fit(self, data: Data, train: Any = None) -> TextClassification:
+        """See `jaxtok.lm.fitting.fit_text`."""
+        return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.model.module().init(rng, batch["tokens"], method="everything")["params"]
@@ -42,18 +48,15 @@ class TextClassification:
         nats, correct, rows = self._judge(params, batch, rng)
         return masked_mean(nats, rows), {"accuracy": masked_mean(correct, rows)}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss (nats), accuracy, its mean over the classes that there are (so that each counts the same), and rows.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        nats, correct, rows = self._judge(params, batch)
+        classes = jax.nn.one_hot(batch["labels"], self.model.num_classes) * rows[:, None]
+        return {"nats": nats @ classes, "right": correct @ classes, "texts": rows @ classes}
 
-        Raises:
-          ValueError: there was not a single text.
-        """
-        sums = np.zeros((3, self.model.num_classes))
-        for batch in batches:
-            sums += np.asarray(_evaluation_sums(self, params, batch), np.float64)
-        nats, correct, rows = sums
-        if not rows.sum():
-            raise ValueError("the evaluation data hold no text; choose a larger corpus or split.")
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats), accuracy, mean_class_accuracy (over the classes that there are, each of which counts the same),
+        and rows, the number of texts."""
+        nats, correct, rows = (sums[name] for name in ("nats", "right", "texts"))
         there = rows > 0
         return {
             "loss": float(nats.sum() / rows.sum()),
@@ -61,9 +64,6 @@ class TextClassification:
             "mean_class_accuracy": float(np.mean(correct[there] / rows[there])),
             "rows": float(rows.sum()),
         }
-
-    def trainable(self, params: Params) -> Params | None:
-        return None
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
@@ -78,12 +78,3 @@ class TextClassification:
         logits = module.apply({"params": params}, hidden, method="classes")
         correct = (logits.argmax(-1) == batch["labels"]).astype(jnp.float32)
         return cross_entropy(logits, batch["labels"]), correct, batch["mask"][:, 0]
-
-
-def _sums(task: TextClassification, params, batch):
-    nats, correct, rows = task._judge(params, batch)
-    classes = jax.nn.one_hot(batch["labels"], task.model.num_classes) * rows[:, None]
-    return jnp.stack([nats @ classes, correct @ classes, rows @ classes])
-
-
-_evaluation_sums = jax.jit(_sums, static_argnums=0)

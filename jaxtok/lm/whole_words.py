@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +15,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.lm.bert import Bert, BertConfig
+from jaxtok.lm.fitting import fit_text
 from jaxtok.lm.masked_words import Masking, Slots, put, take
-from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, totals
-from jaxtok.protocols import Batch, Params
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, SEP, UNK
 
 WORD_MASKING = Masking(mask_share=0.8, random_share=0.1, mask_id=MASK, kept_ids=(PAD, CLS, SEP, UNK))
@@ -46,8 +46,10 @@ class Predicted(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class WordModeling(abc.ABC):
+class WordModeling(Task):
     """Base of tasks that predict the pieces of masked words, of batches of `jaxtok.data.word_pieces.WordPieceText`."""
+
+    counted = "words"
 
     model: Any
     masking: Masking = WORD_MASKING
@@ -56,6 +58,10 @@ class WordModeling(abc.ABC):
     def __post_init__(self):
         if self.masking.with_replacement:
             raise ValueError("masking.with_replacement is True; words are chosen once: set False.")
+
+    def fit(self, data: Data, train: Any = None) -> WordModeling:
+        """See `jaxtok.lm.fitting.fit_text`."""
+        return fit_text(self, data)
 
     @abc.abstractmethod
     def predict(self, params: Params, batch: Batch, rng: jax.Array, train: bool = False) -> tuple[Predicted, Slots]:
@@ -73,47 +79,40 @@ class WordModeling(abc.ABC):
         metrics = {"nats_per_word": total / jnp.maximum(words, 1)}
         return masked_mean(found.nats, found.weights), metrics
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Of masked words: loss (nats a piece), nats a word, bits per byte of their pieces' text, and accuracies.
-
-        The words are chosen by keys that are the same in every evaluation, and for every model.
-
-        Raises:
-          ValueError: there was not a single word to predict.
-        """
-        parts = (_evaluation_sums(self, params, batch, jax.random.key(number)) for number, batch in enumerate(batches))
-        total = totals(parts, "nats pieces words bytes right right_words cut", counted="words")
-        return {
-            "loss": total["nats"] / total["pieces"],
-            "nats_per_word": total["nats"] / total["words"],
-            "bits_per_byte": bits_per_byte(total["nats"], total["bytes"]),
-            "accuracy": total["right"] / total["pieces"],
-            "word_accuracy": total["right_words"] / total["words"],
-            "words": total["words"],
-            "pieces_per_word": total["pieces"] / total["words"],
-            "cut": total["cut"] / total["words"],
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        found, slots = self.predict(params, batch, rng)
+        there = found.weights[..., 0]
+        rest = (found.correct | (found.weights == 0)).all(-1)
+        of_slots = {
+            "words": there,
+            "bytes": take(batch["bytes"], slots.places) * there,
+            "right_words": rest * there,
+            "cut": take(batch["cut"], slots.places) * there,
         }
+        of_pieces = {"nats": found.nats, "pieces": jnp.ones_like(found.nats), "right": found.correct}
+        of_pieces = {name: x * found.weights for name, x in of_pieces.items()}
+        return {name: jnp.sum(x) for name, x in (of_slots | of_pieces).items()}
 
-    def trainable(self, params: Params) -> Params | None:
-        return None
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """Of the masked words, which are the same in every evaluation and for every model:
 
-
-def _sums(task: WordModeling, params, batch, rng):
-    found, slots = task.predict(params, batch, rng)
-    there = found.weights[..., 0]
-    rest = (found.correct | (found.weights == 0)).all(-1)
-    of_slots = [
-        there,
-        take(batch["bytes"], slots.places) * there,
-        rest * there,
-        take(batch["cut"], slots.places) * there,
-    ]
-    words, text_bytes, right_words, cut = map(jnp.sum, of_slots)
-    nats, pieces, right = (jnp.sum(x * found.weights) for x in (found.nats, jnp.ones_like(found.nats), found.correct))
-    return jnp.stack([nats, pieces, words, text_bytes, right, right_words, cut])
-
-
-_evaluation_sums = jax.jit(_sums, static_argnums=0)
+        loss             nats a piece
+        nats_per_word    the sum over a word's pieces
+        bits_per_byte    of their pieces' text
+        accuracy         of pieces; word_accuracy: of whole words
+        words            how many; pieces_per_word
+        cut              the share of words with more bytes or pieces than are kept
+        """
+        return {
+            "loss": sums["nats"] / sums["pieces"],
+            "nats_per_word": sums["nats"] / sums["words"],
+            "bits_per_byte": bits_per_byte(sums["nats"], sums["bytes"]),
+            "accuracy": sums["right"] / sums["pieces"],
+            "word_accuracy": sums["right_words"] / sums["words"],
+            "words": sums["words"],
+            "pieces_per_word": sums["pieces"] / sums["words"],
+            "cut": sums["cut"] / sums["words"],
+        }
 
 
 def scored(logits, pieces, weights) -> Predicted:

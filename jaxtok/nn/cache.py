@@ -82,6 +82,17 @@ class KVCache:
         kept = (jnp.arange(self.slots) < length[:, None])[None, :, :, None]
         return self.replace(positions=jnp.where(kept, self.positions, EMPTY), length=length)
 
+    def keep_newest(self, new: int, index: Int[Array, "batch new"], count: Int[Array, " batch"]) -> KVCache:
+        """Of each row's last `new` slots, keeps the first `count` of `index` (from 0), in that order."""
+        rows, first = jnp.arange(self.length.shape[0])[:, None], self.length - new
+        source, target = first[:, None] + index, self.newest(new)
+
+        def moved(x):
+            return x.at[:, rows, target].set(x.at[:, rows, source].get(mode="clip"), mode="drop")
+
+        kept = self.replace(keys=moved(self.keys), values=moved(self.values), positions=moved(self.positions))
+        return kept.truncate(first + count)
+
     def gather(
         self,
         index: Int[Array, "batch kept"] | Int[Array, "layers batch kept"] | Int[Array, "layers batch heads kept"],

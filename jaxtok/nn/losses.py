@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 
@@ -55,24 +53,11 @@ def masked_mean(values: Float[Array, "*shape"], mask: Float[Array, "*shape"]) ->
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def totals(sums: Iterable[Any], names: str, counted: str) -> dict[str, float]:
-    """Adds up, in float64, the sums that each batch of an evaluation gives.
-
-    Args:
-      sums: numbers of each batch, in the order of the names.
-      names: of the numbers, with spaces between them.
-      counted: the name of that one which counts what the evaluation is of.
-
-    Raises:
-      ValueError: there was nothing to count.
-    """
-    found = np.zeros(len(names.split()))
-    for part in sums:
-        found += np.asarray(jax.device_get(part), np.float64)
-    total = dict(zip(names.split(), found.tolist()))
-    if not total[counted]:
-        raise ValueError(f"the evaluation data hold no {counted} that count; choose a larger data set or split.")
-    return total
+def text_sums(
+    nats: Float[Array, "batch length"], mask: Float[Array, "batch length"], text_bytes: Int[Array, "batch length"]
+) -> dict[str, Float[Array, ""]]:
+    """Of a batch, for `text_metrics`: nats, tokens and bytes of text at the positions where the mask is 1."""
+    return {"nats": jnp.sum(nats * mask), "tokens": jnp.sum(mask), "bytes": jnp.sum(text_bytes * mask)}
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float:
@@ -80,16 +65,9 @@ def bits_per_byte(nats: float, text_bytes: float) -> float:
     return nats / math.log(2) / max(text_bytes, 1.0)
 
 
-def text_metrics(sums: Iterable[tuple[Any, Any, Any]]) -> dict[str, float]:
-    """Loss (nats a token), perplexity, and bits per byte, which compares models across tokenizers.
-
-    Args:
-      sums: nats, tokens and bytes of text of each batch of an evaluation.
-
-    Raises:
-      ValueError: there was not a single token.
-    """
-    nats, tokens, text_bytes = totals(sums, "nats tokens bytes", counted="tokens").values()
+def text_metrics(sums: Mapping[str, float]) -> dict[str, float]:
+    """Loss (nats a token), perplexity, and bits per byte, from an evaluation's nats, tokens and bytes of text."""
+    nats, tokens, text_bytes = (sums[name] for name in ("nats", "tokens", "bytes"))
     return {
         "loss": nats / tokens,
         "perplexity": math.exp(min(nats / tokens, 700.0)),

@@ -20,7 +20,7 @@ from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.electra import ReplacedTokens
 from jaxtok.lm.text_classification import TextClassification
 from jaxtok.nn.losses import cross_entropy
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import ArraySpec, Batch, Params
 from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.loop import initial_state, make_train_step
 from jaxtok.training.mesh import one_device
@@ -99,9 +99,9 @@ class _Rows:
     batch_size: int
     length: int
 
-    def batch_spec(self) -> dict[str, tuple[tuple[int, ...], type]]:
+    def batch_spec(self) -> dict[str, ArraySpec]:
         spec = EncoderData(length=self.length, batch_size=self.batch_size).batch_spec()
-        return spec | {"labels": ((self.batch_size,), np.int32)}
+        return spec | {"labels": ArraySpec((self.batch_size,), np.int32, ("batch",))}
 
 
 def encoder(task: Any, params: Params) -> tuple[BertConfig, Params]:

@@ -28,7 +28,14 @@ from jaxtok.configuration import load_config
 from jaxtok.training.checkpoints import Checkpoints, load, must_be_free
 from jaxtok.training.logs import read_metrics
 
-CLOCK = ("seconds_per_step", "tokens_per_second", "images_per_second", "fraction_of_peak", "train_seconds")
+CLOCK = (
+    "seconds_per_step",
+    "tokens_per_second",
+    "words_per_second",
+    "images_per_second",
+    "fraction_of_peak",
+    "train_seconds",
+)
 """The logged numbers that depend on the time it took."""
 
 

@@ -301,7 +301,7 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 def example_batch(data: Any) -> dict[str, jax.Array]:
     """A batch of zeros with the shapes of the data's batches."""
-    return {name: jnp.zeros(shape, dtype) for name, (shape, dtype) in data.batch_spec().items()}
+    return {name: jnp.zeros(array.shape, array.dtype) for name, array in data.batch_spec().items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from jaxtok.data.text import TextData
 from jaxtok.lm.growth import Growth
-from jaxtok.tokenizers import load_tokenizer
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
 
@@ -89,45 +88,19 @@ class Experiment:
                 f"train.optimizer.ema_decay is {self.train.optimizer.ema_decay}, but a growth keeps the optimizer's "
                 "state, in which an average does not grow; choose growth.optimizer = reset, or no average."
             )
-        if hasattr(self.task, "check"):
-            self.task.check(self)
 
     @property
     def directory(self) -> Path:
         return Path(self.workdir or f"runs/{self.name}")
 
+    def fitted(self) -> Experiment:
+        """With the task made to fit the data (`Task.fit`), which are opened for it.
+
+        Raises:
+          ValueError: they do not fit.
+        """
+        return dataclasses.replace(self, task=self.task.fit(self.data, self.train))
+
     @property
     def total_steps(self) -> int:
         return self.train.steps + sum(g.steps for g in self.growth)
-
-
-def resolve(experiment: Experiment) -> Experiment:
-    """The experiment with the model's vocabulary taken from the tokenizer, where it was left open.
-
-    Raises:
-      ValueError: the tokenizer has more ids than the model, a row is longer than the model's context, or images have
-        more classes than the model.
-    """
-    model = getattr(experiment.task, "model", None)
-    known = getattr(model, "num_classes", None)
-    if known is not None and (classes := getattr(experiment.data, "classes", ())) and len(classes) > known:
-        raise ValueError(
-            f"task.model.num_classes is {known}, but the data have {len(classes)} classes ({', '.join(classes[:3])}, "
-            "...); raise it."
-        )
-    if not hasattr(model, "vocab_size") or not hasattr(experiment.data, "tokenizer"):
-        return experiment
-    ids = load_tokenizer(experiment.data.tokenizer).vocab_size
-    if not model.vocab_size:
-        model = dataclasses.replace(model, vocab_size=-(-ids // 128) * 128)
-    if model.vocab_size < ids:
-        raise ValueError(
-            f"task.model.vocab_size is {model.vocab_size}, but the tokenizer {experiment.data.tokenizer} has {ids} "
-            "ids; raise it, or set 0 to take the tokenizer's."
-        )
-    if experiment.data.length > model.max_length:
-        raise ValueError(
-            f"data.length is {experiment.data.length}, more than task.model.max_length = {model.max_length}; "
-            "lower the first or raise the second."
-        )
-    return dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, model=model))

@@ -123,6 +123,7 @@ _SHOWN = {  # name of a metric -> how it is shown
     "perplexity": "perplexity {:.2f}",
     "accuracy": "accuracy {:.3f}",
     "tokens_per_second": "{:,.0f} tokens/s",
+    "words_per_second": "{:,.0f} words/s",
     "images_per_second": "{:,.0f} images/s",
     "fraction_of_peak": "{:.2f} of peak",
 }

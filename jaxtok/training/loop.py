@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import math
 import os
 import signal
 import sys
@@ -35,7 +34,7 @@ from jaxtok.training.checkpoints import (
     write_config,
 )
 from jaxtok.training.distributed import barrier, gather, is_main
-from jaxtok.training.experiment import MAY_CHANGE, Experiment, TrainConfig, resolve
+from jaxtok.training.experiment import MAY_CHANGE, Experiment, TrainConfig
 from jaxtok.training.logs import Display, MetricsLog, NoLog
 from jaxtok.training.mesh import Layout, make_layout, one_device, unboxed
 from jaxtok.training.optimizer import descend, learning_rates, make_optimizer, move_average
@@ -82,7 +81,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Result:
       ValueError: the folder holds a run of another config; the message names the fields that differ.
       FloatingPointError: the loss or a gradient is not finite; the batch is saved beside the checkpoints.
     """
-    experiment = resolve(experiment)
+    experiment = experiment.fitted()
     directory, config = experiment.directory, experiment.train
     layout = make_layout(experiment.mesh)
     _check_config(directory, experiment)
@@ -148,7 +147,7 @@ def initial_state(task: Any, train_config: TrainConfig, data: Any, layout: Layou
 
     with layout.active():
         state = jax.jit(make, out_shardings=_shardings(abstract_state(task, train_config, data, layout)))()
-        params = task.load_weights(state.params) if hasattr(task, "load_weights") else state.params
+        params = task.load_weights(state.params)
         if params is not state.params:
             params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
             opt_state = jax.jit(optimizer.init, out_shardings=_shardings(state.opt_state))(params)
@@ -286,8 +285,7 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any,
         params = optax.apply_updates(state.params, updates)
         named = {"_".join(filter(None, ("learning_rate", part))): rate for part, rate in rates.items()}
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads)} | named | metrics
-        if hasattr(task, "after_step"):
-            params = task.after_step(params, metrics, state.step)
+        params = task.after_step(params, metrics, state.step)
         metrics.pop("state", None)
         opt_state = move_average(train_config.optimizer, opt_state, params, state.step + 1, trainable)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
@@ -304,7 +302,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
     flops = task.flops(example_batch(experiment.data))
     peak = peak_flops()
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()  # of CPUs there is one, whatever is simulated
-    rows, batch_size = layout.rows(experiment.data.batch_size), experiment.data.batch_size
+    data, rows = experiment.data, layout.rows(experiment.data.batch_size)
     pending: deque = deque()  # (step, batch, metrics) of updates whose numbers have not been looked at
     values: dict[str, float] = {}  # the numbers of the newest update that was looked at
     meta, evaluation, saved = run.meta, run.metrics, step if step == checkpoints.latest_step() else -1
@@ -364,7 +362,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
         saved = -1
     while step < end and not interrupt.check():
         batch = next(run.data)
-        state, metrics = train_step(state, layout.put(batch, rows, batch_size))
+        state, metrics = train_step(state, layout.put(batch, rows, data.batch_spec()))
         step += 1
         pending.append((step, batch, metrics))
         look(1)  # one update stays in flight while the host goes on
@@ -375,8 +373,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
             seconds = time.perf_counter() - clock - idle
             meta = dataclasses.replace(meta, elapsed=meta.elapsed + seconds)
             speed = (step - logged) / seconds
-            rate = f"{batch_unit(experiment.data)}_per_second"
-            row = values | {"seconds_per_step": 1 / speed, rate: speed * batch_items(experiment.data)}
+            row = values | {"seconds_per_step": 1 / speed, f"{data.unit}_per_second": speed * data.units}
             if peak:
                 row["fraction_of_peak"] = speed * flops / (peak * devices)
             log.write(step, "train", row)
@@ -406,24 +403,12 @@ def _evaluate(task, params, experiment, layout, rows, interrupt) -> dict[str, fl
         for batch in experiment.data.eval_batches("validation", rows):
             if interrupt.check():
                 raise _Stop
-            yield layout.put(batch, rows, experiment.data.batch_size)
+            yield layout.put(batch, rows, experiment.data.batch_spec())
 
     try:
         return task.evaluate(params, batches())
     except _Stop:
         return None
-
-
-def batch_unit(data: Any) -> str:
-    """What `batch_items` counts: images, or tokens."""
-    return "images" if {"images", "codes"} & data.batch_spec().keys() else "tokens"
-
-
-def batch_items(data: Any) -> int:
-    """Tokens in a batch of text (words, where rows are of words); elsewhere, its rows."""
-    spec = data.batch_spec()
-    shape, _ = spec.get("tokens") or spec.get("mask") or ((data.batch_size,), None)
-    return math.prod(shape)
 
 
 def _check_config(directory: Path, experiment: Experiment) -> None:

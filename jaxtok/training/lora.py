@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxtok.interop.peft import write_adapter
 from jaxtok.nn.lora import LoraConfig, find_sites, init_adapter, merge, saved_paths
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Lora:
+class Lora(Task):
     """Trains an adapter of a task's model. Parameters are {"frozen": the task's, "adapter": the adapter's}.
 
     A run starts from new parameters, or from a checkpoint that `jaxtok adapt` has made of a trained model.
     """
 
     task: Any
-    """Fills the Task waist; where its parameters train, is the adapter's matter."""
+    """A Task. Where its parameters train, is the adapter's matter; the optimizer leaves out what is frozen."""
     lora: LoraConfig = LoraConfig()
+
+    @property
+    def counted(self) -> str:
+        return self.task.counted
+
+    def fit(self, data: Data, train: Any = None) -> Lora:
+        return dataclasses.replace(self, task=self.task.fit(data, train))
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         base, adapter = jax.random.split(rng)
@@ -45,23 +50,18 @@ class Lora:
         dropout, rng = jax.random.split(rng)
         return self.task.loss(self.merged(params, dropout), batch, rng, step)
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        return self.task.evaluate(_merged(self, params), batches)
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        return self.task.sums(self.merged(params), batch, rng)
 
-    def write(self, folder: str | Path, params: Params) -> Path:
-        """Writes the adapter as a PEFT folder.
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """The task's."""
+        return self.task.metrics(sums)
 
-        Raises:
-          ValueError: the model is none of Hugging Face's, or PEFT has no name for a difference.
-        """
-        sites, lora = find_sites(self.lora, params["frozen"]), self.lora
-        return write_adapter(
-            folder, self.task.model, sites, params["adapter"], rslora=lora.rank_stabilized, dropout=lora.dropout
-        )
-
-    def trainable(self, params: Params) -> Params | None:
-        """All of the adapter; the optimizer leaves out what is frozen."""
-        return None
+    def evaluate(
+        self, params: Params, batches: Iterable[Batch], rng: jax.Array | None = None, **options: Any
+    ) -> dict[str, float]:
+        """The task's, with the differences merged once."""
+        return self.task.evaluate(_merged(self, params), batches, rng, **options)
 
     def flops(self, batch: Batch) -> float:
         """The task's: the gradient of the frozen parameters is not spared, as the adapter's is made of it."""

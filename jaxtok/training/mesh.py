@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtok.axes import partition_spec
-from jaxtok.protocols import Batch
+from jaxtok.protocols import ArraySpec, Batch
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 """From the slowest connection to the fastest: neighbours in `tensor` are neighbours in the hardware."""
@@ -135,17 +135,13 @@ class Layout:
 
         return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
 
-    def batch(self, spec: dict[str, tuple[tuple[int, ...], Any]]) -> dict[str, NamedSharding]:
-        """Of each array in a batch: the first axis is the batch's, and the second of text its length.
+    def batch(self, spec: dict[str, ArraySpec]) -> dict[str, NamedSharding]:
+        """Of each array in a batch.
 
         Raises:
           ValueError: the mesh does not divide one of them.
         """
-        names = {name: ("batch", "length") if len(shape) == 2 else ("batch",) for name, (shape, _) in spec.items()}
-        return {
-            name: self.sharding((*names[name], *[None] * (len(shape) - len(names[name]))), shape, f"the batch's {name}")
-            for name, (shape, _) in spec.items()
-        }
+        return {name: self.sharding(a.axes, a.shape, f"the batch's {name}") for name, a in spec.items()}
 
     def rows(self, batch_size: int) -> range:
         """The rows of a batch that this process's devices need."""
@@ -153,19 +149,20 @@ class Layout:
         bounds = [place[0].indices(batch_size) for place in places.values()]
         return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
-    def put(self, batch: Batch, rows: range, batch_size: int) -> dict[str, jax.Array]:
+    def put(self, batch: Batch, rows: range, spec: dict[str, ArraySpec]) -> dict[str, jax.Array]:
         """A batch on the devices of all processes, each of which has `rows` of it."""
 
-        def one(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        def one(array: np.ndarray, name: str) -> jax.Array:
+            size = spec[name].shape[0]
+
             def part(index):
-                start, stop, _ = index[0].indices(batch_size)
+                start, stop, _ = index[0].indices(size)
                 return array[(slice(start - rows.start, stop - rows.start), *index[1:])]
 
-            return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
+            return jax.make_array_from_callback((size, *array.shape[1:]), shardings[name], part)
 
-        spec = {name: ((batch_size, *array.shape[1:]), array.dtype) for name, array in batch.items()}
         shardings = self.batch(spec)
-        return {name: one(array, shardings[name]) for name, array in batch.items()}
+        return {name: one(array, name) for name, array in batch.items()}
 
 
 def unboxed(boxed: Any) -> Any:

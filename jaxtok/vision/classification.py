@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -11,22 +10,25 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from jaxtok.lm.growth import Growth, grow_task, new_token_mask
-from jaxtok.nn.losses import cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.parameter_attention import TokenCounts
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params, Sums, Task
+from jaxtok.vision.classes import check_classes
 from jaxtok.vision.vit import ViT, ViTConfig
 
 Images = UInt8[Array, "batch height width channels"] | Float[Array, "batch height width channels"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageClassification:
+class ImageClassification(Task):
     """Trains a classifier on batches of
 
     images  uint8    [batch, height, width, channels]; or float32, normalised already
     labels  int32    [batch], the class (any class where the mask is 0)
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
     """
+
+    counted = "images"
 
     model: ViTConfig
     pixel_mean: float = 0.5
@@ -46,6 +48,11 @@ class ImageClassification:
     def module(self) -> ViT:
         return ViT(self.model)
 
+    def fit(self, data: Data, train: Any = None) -> ImageClassification:
+        """Itself. Raises ValueError: the data have more classes than the model."""
+        check_classes(self.model.num_classes, data)
+        return self
+
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, self._pixels(batch["images"]))["params"]
 
@@ -56,15 +63,19 @@ class ImageClassification:
         loss = masked_mean(cross_entropy(logits, batch["labels"], self.label_smoothing), batch["mask"])
         return loss, {"accuracy": masked_mean(_correct(logits, batch["labels"]), batch["mask"])}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Loss (nats, labels not smoothed), top-1 accuracy, and the number of images they are means over.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        logits, labels, mask = self.logits(params, batch["images"]), batch["labels"], batch["mask"]
+        found = {
+            "nats": cross_entropy(logits, labels),
+            "right": _correct(logits, labels),
+            "images": jnp.ones_like(mask),
+        }
+        return {name: jnp.sum(x * mask) for name, x in found.items()}
 
-        Raises:
-          ValueError: there was not a single image.
-        """
-        parts = (_evaluation_sums(self, params, batch) for batch in batches)
-        loss, correct, examples = totals(parts, "nats right images", counted="images").values()
-        return {"loss": loss / examples, "accuracy": correct / examples, "examples": examples}
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats, labels not smoothed), accuracy (top-1), and examples, the number of images."""
+        images = sums["images"]
+        return {"loss": sums["nats"] / images, "accuracy": sums["right"] / images, "examples": images}
 
     def logits(self, params: Params, images: Images) -> Float[Array, "batch classes"]:
         return self.module().apply({"params": params}, self._pixels(images))
@@ -94,11 +105,3 @@ class ImageClassification:
 
 def _correct(logits, labels):
     return (logits.argmax(-1) == labels).astype(jnp.float32)
-
-
-def _sums(task: ImageClassification, params, batch):
-    logits, labels, mask = task.logits(params, batch["images"]), batch["labels"], batch["mask"]
-    return jnp.stack([jnp.sum(x * mask) for x in (cross_entropy(logits, labels), _correct(logits, labels), mask)])
-
-
-_evaluation_sums = jax.jit(_sums, static_argnums=0)

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable
-from typing import Any, ClassVar
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -26,13 +27,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain, gather
+from jaxtok.data.codes import CodeData
 from jaxtok.nn.cache import KVCache, check_row
 from jaxtok.nn.linear import Linear, LlamaStack
-from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean, totals
+from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean
 from jaxtok.nn.norms import unit_length
 from jaxtok.nn.rotary import apply_rotary_table, rotary_table_2d
 from jaxtok.nn.transformer import Block, Call, Stack, layer_range
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, OnProgress, Params, Sums, Task
+from jaxtok.vision.classes import check_classes
+
+if TYPE_CHECKING:
+    from jaxtok.vision.elm_sampling import ElmSampling
 
 
 def mlp_width(d_model: int, multiple_of: int = 256) -> int:
@@ -108,6 +114,20 @@ class ElmConfig(LlamaStack):
     def codebook(self) -> int:
         """Values of a sub-code (V)."""
         return 2**self.code_bits
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        """Rows and columns of the positions."""
+        return (self.grid, self.grid)
+
+    @property
+    def code_values(self) -> tuple[int, ...]:
+        """How many values each sub-code has."""
+        return (self.codebook,) * self.sub_codes
+
+    def cells(self) -> Int[np.ndarray, "positions 2"]:
+        """Row and column of each position."""
+        return np.stack(np.divmod(np.arange(self.positions), self.grid), -1)
 
     def rotation(self) -> Float[np.ndarray, "places pairs 2"]:
         """For the class token (zeros) and each position."""
@@ -358,23 +378,44 @@ def init_params(config: ElmConfig, rng: jax.Array) -> Params:
     return nn.meta.unbox(Elm(config).init(rng, codes, jnp.zeros(1, jnp.int32))["params"])
 
 
+class ModelOfCodes:
+    """What the tasks of the autoregressive and the masked model say as a `jaxtok.protocols.ImageGenerator`."""
+
+    model: ElmConfig
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        return self.model.code_shape
+
+    @property
+    def code_values(self) -> tuple[int, ...]:
+        return self.model.code_values
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ElmModeling:
-    """Trains the autoregressive model on batches of codes (`jaxtok.data.codes.CodeData`):
+class ElmModeling(ModelOfCodes, Task):
+    """Trains the autoregressive model, and draws images from it, on batches of codes (`jaxtok.data.codes.CodeData`):
 
     codes   int32    [batch, positions, sub_codes]
     labels  int32    [batch], the class; num_classes stands for none
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
     """
 
+    counted = "images"
+
     model: ElmConfig
 
     def module(self) -> Elm:
         return Elm(self.model)
 
-    def check(self, experiment: Any) -> None:
-        """Raises a ValueError where the codes are cut otherwise than the model's."""
-        check_data(self.model, experiment.data)
+    def fit(self, data: Data, train: Any = None) -> ElmModeling:
+        """Itself. Raises ValueError: see `check_data`."""
+        check_data(self.model, data)
+        return self
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["codes"], batch["labels"])["params"]
@@ -384,16 +425,13 @@ class ElmModeling:
         loss = masked_mean(self.image_nats(params, batch, rng), batch["mask"])
         return loss, {"nats_per_position": self.model.sub_codes * loss}
 
-    def evaluate(self, params: Params, batches: Iterable[Batch]) -> dict[str, float]:
-        """Nats a sub-code (`loss`) and a position, and the number of images.
+    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
+        nats, images = jnp.sum(self.image_nats(params, batch) * batch["mask"]), jnp.sum(batch["mask"])
+        return {"nats": nats, "count": images, "images": images}
 
-        Raises:
-          ValueError: there was not a single image.
-        """
-        return code_metrics((_evaluation_sums(self, params, batch) for batch in batches), self.model.sub_codes)
-
-    def trainable(self, params: Params) -> Params | None:
-        return None
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """loss (nats a sub-code), nats_per_position, and examples, the number of images."""
+        return code_metrics(sums, self.model.sub_codes)
 
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass."""
@@ -411,33 +449,87 @@ class ElmModeling:
         )
         return nats.mean((1, 2))
 
+    @property
+    def sampling(self) -> type[ElmSampling]:
+        from jaxtok.vision.elm_sampling import ElmSampling  # which imports this module
 
-def check_data(model: ElmConfig, data: Any) -> None:
-    """Of a run's data: grid, sub-codes and their bits are the model's.
+        return ElmSampling
 
-    Raises:
-      ValueError: they are not.
-    """
-    for field in ("grid", "sub_codes", "code_bits"):
-        ours, theirs = getattr(model, field), getattr(data, field, None)
-        if theirs is not None and theirs != ours:
-            raise ValueError(f"task.model.{field} is {ours}, but data.{field} is {theirs}; make them equal.")
+    def draw(
+        self,
+        params: Params,
+        conditions: Sequence[int | None],
+        rng: jax.Array,
+        *,
+        sampling: ElmSampling | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Int[Array, "batch positions sub_codes"]:
+        """Codes of an image of each class (None: of no class); `generate`, with progress after each row of the grid."""
+        from jaxtok.vision import elm_sampling
+
+        sampling = elm_sampling.ElmSampling() if sampling is None else sampling
+        options = {"sampling": sampling, "rng": rng, "on_progress": on_progress}
+        return elm_sampling.generate(self.model, params, conditions, **options)
+
+    def attention_maps(
+        self, params: Params, batch: Batch, rng: jax.Array | None = None
+    ) -> Float[Array, "layers batch heads places places"]:
+        """What each place of an image attends to, without the class (rows sum to 1).
+
+        Place n is the input of position n, which is the last one that it sees; the last position is no input.
+        """
+        return _attention_maps(self, params, batch["codes"], batch["labels"])
+
+    def attention_cells(self) -> Int[np.ndarray, "places 2"]:
+        """Row and column of each place of `attention_maps`."""
+        return self.model.cells()[:-1]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _evaluation_sums(task: ElmModeling, params, batch):
-    return jnp.stack([jnp.sum(task.image_nats(params, batch) * batch["mask"]), *[jnp.sum(batch["mask"])] * 2])
+def _attention_maps(task: ElmModeling, params, codes, labels):
+    _, state = task.module().apply({"params": params}, codes, labels, method="states", mutable="intermediates")
+    return attention_weights(task.model, state["intermediates"], skipped=1)
 
 
-def code_metrics(sums: Iterable[Array], sub_codes: int) -> dict[str, float]:
-    """What an evaluation reports, from (sum of nats, what they are of, images) of each batch.
+def attention_weights(
+    config: ElmConfig, intermediates: Any, skipped: int
+) -> Float[Array, "layers batch heads places places"]:
+    """Softmax of the scores in every layer and head, without the first `skipped` places, which are the class's.
+
+    As the rest is divided by its sum anew, it does not matter how much of the attention went to the class.
+    """
+    kept = intermediates["stack"]["blocks"]["attention"]
+    queries, keys = kept["queries"][0], kept["keys"][0]
+    keys = jnp.repeat(keys, config.num_heads // config.kv_heads, axis=-2)
+    scores = jnp.einsum("zbqhd,zbkhd->zbhqk", queries, keys, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(config.head_dim)
+    if config.causal:
+        scores = jnp.where(jnp.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf)
+    return jax.nn.softmax(scores[..., skipped:, skipped:])
+
+
+def check_data(model: ElmConfig, data: Data) -> None:
+    """Refuses data that do not fit the model.
 
     Raises:
-      ValueError: there was not a single image.
+      ValueError: grid, sub-codes or their bits are others than the model's, or there are more classes.
     """
-    nats, count, images = totals(sums, "nats count images", counted="images").values()
-    loss = nats / count
-    return {"loss": loss, "nats_per_position": sub_codes * loss, "examples": images}
+    if isinstance(data, CodeData):
+        for field in ("grid", "sub_codes", "code_bits"):
+            ours, theirs = getattr(model, field), getattr(data, field)
+            replaced = data.shape if field == "grid" else data.values
+            if theirs != ours and not replaced:
+                raise ValueError(f"task.model.{field} is {ours}, but data.{field} is {theirs}; make them equal.")
+        for field, ours in {"shape": model.code_shape, "values": model.code_values}.items():
+            if getattr(data, field) not in ((), ours):
+                raise ValueError(f"data.{field} is {getattr(data, field)}, but the model has {ours}; make them equal.")
+    check_classes(model.num_classes, data)
+
+
+def code_metrics(sums: Sums, sub_codes: int) -> dict[str, float]:
+    """What an evaluation reports, from the sum of nats, the number of what they are of, and the images."""
+    loss = sums["nats"] / sums["count"]
+    return {"loss": loss, "nats_per_position": sub_codes * loss, "examples": sums["images"]}
 
 
 def _size(layers: int, heads: int, width: int) -> dict[str, int]:

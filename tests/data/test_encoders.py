@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import check_spec
 
 from jaxtok.data.encoders import EncoderData
+
+DATASETS = {"encoders": lambda texts, folder: EncoderData(corpus=str(texts), length=16, batch_size=4, **IDS)}
 
 IDS = {"cls_id": 300, "sep_id": 301, "pad_id": 302}
 
@@ -50,7 +53,8 @@ def test_every_byte_of_the_documents_is_in_a_row(tmp_path):
     data = EncoderData(corpus=str(tmp_path), length=19, batch_size=4, short=0.0, **IDS)
     batches = list(data.eval_batches("train"))
     tokens = np.concatenate([batch["tokens"] for batch in batches])
-    assert all(batch["tokens"].shape == data.batch_spec()["tokens"][0] for batch in batches)
+    for batch in batches:
+        check_spec(batch, data)
     found = bytes(t for t in tokens.ravel().tolist() if t < 256)
     read = b"".join(bytes(data.items(document)[:-1, 0].tolist()) for document in data._documents("train"))
     assert found == read and found

@@ -18,17 +18,21 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tiny import check_spec
 
 from jaxtok import verbs
 from jaxtok.configuration import from_json, load_config, override, to_json
+from jaxtok.convert import convert
 from jaxtok.data import pictures as pictures_module
 from jaxtok.data.images import ImageData, centre_crop, random_crop
 from jaxtok.data.pictures import Picture, decode, open_pictures, write_array_record
-from jaxtok.training.experiment import Experiment, TrainConfig, resolve
+from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.vit import LinearViTConfig
+
+DATASETS = {"images": lambda texts, folder: ImageData(images="digits", size=8, batch_size=64, workers=0)}
 
 CLASSES = ("ant", "bee", "cat")
 COUNT = 60
@@ -94,7 +98,7 @@ def test_batches_are_as_the_spec_says(data):
     images = data()
     (batch,) = take(images.train_batches(), 1)
     for made in (batch, *images.eval_batches("all")):
-        assert {name: (array.shape, array.dtype.type) for name, array in made.items()} == images.batch_spec()
+        check_spec(made, images)
     assert images.classes == CLASSES
 
 
@@ -623,7 +627,7 @@ def test_a_run_on_images_resumes_exactly_and_is_evaluated(folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
     row = verbs.evaluate(tmp_path / "run", split="test")
     assert row["images"] == f"folder:{folder}" and row["examples"] == len(run.data.pictures("test"))
-    for verb in (verbs.generate, verbs.adapt, functools.partial(verbs.convert, target=tmp_path / "converted")):
+    for verb in (verbs.generate, verbs.adapt, functools.partial(convert, target=tmp_path / "converted")):
         with pytest.raises(ValueError, match="is of ImageClassification"):
             verb(tmp_path / "run")
 
@@ -637,7 +641,7 @@ def test_experiments_take_image_data(folder, tmp_path):
         run.data, images="digits", crop_area=(0.5, 1.0), flip=False, crop="centre"
     )
     with pytest.raises(ValueError, match="num_classes is 3, but the data have 10 classes"):
-        resolve(changed)
+        changed.fitted()
 
 
 def test_a_resolved_experiment_on_text_is_as_before():
@@ -645,7 +649,7 @@ def test_a_resolved_experiment_on_text_is_as_before():
     from jaxtok.lm.tokenformer import TokenFormerConfig
 
     task = LanguageModeling(model=TokenFormerConfig(vocab_size=0))
-    assert resolve(Experiment(task=task)).task.model.vocab_size == 384
+    assert Experiment(task=task).fitted().task.model.vocab_size == 384
 
 
 @pytest.mark.parametrize(

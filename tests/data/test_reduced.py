@@ -14,6 +14,8 @@ from jaxtok.data.reduced import ReducedText
 from jaxtok.protocols import Tokenizer
 from jaxtok.tokenizers import AlphabetTokenizer, load_tokenizer, token_byte_lengths
 
+DATASETS = {"reduced": lambda texts, folder: ReducedText(corpus=str(texts), length=16, batch_size=4)}
+
 LETTERS, ASCII = load_tokenizer("letters"), load_tokenizer("ascii")
 
 

@@ -11,6 +11,8 @@ from jaxtok.data.corpora import open_corpus
 from jaxtok.data.text import TextData
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 
+DATASETS = {"text": lambda texts, folder: TextData(corpus=str(texts), length=16, batch_size=4)}
+
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "ran", "to", "the", "sea", "with", "great", "joy"]
 DOCUMENTS = [" ".join(WORDS[i % 5 : i % 5 + i % 12] * (i % 3 + 1)) + f"\n{i}é" * (i % 4) for i in range(60)]
 KINDS = ["bytes", "sentencepiece", "prefixed"]

@@ -6,9 +6,16 @@ import dataclasses
 
 import numpy as np
 import pytest
+from tiny import check_spec
 
 from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.tokenizers.byte_words import CLS, PAD, SEP, basic_words
+
+DATASETS = {
+    "word_pieces": lambda texts, folder: WordPieceText(
+        corpus=str(texts), length=8, batch_size=4, max_bytes=4, max_pieces=3, noise=0.2
+    )
+}
 
 DATA = WordPieceText(length=6, batch_size=2, max_bytes=4, max_pieces=3, shuffle_window=1)
 """Pieces are bytes."""
@@ -34,8 +41,7 @@ def test_rows():
     assert batch["cut"].tolist() == [[0, 0, 0, 1, 0, 0], [0] * 6]
     assert batch["mask"].tolist() == [[1] * 6, [1, 1, 1, 0, 0, 0]]
     np.testing.assert_array_equal(batch["pieces"], batch["inputs"])
-    spec = {name: ((2, *array.shape[1:]), array.dtype) for name, array in batch.items()}
-    assert spec == DATA.batch_spec()
+    check_spec(batch, dataclasses.replace(DATA, batch_size=2))
 
 
 def test_rows_of_a_corpus_begin_and_end(tmp_path):

@@ -5,11 +5,14 @@ import json
 
 import numpy as np
 import pytest
+from tiny import check_spec
 
 from jaxtok.data.corpora import open_corpus
 from jaxtok.data.words import WordText
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.tokenizers.words import WordSplitter
+
+DATASETS = {"words": lambda texts, folder: WordText(corpus=str(texts), length=8, batch_size=4, max_units=6)}
 
 WORDS = ["the", "cat", "sat", "on", "mats", "and", "ran", "to", "the", "sea", "with", "üncommonlylong"]
 DOCUMENTS = [" ".join(WORDS[i % 5 : i % 5 + i % 12] * (i % 3 + 1)) + f"\n{i}é" * (i % 4) for i in range(40)]
@@ -27,7 +30,7 @@ def rows_of(corpus, **options):
     data = WordText(**{"corpus": corpus, "length": 8, "batch_size": 4, "max_units": 6} | options)
     batches = list(data.eval_batches("all"))
     for batch in batches:
-        assert {name: (a.shape, a.dtype) for name, a in batch.items()} == data.batch_spec()
+        check_spec(batch, data)
     return data, {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 

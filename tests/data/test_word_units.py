@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import check_spec
 
 from jaxtok.data.word_units import (
     RULES,
@@ -19,6 +20,11 @@ from jaxtok.data.word_units import (
     spaced_words,
 )
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
+
+DATASETS = {
+    "word_units": lambda texts, folder: WordUnitText(corpus=str(texts), length=8, batch_size=4, max_units=6),
+    "normalized": lambda texts, folder: NormalizedText(corpus=str(texts), length=16, batch_size=4),
+}
 
 TEXT = "The cat sat-on a mat: 'so {what}' -- naïve, no = @-@ <unk> supercalifragilistic.\nNext\tline\n"
 DOCUMENTS = [TEXT, "", "one", "  two  words ", "a b c\nd e f " * 5]
@@ -118,7 +124,7 @@ def test_long_words_are_split_or_cut_and_counted(corpus, how, expected):
 def test_rows_are_padded_with_the_end_mark(corpus):
     data = WordUnitText(corpus=corpus, rule="spaces", length=8, batch_size=4, max_units=6)
     for batch in data.eval_batches("all"):
-        assert {name: (a.shape, a.dtype) for name, a in batch.items()} == data.batch_spec()
+        check_spec(batch, data)
         for words, lengths in (("words", "lengths"), ("targets", "target_lengths")):
             np.testing.assert_array_equal((batch[words] != 0).sum(-1), batch[lengths])
 

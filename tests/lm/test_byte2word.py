@@ -10,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from jaxtok.configuration import load_config
+from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.interop.byte2word import read_bert_body, with_bert_body
 from jaxtok.interop.huggingface import write_folder
 from jaxtok.lm import bert
@@ -31,6 +33,34 @@ from jaxtok.nn.losses import cross_entropy
 from jaxtok.nn.transformer import Stack
 from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, SEP, UNK, basic_words, collate, symbol_mask
 from jaxtok.training.loop import count
+
+
+def case(task) -> tiny.Case:
+    """Rows of words, some of them padded."""
+    data = WordPieceText(length=16, batch_size=8, max_bytes=6, max_pieces=3)
+    rng = np.random.default_rng(0)
+    shape = (data.batch_size, data.length)
+    ends = rng.integers(5, 17, (data.batch_size, 1))
+    real = np.arange(data.length) < ends
+    ids = np.where(np.arange(6) < rng.integers(1, 7, (*shape, 1)), rng.integers(0, 256, (*shape, 6)), 256)
+    pieces = np.where(np.arange(3) < rng.integers(1, 4, (*shape, 1)), rng.integers(0, 60, (*shape, 3)), -1)
+    ids[:, 0], pieces[:, 0] = [257] + [256] * 5, -1
+    ids[~real], pieces[~real] = 256, -1
+    batch = {"words": ids, "pieces": pieces, "inputs": pieces, "mask": real, "bytes": real, "cut": 0 * real}
+    return tiny.Case(task, data, tiny.typed(data, batch), drawn=True)
+
+
+WORD_BODY = {"num_layers": 2, "d_model": 16, "num_heads": 8, "mlp_dim": 32, "vocab_size": 64, "dropout": 0.0}
+MODEL = Byte2WordConfig(**WORD_BODY, max_length=16, pool_heads=8, max_bytes=6, max_pieces=3)
+TASKS = {
+    "byte2word": lambda: case(ByteWords(model=MODEL)),
+    "byte2word_classification": lambda: tiny.labelled(
+        case(ByteWordsClassification(model=dataclasses.replace(MODEL, num_classes=4))), 4
+    ),
+    "bert_whole_words": lambda: case(
+        SubwordWords(model=BertConfig(**WORD_BODY, max_positions=32, pooler=False, next_sentence=False))
+    ),
+}
 
 TINY = Byte2WordConfig(
     num_layers=2,

@@ -1,4 +1,5 @@
-"""What every CausalLM promises: each model of the registry in `tests/causal_lms.py`, and two that join them here."""
+"""What every CausalLM promises: each model that test files define as `CAUSAL_LMS` (tests/collector.py), and two that
+join them here."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_lms import CAUSAL_LMS, noisy_params
+from causal_lms import noisy_params
+from collector import collect
 from recurrent import Recurrent, RecurrentConfig
 
 from jaxtok.lm.t5 import T5, Conditioned, T5Config, condition
 from jaxtok.nn.losses import cross_entropy
 
 BATCH, LENGTH = 3, 10
+MODELS = collect("CAUSAL_LMS")
 
 
 def conditioned():
@@ -65,11 +68,11 @@ EXCEPTIONS = {
 """By model and test: why it is not run."""
 
 
-@pytest.fixture(scope="module", params=[*CAUSAL_LMS, *OTHERS])
+@pytest.fixture(scope="module", params=[*MODELS, *OTHERS])
 def causal_lm(request):
     if request.param in OTHERS:
         return OTHERS[request.param]()
-    model = CAUSAL_LMS[request.param]()
+    model = MODELS[request.param]()
     return model, noisy_params(model)
 
 

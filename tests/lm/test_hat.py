@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from tasks import TASKS
+from tiny import Case
 
-from jaxtok import verbs
 from jaxtok.configuration import load_config
+from jaxtok.convert import convert
 from jaxtok.data.words import WordText
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.hat import config_json, read_config, read_folder, write_folder
@@ -29,6 +29,56 @@ from jaxtok.tokenizers.words import WordSplitter
 from jaxtok.training.checkpoints import example_batch
 
 GREEDY = Sampling(temperature=0)
+
+
+def word_batch(data: WordText) -> dict[str, np.ndarray]:
+    """Documents of random words, one after the other over the rows, and padding at the end of the last ones."""
+    rng = np.random.default_rng(0)
+    texts = [bytes(rng.choice(list(b"abcd \n"), n).tolist()) for n in rng.integers(0, 24, 60)]
+    items = [data.items(text) for text in texts]
+    size = data.batch_size * data.length
+    rows = np.zeros((size, items[0].shape[1]), np.int32)
+    place = np.zeros((2, size), np.int32)
+    whole = np.concatenate(items)[: size - 3]
+    rows[: len(whole)] = whole
+    documents = np.repeat(np.arange(len(items)), [len(x) for x in items])[: len(whole)]
+    for row in range(data.batch_size):
+        here = documents[row * data.length : (row + 1) * data.length]
+        segments = np.cumsum(np.diff(here, prepend=here[:1]) > 0) + 1
+        first = np.searchsorted(segments, segments)
+        place[:, row * data.length : row * data.length + len(here)] = segments, np.arange(len(here)) - first
+    shape = (data.batch_size, data.length)
+    return data.layout(rows.reshape(*shape, -1), place[0].reshape(shape), place[1].reshape(shape))
+
+
+def paper_case() -> Case:
+    char = {"num_layers": 2, "d_model": 8, "num_heads": 2, "mlp_dim": 16}
+    model = HATConfig(
+        encoder=LlamaStack(**char, causal=False),
+        backbone=LlamaStack(num_layers=2, d_model=16, num_heads=8, mlp_dim=32),
+        decoder=LlamaStack(**char),
+        max_units=5,
+    )
+    data = WordText(length=8, batch_size=8, max_units=5)
+    return Case(HATModeling(model=model), data, word_batch(data))
+
+
+def released_case() -> Case:
+    char = {"num_layers": 2, "d_model": 16, "num_heads": 8, "mlp_dim": 32, "window": 9}
+    model = ReleasedConfig(
+        encoder=LlamaStack(**char),
+        backbone=LlamaStack(num_layers=2, d_model=16, num_heads=8, num_kv_heads=2, mlp_dim=32),
+        decoder=LlamaStack(**char),
+        connector_heads=8,
+        guide_heads=8,
+        max_word_size=6,
+    )
+    task = ReleasedModeling(model=model)
+    data = WordText(length=8, batch_size=8, max_units=6, splitter=task.splitter)
+    return Case(task, data, word_batch(data))
+
+
+TASKS = {"hat": paper_case, "hat_released": released_case}
 
 
 def noisy(params, scale=0.3):
@@ -319,26 +369,42 @@ def test_a_byte_changes_no_logits_in_front_of_it(released):
     np.testing.assert_array_equal(read(case.task.module(), changed, *inputs, {})[0], first)
 
 
-def test_released_generation_is_what_a_full_pass_says(released, monkeypatch):
-    """Logits in front of each byte of a dictated text, with words that open with characters of several bytes."""
+@dataclasses.dataclass(frozen=True)
+class Dictation:
+    """A chooser of known texts, which keeps the logits that it is given."""
+
+    texts: tuple[bytes, ...]
+    seen: list = dataclasses.field(default_factory=list, hash=False, compare=False)
+    temperature = 0
+
+    def init(self, batch):
+        return jnp.zeros(batch, jnp.int32)
+
+    def choose(self, logits, keys, number):
+        jax.debug.callback(lambda logits: self.seen.append(np.asarray(logits)), logits, ordered=True)
+        texts = jnp.array([list(text) for text in self.texts])
+        return texts[jnp.arange(len(texts)), number], number + 1
+
+
+def test_released_generation_is_what_a_full_pass_says(released):
+    """Logits before each byte of a dictated text, with words that open with characters of several bytes."""
     config, params = dataclasses.replace(released[0].task.model, max_word_size=8), released[1]
     prompts = ["Hi x", "東", "a b c d", "zz"]
     dictated = ["東京 ok!é", "京s toolongaword", "_\u0301a  \u0301b🙂e", "q\n"]
     script = [text.encode() + b"\xc0" * 20 for text in dictated]
     script[3] = b"\xe6a\xff\xfe \xe6\x9d\xb1." + b"\xc0" * 20
-    steps, seen = 18, []
-
-    def dictate(logits, rng, sampling):
-        seen.append(np.asarray(logits))
-        return jnp.array([text[len(seen) - 1] for text in script])
-
-    monkeypatch.setattr(hat_released, "sample", dictate)
+    script = [text[:20] for text in script]
+    steps, chooser = 18, Dictation(tuple(script))
     splitter = WordSplitter("unicode", 8)
-    split = [splitter.split(prompt) for prompt in prompts]
-    found = generate_bytes(config, params, split, steps, GREEDY)
+    split = [splitter.split(prompt.encode()) for prompt in prompts]
+    found = generate_bytes(config, params, split, steps, chooser)
+    jax.effects_barrier()
+    assert len(chooser.seen) == steps
     prefixes, places, logits = [], [], []
-    for row, (new, words) in enumerate(found):
+    for row, (more, words) in enumerate(found):
+        new = more.text
         assert new == script[row].split(b"\xc0")[0][:steps]
+        assert more.tokens == list(new) + [192] * (len(new) < steps)
         assert b"".join(words) == prompts[row].encode() + new
         for step in range(len(new)):
             closed, open_word = split[row][:-1], split[row][-1]
@@ -350,7 +416,7 @@ def test_released_generation_is_what_a_full_pass_says(released, monkeypatch):
                     open_word = open_word[-opened:]
             prefixes.append([*now, open_word])
             places.append(len(prompts[row].encode()) + step - 1)
-            logits.append(seen[step][row])
+            logits.append(chooser.seen[step][row])
     assert any(len(words) > 1 and len(words[-1]) == 3 and words[-1][0] > 0xE0 for words in prefixes)
     full = read(ReleasedHAT(config), params, *released_inputs(prefixes, 32, 16), {})
     expected = np.asarray(full)[np.arange(len(places)), places]
@@ -429,8 +495,8 @@ def test_a_written_folder_is_read_again(qk_norm, tmp_path):
     assert jax.tree.structure(tree) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
     if not qk_norm:  # and by the command line's verbs
-        run = verbs.convert(tmp_path, tmp_path / "run")
-        again, tree = read_folder(verbs.convert(run, tmp_path / "back"))
+        run = convert(tmp_path, tmp_path / "run")
+        again, tree = read_folder(convert(run, tmp_path / "back"))
         assert again == config and jax.tree.all(jax.tree.map(np.array_equal, tree, params))
     with pytest.raises(ValueError, match=r"backbone_config.is_neox_style is false"):
         options = config_json(config)
@@ -475,9 +541,8 @@ def test_what_cannot_be():
     ]:
         with pytest.raises(ValueError, match=message):
             ReleasedConfig(**options)
-    with pytest.raises(ValueError, match=r"have 6 places, but model.max_units = 16"):
-        case = TASKS["hat_released"]()
-        HATModeling().loss({}, case.batch, jax.random.key(0), 0)
+    with pytest.raises(ValueError, match=r"data\.max_units is 6, but task\.model\.max_units is 16"):
+        HATModeling().fit(WordText(max_units=6))
     assert everywhere(HATConfig(), dtype="bfloat16").decoder.dtype == "bfloat16"
     assert spelled(HATConfig(), np.zeros((1, 4), np.int32), np.array([0]))[0][0, 0] == 254
     assert ReleasedModeling().splitter.rule == "unicode"

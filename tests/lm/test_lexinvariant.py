@@ -7,12 +7,13 @@ import functools
 import math
 from pathlib import Path
 
+import causal_lms
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tasks import SIZES, TOKENFORMER, text
+from tiny import SIZES, TOKENFORMER, Case, text
 
 from jaxtok.configuration import load_config
 from jaxtok.decoding import Sampling, generate
@@ -31,6 +32,25 @@ from jaxtok.lm.lexinvariant import (
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+
+
+def case(model, **options) -> Case:
+    return dataclasses.replace(text(model), task=LexinvariantModeling(model=model, **options), drawn=True)
+
+
+TASKS = {
+    "lexinvariant": lambda: case(LexinvariantConfig(**SIZES, mlp_dim=32)),
+    "semi_lexinvariant": lambda: case(TOKENFORMER, random_symbols=0.5, block=24),
+}
+
+CAUSAL_LMS = {
+    "lexinvariant": lambda: Lexinvariant(
+        LexinvariantConfig(**causal_lms.SIZES | causal_lms.TIED | {"rotary_fraction": 0.0})
+    ),
+    "semi_lexinvariant": lambda: Lexinvariant(
+        LlamaConfig(**causal_lms.LLAMA | causal_lms.TIED), random_symbols=0.5, block=12
+    ),
+}
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "lm"
 VOCAB, BATCH, LENGTH = 29, 3, 12  # no other axis is 29
@@ -215,7 +235,7 @@ def test_generation_keeps_each_rows_table(model):
     params, prompts = noisy_params(model), some_tokens(length=6).tolist()
 
     def continued(model):
-        rows = generate(model, params, prompts, max_new_tokens=8, sampling=Sampling(temperature=0))
+        rows = generate(model, params, prompts, max_new_tokens=8, chooser=Sampling(temperature=0)).tokens
         return np.array([prompt + row for prompt, row in zip(prompts, rows)])
 
     found = continued(model)
@@ -279,7 +299,7 @@ def test_losses_by_position_are_parts_of_the_whole():
     assert whole["bits_per_byte"] == pytest.approx(bits)
     (late,) = task.nats_by_position(params, [batch, batch], edges=(8, 16))
     assert late.tokens == bins[-1].tokens and late.nats == pytest.approx(bins[-1].nats, rel=1e-5)
-    with pytest.raises(ValueError, match="no token to predict"):
+    with pytest.raises(ValueError, match="no tokens that count"):
         task.nats_by_position(params, [])
 
 

@@ -6,11 +6,13 @@ import dataclasses
 import functools
 import math
 
+import causal_lms
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from jaxtok.interop.tensors import expected_shapes
 from jaxtok.lm.decoder import Decoder, init_params
@@ -18,6 +20,18 @@ from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import PUBLISHED, TokenFormerConfig, tpu_variant, uniform_counts
 from jaxtok.lm.transformer import TransformerConfig, matched_transformer
 from jaxtok.nn.losses import cross_entropy, masked_mean
+
+TASKS = {
+    "tokenformer": lambda: tiny.text(tiny.TOKENFORMER),
+    "transformer": lambda: tiny.text(matched_transformer(tiny.TOKENFORMER)),
+}
+
+CAUSAL_LMS = {
+    "tokenformer": lambda: Decoder(
+        TokenFormerConfig(**causal_lms.SIZES, tokens=uniform_counts(attention=12, ffn=20, output=9))
+    ),
+    "transformer": lambda: Decoder(TransformerConfig(**causal_lms.SIZES, mlp_dim=24)),
+}
 
 TINY = TokenFormerConfig(
     num_layers=2,

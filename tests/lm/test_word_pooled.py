@@ -6,15 +6,19 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import causal_lms
 import jax
 import jax.flatten_util
 import numpy as np
 import optax
 import pytest
+from tiny import Case, typed, zeros
 
 from jaxtok.configuration import load_config
+from jaxtok.data.word_units import WordUnitText
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.word_pooled import config_from, read_folder, write_folder
+from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.word_pooled import (
     END,
     PUBLISHED,
@@ -28,6 +32,49 @@ from jaxtok.lm.word_pooled import (
     score_words,
     word_accuracies,
 )
+
+
+def case() -> Case:
+    """Random words in two documents, and padding at the end of the rows; every axis of a mesh divides the words."""
+    data = WordUnitText(length=16, batch_size=8, max_units=5)
+    model = WordPooledConfig(
+        vocab_size=384,
+        max_units=5,
+        max_words=16,
+        prefixes=2,
+        d_model=16,
+        num_layers=2,
+        num_heads=8,
+        unit_layers=2,
+        encoder_heads=4,
+        encoder_mlp_dim=32,
+        dropout=0.0,
+        encoder_dropout=0.0,
+    )
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, data.max_units + 1, (data.batch_size, data.length + 1))
+    units = rng.integers(1, model.vocab_size, (*lengths.shape, data.max_units))
+    units *= np.arange(data.max_units) < lengths[..., None]
+    place = np.broadcast_to(np.arange(data.length), (data.batch_size, data.length))
+    segments = (1 + (place >= 7)) * (place < rng.integers(9, 17, (data.batch_size, 1)))
+    batch = {
+        "words": units[:, :-1],
+        "lengths": lengths[:, :-1],
+        "targets": units[:, 1:],
+        "target_lengths": lengths[:, 1:],
+        "positions": np.where(place < 7, place, place - 7),
+        "segments": segments,
+        "mask": segments > 0,
+        "bytes": lengths[:, 1:] + 1,
+    }
+    return Case(WordPooling(model=model), data, typed(data, batch))
+
+
+TASKS = {"word_pooled": case}
+
+CAUSAL_LMS = {
+    "word_pooled_plain": lambda: Decoder(PlainConfig(**causal_lms.SIZES | {"rotary_fraction": 0.0}, mlp_dim=64))
+}
 
 TINY = WordPooledConfig(
     vocab_size=19,
@@ -205,8 +252,7 @@ def test_numbers_of_parameters():
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name):
     experiment = load_config(Path(__file__).parents[2] / f"configs/lm/word_pooled_{name}.py")
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in experiment.data.batch_spec().items()}
-    params = jax.eval_shape(lambda: experiment.task.init(jax.random.key(0), batch))
+    params = jax.eval_shape(lambda: experiment.task.init(jax.random.key(0), zeros(experiment.data)))
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)) == formula(PUBLISHED[name])
     assert experiment.task.tokenizer == experiment.data.tokenizer and experiment.task.rule == experiment.data.rule
 
@@ -376,12 +422,10 @@ def test_configs_that_cannot_be():
 
 
 def test_inputs_that_cannot_be():
-    word = np.zeros((1, 1, 1), np.int32)
-    batch = {"words": word, "lengths": word[..., 0], "targets": word}
     with pytest.raises(ValueError, match="vocab_size is 19, but bytes are units up to 258"):
-        WordPooling(model=TINY).init(jax.random.key(0), batch)
-    with pytest.raises(ValueError, match=r"data\.max_units is 1, but model\.max_units is 5"):
-        WordPooling(model=dataclasses.replace(TINY, vocab_size=384)).init(jax.random.key(0), batch)
+        WordPooling(model=TINY).fit(None)
+    with pytest.raises(ValueError, match=r"data\.max_units is 1, but task\.model\.max_units is 5"):
+        WordPooling(model=dataclasses.replace(TINY, vocab_size=384)).fit(WordUnitText(max_units=1))
     with pytest.raises(ValueError, match="rule is 'other'; it can be paper"):
         WordPooling(model=TINY, rule="other")
     words, lengths = random_words(TINY, 1, 3, width=6)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tasks import text
+from tiny import text
 
 from jaxtok.configuration import load_config
 from jaxtok.lm.decoder import init_params

@@ -16,7 +16,6 @@ from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.training import loop
 from jaxtok.training.checkpoints import load
-from jaxtok.training.experiment import resolve
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import train
 
@@ -28,7 +27,14 @@ def equal(a, b) -> bool:
 
 def numbers(directory):
     """The logged numbers that do not depend on the clock."""
-    clock = ("seconds_per_step", "tokens_per_second", "images_per_second", "fraction_of_peak", "train_seconds")
+    clock = (
+        "seconds_per_step",
+        "tokens_per_second",
+        "words_per_second",
+        "images_per_second",
+        "fraction_of_peak",
+        "train_seconds",
+    )
     return [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(directory)]
 
 
@@ -160,12 +166,12 @@ def test_growth_keeps_the_validation_loss(experiment):
 
 
 def test_the_model_takes_the_tokenizers_vocabulary(short):
-    assert resolve(short).task.model.vocab_size == 384
+    assert short.fitted().task.model.vocab_size == 384
     small = dataclasses.replace(short.task, model=dataclasses.replace(short.task.model, vocab_size=128))
     with pytest.raises(ValueError, match="vocab_size"):
-        resolve(dataclasses.replace(short, task=small))
+        dataclasses.replace(short, task=small).fitted()
     with pytest.raises(ValueError, match=r"data\.length"):
-        resolve(dataclasses.replace(short, data=dataclasses.replace(short.data, length=128)))
+        dataclasses.replace(short, data=dataclasses.replace(short.data, length=128)).fitted()
 
 
 def test_a_model_without_parameter_tokens_does_not_grow(experiment):

@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
+from jaxtok.convert import convert
 from jaxtok.data.text import TextData
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
@@ -21,7 +23,17 @@ from jaxtok.training.loop import initial_state, make_train_step, train
 from jaxtok.training.lora import Lora
 from jaxtok.training.mesh import MeshConfig, one_device
 from jaxtok.training.optimizer import OptimizerConfig
-from jaxtok.verbs import adapt, convert, evaluate, generate, open_model
+from jaxtok.verbs import adapt, evaluate, generate, open_model
+
+
+def case() -> tiny.Case:
+    """The adapter's matrices have no axis of their own that a mesh divides: only that of their parameter."""
+    config = LoraConfig(rank=2, targets=(r".*/kernel", "embedding", "head_matrix"), saved=(r"final_norm/.*",))
+    base = tiny.text(LlamaConfig(**tiny.SIZES, num_kv_heads=2, mlp_dim=32, tie_embeddings=False))
+    return dataclasses.replace(base, task=Lora(task=base.task, lora=config))
+
+
+TASKS = {"lora": case}
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,6 @@ import pytest
 
 from jaxtok.training import distributed
 from jaxtok.training.checkpoints import load, write_config
-from jaxtok.training.experiment import resolve
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
@@ -28,7 +27,7 @@ LOCAL = Path(__file__).parents[2] / "tpu_scripts" / "local.sh"
 
 def start(processes, experiment, *options):
     """Starts `jaxtok train` in so many processes, with the config read from the run's folder."""
-    write_config(Path(experiment.workdir), resolve(experiment))
+    write_config(Path(experiment.workdir), experiment.fitted())
     env = os.environ | {
         "JAXTOK": f"{sys.executable} -m jaxtok.cli",
         "JAX_PLATFORMS": "cpu",

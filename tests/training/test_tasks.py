@@ -1,28 +1,153 @@
 """What every Task promises beside training, which tests/training/test_mesh.py looks at."""
 
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import inspect
+import pkgutil
+import re
+
+import chex
 import jax
 import numpy as np
 import pytest
-from tasks import TASKS
+from collector import collect
+from tiny import check_spec, with_model, zeros
 
+import jaxtok
+from jaxtok import protocols
+from jaxtok.data.codes import CodeData
+from jaxtok.data.images import ImageData
+from jaxtok.data.text import TextData
+from jaxtok.data.words import WordText
+from jaxtok.protocols import Task, add_up
+from jaxtok.training.experiment import Experiment
+from jaxtok.training.loop import train
 from jaxtok.training.mesh import unboxed
 
+TASKS = collect("TASKS")
+
+OF_A_BATCH = ("slots",)
+"""Metrics that are means over batches, whatever is in them (MrT5's places, which the longest row of a batch sets)."""
+
+
+@functools.cache
+def started(name):
+    """A case, and parameters of its shapes, none of which is zero (made without compiling `init`)."""
+    case, rng = TASKS[name](), np.random.default_rng(0)
+    shapes = unboxed(jax.eval_shape(case.task.init, jax.random.key(0), case.batch))
+    return case, jax.tree.map(lambda x: (0.2 * rng.normal(size=x.shape)).astype(x.dtype), shapes)
+
+
+def inner(task):
+    """The task, or that which a wrapper trains."""
+    return getattr(task, "task", task)
+
+
+def halves(batch):
+    rows = len(batch["mask"]) // 2
+    return [{name: x[:rows] for name, x in batch.items()}, {name: x[rows:] for name, x in batch.items()}]
+
 
 @pytest.mark.parametrize("name", TASKS)
-def test_evaluation_is_a_mean_over_what_counts(name):
-    """Two batches that are the same have the loss of one; and the numbers are plain ones."""
-    case = TASKS[name]()
-    params = unboxed(jax.jit(case.task.init)(jax.random.key(0), case.batch))
-    once = case.task.evaluate(params, [case.batch])
-    twice = case.task.evaluate(params, [case.batch, case.batch])
-    assert once.keys() == twice.keys() and all(isinstance(number, float) for number in once.values())
-    assert 0 < once["loss"] < 100 and np.isfinite(list(once.values())).all()
-    # what is drawn (masks, tables, gates) depends on the number of the batch
-    drawn = name in ("electra", "masked_words", "byte2word", "bert_whole_words", "lexinvariant", "elm_masked", "bae")
-    assert twice["loss"] == pytest.approx(once["loss"], rel=0.5 if drawn else 1e-6)
+def test_an_evaluation_adds_up(name, monkeypatch):
+    """Over two halves of a batch it is the same as over the whole, and each shape of a batch is compiled once.
+
+    The numbers have the names that the docstring of `metrics` says.
+    """
+    case, params = started(name)
+    parts = halves(case.batch)
+    traced = chex.assert_max_traces(lambda task, *args: task.sums(*args), n=1 if case.drawn else 2)
+    monkeypatch.setattr(protocols, "_compiled_sums", jax.jit(traced, static_argnums=0))
+    found = case.task.evaluate(params, parts)
+    chex.assert_tree_all_finite(found)
+    assert all(type(number) is float for number in found.values()) and 0 < found["loss"] < 200
+    documented = re.findall(r"\w+", inspect.getdoc(type(inner(case.task)).metrics))
+    assert found.keys() <= set(documented)
+    assert case.task.evaluate(params, parts) == found  # what is drawn is the same each time
+    one, other = (case.task.batch_sums(params, part, jax.random.key(0)) for part in parts)
+    chex.assert_tree_all_finite((one, other))
+    chex.assert_trees_all_equal_shapes_and_dtypes(one, other)
+    assert case.task.counted in one
+    if not case.drawn:
+        whole = case.task.evaluate(params, [case.batch])
+        less = [{k: v for k, v in numbers.items() if k not in OF_A_BATCH} for numbers in (whole, found)]
+        chex.assert_trees_all_close(*less, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_work_is_counted(name):
+def test_an_evaluation_of_nothing_is_refused(name):
     case = TASKS[name]()
-    assert case.task.flops(case.batch) > 1000
+    with pytest.raises(ValueError, match=f"the evaluation data hold no {case.task.counted} that count; choose"):
+        inner(case.task).evaluate({}, [])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_batches_and_work(name):
+    """The case's batch is what its data say, and work is counted from shapes."""
+    case = TASKS[name]()
+    check_spec(case.batch, case.data)
+    assert case.task.flops(case.batch) == case.task.flops(zeros(case.data)) > 1000
+
+
+def test_every_task_of_the_package_is_here():
+    for package in ("lm", "vision", "training"):
+        for module in pkgutil.iter_modules([f"{jaxtok.__path__[0]}/{package}"], f"jaxtok.{package}."):
+            importlib.import_module(module.name)
+
+    def below(kind):
+        return {kind}.union(*map(below, kind.__subclasses__()))
+
+    known = {kind for kind in below(Task) if kind.__module__.startswith("jaxtok.") and not inspect.isabstract(kind)}
+    assert known == {type(make().task) for make in TASKS.values()}
+
+
+def refused(experiment, message):
+    """By the verb that trains, before anything is written."""
+    with pytest.raises(ValueError, match=message):
+        train(experiment, quiet=True)
+    assert not experiment.directory.exists()
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_fits_its_data_or_refuses_them(name, tmp_path):
+    """What is open is taken from the data, once; what is too small for them is refused."""
+    case = TASKS[name]()
+    model = inner(case.task).model
+
+    def experiment(data=case.data, **fields):
+        return Experiment(task=with_model(case.task, **fields), data=data, workdir=str(tmp_path / "run"))
+
+    fitting = {}
+    if isinstance(case.data, TextData) and hasattr(model, "vocab_size"):
+        fitting = {"vocab_size": 0}
+        found = inner(experiment(vocab_size=0).fitted().task).model.vocab_size
+        assert found == -(-case.data.loaded_tokenizer.vocab_size // 128) * 128
+        message = r"task\.model\.vocab_size is \d+, but (the tokenizer \w+ has|bytes are units up to) \d+"
+        refused(experiment(vocab_size=64), message)
+        longer = dataclasses.replace(case.data, length=model.max_length + 8)
+        refused(
+            experiment(longer, vocab_size=0), r"data\.length is \d+, more than task\.model\.max_length = \d+; lower"
+        )
+    elif isinstance(case.data, WordText) and hasattr(model, "max_units"):
+        refused(experiment(max_units=9), r"data\.max_units is 5, but task\.model\.max_units is 9; make them equal")
+    elif isinstance(case.data, ImageData) and hasattr(model, "num_classes"):
+        fitting = {"num_classes": 10}
+        refused(experiment(), r"task\.model\.num_classes is 4, but the data have 10 classes \(0, 1, 2,")
+    elif isinstance(case.data, CodeData):
+        other = dataclasses.replace(case.data, grid=9)
+        refused(experiment(other), r"task\.model\.grid is 4, but data\.grid is 9; make them equal")
+        return  # the rest of its data are files of codes: tests/data/test_codes.py
+    fitted = experiment(**fitting).fitted()
+    assert fitted.fitted() == fitted
+
+
+def test_sums_are_added_up_in_float64():
+    parts = [{"nats": jax.numpy.float32(1e-4), "words": 2.0**24, "each": np.ones(2)} for _ in range(3)]
+    found = add_up(parts, "words")
+    assert found["words"] == 3 * 2**24 and found["nats"] == pytest.approx(3e-4)
+    np.testing.assert_array_equal(found["each"], [3, 3])
+    with pytest.raises(ValueError, match="no words that count"):
+        add_up([{"words": 0.0}], "words")

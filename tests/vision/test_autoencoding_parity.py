@@ -19,6 +19,7 @@ from jaxtok.interop.vqgan import (
 from jaxtok.nn import convolution
 from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.nn.quantizers import BinaryQuantizer, GumbelQuantizer, NearestQuantizer
+from jaxtok.protocols import ArraySpec
 from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.loop import TrainState, make_train_step
 from jaxtok.training.mesh import one_device
@@ -367,7 +368,10 @@ class Shapes:
         self.batch_size, self._shape = shape[0], shape
 
     def batch_spec(self):
-        return {"images": (self._shape, np.float32), "mask": ((self.batch_size,), np.float32)}
+        return {
+            "images": ArraySpec(self._shape, np.float32, ("batch", None, None, None)),
+            "mask": ArraySpec((self.batch_size,), np.float32, ("batch",)),
+        }
 
 
 @pytest.mark.parity("vqgan_bae_bricks/gan_train*.npz")

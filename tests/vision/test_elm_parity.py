@@ -102,7 +102,7 @@ def test_generation(golden, parity):
         sampling = ElmSampling(
             guidance=options["cfg_scale"],
             schedule=options["schedule"],
-            top_k=options["top_k"],
+            top_k=options["top_k"] or 0,
             temperature=options["temperature"],
         )
         given = {name: golden[f"in/gen{number}_{name}"] for name in ("labels", "u")}
@@ -126,7 +126,7 @@ def run_masked(task, params, codes, labels, masked, hamming=0):
     batch = {"codes": codes, "labels": labels, "mask": jnp.ones(len(codes))}
 
     def loss(params):
-        total, count = task.sums(params, batch, masked)
+        total, count = task.masked_nats(params, batch, masked)
         logits = MaskedElm(task.model).apply({"params": params}, codes, labels, masked)
         return total / count, logits
 

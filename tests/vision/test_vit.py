@@ -8,12 +8,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import Case
 
+from jaxtok.data.images import ImageData
 from jaxtok.lm.decoder import init_params
 from jaxtok.lm.growth import Growth, grow
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts, uniform_counts
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.vit import PUBLISHED, LinearViTConfig, TokenFormerViTConfig, ViT, patchify
+
+
+def case() -> Case:
+    model = TokenFormerViTConfig(
+        image_size=8, patch_size=4, num_classes=4, num_layers=2, d_model=16, num_heads=8, tokens=uniform_counts(16, 32)
+    )
+    data = ImageData(images="digits", size=8, batch_size=8)
+    rng = np.random.default_rng(0)
+    batch = {
+        "images": rng.integers(0, 256, (8, 8, 8, 3), dtype=np.uint8),
+        "labels": rng.integers(0, 4, 8).astype(np.int32),
+        "mask": np.ones(8, np.float32),
+    }
+    return Case(ImageClassification(model=model), data, batch, {"sequence": "an image is 4 patches and a token"})
+
+
+TASKS = {"tokenformer_vit": case}
 
 SMALL = {"num_layers": 2, "d_model": 32, "num_heads": 2, "image_size": 8, "patch_size": 4, "num_classes": 10}
 TOKENFORMER = TokenFormerViTConfig(**SMALL, tokens=TokenCounts(query=20, key=24, value=28, output=36, ffn=48))

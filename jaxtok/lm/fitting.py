@@ -1,0 +1,34 @@
+"""What language models take from their data, and which data they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar
+
+from jaxtok.data.text import TextData
+
+T = TypeVar("T")
+
+
+def fit_text(task: T, data: Any) -> T:
+    """A task on rows of text, with its model's vocabulary taken from the tokenizer where it is open (0).
+
+    Raises:
+      ValueError: the tokenizer has more ids than the model, or a row is longer than the model's context.
+    """
+    if not isinstance(data, TextData):
+        return task
+    model, ids = task.model, data.loaded_tokenizer.vocab_size
+    if not model.vocab_size:
+        model = dataclasses.replace(model, vocab_size=-(-ids // 128) * 128)
+    if model.vocab_size < ids:
+        raise ValueError(
+            f"task.model.vocab_size is {model.vocab_size}, but the tokenizer {data.tokenizer} has {ids} "
+            "ids; raise it, or set 0 to take the tokenizer's."
+        )
+    if data.length > model.max_length:
+        raise ValueError(
+            f"data.length is {data.length}, more than task.model.max_length = {model.max_length}; "
+            "lower the first or raise the second."
+        )
+    return task if model is task.model else dataclasses.replace(task, model=model)
