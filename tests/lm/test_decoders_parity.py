@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtok.decoding.sampling import Sampling, generate
+from jaxtok.decoding import Sampling, generate
 from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, rope_from_json
 from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.gpt2 import GPT2Config
@@ -124,11 +124,11 @@ def test_left_padded_rows(golden, parity):
             params,
             [row.tolist() for row in rows],
             max_new_tokens=count,
-            sampling=Sampling(temperature=0),
+            chooser=Sampling(temperature=0),
             stop_tokens=stops,
         )
         theirs = golden[name][:, ids.shape[1] :]
-        ours = np.array([row + [pad] * (count - len(row)) for row in new])[:, : theirs.shape[1]]
+        ours = np.array([row + [pad] * (count - len(row)) for row in new.tokens])[:, : theirs.shape[1]]
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -160,9 +160,7 @@ def test_folder(golden, parity, request):
         parity(f"logits of text {k}", apply(config, params, np.array([ids[k]]))[0][0], golden[f"out/logits_{k}"])
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     rows = [ids[k] for k in golden["in/gen_rows"]]
-    new = generate(
-        Decoder(config), params, rows, max_new_tokens=12, sampling=Sampling(temperature=0), stop_tokens=stops
-    )
+    new = generate(Decoder(config), params, rows, max_new_tokens=12, chooser=Sampling(temperature=0), stop_tokens=stops)
     width = golden["out/gen_ids"].shape[1] - 12
-    for row, expected in zip(new, golden["out/gen_ids"][:, width:]):
+    for row, expected in zip(new.tokens, golden["out/gen_ids"][:, width:]):
         assert row == expected[: len(row)].tolist()

@@ -235,7 +235,7 @@ def test_generation_keeps_each_rows_table(model):
     params, prompts = noisy_params(model), some_tokens(length=6).tolist()
 
     def continued(model):
-        rows = generate(model, params, prompts, max_new_tokens=8, sampling=Sampling(temperature=0))
+        rows = generate(model, params, prompts, max_new_tokens=8, chooser=Sampling(temperature=0)).tokens
         return np.array([prompt + row for prompt, row in zip(prompts, rows)])
 
     found = continued(model)
