@@ -18,6 +18,15 @@ import tyro
 
 T = TypeVar("T")
 
+MOVED: dict[str, str] = {}
+"""Types that stored configs name and that have moved: "module:Class", as it was stored -> as it is now.
+
+What has changed in a dataclass, it says itself, in class variables that its subclasses inherit:
+  RENAMED: ClassVar[dict[str, str]]  fields that have another name now: the old name -> the new one
+  RETIRED: ClassVar[dict[str, Any]]  fields that are no more: name -> the value at which a stored one is left out; any
+                                     other value raises
+"""
+
 
 def load_config(path: str | Path) -> Any:
     """The `config` that a Python file defines.
@@ -66,22 +75,48 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The inverse of `to_json`. Fields that the class no longer has raise; fields it has gained take their default."""
+    """The inverse of `to_json`, also of what an older version wrote. Fields that a class has gained take their default.
+
+    Raises:
+      ValueError: the class is unknown, or does not have a field.
+    """
     if isinstance(value, list):
         return tuple(from_json(v) for v in value)
     if not isinstance(value, dict):
         return value
-    module, _, name = value["type"].partition(":")
-    if module.split(".")[0] == "jaxtok":
-        importlib.import_module(module)
-    cls = getattr(sys.modules.get(module), name, None)
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
-        raise ValueError(f"the stored config names {value['type']}, which is unknown here; import its module first.")
+    cls = _named(value["type"])
+    renamed, retired = _of_classes(cls, "RENAMED"), _of_classes(cls, "RETIRED")
+    fields = {renamed.get(k, k): from_json(v) for k, v in value.items() if k != "type"}
     known = {f.name for f in dataclasses.fields(cls)}
-    fields = {k: v for k, v in value.items() if k != "type"}
+    for name in [name for name in fields if name not in known and name in retired]:
+        if (stored := fields.pop(name)) != retired[name]:
+            raise ValueError(
+                f"the stored config gives {cls.__name__} the field {name} = {stored!r}, which it no longer has; "
+                f"only {retired[name]!r} can still be read."
+            )
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"the stored config gives {name} the fields {', '.join(unknown)}, which it does not have.")
-    return cls(**{k: from_json(v) for k, v in fields.items()})
+        raise ValueError(f"the stored config gives {cls.__name__} the fields {', '.join(unknown)}; it has no such.")
+    return cls(**fields)
+
+
+def _named(name: str) -> type:
+    """The dataclass of a type's name, by its newest name."""
+    module, _, cls_name = MOVED.get(name, name).partition(":")
+    if module.split(".")[0] == "jaxtok":
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not module.startswith(error.name or "?"):  # a library is missing, not the module
+                raise
+    cls = getattr(sys.modules.get(module), cls_name, None)
+    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+        raise ValueError(f"the stored config names {name}, which is unknown here; import its module first.")
+    return cls
+
+
+def _of_classes(cls: type, table: str) -> dict[str, Any]:
+    """A table of a dataclass with those of the classes that it inherits from."""
+    return {k: v for base in reversed(cls.__mro__) for k, v in vars(base).get(table, {}).items()}
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
