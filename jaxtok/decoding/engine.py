@@ -363,17 +363,22 @@ class Engine:
             token, chooser = self.chooser.choose(allowed, keys, walk.chooser)
             logprob = jnp.take_along_axis(here, token[..., None], -1)[..., 0] - jax.nn.logsumexp(here, -1)
             logprob = logprob.reshape(batch, -1).sum(-1)
-            place = jnp.where(walk.going, walk.count, nodes)
             count = walk.count + walk.going
             stopped = walk.going & jnp.isin(token, state.stop).reshape(batch, -1).any(-1)
             fits = valid & (parents == walk.node[:, None])
             fits &= (tokens == token[:, None]).reshape(batch, nodes, -1).all(-1)
+
+            def put(array, value):
+                if nodes == 1:  # the only place; what is in that of a row that waits is not read
+                    return value[:, None]
+                return array.at[rows, jnp.where(walk.going, walk.count, nodes)].set(value, mode="drop")
+
             return _Walk(
                 node=jnp.argmax(fits, -1).astype(jnp.int32),
                 going=walk.going & ~stopped & fits.any(-1) & (count < most),
-                path=walk.path.at[rows, place].set(walk.node, mode="drop"),
-                chosen=walk.chosen.at[rows, place].set(token, mode="drop"),
-                logprobs=walk.logprobs.at[rows, place].set(logprob, mode="drop"),
+                path=put(walk.path, walk.node),
+                chosen=put(walk.chosen, token),
+                logprobs=put(walk.logprobs, logprob),
                 count=count,
                 stopped=walk.stopped | stopped,
                 chooser=jax.tree.map(functools.partial(_of_rows, walk.going), chooser, walk.chooser),

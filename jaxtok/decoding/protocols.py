@@ -142,7 +142,7 @@ class Evictor(Protocol):
 
 def keep_slots(
     index: Int[Array, " *leading kept"], rows: Bool[Array, " batch"], length: Int[Array, " batch"], size: int
-) -> tuple[Int[Array, " *leading kept"], Int[Array, " batch"]]:
+) -> tuple[Int[Array, " *leading size"], Int[Array, " batch"]]:
     """What `KVCache.gather` takes, to keep the slots `index` in these rows, and in others all that are in use.
 
     Args:

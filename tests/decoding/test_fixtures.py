@@ -93,7 +93,7 @@ def test_tree_walks(golden):
     engine = Engine(model=Table(None), chooser=Uniforms(), drafter=Tree(nodes))
     state = engine.begin(
         None,
-        np.zeros((rows, 1)),
+        np.zeros((rows, 1), np.int32),
         new=nodes,
         rng=jax.random.key(0),
         chooser=(jnp.zeros(rows, jnp.int32), jnp.asarray(uniforms, jnp.float32)),

@@ -23,6 +23,7 @@ CHAR = LlamaStack(num_layers=1, d_model=16, num_heads=2, mlp_dim=24)
 BIDIRECTIONAL = LlamaStack(num_layers=1, d_model=16, num_heads=2, mlp_dim=24, causal=False)
 WORDS = {"d_model": 16, "num_layers": 1, "num_heads": 2, "unit_layers": 1, "encoder_heads": 2, "encoder_mlp_dim": 16}
 BYT5 = byt5(16, 24, 1, 1, 2)
+MRT5 = mrt5(BYT5, gate_layer=0)
 WORD = jnp.zeros((1, 1, 6), jnp.int32)
 
 
@@ -50,7 +51,7 @@ GENERATORS = {
     "released hat": released_hat,
     "learn your tokens": learn_your_tokens,
     "byt5": lambda: (SequenceToSequence(model=BYT5), lambda key: t5.init_params(BYT5, key)),
-    "mrt5": lambda: (MrT5Training(model=mrt5(BYT5)), lambda key: t5.init_params(mrt5(BYT5), key)),
+    "mrt5": lambda: (MrT5Training(model=MRT5), lambda key: t5.init_params(MRT5, key)),
 }
 PROMPTS = [b"one two", b"a b c d e f", "naïve".encode()]
 MOST = 23
