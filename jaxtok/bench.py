@@ -30,7 +30,7 @@ import rich.table
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxtok.data.text import TextData
-from jaxtok.decoding.sampling import Sampling, generate
+from jaxtok.decoding import Sampling, generate
 from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.mrt5 import PUBLISHED as MRT5
@@ -265,7 +265,7 @@ def image_generation(model: ElmConfig, seconds: float, batches: tuple[int, ...] 
     """Guided images, code by code, with the cache; and as without one, where each position is a pass over the whole
     image (one such pass is timed)."""
     params = jax.jit(functools.partial(init_elm, model))(jax.random.key(0))
-    sampling = ElmSampling(guidance=2.0, top_k=None)
+    sampling = ElmSampling(guidance=2.0, top_k=0)
 
     @jax.jit
     def whole(params, codes, labels, rng):
@@ -311,7 +311,7 @@ def decode(case: Case, seconds: float, new_tokens: int = 24, chunk: int = 8) -> 
                 params,
                 [[1]] * batch,
                 max_new_tokens=new_tokens,
-                sampling=Sampling(temperature=0),
+                chooser=Sampling(temperature=0),
                 on_tokens=lambda _: clock.append(time.perf_counter()),
                 chunk=chunk,
             )

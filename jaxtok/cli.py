@@ -24,7 +24,7 @@ jaxtok {version}: systems about tokens, in JAX
   jaxtok generate RUN         continue prompts
   jaxtok grow RUN             a new run whose model has more parameter tokens
   jaxtok adapt RUN            a new run that trains a LoRA adapter of a model
-  jaxtok convert FROM TO      checkpoints from and to the authors' layout
+  jaxtok convert FROM TO      models from and to the formats of others
   jaxtok tokenizer FILE       train a SentencePiece tokenizer on a corpus
   jaxtok vision VERB          tokenize, reconstruct and generate images; statistics of their tokens
   jaxtok study CONFIG         an experiment with its baselines: table and plot
@@ -221,9 +221,9 @@ def _adapt(arguments: list[str]) -> int:
 
 
 def _convert(arguments: list[str]) -> int:
-    from jaxtok import verbs
+    from jaxtok.convert import convert
 
-    print(_call(verbs.convert, "convert", arguments))
+    print(_call(convert, "convert", arguments))
     return 0
 
 
@@ -243,8 +243,6 @@ def _vision(arguments: list[str]) -> int:
         "generate": vision_verbs.generate,
         "statistics": vision_verbs.statistics,
         "attention": vision_verbs.attention,
-        "import": vision_verbs.import_weights,
-        "export": vision_verbs.export_weights,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: jaxtok vision VERB ...\n")
@@ -254,7 +252,10 @@ def _vision(arguments: list[str]) -> int:
         return 0
     if arguments[0] not in known:
         return _fail(f"there is no verb {arguments[0]!r} of vision; use {', '.join(known)}.")
-    result = _call(known[arguments[0]], f"vision {arguments[0]}", arguments[1:])
+    if arguments[0] == "generate":  # whose options are also those of the run
+        result = vision_verbs.generate_from_arguments(arguments[1:])
+    else:
+        result = _call(known[arguments[0]], f"vision {arguments[0]}", arguments[1:])
     if isinstance(result, dict):
         _show(result)
     else:

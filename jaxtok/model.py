@@ -24,6 +24,8 @@ class Model:
     """Ids that begin every text."""
     ends: tuple[int, ...] = ()
     """Ids after any of which a text has ended."""
+    pad: int | None = None
+    """The id that fills rows up, where there is one."""
     path: Path | None = None
     """Where it was read from."""
     step: int = 0

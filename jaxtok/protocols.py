@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -33,7 +33,8 @@ bytes      int32    how many bytes of text the target stands for (0 for special 
 
 A batch of images has
 
-images     uint8    [batch, height, width, channels]; or float32 in [0, 1], where that is so
+images     uint8    [batch, height, width, channels]; or float32 in [0, 1], where that is so. Volumes have a depth,
+                    [batch, depth, height, width, channels]
 labels     int32    [batch], the class
 mask       float32  [batch], 1 where the image counts, 0 where it only fills the batch
 
@@ -69,15 +70,50 @@ class Tokenizer(Protocol):
         ...
 
 
+class Cache(Protocol):
+    """What a causal model keeps of the tokens before: a pytree of static shapes; rows have lengths of their own.
+
+    `init_cache` makes it empty, and `apply` returns it with the new tokens in it. `jaxtok.nn.cache.KVCache` has slots
+    with keys and values; the state of a state-space model has none, and is not rewindable.
+    """
+
+    length: jax.Array
+    """[batch] int32: how many tokens each row has taken, and not dropped since."""
+    rewindable: bool
+    """Whether `truncate` and `gather` are possible; otherwise they raise a ValueError."""
+
+    @property
+    def next_position(self) -> jax.Array:
+        """[batch] int32: one above the largest position of each row. Dropping earlier tokens does not change it."""
+        ...
+
+    def truncate(self, length: jax.Array) -> Cache:
+        """Forgets what each row took after its first `length` [batch] tokens; never lengthens."""
+        ...
+
+    def gather(self, index: jax.Array, count: jax.Array | None = None) -> Cache:
+        """Keeps the slots `index` [batch, kept] of each row, in that order, with their positions.
+
+        With an index [layers, batch, kept] or [layers, batch, heads, kept] these differ. `count`, of the shape of the
+        index but its last dimension or [batch], says how many of them hold something; default: all.
+        """
+        ...
+
+
 class CausalLM(Protocol):
     """A Linen module from tokens [batch, length] to next-token logits [batch, length, vocab].
 
     Used with explicit parameters, as `model.apply({"params": params}, tokens, ...)`. `method="embed"`, `"hidden"` and
-    `"head"` give the parts: `head(hidden(embed(tokens)))` is the whole.
+    `"head"` give the parts: `head(hidden(embed(tokens)))` is the whole. `hidden` takes the options of `apply`, and
+
+    layers  (a, b): only the layers from number a on and before number b run. With a > 0, the input is what earlier
+            layers gave for the same tokens. What belongs to the embeddings (positions, dropout) is applied where a = 0,
+            and the final norm after the last layer: `layers=(count, count)` is the final norm alone. With a cache,
+            a = 0 gives it new tokens; otherwise they are its newest ones, and those layers that run are written.
     """
 
     config: Any
-    """Has at least `vocab_size` and `max_length`."""
+    """Has at least `vocab_size`, `max_length` and `num_layers`."""
 
     def apply(
         self,
@@ -86,15 +122,25 @@ class CausalLM(Protocol):
         *,
         positions: jax.Array | None = None,
         segments: jax.Array | None = None,
+        mask: jax.Array | None = None,
         cache: Any | None = None,
         deterministic: bool = True,
         **kwargs: Any,
     ) -> tuple[jax.Array, Any]:
-        """Returns logits and the cache, with the new tokens appended (None if none was given)."""
+        """Returns logits and the cache, with the new tokens appended (None if none was given).
+
+        Args:
+          positions: [batch or 1, length] int32; default: 0, 1, ..., or from the cache's `next_position` on. With a
+            cache, a token at position -1 is padding: it leaves no trace, and its logits mean nothing.
+          segments: [batch, length] int32; tokens see those of their own segment only. Not together with a cache.
+          mask: [batch or 1, length, length] bool, who sees whom among these tokens, in place of "those up to itself":
+            a draft tree, with positions by depth. Each also sees what the cache holds at its position or before, and in
+            either case no farther back than a window reaches.
+        """
         ...
 
     def init_cache(self, batch: int, length: int) -> Any:
-        """An empty `KVCache` with room for `length` tokens in each of `batch` rows."""
+        """An empty `Cache` with room for `length` tokens in each of `batch` rows."""
         ...
 
 
@@ -306,6 +352,10 @@ class Format(Protocol):
     """Somebody else's layout of files. One table of names, with transposes and splits, serves both directions."""
 
     name: str
+    holds: str
+    """The kinds of models, for messages."""
+    is_file: bool
+    """Whether it is one file; else it is a folder."""
 
     def owns(self, task: Task) -> bool:
         """Whether a model of this task can be written in this format."""
@@ -316,37 +366,107 @@ class Format(Protocol):
         ...
 
     def read(self, path: Path, like: Task | None = None) -> Any:
-        """A `jaxtok.model.Model`. `like` says the sizes, where the files are bare tensors."""
+        """A `jaxtok.model.Model`.
+
+        `like` says the sizes, where the files are bare tensors; else its other settings are taken. `data` is None where
+        the files do not say what the model was trained on.
+        """
         ...
 
     def write(self, path: Path, model: Any, **options: Any) -> Path:
-        """Writes a `jaxtok.model.Model`; the inverse of `read`."""
+        """Writes a `jaxtok.model.Model`; the inverse of `read`. A failure leaves nothing at the path.
+
+        Options that are not its own are passed over.
+        """
+        ...
+
+
+@runtime_checkable
+class ImageSource(Data, Protocol):
+    """Data whose batches are of images or volumes, for what looks at the images of a split one by one."""
+
+    classes: tuple[str, ...]
+    """Names of the classes, by label; empty where there are none."""
+    flip: bool
+    """Whether training may show the mirror image, left to right, in place of an image."""
+    eval_limit: int
+    """Batches in an evaluation, of images from all over the split; 0: the whole split."""
+
+    def count(self, split: str) -> int:
+        """How many images the split has."""
         ...
 
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """Images to grids of codes and back: a Task, whose parameters are what `init` makes."""
+    """Images or volumes to codes and back: a Task, whose parameters are what `init` makes.
 
-    image_size: int
-    """Side of the images in pixels."""
-    grid: tuple[int, int]
-    """Rows and columns of positions; position n is row-major."""
-    sub_codes: int
-    """Codes at each position."""
-    vocab_size: int
-    """Values of each of them."""
+    An image has one or several sub-codes at each of its positions. Codes are int32 [batch, positions, sub_codes]:
+    positions are those of `code_shape` in row-major order, and sub-code i is in 0..code_values[i] - 1.
+    """
+
+    image_shape: tuple[int, ...]
+    """(height, width, channels) of an image, or (depth, height, width, channels) of a volume."""
+    code_shape: tuple[int, ...]
+    """Of the positions of an image: (rows, columns), (depth, rows, columns), or (length,) of a row of codes."""
+    code_values: tuple[int, ...]
+    """How many values each sub-code of a position has; its length is the number of sub-codes."""
+    prefixes: tuple[int, ...]
+    """If the codes are ordered: how many of an image's first positions can be decoded without the rest, rising; the
+    last of them is all positions. Empty where only whole images can be decoded."""
+    draws_codes: bool
+    """Whether codes are drawn by the tokenizer's definition, so that `encode` needs a key."""
+    draws_images: bool
+    """Whether images are drawn given their codes (rectified flow, diffusion), so that `decode` needs a key."""
 
     def encode(self, params: Params, images: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """Codes int32 [batch, positions, sub_codes] of images [batch, height, width, channels] in [0, 1].
+        """Codes of images float32 [batch, *image_shape] in [0, 1].
 
-        Without a key, the same images have the same codes; a tokenizer whose codes are drawn by its definition raises
-        a ValueError that says so.
+        Without a key, the same images have the same codes. A ValueError tells images of another shape or type, and that
+        a key is needed.
         """
         ...
 
-    def decode(self, params: Params, codes: jax.Array) -> jax.Array:
-        """Images [batch, height, width, channels] in float32, not limited to [0, 1]."""
+    def decode(self, params: Params, codes: jax.Array, rng: jax.Array | None = None) -> jax.Array:
+        """Images float32 [batch, *image_shape], not limited to [0, 1], of codes of whole images or of a prefix of them.
+
+        An image depends on its own codes, the key and its place in the batch only. A ValueError tells codes of another
+        shape or out of range, and that a key is needed.
+        """
+        ...
+
+
+OnProgress = Callable[[float], None]
+"""Called from time to time with the share of the work that is done, the last time with 1."""
+
+
+@runtime_checkable
+class ImageGenerator(Protocol):
+    """A Task whose model draws codes of images, which the `ImageTokenizer` of these codes decodes."""
+
+    code_shape: tuple[int, ...]
+    """Of the positions that are drawn; that of the tokenizer, or (n,), where n is one of the tokenizer's prefixes."""
+    code_values: tuple[int, ...]
+    """How many values each sub-code has. Their product is that of the tokenizer's: `jaxtok.data.codes.regroup`."""
+    num_classes: int
+    """0: the model knows no classes."""
+    sampling: type
+    """A frozen dataclass of the options of a draw, each with its default."""
+
+    def draw(
+        self,
+        params: Params,
+        conditions: Sequence[int | None],
+        rng: jax.Array,
+        *,
+        sampling: Any = None,
+        on_progress: OnProgress | None = None,
+    ) -> jax.Array:
+        """Codes int32 [batch, positions, sub_codes], an image for each condition: a class, or None for no class.
+
+        An image depends on its condition, the key and its place in the batch only. `sampling` is an instance of the
+        class of that name (None: its defaults). A ValueError tells conditions that are out of range.
+        """
         ...
 
 
@@ -355,7 +475,27 @@ class TextGenerator(Protocol):
     """A Task whose model continues text in a way of its own; those of causal language models need none."""
 
     def continue_text(
-        self, params: Params, prompts: Sequence[bytes], *, max_bytes: int, sampling: Any, rng: jax.Array | None
-    ) -> list[bytes]:
-        """Up to `max_bytes` bytes behind each prompt; `sampling` is a `jaxtok.decoding.sampling.Sampling`."""
+        self,
+        params: Params,
+        prompts: Sequence[bytes],
+        *,
+        max_bytes: int,
+        sampling: Any,
+        rng: jax.Array | None,
+        on_text: Callable[[list[bytes]], None] | None = None,
+        logprobs: bool = False,
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
+        """Up to `max_bytes` bytes after each prompt. A row depends on its prompt, `rng` and its number only.
+
+        Args:
+          sampling: a `jaxtok.decoding.Sampling`, or another chooser of the model's tokens.
+          rng: a key; needed unless the temperature is 0.
+          on_text: called with the new bytes of each row, as they come (streaming).
+          logprobs: return the log probabilities as well: for each row those of its tokens in nats, by the model's own
+            distribution before `sampling`. Tokens are bytes, units, and what ends words and texts; the sum is that of
+            the whole row.
+
+        Raises:
+          ValueError: there is no prompt or no room, or a key is needed.
+        """
         ...

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -12,20 +11,12 @@ from typing import Any, Literal
 import jax
 from tyro.conf import Positional
 
+from jaxtok.convert import open_run
 from jaxtok.data.corpora import open_corpus
-from jaxtok.data.span_corruption import SpanCorruption
-from jaxtok.data.text import TextData
-from jaxtok.decoding.sampling import Sampling
-from jaxtok.decoding.sampling import generate as generate_tokens
-from jaxtok.interop import hat, huggingface
+from jaxtok.decoding import Sampling
+from jaxtok.decoding import generate as generate_tokens
+from jaxtok.interop.formats import format_of, recognised
 from jaxtok.interop.peft import apply_adapter
-from jaxtok.interop.tokenformer import read_official, write_official
-from jaxtok.lm.bert import BertConfig
-from jaxtok.lm.hat_released import ReleasedConfig
-from jaxtok.lm.language_modeling import LanguageModeling
-from jaxtok.lm.mrt5 import MrT5Config, MrT5Training
-from jaxtok.lm.t5 import SequenceToSequence, T5Config
-from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
 from jaxtok.protocols import TextGenerator, Tokenizer
@@ -74,47 +65,13 @@ def open_model(path: Path, adapter: Path | None = None, ema: bool = False) -> Op
 
 
 def _open_base(path: Path, ema: bool) -> Opened:
-    if ema and (hat.is_folder(path) or huggingface.is_folder(path)):
+    found = recognised(path)
+    if ema and found:
         raise ValueError(f"{path} is no run, so it has no moving average; leave out ema.")
-    if hat.is_folder(path):
-        model, params = hat.read_folder(path)
-        task, data = _use(model, path)
-        return Opened(task, params, data, load_tokenizer(data.tokenizer), [], [])
-    if huggingface.is_folder(path):
-        model, params = huggingface.read_folder(path)
-        task, data = _use(model, path)
-        if not (path / "tokenizer.json").is_file() and isinstance(model, T5Config):
-            tokenizer = load_tokenizer(data.tokenizer)
-            return Opened(task, params, data, tokenizer, [], [tokenizer.eod_id])
-        return Opened(task, params, data, *huggingface.read_tokenizer(path))
-    loaded = load(path, ema)
-    data = loaded.experiment.data
-    if not hasattr(data, "tokenizer"):
-        return Opened(loaded.task, loaded.params, data, None, [], [], loaded.meta.step)
-    tokenizer = load_tokenizer(data.tokenizer)
-    end = [tokenizer.eod_id]
-    return Opened(loaded.task, loaded.params, data, tokenizer, end, end, loaded.meta.step)
-
-
-def _use(model: Any, folder: Path) -> tuple[Any, TextData]:
-    """How a model of a Hugging Face folder is trained and evaluated, by its kind."""
-    if isinstance(model, ReleasedConfig):
-        return hat.task_and_data(model)
-    if isinstance(model, BertConfig):
-        raise ValueError(
-            f"{folder} holds an encoder, which neither continues text nor tells its probability; read it with "
-            "jaxtok.interop.huggingface.read_folder, and train it with a task of its own."
-        )
-    has_tokenizer = (folder / "tokenizer.json").is_file()
-    options: dict[str, Any] = {"length": min(1024, model.max_length), "batch_size": 8}
-    if has_tokenizer:
-        options["tokenizer"] = str((folder / "tokenizer.json").absolute())
-    if isinstance(model, T5Config):
-        if has_tokenizer:
-            options["first_sentinel"] = huggingface.first_sentinel(folder)
-        task = (MrT5Training if isinstance(model, MrT5Config) else SequenceToSequence)(model=model)
-        return task, SpanCorruption(**options)
-    return LanguageModeling(model=model), TextData(**options)
+    model = format_of(path).read(path) if found else open_run(path, ema)
+    return Opened(
+        model.task, model.params, model.data, model.tokenizer, list(model.begin), list(model.ends), model.step
+    )
 
 
 def evaluate(
@@ -219,13 +176,13 @@ def generate(
         loaded.params,
         ids,
         max_new_tokens=max_new_tokens or max(1, min(200, room)),
-        sampling=sampling,
+        chooser=sampling,
         rng=rng,
         stop_tokens=[*(token for (token,) in stops), *(loaded.stops if stop_at_end else [])],
         num_ids=tokenizer.vocab_size,
-        on_tokens=(lambda new: _write(text_of(new[0]))) if live else None,
+        on_tokens=(lambda new: _write(text_of(new.tokens[0]))) if live else None,
         chunk=4,
-    )
+    ).tokens
     texts = [text_of(row) for row in rows]
     if live:
         _write(b"\n")
@@ -283,53 +240,6 @@ def grow(
     return fork(
         checkpoint, output or Path(f"{str(checkpoint).rstrip('/')}-grown"), steps=steps, surgery=growth, seed=seed
     )
-
-
-def convert(
-    source: Positional[Path],
-    target: Positional[Path],
-    torch_bin: bool = False,
-) -> Path:
-    """Checkpoints between jaxtok and other layouts, in the direction that the source asks for.
-
-    A Hugging Face folder (GPT-2, Llama, Mistral, Qwen2, Gemma, T5, mT5, ByT5, the released HATs), or one of the authors
-    of TokenFormer or MrT5, becomes a run that every verb takes; a run becomes such a folder, by its kind of model (of
-    ELECTRA, the discriminator), and one that trains an adapter PEFT's.
-
-    Args:
-      source: the folder, with config.json and model.safetensors, its shards or pytorch_model.bin; or a run.
-      target: the folder to write, which must not exist.
-      torch_bin: write pytorch_model.bin (needs PyTorch) instead of model.safetensors.
-    """
-    must_be_free(target)
-    if (source / "checkpoints").is_dir() or source.parent.name == "checkpoints":
-        loaded = load(source)
-        if isinstance(loaded.task, Lora):
-            return loaded.task.write(target, loaded.params)
-        if isinstance(loaded.task.model, TokenFormerConfig):
-            write_official(target, loaded.task.model, loaded.params, torch_bin=torch_bin)
-        elif isinstance(loaded.task.model, ReleasedConfig):
-            hat.write_folder(target, loaded.task.model, loaded.params)
-        else:
-            if not hasattr(loaded.task, "export") and not hasattr(loaded.task.model, "vocab_size"):
-                raise ValueError(
-                    f"{source} is of {type(loaded.task).__name__}, for which there is no other layout here; "
-                    "`jaxtok vision export` writes those of image tokenizers and of ELM."
-                )
-            export = getattr(loaded.task, "export", lambda params: (loaded.task.model, params))
-            huggingface.write_folder(target, *export(loaded.params))
-        tokenizer = Path(getattr(loaded.experiment.data, "tokenizer", ""))
-        if tokenizer.is_file():
-            shutil.copy(tokenizer, target)
-        return target
-    folder = next((kind for kind in (hat, huggingface) if kind.is_folder(source)), None)
-    model, params = (folder.read_folder if folder else read_official)(source)
-    target.mkdir(parents=True)
-    if (source / "tokenizer.json").is_file():
-        shutil.copy(source / "tokenizer.json", target)
-    task, data = _use(model, target)
-    experiment = Experiment(task=task, data=data, name=target.name, workdir=str(target), train=TrainConfig())
-    return begin(experiment, params)
 
 
 def adapt(

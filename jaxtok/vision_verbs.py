@@ -1,46 +1,44 @@
-"""What `jaxtok vision` does, as functions: images to codes and back, images from models of codes, and analyses."""
+"""What `jaxtok vision` does, as functions: images to codes and back, images from models of codes, and analyses.
+
+Everything here is written against `ImageTokenizer` and `ImageGenerator` in `jaxtok/protocols.py`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 import rich.progress
-from jaxtyping import Int, UInt8
+import tyro
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from tyro.conf import Positional
 
-from jaxtok.configuration import load_config
-from jaxtok.data.codes import CodeData, Header, open_codes, regroup, write_codes
+from jaxtok.data.codes import CodeData, Header, alike, open_codes, regroup, times, write_codes
 from jaxtok.data.corpora import SPLITS, open_corpus
-from jaxtok.data.images import ImageData
-from jaxtok.interop import elm, vqgan
-from jaxtok.protocols import ImageTokenizer, Params
+from jaxtok.model import Model
+from jaxtok.protocols import ImageGenerator, ImageSource, ImageTokenizer, Params
 from jaxtok.tokenizers import load_tokenizer
-from jaxtok.training.checkpoints import begin, load, must_be_free
+from jaxtok.training.checkpoints import find_run, load, must_be_free, read_config
 from jaxtok.training.mesh import make_layout
-from jaxtok.vision import elm_masked, elm_sampling
-from jaxtok.vision.autoencoding import Autoencoding
-from jaxtok.vision.elm import ElmModeling
-from jaxtok.vision.elm_masked import MaskedElmModeling, MaskedSampling
-from jaxtok.vision.elm_sampling import ElmSampling
 from jaxtok.vision.grids import image_grid
+from jaxtok.vision.images import as_float
 from jaxtok.vision.token_statistics import (
+    MapsAttention,
     compare_tokens,
     locality,
     plot_locality,
     plot_statistics,
     stored_tokens,
 )
-from jaxtok.weights import read_weights
 
 
 def tokenize(
@@ -56,27 +54,28 @@ def tokenize(
 ) -> Path:
     """Encodes the images of every split with a tokenizer, for `CodeData` (--data.path OUTPUT).
 
-    A split that is there already, of the same tokenizer, is kept: called again, it goes on with those that are missing.
+    A split that is there already, of the same tokenizer, is kept: a second call goes on with those that are missing.
 
     Args:
-      checkpoint: a run of an image tokenizer, or RUN/checkpoints/STEP.
-      output: the folder to write, with one for each split.
-      images: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN; default: the run's own.
-      splits: of the images.
-      draws: how often each image is encoded, where codes are drawn: training takes one of them at each visit.
-      flip: also encode the mirror image of each one for training; default: if the tokenizer was trained on them.
-      batch_size: images at a time; 0: as in the run.
-      seed: of the draws.
-      ema: take the moving average of the tokenizer's parameters.
+      checkpoint: A run of an image tokenizer, or RUN/checkpoints/STEP.
+      output: The folder to write; it gets a folder for each split.
+      images: The images to encode: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN. By default
+        they are those of the run.
+      splits: The splits of the images to encode.
+      draws: How often each training image is encoded, if codes are drawn; training takes one of them at each visit.
+      flip: Encode also the mirror image of each training image. By default it is done if the run's training did so.
+      batch_size: How many images are encoded at a time; 0 means as many as in the run.
+      seed: The seed of the draws.
+      ema: Use the moving average of the tokenizer's parameters.
     """
-    tokenizer = OpenTokenizer.open(checkpoint, ema)
-    if draws < 1 or (draws > 1 and not tokenizer.draws):
+    tokenizer = open_tokenizer(checkpoint, ema)
+    if draws < 1 or (draws > 1 and not tokenizer.task.draws_codes):
         raise ValueError(
-            f"draws is {draws}; "
-            + ("it must be at least 1." if draws < 1 else "this tokenizer's codes of an image are always the same: 1.")
+            f"draws is {draws}; it must be "
+            + ("at least 1." if draws < 1 else "1, as this tokenizer's codes of an image are always the same.")
         )
     data = _images(tokenizer.data, images, batch_size)
-    header = tokenizer.header(data.classes or ("0",))
+    header = code_header(tokenizer, data.classes or ("0",))
     for number, split in enumerate(splits):
         mirrored = (data.flip if flip is None else flip) and split == "train"
         repeats = draws if split == "train" else 1
@@ -98,6 +97,7 @@ def reconstruct(
     output: Positional[Path] = Path("reconstructions.png"),
     images: str = "",
     split: Literal["train", "validation", "test", "all"] = "validation",
+    prefixes: tuple[int, ...] = (),
     count: int = 16,
     columns: int = 8,
     batches: int = 0,
@@ -106,22 +106,30 @@ def reconstruct(
 ) -> dict[str, Any]:
     """Encodes and decodes held-out images, shows some above their reconstructions, and measures how near they are.
 
+    Of a volume, the picture shows the slice in the middle.
+
     Args:
-      checkpoint: a run of an image tokenizer, or RUN/checkpoints/STEP.
-      output: the picture to write.
-      images: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN; default: the run's own.
-      split: of the images.
-      count: images in the picture, of those that are measured.
-      columns: of the picture.
-      batches: measure on so many, of images from all over the split; 0: all.
-      seed: of which are shown, and of codes that are drawn.
-      ema: take the moving average of the tokenizer's parameters.
+      checkpoint: A run of an image tokenizer, or RUN/checkpoints/STEP.
+      output: The picture to write.
+      images: The images to reconstruct: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN. By
+        default they are those of the run.
+      split: The split of the images.
+      prefixes: Show also what is decoded from the first so many codes, a row for each number, if codes are ordered.
+      count: How many images the picture shows; they are chosen from those that are measured.
+      columns: How many columns the picture has.
+      batches: Measure on so many batches, whose images are from all over the split; 0 means all.
+      seed: The seed of which images are shown, and of what is drawn.
+      ema: Use the moving average of the tokenizer's parameters.
     """
     if count < 1 or columns < 1:
         raise ValueError(f"count is {count} and columns {columns}; both must be at least 1.")
-    tokenizer = OpenTokenizer.open(checkpoint, ema)
+    tokenizer = open_tokenizer(checkpoint, ema)
+    known = tokenizer.task.prefixes
+    if unknown := sorted(set(prefixes) - set(known)):
+        possible = f"the first {', '.join(map(str, known))} codes" if known else "whole images only"
+        raise ValueError(f"prefixes has {unknown[0]}, but this tokenizer decodes {possible}.")
     data = dataclasses.replace(_images(tokenizer.data, images), eval_limit=batches)
-    total = len(data.pictures(split))
+    total = data.count(split)
     total = min(total, batches * data.batch_size or total)
     shown = set(np.random.default_rng(seed).permutation(total)[:count].tolist())
     kept: list[np.ndarray] = []
@@ -135,14 +143,16 @@ def reconstruct(
     numbers = tokenizer.task.evaluate(tokenizer.params, measured())
     if not kept:
         raise ValueError("none of the images that were to be shown could be read; choose another seed.")
-    decoded = tokenizer.decode(tokenizer.encode(np.stack(kept), jax.random.key(seed)))
+    rng = jax.random.key(seed)
+    codes = encode_images(tokenizer, np.stack(kept), rng)
+    rows = [np.stack(kept), *(decode_codes(tokenizer, codes[:, :n], rng) for n in [*prefixes, codes.shape[1]])]
     tiles = [
-        image
+        tile
         for start in range(0, len(kept), columns)
-        for row in (kept, decoded)
-        for image in _filled(row[start : start + columns], columns)
+        for row in rows
+        for tile in _filled(_pixels(row[start : start + columns]), columns)
     ]
-    _save(image_grid(np.stack(tiles), columns), output)
+    _save(image_grid(_slices(np.stack(tiles)), columns), output)
     return {"picture": str(output), "split": split} | numbers
 
 
@@ -152,64 +162,97 @@ def generate(
     tokenizer: Path | None = None,
     labels: tuple[str, ...] = (),
     per_class: int = 4,
-    guidance: float = 4.0,
-    schedule: Literal["constant", "linear", "cos", "log", "square", "square_root"] = "linear",
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    rounds: int = 12,
-    noise: float = 4.0,
     batch_size: int = 32,
     seed: int = 0,
     ema: bool = False,
+    sampling: Any = None,
 ) -> dict[str, Any]:
-    """Images of classes, from a model of codes.
+    """Draws images of classes with a model of codes and the tokenizer of these codes.
+
+    `jaxtok vision generate RUN --help` also lists the options of the run's own sampling.
 
     Args:
-      checkpoint: a run of a model of codes, or RUN/checkpoints/STEP.
-      output: FILE.png: one picture, a row of it for each class; FILE.npz: all images as `arr_0` (and labels as
-        `arr_1`), as ADM's evaluator reads them; else a folder, of a PNG for each image.
-      tokenizer: the run whose tokenizer made the codes; default: what the files of codes say.
-      labels: classes, by their names or numbers, or `none`; default: all.
-      per_class: images of each.
-      guidance: the scale, 1 for none.
-      schedule: of the guidance, over positions or rounds (of a masked model: constant or linear).
-      temperature: of autoregressive models; below 1 is safer.
-      top_k: only the k most likely values of a sub-code; 0: all.
-      top_p: of these, only the most likely that together have this probability.
-      rounds: of a masked model.
-      noise: on the confidence of a masked model, in the first round.
-      batch_size: images at a time.
-      seed: another seed, other images.
-      ema: take the moving average of the model's parameters.
+      checkpoint: A run of a model of codes, or RUN/checkpoints/STEP.
+      output: FILE.png for one picture with a row for each class (of a volume, it shows the slice in the middle);
+        or FILE.npz for all images as `arr_0` and labels as `arr_1`, which is what ADM's evaluator reads;
+        or a folder, which gets a file for each image (for a volume, a TIFF of its slices).
+      tokenizer: The run of the tokenizer that made the codes. By default it is the one that the files of codes name.
+      labels: Classes, by their names or numbers, or `none` for no class. By default they are all classes.
+      per_class: How many images of each class are drawn.
+      batch_size: How many images are drawn at a time.
+      seed: The seed; another one gives other images.
+      ema: Use the moving average of the model's parameters.
+      sampling: Options of the model's own sampling: in Python, a mapping of some of them or an instance of the
+        generator's `sampling`; on the command line, an option each.
     """
     if per_class < 1 or batch_size < 1:
         raise ValueError(f"per_class is {per_class} and batch_size {batch_size}; both must be at least 1.")
     loaded = load(checkpoint, ema)
-    task = loaded.task
-    if not isinstance(task, ElmModeling | MaskedElmModeling):
-        raise ValueError(f"{checkpoint} is of {type(task).__name__}; give a run of a model of image codes.")
-    header = _stored_header(loaded.experiment.data)
+    task = _generator(loaded.task, checkpoint)
+    options = make_sampling(task, sampling)
+    header = _stored_header(loaded.data)
     if tokenizer is None and not (header and header.tokenizer):
         raise ValueError(f"nothing says which tokenizer made the codes of {checkpoint}; give its run as --tokenizer.")
-    decoder = OpenTokenizer.open(tokenizer or Path(header.tokenizer))
-    ids, names = _classes(labels, header.classes if header else (), task.model.num_classes)
-    if task.model.grid**2 != math.prod(decoder.task.grid):
-        raise ValueError(
-            f"the model's grid has {task.model.grid**2} positions, but the tokenizer's {math.prod(decoder.task.grid)}; "
-            "give the tokenizer of its codes."
-        )
-    sampling: Any
-    if isinstance(task, ElmModeling):
-        sampling = ElmSampling(
-            guidance=guidance, schedule=schedule, temperature=temperature, top_k=top_k or None, top_p=top_p
-        )
-    else:
-        sampling = MaskedSampling(rounds=rounds, guidance=guidance, schedule=schedule, temperature=noise)
+    decoder = open_tokenizer(tokenizer or Path(header.tokenizer))
+    must_fit(task, decoder.task)
+    ids, names = _classes(labels, header.classes if header else (), task.num_classes)
     wanted = [label for label in ids for _ in range(per_class)]
-    pixels = draw_images(task, loaded.params, decoder, wanted, sampling, jax.random.key(seed), batch_size)
+    pixels = draw_images(task, loaded.params, decoder, wanted, options, jax.random.key(seed), batch_size)
     _write_images(pixels, [names[n // per_class] for n in range(len(wanted))], wanted, per_class, output)
     return {"images": len(pixels), "written": str(output)}
+
+
+def generate_from_arguments(arguments: Sequence[str]) -> dict[str, Any]:
+    """`generate` of a command line, in which the options of the run's own sampling are options like all others."""
+    signature = inspect.signature(generate)
+    fixed = [parameter for parameter in signature.parameters.values() if parameter.name != "sampling"]
+    hints = {name: hint for name, hint in generate.__annotations__.items() if name != "sampling"}
+    if arguments and not arguments[0].startswith("-"):
+        kind = _generator(read_config(find_run(arguments[0])[0]).task, arguments[0]).sampling
+        hints["sampling"] = kind
+        fixed.append(inspect.Parameter("sampling", inspect.Parameter.KEYWORD_ONLY, default=kind()))
+
+    @functools.wraps(generate)
+    def command(**values: Any) -> dict[str, Any]:
+        return generate(**values)
+
+    command.__signature__ = signature.replace(parameters=fixed)  # what tyro reads
+    command.__annotations__ = hints
+    config = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(command, args=list(arguments), prog="jaxtok vision generate", config=config)
+
+
+def make_sampling(generator: ImageGenerator, options: Any = None) -> Any:
+    """An instance of the generator's `sampling`, from a mapping of some of its options, or from an instance.
+
+    Raises:
+      ValueError: the generator has no such option, or a value is impossible.
+    """
+    kind = generator.sampling
+    if isinstance(options, kind):
+        return options
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"sampling is of {type(options).__name__}; {type(generator).__name__} takes {kind.__name__}.")
+    known = [field.name for field in dataclasses.fields(kind)]
+    if unknown := [name for name in options or {} if name not in known]:
+        raise ValueError(f"{unknown[0]} is no option of {kind.__name__}; it can be {', '.join(known)}.")
+    return kind(**(options or {}))
+
+
+def must_fit(generator: ImageGenerator, tokenizer: ImageTokenizer) -> None:
+    """Raises a ValueError where the tokenizer cannot decode what the generator draws."""
+    shape, whole = generator.code_shape, tokenizer.code_shape
+    if shape != whole and not (len(shape) == 1 and shape[0] in tokenizer.prefixes):
+        raise ValueError(
+            f"the model's codes have the shape {times(shape)}, but the tokenizer's {times(whole)}; give the tokenizer "
+            "of its codes."
+        )
+    values, others = generator.code_values, tokenizer.code_values
+    if math.prod(values) != math.prod(others) and not alike(values, others):
+        raise ValueError(
+            f"the model's codes have {times(values)} values, but the tokenizer's {times(others)}; give the tokenizer "
+            "of its codes."
+        )
 
 
 def statistics(
@@ -219,27 +262,25 @@ def statistics(
     corpus: str = "",
     tokenizer: str = "bytes",
 ) -> dict[str, Any]:
-    """How random image tokens are: the divergence of unigrams and neighbours from uniform, beside text's if asked for.
+    """Measures how random image tokens are: the divergence of unigrams and neighbours from uniform, beside text's.
 
-    Each is of the bits of a position as one token. Text is cut into rows of as many tokens, of a tokenizer with as many
-    ids at most, so that the estimates are alike.
+    All sub-codes of a position are one token. Text is cut into rows of as many tokens as an image has, so that the
+    estimates are alike.
 
     Args:
-      codes: folders that `jaxtok vision tokenize` wrote, of as many values a position.
-      output: the plot.
-      split: of the images.
-      corpus: of text: python, a file or folder, tfds:NAME or arrayrecord:PATTERN.
-      tokenizer: of the text: bytes, or a tokenizer's file.
+      codes: Folders that `jaxtok vision tokenize` wrote, all of as many values a position.
+      output: The plot to write.
+      split: The split of the images.
+      corpus: A corpus of text to compare with: python, a file or folder, tfds:NAME or arrayrecord:PATTERN.
+      tokenizer: The tokenizer of the text: bytes, or a file. It may have at most as many ids as a position has values.
     """
     sources, sizes = {}, {}
     for name, folder in zip(_names(codes), codes):
-        header = open_codes(folder / split).header
-        bits = (header.vocab_size - 1).bit_length()
-        data = CodeData(path=str(folder), grid=header.grid[0], sub_codes=header.sub_codes, code_bits=bits)
-        sources[name], sizes[name] = stored_tokens(data, split), header.vocab_size**header.sub_codes
+        file = open_codes(folder / split)
+        sources[name], sizes[name] = stored_tokens(file), math.prod(file.header.values)
     if len(set(sizes.values())) > 1:
         values = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"positions have other numbers of values ({values}); look at them one by one.")
+        raise ValueError(f"positions have different numbers of values ({values}); give folders with the same number.")
     vocabulary = max(sizes.values())
     if corpus:
         sources["text"] = _text_rows(corpus, tokenizer, *next(iter(sources.values())).shape, vocabulary)
@@ -258,22 +299,25 @@ def attention(
     batches: int = 4,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """How far the attention of models of codes reaches, layer by layer: a plot of one or several models.
+    """Measures how far the attention of models of codes reaches, layer by layer, and plots it.
 
     Args:
-      checkpoints: runs of models of codes.
-      output: the plot.
-      split: of each run's own codes.
-      batches: so many of them; 0: all.
-      ema: take the moving average of the parameters.
+      checkpoints: Runs of models of codes.
+      output: The plot to write.
+      split: The split of each run's own codes.
+      batches: How many batches are measured; 0 means all.
+      ema: Use the moving average of the parameters.
     """
     found = {}
     for name, path in zip(_names(checkpoints), checkpoints):
         loaded = load(path, ema)
-        if not isinstance(loaded.task, ElmModeling | MaskedElmModeling):
-            raise ValueError(f"{path} is of {type(loaded.task).__name__}; give runs of models of image codes.")
-        data = dataclasses.replace(loaded.experiment.data, eval_limit=batches)
-        found[name] = locality(loaded.task.model, loaded.params, data.eval_batches(split))
+        if not isinstance(loaded.task, MapsAttention):
+            raise ValueError(
+                f"{path} is of {type(loaded.task).__name__}, which shows no attention; give runs of models of image "
+                "codes that do."
+            )
+        data = dataclasses.replace(loaded.data, eval_limit=batches)
+        found[name] = locality(loaded.task, loaded.params, data.eval_batches(split))
     plot_locality(found, output)
     rows = {}
     for name, measures in found.items():
@@ -283,139 +327,103 @@ def attention(
 
 
 def draw_images(
-    task: ElmModeling | MaskedElmModeling,
+    generator: ImageGenerator,
     params: Params,
-    tokenizer: OpenTokenizer,
-    labels: Sequence[int | None],
-    sampling: ElmSampling | MaskedSampling,
+    tokenizer: Model,
+    conditions: Sequence[int | None],
+    sampling: Any,
     rng: jax.Array,
     batch_size: int = 32,
-) -> UInt8[np.ndarray, "images height width 3"]:
+) -> UInt8[np.ndarray, "images ..."]:
     """An image of each of these classes (None: of no class), by a model of codes and the tokenizer of its codes."""
-    draw = (elm_sampling if isinstance(task, ElmModeling) else elm_masked).generate
     made = []
-    with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as progress:
-        for start in progress.track(range(0, len(labels), batch_size), description="drawing images"):
-            some = list(labels[start : start + batch_size])
-            some += [None] * (batch_size - len(some) if start else 0)  # one shape, one compilation
-            codes = draw(task.model, params, some, sampling=sampling, rng=jax.random.fold_in(rng, start))
-            made.append(tokenizer.decode(regroup(np.asarray(codes), task.model.code_bits, tokenizer.task.sub_codes)))
+    with _progress() as progress:
+        bar = progress.add_task("drawing images", total=len(conditions))
+        for start in range(0, len(conditions), batch_size):
+            some = list(conditions[start : start + batch_size])
+            count = len(some)
+            some += [None] * (batch_size - count if start else 0)  # one shape, one compilation
+            key = jax.random.fold_in(rng, start)
+
+            def advance(share: float, start: int = start, count: int = count) -> None:
+                progress.update(bar, completed=start + share * count)
+
+            codes = np.asarray(generator.draw(params, some, key, sampling=sampling, on_progress=advance))
+            codes = regroup(codes, generator.code_values, tokenizer.task.code_values)
+            made.append(decode_codes(tokenizer, codes, jax.random.fold_in(key, 1)))
     # The authors cut pixels off to whole numbers.
-    return (np.clip(np.concatenate(made)[: len(labels)], 0, 1) * 255).astype(np.uint8)
+    return (np.clip(np.concatenate(made)[: len(conditions)], 0, 1) * 255).astype(np.uint8)
 
 
-def import_weights(
-    source: Positional[Path],
-    config: Positional[Path],
-    output: Positional[Path],
-    which: Literal["", "model", "ema"] = "",
-) -> Path:
-    """A run from a file of the authors' weights: of a tokenizer (BAE, VQGAN), or of a model of codes (ELM).
+def open_tokenizer(path: Path, ema: bool = False) -> Model:
+    """An image tokenizer from a run, with its parameters on all devices of this process.
 
-    Args:
-      source: .th, .pth, .pt (these need PyTorch) or .safetensors.
-      config: the config file of such a model, such as configs/vision/bae_16_imagenet256.py; its sizes are checked.
-      output: the run's folder.
-      which: of a file of a training, the parameters or their moving average.
+    Raises:
+      ValueError: the run is of something else.
     """
-    must_be_free(output)
-    experiment = load_config(config)
-    task = experiment.task
-    if isinstance(task, Autoencoding):
-        params, _ = vqgan.from_official(task, read_weights(source, which))
-        if not {"discriminator", "frozen"} <= params.keys():  # enough to encode and decode
-            task = dataclasses.replace(task, discriminator=None, perceptual="none")
-            params = {"autoencoder": params["autoencoder"]}
-            optimizer = dataclasses.replace(experiment.train.optimizer, parts=())
-            train = dataclasses.replace(experiment.train, optimizer=optimizer)
-            experiment = dataclasses.replace(experiment, train=train)
-    elif isinstance(task, ElmModeling | MaskedElmModeling):
-        params = elm.params_from(task.model, read_weights(source, which))
-    else:
-        raise ValueError(f"{config} is of {type(task).__name__}; give the config of an image tokenizer or of ELM.")
-    return begin(dataclasses.replace(experiment, task=task, name=output.name, workdir=str(output)), params)
+    loaded = load(path, ema)
+    if not isinstance(loaded.task, ImageTokenizer):
+        raise ValueError(f"{path} is of {type(loaded.task).__name__}; give a run of an image tokenizer.")
+    params = jax.device_put(loaded.params, make_layout().replicated)
+    return Model(task=loaded.task, params=params, data=loaded.data, path=Path(path), step=loaded.meta.step)
 
 
-def export_weights(checkpoint: Positional[Path], output: Positional[Path], ema: bool = False) -> Path:
-    """The weights of a run as the authors' code reads them; the inverse of `import`.
-
-    Args:
-      checkpoint: a run of an image tokenizer or of a model of codes, or RUN/checkpoints/STEP.
-      output: FILE.safetensors, or FILE.pth (needs PyTorch).
-      ema: take the moving average of the parameters.
-    """
-    loaded = load(checkpoint, ema)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(loaded.task, Autoencoding):
-        return vqgan.write_official(output, loaded.task, loaded.params)
-    if isinstance(loaded.task, ElmModeling | MaskedElmModeling):
-        return elm.write_checkpoint(output, loaded.task.model, loaded.params)
-    raise ValueError(f"{checkpoint} is of {type(loaded.task).__name__}; give a run of an image tokenizer or of ELM.")
+def code_header(tokenizer: Model, classes: tuple[str, ...]) -> Header:
+    """What the files of the tokenizer's codes say."""
+    task = tokenizer.task
+    return Header(
+        shape=task.code_shape,
+        values=task.code_values,
+        classes=classes,
+        tokenizer=str(tokenizer.path.absolute()) if tokenizer.path else "",
+        image_shape=task.image_shape,
+        prefixes=task.prefixes,
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class OpenTokenizer:
-    """An image tokenizer on all devices of this process."""
+def encode_images(
+    tokenizer: Model, images: UInt8[np.ndarray, "batch ..."], rng: jax.Array
+) -> Int[np.ndarray, "batch positions sub_codes"]:
+    """Codes, by all devices; the key is used where the tokenizer draws its codes."""
+    task = tokenizer.task
+    key = rng if task.draws_codes else None
+    return _on_devices(lambda params, x: task.encode(params, as_float(x), key), tokenizer.params, images)
 
-    path: Path
-    task: Any
-    params: Params
-    data: Any
-    draws: bool
-    """Whether its codes are drawn."""
-    layout: Any
 
-    @classmethod
-    def open(cls, path: Path, ema: bool = False) -> OpenTokenizer:
-        loaded = load(path, ema)
-        task = loaded.task
-        if not isinstance(task, ImageTokenizer):
-            raise ValueError(f"{path} is of {type(task).__name__}; give a run of an image tokenizer.")
-        layout = make_layout()
-        params = jax.device_put(loaded.params, layout.replicated)
-        draws = bool(getattr(task.model, "needs_draws", False))
-        return cls(Path(path), task, params, loaded.experiment.data, draws, layout)
+def decode_codes(
+    tokenizer: Model, codes: Int[np.ndarray, "batch positions sub_codes"], rng: jax.Array | None = None
+) -> Float[np.ndarray, "batch ..."]:
+    """Images, not limited to [0, 1], by all devices; the key is used where the tokenizer draws its images."""
+    task = tokenizer.task
+    key = rng if task.draws_images else None
+    return _on_devices(lambda params, x: task.decode(params, x, key), tokenizer.params, codes)
 
-    def header(self, classes: tuple[str, ...]) -> Header:
-        return Header(
-            grid=self.task.grid,
-            sub_codes=self.task.sub_codes,
-            vocab_size=self.task.vocab_size,
-            classes=classes,
-            tokenizer=str(self.path.absolute()),
-            image_size=self.task.image_size,
-        )
 
-    def encode(self, images: UInt8[np.ndarray, "batch height width 3"], rng: jax.Array) -> np.ndarray:
-        """Codes [batch, positions, sub_codes]."""
+def _on_devices(function: Callable[[Params, jax.Array], jax.Array], params: Params, array: np.ndarray) -> np.ndarray:
+    """The function of the rows of an array, to which rows are added until the devices divide them."""
+    layout = make_layout()
+    count, more = len(array), -len(array) % layout.mesh.size
+    whole = np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
+    with layout.active():
+        axes = ("batch", *[None] * (whole.ndim - 1))
+        rows = jax.device_put(whole, layout.sharding(axes, whole.shape, "the batch"))
+        return np.asarray(function(jax.device_put(params, layout.replicated), rows))[:count]
 
-        def encoded(images):
-            return self.task.encode(self.params, images.astype(jnp.float32) / 255, rng if self.draws else None)
 
-        return self._on_devices(encoded, images)
-
-    def decode(self, codes: Int[np.ndarray, "batch positions sub_codes"]) -> np.ndarray:
-        """Images [batch, height, width, 3], not limited to [0, 1]."""
-        return self._on_devices(functools.partial(self.task.decode, self.params), codes)
-
-    def _on_devices(self, function: Callable[[jax.Array], jax.Array], array: np.ndarray) -> np.ndarray:
-        """Rows are added until the devices divide them."""
-        count, more = len(array), -len(array) % self.layout.mesh.size
-        whole = np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
-        with self.layout.active():
-            axes = ("batch", *[None] * (whole.ndim - 1))
-            put = jax.device_put(whole, self.layout.sharding(axes, whole.shape, "the batch"))
-            return np.asarray(function(put))[:count]
+def _generator(task: Any, path: str | Path) -> ImageGenerator:
+    if not isinstance(task, ImageGenerator):
+        raise ValueError(f"{path} is of {type(task).__name__}; give a run of a model of image codes.")
+    return task
 
 
 def _encoded(
-    tokenizer: OpenTokenizer, data: ImageData, split: str, repeats: int, mirrored: bool, rng: jax.Array
+    tokenizer: Model, data: ImageSource, split: str, repeats: int, mirrored: bool, rng: jax.Array
 ) -> Iterator[tuple[Int[np.ndarray, "images views positions sub_codes"], Int[np.ndarray, " images"]]]:
     """Codes of the images and their mirror images in turn, and their classes, batch by batch."""
     for step, batch in enumerate(_with_progress(data, split, f"encoding {split}")):
         key, real = jax.random.fold_in(rng, step), batch["mask"] > 0
-        views = [batch["images"], batch["images"][:, :, ::-1]][: 1 + mirrored] * repeats
-        codes = [tokenizer.encode(view, jax.random.fold_in(key, n)) for n, view in enumerate(views)]
+        views = [batch["images"], batch["images"][..., ::-1, :]][: 1 + mirrored] * repeats
+        codes = [encode_images(tokenizer, view, jax.random.fold_in(key, n)) for n, view in enumerate(views)]
         yield np.stack(codes, 1)[real], batch["labels"][real]
 
 
@@ -431,24 +439,48 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(path) for path in paths]
 
 
-def _images(data: Any, images: str, batch_size: int = 0) -> ImageData:
+def _images(data: Any, images: str, batch_size: int = 0) -> ImageSource:
+    """The run's data of images, or other images cut like them."""
+    if not isinstance(data, ImageSource):
+        raise ValueError(f"the run's data are {type(data).__name__}, which have no images to look at one by one.")
+    if images and data.source != "images":
+        raise ValueError(f"images is {images!r}, but the run's data, {type(data).__name__}, take no other images.")
     changes = {"images": images, "batch_size": batch_size}
     return dataclasses.replace(data, eval_limit=0, **{name: value for name, value in changes.items() if value})
 
 
-def _with_progress(data: ImageData, split: str, what: str) -> Iterator[dict[str, np.ndarray]]:
-    total = -(-len(data.pictures(split)) // data.batch_size)
+def _progress() -> rich.progress.Progress:
+    return rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True)
+
+
+def _with_progress(data: ImageSource, split: str, what: str) -> Iterator[dict[str, np.ndarray]]:
+    total = -(-data.count(split) // data.batch_size)
     total = min(total, data.eval_limit or total)
-    with rich.progress.Progress(console=rich.console.Console(stderr=True), transient=True) as progress:
+    with _progress() as progress:
         yield from progress.track(data.eval_batches(split), total=total, description=what)
 
 
-def _filled(images: Sequence[np.ndarray], columns: int) -> list[np.ndarray]:
-    """A row of the grid, with white for what is missing, where both are 8-bit."""
-    pixels = [
-        image if image.dtype == np.uint8 else np.round(np.clip(image, 0, 1) * 255).astype(np.uint8) for image in images
-    ]
-    return pixels + [np.full_like(pixels[0], 255)] * (columns - len(pixels))
+def _pixels(images: np.ndarray) -> UInt8[np.ndarray, "images ..."]:
+    """Of bytes or of floats, which are limited to [0, 1]."""
+    return images if images.dtype == np.uint8 else np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
+
+
+def _slices(pixels: UInt8[np.ndarray, "images ..."]) -> UInt8[np.ndarray, "images height width 3"]:
+    """What a picture can show: of volumes the slice in the middle, of one channel its grey.
+
+    Raises:
+      ValueError: there are other channels than one or three.
+    """
+    if pixels.ndim == 5:
+        pixels = pixels[:, pixels.shape[1] // 2]
+    if pixels.shape[-1] not in (1, 3):
+        raise ValueError(f"images have {pixels.shape[-1]} channels; a picture shows 1 or 3. Write FILE.npz instead.")
+    return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
+
+
+def _filled(pixels: UInt8[np.ndarray, "images ..."], columns: int) -> list[np.ndarray]:
+    """A row of the picture, with white where an image is missing."""
+    return [*pixels, *[np.full_like(pixels[0], 255)] * (columns - len(pixels))]
 
 
 def _save(picture: Image.Image, path: Path) -> None:
@@ -457,6 +489,9 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 
 def _stored_header(data: Any) -> Header | None:
+    """What the run's files of codes say, if they are here."""
+    if not isinstance(data, CodeData):
+        return None
     try:
         return open_codes(Path(data.path) / "train").header
     except FileNotFoundError:
@@ -464,10 +499,10 @@ def _stored_header(data: Any) -> Header | None:
 
 
 def _classes(labels: tuple[str, ...], classes: tuple[str, ...], count: int) -> tuple[list[int | None], list[str]]:
-    """Numbers and names of the classes that are asked for."""
-    names = [*classes, *map(str, range(len(classes), count))]
+    """Numbers and names of the classes that are asked for, of a model of so many classes."""
+    names = [*classes, *map(str, range(len(classes), count))] if count else []
     ids: list[int | None] = []
-    for label in labels or names[: len(classes) or count]:
+    for label in labels or names[: len(classes) or count] or ["none"]:
         if label == "none":
             ids.append(None)
         elif label in names:
@@ -475,12 +510,12 @@ def _classes(labels: tuple[str, ...], classes: tuple[str, ...], count: int) -> t
         elif label.isdigit() and int(label) < count:
             ids.append(int(label))
         else:
-            raise ValueError(f"there is no class {label!r}; choose of {', '.join(names[:20])}, or none.")
+            raise ValueError(f"there is no class {label!r}; choose of {', '.join([*names[:20], 'none'])}.")
     return ids, ["none" if label is None else names[label] for label in ids]
 
 
 def _write_images(
-    pixels: UInt8[np.ndarray, "images height width 3"],
+    pixels: UInt8[np.ndarray, "images ..."],
     names: list[str],
     labels: list[int | None],
     columns: int,
@@ -490,13 +525,18 @@ def _write_images(
         output.parent.mkdir(parents=True, exist_ok=True)
         np.savez(output, pixels, np.array([-1 if label is None else label for label in labels]))
     elif output.suffix:
-        _save(image_grid(pixels, columns, names), output)
+        _save(image_grid(_slices(pixels), columns, names), output)
     else:
         must_be_free(output)
         output.mkdir(parents=True, exist_ok=True)
         for number, (image, name) in enumerate(zip(pixels, names)):
             safe = "".join(c if c.isalnum() else "_" for c in name)
-            Image.fromarray(image).save(output / f"{number:06d}_{safe}.png")
+            path = output / f"{number:06d}_{safe}"
+            if image.ndim == 3:
+                Image.fromarray(_slices(image[None])[0]).save(path.with_suffix(".png"))
+            else:
+                first, *others = [Image.fromarray(_slices(part[None])[0]) for part in image]
+                first.save(path.with_suffix(".tif"), save_all=True, append_images=others)
 
 
 def _text_rows(corpus: str, name: str, rows: int, length: int, vocabulary: int) -> Int[np.ndarray, "rows length"]:

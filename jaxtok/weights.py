@@ -1,9 +1,10 @@
-"""Files of named tensors, in formats that cannot run code: safetensors, and PyTorch's, which need PyTorch."""
+"""Files of named tensors that cannot run code: safetensors, .npz, and PyTorch's, which need PyTorch."""
 
 from __future__ import annotations
 
 import argparse
 import pickle
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
+
+TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin")
+SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
 
 
 def open_safetensors(path: Path) -> Any:
@@ -25,6 +29,27 @@ def open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path} is no whole safetensors file ({error}); fetch it again.") from error
 
 
+def tensor_names(path: Path) -> list[str] | None:
+    """Names of the tensors in a file, from its header; None: a PyTorch file, whose names cost reading all of it.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    if path.suffix == ".safetensors":
+        return list(open_safetensors(path).keys())
+    if path.suffix == ".npz":
+        with _open_npz(path) as file:
+            return list(file.files)
+    return None
+
+
+def _open_npz(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no whole .npz file ({error}); fetch it again.") from error
+
+
 def torch_for(purpose: str) -> Any:
     """PyTorch, which only this needs."""
     try:
@@ -37,7 +62,7 @@ def torch_for(purpose: str) -> Any:
 
 
 def read_weights(path: str | Path, which: str = "") -> dict[str, np.ndarray]:
-    """The tensors in a file (.safetensors, else PyTorch's), or in all such files of a folder; floats in float32.
+    """The tensors in a file (.safetensors, .npz, else PyTorch's), or in all such files of a folder; floats in float32.
 
     Names are without DataParallel's `module.`.
 
@@ -52,9 +77,9 @@ def read_weights(path: str | Path, which: str = "") -> dict[str, np.ndarray]:
     path = Path(path)
     if path.is_dir():
         found: dict[str, np.ndarray] = {}
-        files = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pth", ".pt", ".th", ".bin"))
+        files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
         if not files:
-            raise FileNotFoundError(f"{path} holds no .safetensors, .pth, .pt, .th or .bin.")
+            raise FileNotFoundError(f"{path} holds no {', '.join(SUFFIXES)}.")
         for file in files:
             part = read_weights(file)
             if both := sorted(found.keys() & part.keys()):
@@ -67,6 +92,10 @@ def read_weights(path: str | Path, which: str = "") -> dict[str, np.ndarray]:
         open_safetensors(path)  # a damaged one is an error that says so
         with safetensors.safe_open(path, framework="numpy") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    elif path.suffix == ".npz":
+        with _open_npz(path) as file:
+            found = {name: file[name] for name in file.files}
+    if path.suffix in (".safetensors", ".npz"):
         found = {name: x if x.dtype.kind in "iub" else x.astype(np.float32) for name, x in found.items()}
     else:
         table = _torch_table(path, which)
@@ -107,23 +136,29 @@ def _torch_table(path: Path, which: str) -> Mapping[str, Any]:
 
 
 def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> Path:
-    """Writes .safetensors, or a PyTorch file (.pth, .pt, .th or .bin).
+    """Writes .safetensors, .npz, or a PyTorch file (.pth, .pt, .th or .bin); a failure leaves no file.
 
     Raises:
       FileExistsError: there is such a file already.
       ValueError: the name ends otherwise.
     """
     path = Path(path)
-    if path.suffix not in (".safetensors", ".pth", ".pt", ".th", ".bin"):
-        raise ValueError(f"{path} must end in .safetensors, .pth, .pt, .th or .bin.")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}.")
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name (nothing was written).")
     arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
     half_done = path.with_name(path.name + ".part")
-    if path.suffix == ".safetensors":
-        safetensors.numpy.save_file(arrays, half_done)
-    else:
-        torch = torch_for(f"writing {path.name}")
-        torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, half_done)
-    half_done.rename(path)
+    try:
+        if path.suffix == ".safetensors":
+            safetensors.numpy.save_file(arrays, half_done)
+        elif path.suffix == ".npz":
+            with half_done.open("wb") as file:  # else NumPy adds its suffix
+                np.savez(file, **arrays)
+        else:
+            torch = torch_for(f"writing {path.name}")
+            torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, half_done)
+        half_done.rename(path)
+    finally:
+        half_done.unlink(missing_ok=True)
     return path

@@ -2,9 +2,12 @@
 
 A test file adds its systems to the contract tests by defining, next to its own tests, one of
 
-    TASKS = {name: function that makes a tiny.Case}           a task with its data
-    DATA = {name: function of a folder of texts}              data
-    SURGERIES = {name: function that makes a tiny.Operation}  a surgery with a task
+    TASKS = {name: function that makes a tiny.Case}    a task with its data
+    CAUSAL_LMS = {name: function}                      a causal language model, as a Linen module
+    IMAGE_TOKENIZERS = {name: function}                an image tokenizer
+    IMAGE_GENERATORS = {name: function}                a model that draws codes of images, of four classes
+    DATASETS = {name: function}                        data; the function gets a file of texts and an empty folder
+    SURGERIES = {name: function}                       a surgery with a task, as a tiny.Operation
 
 as a literal dictionary at the top level of the file.
 """
@@ -41,8 +44,3 @@ def collect(variable: str) -> dict[str, Any]:
             raise ValueError(f"{file.name} defines {variable}[{min(twice)!r}], which another file has already.")
         found |= entries
     return found
-
-
-def file_of(function: Any) -> str:
-    """The file below tests/ in which an entry's function stands."""
-    return str(Path(function.__code__.co_filename).relative_to(TESTS))

@@ -27,13 +27,10 @@ os.environ.setdefault(
 )
 
 import jax
-import jax.flatten_util
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from causal_lms import CAUSAL_LMS
-
-from jaxtok.lm.decoder import init_params
+from causal_lms import noisy_params
+from collector import collect
 
 
 def pytest_addoption(parser):
@@ -54,6 +51,8 @@ def pytest_generate_tests(metafunc):
         folder = metafunc.config.getoption("--goldens")
         files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         metafunc.parametrize("golden", files, ids=[file.stem for file in files], indirect=True)
+    if "causal_lm" in metafunc.fixturenames:
+        metafunc.parametrize("causal_lm", collect("CAUSAL_LMS"), indirect=True, scope="session")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,15 +128,8 @@ def forget_compiled_programs():
     jax.clear_caches()
 
 
-@pytest.fixture(scope="session", params=CAUSAL_LMS)
+@pytest.fixture(scope="session")
 def causal_lm(request) -> tuple[Any, Any]:
-    """A model of the registry, and its parameters, none of them zero."""
-    model = CAUSAL_LMS[request.param]()
-
-    @jax.jit
-    def noisy_init():
-        params = init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
-        flat, unflatten = jax.flatten_util.ravel_pytree(params)
-        return unflatten(flat + 0.4 * jax.random.normal(jax.random.key(1), flat.shape))
-
-    return model, noisy_init()
+    """A model of those that test files define as `CAUSAL_LMS`, and its parameters, none of them zero."""
+    model = collect("CAUSAL_LMS")[request.param]()
+    return model, noisy_params(model)

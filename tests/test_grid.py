@@ -4,10 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
-from causal_lms import CAUSAL_LMS
 from collector import collect
 
-TASKS = collect("TASKS")
+TASKS, CAUSAL_LMS = collect("TASKS"), collect("CAUSAL_LMS")
 TESTS = Path(__file__).parent
 COLUMNS = ("train", "evaluate", "generate, cached", "grow", "shard", "import", "export")
 

@@ -8,12 +8,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from image_generators import Histograms
+from image_tokenizers import BlockTokenizer, FrequencyTokenizer, Ramps
 from PIL import Image
 
 from jaxtok.cli import main
 from jaxtok.data.codes import CodeData, open_codes
 from jaxtok.data.images import ImageData
-from jaxtok.training.checkpoints import load
+from jaxtok.training.checkpoints import begin
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
@@ -22,10 +24,10 @@ from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 from jaxtok.vision_verbs import (
-    OpenTokenizer,
-    export_weights,
+    attention,
+    decode_codes,
     generate,
-    import_weights,
+    open_tokenizer,
     reconstruct,
     statistics,
     tokenize,
@@ -63,7 +65,7 @@ def test_codes_are_of_every_image(folder):
         pictures = data.pictures(split)
         assert file.codes.shape == (len(pictures), draws, 16, 1)
         assert file.labels.tolist() == [pictures[n].label for n in range(len(pictures))]
-        assert file.header.classes == tuple("0123456789") and file.header.vocab_size == 64
+        assert file.header.classes == tuple("0123456789") and file.header.values == (64,)
     mirrored = np.asarray(open_codes(folder / "codes" / "train").codes[:, [0, 2]])
     assert 0 < (mirrored[:, 0] == mirrored[:, 1]).mean() < 1, "drawn anew"
 
@@ -97,14 +99,14 @@ def test_reconstructions_stand_below_their_images(folder, tmp_path):
     tile = images[0].repeat(12, 0).repeat(12, 1)
     assert (sheet[6:102, 6:102] == tile).all(), "an input"
     assert not (sheet[108:204, 6:102] == tile).all(), "what was made of it"
-    assert (sheet[210:306, 210:306] == 255).all(), "nothing stands behind the sixth"
+    assert (sheet[210:306, 210:306] == 255).all(), "nothing comes after the sixth"
 
 
 def test_pictures_of_classes(folder, tmp_path):
     generate(folder / "ar", tmp_path / "grid.png", per_class=2, labels=("3", "none"), batch_size=3)
     assert Image.open(tmp_path / "grid.png").size[0] == 2 * 102 + 6
-    generate(folder / "ar", tmp_path / "all.npz", per_class=1, guidance=1.0, top_k=2)
-    generate(folder / "masked", tmp_path / "masked.npz", per_class=1, rounds=2)
+    generate(folder / "ar", tmp_path / "all.npz", per_class=1, sampling={"guidance": 1.0, "top_k": 2})
+    generate(folder / "masked", tmp_path / "masked.npz", per_class=1, sampling={"rounds": 2})
     for name in ("all", "masked"):
         with np.load(tmp_path / f"{name}.npz") as file:
             assert file["arr_0"].shape == (10, 8, 8, 3) and file["arr_0"].dtype == np.uint8
@@ -117,10 +119,113 @@ def test_pictures_of_classes(folder, tmp_path):
 
 def test_codes_come_back(folder):
     """What the stored codes decode to is what the tokenizer makes of the image."""
-    tokenizer = OpenTokenizer.open(folder / "tokenizer")
+    tokenizer = open_tokenizer(folder / "tokenizer")
     codes = np.asarray(open_codes(folder / "codes" / "test").codes[:3, 0]).astype(np.int32)
     again = tokenizer.task.decode(tokenizer.params, codes)
-    np.testing.assert_allclose(tokenizer.decode(codes), again, atol=1e-5)
+    np.testing.assert_allclose(decode_codes(tokenizer, codes), again, atol=1e-5)
+
+
+def test_options_of_a_runs_own_sampling(folder, tmp_path, capsys):
+    """The command line has those of the run that is named, and no others."""
+    command = ["vision", "generate", str(folder / "masked"), str(tmp_path / "x.npz"), "--per-class", "1"]
+    assert main([*command, "--rounds", "2", "--labels", "3"]) == 0
+    for arguments, message in {
+        ("--top-k", "3"): "top-k",
+        ("--schedule", "square"): "powercos",
+        ("--guidance", "nan"): "guidance is nan",
+    }.items():
+        capsys.readouterr()
+        try:
+            code = main([*command, *arguments])
+        except SystemExit as stop:
+            code = stop.code
+        assert code and message in capsys.readouterr().err, arguments
+    with pytest.raises(SystemExit) as stop:
+        main(["vision", "generate", str(folder / "ar"), "--help"])
+    shown = capsys.readouterr().out
+    assert not stop.value.code and "--top-k" in shown and "--rounds" not in shown
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Ordered codes with a decoder that draws, and volumes; each with its codes and a model of them."""
+    root = tmp_path_factory.mktemp("wide")
+    sources = {
+        "ordered": (FrequencyTokenizer(), dataclasses.replace(IMAGES, eval_limit=0)),
+        "volumes": (BlockTokenizer(), Ramps()),
+    }
+    for name, (task, data) in sources.items():
+        place = root / name
+        tokenizer = Experiment(task=task, data=data, mesh=MeshConfig(data=1), workdir=str(place / "tokenizer"))
+        begin(tokenizer, task.init(jax.random.key(0), {}))
+        assert main(["vision", "tokenize", str(place / "tokenizer"), str(place / "codes")]) == 0
+        shape = (6,) if name == "ordered" else task.code_shape  # the first six of the ordered codes
+        codes = CodeData(path=str(place / "codes"), shape=shape, values=task.code_values, batch_size=5)
+        model = Histograms(code_shape=shape, code_values=task.code_values, num_classes=len(codes.classes))
+        params = model.learn(model.init(jax.random.key(0), {}), codes.eval_batches("train"))
+        begin(Experiment(task=model, data=codes, mesh=MeshConfig(data=1), workdir=str(place / "model")), params)
+    return root
+
+
+def test_ordered_codes_with_a_decoder_that_draws(wide, tmp_path, capsys):
+    place = wide / "ordered"
+    header = open_codes(place / "codes" / "train").header
+    assert (header.shape, header.values, header.prefixes) == ((15,), (33, 9, 5), (1, 3, 6, 15))
+    grid = tmp_path / "grid.png"
+    command = ["vision", "reconstruct", str(place / "tokenizer"), str(grid), "--count", "3", "--columns", "3"]
+    assert main([*command, "--prefixes", "1", "6"]) == 0
+    sheet = np.asarray(Image.open(grid)).astype(float)
+    assert sheet.shape == (4 * 102 + 6, 3 * 102 + 6, 3), "the images, two prefixes, and all codes"
+    rows = [sheet[6 + 102 * n : 102 + 102 * n] for n in range(4)]
+    errors = [np.square(row - rows[0]).mean() for row in rows[1:]]
+    assert errors[0] > errors[1] > errors[2] > 0, "more codes are nearer"
+    assert main([*command, "--prefixes", "2"]) == 1
+    assert "prefixes has 2, but this tokenizer decodes the first 1, 3, 6, 15 codes" in _line(capsys)
+    assert main(["vision", "generate", str(place / "model"), str(tmp_path / "a.npz"), "--temperature", "0.5"]) == 0
+    with np.load(tmp_path / "a.npz") as file:
+        assert file["arr_0"].shape == (40, 8, 8, 3) and file["arr_1"].tolist() == [n for n in range(10) for _ in "1234"]
+
+
+def test_volumes(wide, tmp_path):
+    place = wide / "volumes"
+    file = open_codes(place / "codes" / "train")
+    assert file.header.shape == (2, 4, 3) and file.header.image_shape == (4, 8, 6, 1)
+    assert file.codes.shape == (10, 2, 24, 1), "with mirror images"
+    mirrored = np.asarray(file.codes[:, 1]).reshape(10, 2, 4, 3)[..., ::-1].reshape(10, 24, 1)
+    np.testing.assert_array_equal(mirrored, file.codes[:, 0])
+    numbers = reconstruct(place / "tokenizer", tmp_path / "grid.png", count=4, columns=4)
+    assert numbers["mse"] < 0.02
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    volumes = np.concatenate([batch["images"] for batch in Ramps().eval_batches("validation")])
+    middle = volumes[np.random.default_rng(0).permutation(6)[:4].min(), 2, :, :, 0]
+    assert (picture[6 : 6 + 8 * 16, 6:102, 0] == middle.repeat(16, 0).repeat(16, 1)).all()
+    generate(place / "model", tmp_path / "files", labels=("wide",), per_class=2)
+    paths = sorted((tmp_path / "files").iterdir())
+    assert [path.name for path in paths] == ["000000_wide.tif", "000001_wide.tif"]
+    with Image.open(paths[0]) as image:
+        assert image.n_frames == 4 and image.size == (6, 8)
+    generate(place / "model", tmp_path / "all.npz", labels=("wide", "none"), per_class=20)
+    with np.load(tmp_path / "all.npz") as volumes:
+        assert volumes["arr_0"].shape == (40, 4, 8, 6, 1)
+        wide_ones = volumes["arr_0"][:20].mean((0, 1, 2, 4))
+        assert (np.diff(wide_ones)[1::2] > 0).all(), "they get brighter along the width, as the class says"
+
+
+def test_a_tokenizer_of_other_codes(wide, folder, tmp_path):
+    for model, tokenizer, message in [
+        (wide / "volumes" / "model", wide / "ordered" / "tokenizer", "shape 2 x 4 x 3, but the tokenizer's 15"),
+        (folder / "ar", wide / "volumes" / "tokenizer", "shape 4 x 4, but the tokenizer's 2 x 4 x 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            generate(model, tmp_path / "x.png", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="Ramps, take no other images"):
+        reconstruct(wide / "volumes" / "tokenizer", tmp_path / "x.png", images="emoji")
+    with pytest.raises(ValueError, match="Histograms, which shows no attention"):
+        attention((wide / "volumes" / "model",), tmp_path / "x.png")
+
+
+def _line(capsys):
+    return " ".join(capsys.readouterr().err.split())
 
 
 def test_analyses(folder, tmp_path, capsys):
@@ -138,23 +243,6 @@ def test_analyses(folder, tmp_path, capsys):
     assert found[f"{folder / 'codes'}: kl_unigram"] == found[f"{tmp_path / 'codes'}: kl_unigram"], "both are there"
     for plot in plots:
         assert np.asarray(Image.open(plot).convert("L")).std() > 5
-
-
-def test_weights_go_out_and_come_back(folder, tmp_path):
-    for name in ("tokenizer", "ar", "masked"):
-        file = export_weights(folder / name, tmp_path / f"{name}.safetensors")
-        config = tmp_path / f"{name}.py"
-        config.write_text(
-            "from jaxtok.training.checkpoints import read_config\nfrom pathlib import Path\n"
-            f"config = read_config(Path({str(folder / name)!r}))\n"
-        )
-        again = load(import_weights(file, config, tmp_path / name))
-        jax.tree.map(np.testing.assert_array_equal, again.params, load(folder / name).params)
-    with pytest.raises(FileExistsError, match="exists"):
-        export_weights(folder / "ar", tmp_path / "ar.safetensors")
-    with pytest.raises(ValueError, match=r"no tensor|missing"):
-        import_weights(tmp_path / "ar.safetensors", tmp_path / "tokenizer.py", tmp_path / "other")
-    assert not (tmp_path / "other").exists()
 
 
 def test_what_is_wrong_is_said(folder, tmp_path, capsys):

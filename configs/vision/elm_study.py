@@ -21,8 +21,7 @@ from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
-from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling, MaskedSampling
-from jaxtok.vision.elm_sampling import ElmSampling
+from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 from jaxtok.vision.vqgan import VQGANConfig
 
 WORKDIR = "runs/elm_study"
@@ -109,8 +108,7 @@ config = ElmStudy(
             SampleQuality(
                 images=digits,
                 proxy=f"{WORKDIR}/proxy",
-                guided=ElmSampling(guidance=GUIDANCE, top_k=None),
-                masked=MaskedSampling(guidance=GUIDANCE),
+                guidance=GUIDANCE,
             ),
         ),
         columns=(

@@ -1,10 +1,10 @@
-"""Codes of images, as an image tokenizer made them: bits and sub-codes, files of codes, and batches of them.
+"""Codes of images and volumes, as an image tokenizer made them: files of codes, batches of them, and other sub-codes.
 
 A file of codes is a folder for each split with
 
     codes.npy    uint8, uint16 or uint32  [images, draws, positions, sub_codes], read where it is needed (memory map)
     labels.npy   int32                    [images]
-    codes.json   grid, sub_codes, vocab_size, classes, tokenizer and the like: `Header`
+    codes.json   shape, values, classes, tokenizer and the like: `Header`
 
 so that encoding, which costs as much as training, is done once. The draws of an image are its codes under a tokenizer
 that draws them, and under flips and crops of the picture (a flip is no permutation of codes); training takes one of
@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -24,50 +25,95 @@ from typing import Any, ClassVar
 
 import grain
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Int, Integer
 
 from jaxtok.data.streams import StreamBatches
-from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.protocols import ArraySpec, Batch
 
+FORMAT = 2
+"""Of codes.json. The first one had `grid`, `sub_codes`, `vocab_size` and `image_size` (a side) in place of `shape`,
+`values` and `image_shape`, and its images had three channels."""
 
-def regroup(codes: Int[Array, "*batch sub_codes"], code_bits: int, sub_codes: int) -> Int[Array, "*batch regrouped"]:
-    """The same bits, cut into another number of sub-codes: the paper's vocabulary decomposition.
+
+def alike(values: tuple[int, ...], others: tuple[int, ...]) -> bool:
+    """Whether two kinds of sub-codes are cut at the same bits, and one of the two has no value that the other lacks."""
+    same_bits = [(n - 1).bit_length() for n in values] == [(n - 1).bit_length() for n in others]
+    pairs = list(zip(values, others))
+    return same_bits and (all(x <= y for x, y in pairs) or all(x >= y for x, y in pairs))
+
+
+def regroup(
+    codes: Integer[np.ndarray, "*batch sub_codes"], values: tuple[int, ...], into: tuple[int, ...]
+) -> Integer[np.ndarray, "*batch regrouped"]:
+    """The same codes, each position cut into other sub-codes: ELM's vocabulary decomposition (section 3).
+
+    The sub-codes of a position are the digits of one number, the first the most significant, each in a base of its own.
+    So where all have powers of two, the bits keep their order. Sub-codes that are `alike` stay as they are.
+
+    Args:
+      values: how many values each sub-code has.
+      into: how many values each sub-code of the result has.
 
     Raises:
-      ValueError: the bits cannot be cut so.
+      ValueError: the products of the two differ, or a position has more than 2^62 values.
     """
-    if codes.shape[-1] == sub_codes:
+    codes = np.asarray(codes)
+    if codes.shape[-1] != len(values):
+        raise ValueError(
+            f"the codes have {codes.shape[-1]} sub-codes, but values is {values}; it must have one for each."
+        )
+    if alike(values, into):
         return codes
-    return pack_bits(unpack_bits(codes, codes.shape[-1] * code_bits), sub_codes)
+    if (whole := math.prod(values)) != math.prod(into) or whole > 2**62:
+        raise ValueError(
+            f"sub-codes of {values} values cannot be cut into sub-codes of {into}; the products must be equal, and at "
+            "most 2^62."
+        )
+    number = np.zeros(codes.shape[:-1], np.int64)
+    for digit, base in enumerate(values):
+        number = number * base + codes[..., digit]
+    digits = []
+    for base in reversed(into):
+        number, digit = np.divmod(number, base)
+        digits.append(digit)
+    return np.stack(digits[::-1], -1).astype(np.int32 if max(into) <= 2**31 else np.int64)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file of codes says of itself."""
+    """What a file of codes says of itself; the terms are those of `jaxtok.protocols.ImageTokenizer`."""
 
-    grid: tuple[int, int]
-    """Rows and columns; position n is row-major."""
-    sub_codes: int
-    vocab_size: int
-    """Values of each sub-code."""
+    shape: tuple[int, ...]
+    """Of the positions of an image: (rows, columns), (depth, rows, columns) or (length,). Position n is row-major."""
+    values: tuple[int, ...]
+    """How many values each sub-code of a position has."""
     classes: tuple[str, ...]
     """Names; labels are their numbers."""
     tokenizer: str = ""
-    """What made the codes, for a reader."""
-    image_size: int = 0
-    """Side in pixels."""
+    """The run that made the codes."""
+    image_shape: tuple[int, ...] = ()
+    """(height, width, channels) or (depth, height, width, channels); empty where it is not known."""
+    prefixes: tuple[int, ...] = ()
+    """How many of an image's first positions can be decoded without the rest."""
 
     def __post_init__(self):
-        if len(self.grid) != 2 or min(*self.grid, self.sub_codes, self.vocab_size) < 1:
+        if not self.shape or min(self.shape) < 1 or not self.values or min(self.values) < 1:
             raise ValueError(
-                f"grid is {self.grid}, sub_codes {self.sub_codes} and vocab_size {self.vocab_size}; "
-                "a grid is (rows, columns), and all must be at least 1."
+                f"shape is {self.shape} and values {self.values}; each must have at least one number, and all numbers "
+                "must be at least 1."
+            )
+        if self.prefixes and not 1 <= min(self.prefixes) <= max(self.prefixes) <= self.positions:
+            raise ValueError(
+                f"prefixes is {self.prefixes}; with {self.positions} positions, all must be in 1..{self.positions}."
             )
 
     @property
     def positions(self) -> int:
-        return self.grid[0] * self.grid[1]
+        return math.prod(self.shape)
+
+    @property
+    def sub_codes(self) -> int:
+        return len(self.values)
 
 
 def write_codes(
@@ -91,7 +137,7 @@ def write_codes(
     unfinished = folder.with_name(f".{folder.name}.{os.getpid()}.unfinished")
     unfinished.mkdir(parents=True)
     try:
-        size = next(size for size in (1, 2, 4) if header.vocab_size <= 256**size)
+        size = next(size for size in (1, 2, 4) if max(header.values) <= 256**size)
         dtype, labels, draws = np.dtype(f"<u{size}"), [], 0
         with open(unfinished / "codes.npy", "wb") as file:
             shape = (0, 1, header.positions, header.sub_codes)
@@ -106,13 +152,8 @@ def write_codes(
                         f"there are codes of the shape {codes.shape} and {len(of_images)} labels; the codes must be "
                         f"[images, {draws} draws, {header.positions} positions, {header.sub_codes} sub-codes]."
                     )
-                for what, values, limit in (
-                    ("code", codes, header.vocab_size),
-                    ("label", of_images, len(header.classes)),
-                ):
-                    if values.size and not 0 <= values.min() <= values.max() < limit:
-                        wrong = values.min() if values.min() < 0 else values.max()
-                        raise ValueError(f"there is the {what} {wrong}; it must be in 0..{limit - 1}.")
+                _check_range("code", codes, header.values)
+                _check_range("label", of_images, len(header.classes))
                 file.write(np.ascontiguousarray(codes.astype(dtype)).tobytes())
                 labels.append(of_images.astype(np.int32))
             if not sum(map(len, labels)):
@@ -122,11 +163,19 @@ def write_codes(
             _write_npy_header(file, (count, *shape[1:]), dtype)  # of the same length: NumPy leaves room for the count
             file.seek(end)
         np.save(unfinished / "labels.npy", np.concatenate(labels))
-        (unfinished / "codes.json").write_text(json.dumps({"format": 1, **dataclasses.asdict(header)}, indent=1))
+        (unfinished / "codes.json").write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(header)}, indent=1))
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder
+
+
+def _check_range(what: str, numbers: np.ndarray, limits: int | tuple[int, ...]) -> None:
+    """Raises a ValueError for a number that is negative or not below its limit (for codes: of its sub-code)."""
+    wrong = (numbers < 0) | (numbers >= np.asarray(limits))
+    if wrong.any():
+        limit = np.broadcast_to(limits, numbers.shape)[wrong][0]
+        raise ValueError(f"there is the {what} {numbers[wrong][0]}; it must be in 0..{limit - 1}.")
 
 
 def _write_npy_header(file: Any, shape: tuple[int, ...], dtype: np.dtype) -> None:
@@ -139,7 +188,7 @@ class CodeFile:
     """A split of codes, open for reading."""
 
     header: Header
-    codes: Int[np.ndarray, "images draws positions sub_codes"]
+    codes: Integer[np.ndarray, "images draws positions sub_codes"]
     labels: Int[np.ndarray, " images"]
 
 
@@ -156,10 +205,7 @@ def open_codes(folder: str | Path) -> CodeFile:
             raise FileNotFoundError(f"{folder / name} does not exist; encode the images of this split first.")
     try:
         stored = json.loads((folder / "codes.json").read_text())
-        if stored.pop("format", None) != 1:
-            raise ValueError("another format")
-        stored |= {"grid": tuple(stored["grid"]), "classes": tuple(stored["classes"])}
-        header = Header(**stored)
+        header = _header(stored)
         codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / "labels.npy", allow_pickle=False)
     except (ValueError, TypeError, KeyError, OSError) as error:
@@ -172,6 +218,18 @@ def open_codes(folder: str | Path) -> CodeFile:
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(header.classes):
         raise ValueError(f"{folder} has a label outside of its {len(header.classes)} classes; encode the images again.")
     return CodeFile(header, codes, labels)
+
+
+def _header(stored: dict[str, Any]) -> Header:
+    """From codes.json, of this format or the first."""
+    version = stored.pop("format", None)
+    if version == 1:
+        side = stored.pop("image_size")
+        stored["shape"], stored["values"] = stored.pop("grid"), [stored.pop("vocab_size")] * stored.pop("sub_codes")
+        stored["image_shape"] = [side, side, 3] if side else []
+    elif version != FORMAT:
+        raise ValueError(f"its format is {version!r}, which is not known here")
+    return Header(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,9 +250,10 @@ class CodeData:
     path: str = "codes"
     """A folder with a folder for each split (train, validation, test) as `write_codes` writes them."""
     grid: int = 16
-    """Positions a side."""
+    """Rows and columns of a square grid of positions; `shape` is for any other."""
     sub_codes: int = 2
-    """At each position. Codes that are stored in another number of sub-codes of as many bits in all are cut anew."""
+    """At each position, of `code_bits` each; `values` is for any other. Codes that are stored in other sub-codes with
+    as many values in all are cut anew (`regroup`)."""
     code_bits: int = 10
     """Of a sub-code."""
     batch_size: int = 32
@@ -205,6 +264,11 @@ class CodeData:
     """Batches read ahead by threads."""
     eval_limit: int = 0
     """Batches in an evaluation, of images from all over the split; 0: the whole split."""
+    shape: tuple[int, ...] = ()
+    """Of the positions, such as (32,) or (4, 8, 8); empty: grid x grid. Of codes that are ordered, (n,) may also be one
+    of the prefixes that their tokenizer can decode: then each image has its first n positions."""
+    values: tuple[int, ...] = ()
+    """How many values each sub-code has; empty: 2^code_bits each."""
 
     def __post_init__(self):
         least = dict(grid=1, sub_codes=1, code_bits=1, batch_size=1, seed=0, prefetch=0, eval_limit=0)
@@ -213,12 +277,25 @@ class CodeData:
                 raise ValueError(f"{field}={value}: choose at least {low}")
         if self.seed >= 2**32 or self.code_bits > 24:
             raise ValueError(f"seed={self.seed}, code_bits={self.code_bits}: choose them below 2**32 and 25")
+        for field in ("shape", "values"):
+            if min(value := getattr(self, field), default=1) < 1:
+                raise ValueError(f"{field}={value}: choose numbers of at least 1")
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """Of the positions of an image."""
+        return self.shape or (self.grid, self.grid)
+
+    @property
+    def code_values(self) -> tuple[int, ...]:
+        """How many values each sub-code has."""
+        return self.values or (2**self.code_bits,) * self.sub_codes
 
     def batch_spec(self) -> dict[str, ArraySpec]:
         """See `jaxtok.protocols.Data`."""
         n = self.batch_size
         return {
-            "codes": ArraySpec((n, self.grid**2, self.sub_codes), np.int32, ("batch", None, None)),
+            "codes": ArraySpec((n, math.prod(self.code_shape), len(self.code_values)), np.int32, ("batch", None, None)),
             "labels": ArraySpec((n,), np.int32, ("batch",)),
             "mask": ArraySpec((n,), np.float32, ("batch",)),
         }
@@ -276,22 +353,20 @@ class CodeData:
           ValueError: they do not fit the sizes here, or there is no image.
         """
         file = open_codes(Path(self.path) / split)
-        header = file.header
-        if header.grid != (self.grid, self.grid):
+        header, ours = file.header, self.code_shape
+        if header.shape != ours and not (len(ours) == 1 and ours[0] in header.prefixes):
+            prefixes = f" or a prefix of {', '.join(map(str, header.prefixes))}" if header.prefixes else ""
             raise ValueError(
-                f"{self.path} has grids of {header.grid[0]} x {header.grid[1]} codes, but data.grid is {self.grid}."
+                f"{self.path} has codes of the shape {times(header.shape)}, but data has {times(ours)} (data.shape, "
+                f"or else data.grid); make it {times(header.shape)}{prefixes}."
             )
-        bits = (header.vocab_size - 1).bit_length()
-        ours, theirs = f"{self.sub_codes} of {self.code_bits}", f"{header.sub_codes} of {bits}"
-        if self.sub_codes != header.sub_codes and header.vocab_size != 2**bits:
+        ours = self.code_values
+        more = math.prod(ours) - math.prod(header.values)
+        if more and not (more > 0 and alike(header.values, ours)):
             raise ValueError(
-                f"{self.path} has codes below {header.vocab_size}, no power of 2, which cannot be cut into other "
-                f"sub-codes; set data.sub_codes to {header.sub_codes}."
-            )
-        if self.sub_codes * self.code_bits != header.sub_codes * bits:
-            raise ValueError(
-                f"{self.path} has {header.sub_codes * bits} bits a position (sub-codes x bits: {theirs}), but "
-                f"data.sub_codes x data.code_bits is {ours} = {self.sub_codes * self.code_bits}; make them equal."
+                f"{self.path} has {times(header.values)} values a position, but data has {times(ours)} "
+                "(data.values, or else data.sub_codes of data.code_bits each); make them, or at least their products, "
+                "equal."
             )
         if not len(file.labels):
             raise ValueError(f"the {split} split of {self.path} has no image.")
@@ -316,10 +391,14 @@ class CodeData:
         return self._batch(file, images, 0, (places < len(order)).astype(np.float32))
 
     def _batch(self, file: CodeFile, images: np.ndarray, draws: Any, mask: np.ndarray) -> Batch:
-        codes = np.asarray(file.codes[images, draws]).astype(np.int32)
-        bits = (file.header.vocab_size - 1).bit_length()
+        codes = np.asarray(file.codes[images, draws])[:, : math.prod(self.code_shape)]
         return {
-            "codes": regroup(codes, bits, self.sub_codes),
+            "codes": regroup(codes.astype(np.int32), file.header.values, self.code_values),
             "labels": file.labels[images].astype(np.int32),
             "mask": mask,
         }
+
+
+def times(numbers: tuple[int, ...]) -> str:
+    """Such as 4 x 8 x 8."""
+    return " x ".join(map(str, numbers))

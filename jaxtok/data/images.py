@@ -121,6 +121,10 @@ class ImageData:
     def units(self) -> int:
         return self.batch_size
 
+    def count(self, split: str) -> int:
+        """How many pictures the split has."""
+        return len(self.pictures(split))
+
     def pictures(self, split: str = "all") -> Pictures:
         """The pictures of a split, opened once."""
         if split not in self._opened:

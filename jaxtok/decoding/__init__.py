@@ -1,5 +1,25 @@
-"""Ways to generate from a CausalLM."""
+"""Ways to generate from a CausalLM, and from other models token by token: one engine, and what it is combined with."""
 
-from jaxtok.decoding.sampling import Sampling, generate, sample
+from jaxtok.decoding.engine import CachedTokens, Engine, Generation, Piece, State, generate
+from jaxtok.decoding.prompt_lookup import PromptLookup
+from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Verified
+from jaxtok.decoding.sampling import Sampling, sample
+from jaxtok.decoding.sinks import SinksAndRecent
 
-__all__ = ["Sampling", "generate", "sample"]
+__all__ = [
+    "CachedTokens",
+    "Chooser",
+    "Drafter",
+    "Engine",
+    "Evictor",
+    "Generation",
+    "Piece",
+    "PromptLookup",
+    "Sampling",
+    "SinksAndRecent",
+    "State",
+    "TokenModel",
+    "Verified",
+    "generate",
+    "sample",
+]

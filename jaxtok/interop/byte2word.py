@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import jax
 import numpy as np
 
-from jaxtok.interop.huggingface import read_folder
+from jaxtok.data.word_pieces import WordPieceText
+from jaxtok.interop.folders import FolderFormat, Options, dtype_of, stored_dtype
+from jaxtok.interop.huggingface import is_folder, read_folder
+from jaxtok.interop.tensors import Place, Shapes, Source, read_params, shapes_of, write_params
+from jaxtok.interop.texts import Texts
 from jaxtok.lm.bert import BertConfig
-from jaxtok.lm.byte2word import BYTE_VOCAB, Byte2WordConfig, init_params
+from jaxtok.lm.byte2word import BYTE_VOCAB, Byte2WordConfig, ByteWords, init_params
+from jaxtok.model import Model
 from jaxtok.protocols import Params
 from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, SEP, UNK
 
@@ -49,12 +54,14 @@ def read_config(options: Mapping[str, Any]) -> Byte2WordConfig:
         if options.get(name, value) != value:
             raise ValueError(f"{name} is {options[name]}; only {value} can be read.")
     return Byte2WordConfig(
-        **{ours: options[name] for name, ours in _OPTIONS.items()}, dropout=options.get("dropout", 0.0)
+        **{ours: options[name] for name, ours in _OPTIONS.items()},
+        dropout=options.get("dropout", 0.0),
+        param_dtype=stored_dtype(options),
     )
 
 
-def _names() -> dict[str, tuple[str, ...]]:
-    """Their names, with {layer}, to our paths."""
+def sources(shapes: Shapes) -> dict[Place, Source]:
+    """Our parameter paths to the arrays, of those that a model has."""
     block = ("stack", "blocks")
     found = {
         "byte_embed": ("pool", "byte_embedding"),
@@ -81,55 +88,27 @@ def _names() -> dict[str, tuple[str, ...]]:
     norms |= {"layer.{layer}.ln1": (*block, "norm_attention"), "layer.{layer}.ln2": (*block, "norm_ffn")}
     for theirs, path in norms.items():
         found[f"{theirs}.w"], found[f"{theirs}.b"] = (*path, "scale"), (*path, "bias")
-    return found
+    laid_out = {"head.out": Source("head.out", transpose=True), "pool.query": Source("pool.query", ones=-1)}
+    return {place: laid_out.get(name, Source(name)) for name, place in found.items() if place in shapes}
+
+
+def _shapes(config: Byte2WordConfig) -> Shapes:
+    return shapes_of(lambda: init_params(config, jax.random.key(0)))
 
 
 def params_from(config: Byte2WordConfig, tensors: Mapping[str, np.ndarray]) -> Params:
     """Our parameter tree from arrays by the specification's names.
 
     Raises:
-      ValueError: arrays are missing, unknown or of another shape; the message names them.
+      ValueError: as `read_params`; or the specification has no name for a parameter.
     """
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    shapes = {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(shapes).items()}
-    names = {path: name for name, path in _names().items()}
-    left, tree, problems = set(tensors), {}, []
-    for path, shape in shapes.items():
-        if path not in names:
-            raise ValueError(f"the specification has no name for {'/'.join(path)}; use the default pooling and heads.")
-        layers = range(config.num_layers) if path[:2] == ("stack", "blocks") else [None]
-        arrays = []
-        for name in (names[path].format(layer=layer) for layer in layers):
-            if name not in tensors:
-                problems.append(f"{name} is missing")
-                continue
-            left.discard(name)
-            array = np.asarray(tensors[name])
-            array = array.T if name == "head.out" else array[None] if name == "pool.query" else array
-            arrays.append(array if layers == [None] else array[None])
-            wanted = shape if layers == [None] else (1, *shape[1:])
-            if arrays[-1].shape != wanted:
-                problems.append(f"{name} has shape {tensors[name].shape}, which does not give {shape}")
-        if not problems:
-            tree[path] = arrays[0] if layers == [None] else np.concatenate(arrays)
-    problems += [f"{name} is unknown" for name in sorted(left)]
-    if problems:
-        raise ValueError(f"the arrays do not fit the config: {'; '.join(problems[:8])}.")
-    return flax.traverse_util.unflatten_dict(tree)
+    shapes = _shapes(config)
+    return read_params(sources(shapes), shapes, tensors, dtype=dtype_of(config.param_dtype))
 
 
 def params_to(config: Byte2WordConfig, params: Params) -> dict[str, np.ndarray]:
     """Arrays by the specification's names from our parameter tree."""
-    flat, found = flax.traverse_util.flatten_dict(params), {}
-    for name, path in _names().items():
-        if path not in flat:
-            continue
-        array = np.asarray(flat[path])
-        if "{layer}" in name:
-            found |= {name.format(layer=layer): array[layer] for layer in range(config.num_layers)}
-        else:
-            found[name] = array.T if name == "head.out" else array[0] if name == "pool.query" else array
-    return found
+    return write_params(sources(_shapes(config)), params)
 
 
 def with_bert_body(config: Byte2WordConfig, params: Params, bert: BertConfig, bert_params: Params) -> Params:
@@ -157,3 +136,55 @@ def read_bert_body(config: Byte2WordConfig, params: Params, folder: str | Path) 
     if not isinstance(bert, BertConfig):
         raise ValueError(f"{folder} holds a {type(bert).__name__}; give a folder of BERT, RoBERTa or XLM-R.")
     return with_bert_body(config, params, bert, bert_params)
+
+
+def config_json(config: Byte2WordConfig) -> dict[str, Any]:
+    """The specification's keys.
+
+    Raises:
+      ValueError: the model has an option that the specification does not have.
+    """
+    options = {theirs: getattr(config, ours) for theirs, ours in _OPTIONS.items()}
+    options |= _SYMBOLS | {"dropout": config.dropout, "torch_dtype": config.param_dtype}
+    again = dataclasses.replace(read_config(options), dtype=config.dtype, remat=config.remat, pooling=config.pooling)
+    for field in dataclasses.fields(config):
+        if (ours := getattr(config, field.name)) != (theirs := getattr(again, field.name)):
+            raise ValueError(f"{field.name} is {ours!r}; the specification has {theirs!r} only.")
+    return options
+
+
+def task_and_data(config: Byte2WordConfig, texts: Texts, options: Options) -> tuple[ByteWords, WordPieceText]:
+    """Masked words, with the pieces of a tokenizer as targets."""
+    sizes = {"length": config.max_length, "max_bytes": config.max_bytes, "max_pieces": config.max_pieces}
+    return ByteWords(model=config), WordPieceText(tokenizer=texts.spec, batch_size=8, **sizes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Byte2WordFormat(FolderFormat):
+    """Arrays by the specification's names; or the folder of a BERT, which lends its layers to a given model."""
+
+    def read(self, path: Path, like: Any = None, *, tokenizer: str = "") -> Model:
+        """The model in a folder; of a BERT's, new parameters of `like` with its layers.
+
+        Raises:
+          FileNotFoundError, ValueError: as `FolderFormat.read`; or the BERT's layers are of another size or kind.
+        """
+        if not is_folder(path):
+            return super().read(path, like, tokenizer=tokenizer)
+        if not isinstance(like, ByteWords):
+            raise ValueError(f"{path} lends its layers to a Byte2Word; give the config of one (--config).")
+        new = init_params(like.model, jax.random.key(0))
+        return Model(task=like, params=read_bert_body(like.model, new, path), data=None, path=Path(path))
+
+
+BYTE2WORD = Byte2WordFormat(
+    name="byte2word",
+    holds="Byte2Word",
+    owns=lambda task: type(task) is ByteWords,
+    has=lambda options: {"pool_heads", "max_subwords"} <= set(options),
+    config_from=lambda options, tensors: read_config(options),
+    options_of=config_json,
+    params_from=params_from,
+    params_to=params_to,
+    task_and_data=task_and_data,
+)

@@ -1,23 +1,94 @@
-"""ELECTRA's variables under the names of `google-research/electra` (TensorFlow 1), in and out, as arrays by name."""
+"""ELECTRA in two layouts: Hugging Face's folders, and the variables of `google-research/electra` (TensorFlow 1).
+
+The authors' checkpoint is read where its variables are an .npz or .safetensors file, by their names:
+
+    reader = tf.train.load_checkpoint(path)
+    numpy.savez(file, **{name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()})
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
 import numpy as np
 
-from jaxtok.interop.huggingface import Source, sources
+from jaxtok.interop import encoders
+from jaxtok.interop.files import has_tensors, write_file
+from jaxtok.interop.folders import FolderFormat, Options
+from jaxtok.interop.tensors import Place, Source, read_params, shapes_of, write_params
+from jaxtok.interop.texts import Texts
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.electra import ElectraConfig, ReplacedTokens
-from jaxtok.lm.masked_words import MaskedWords
+from jaxtok.lm.masked_words import MaskedWords, Masking
+from jaxtok.lm.text_classification import TextClassification
+from jaxtok.model import Model
+from jaxtok.protocols import Params
+from jaxtok.weights import read_weights
 
 Variables = Mapping[str, np.ndarray]
 
 
-def variables(task: ReplacedTokens | MaskedWords) -> dict[tuple[str, ...], tuple[str, int]]:
-    """Our parameter paths to their names, in which `{layer}` stands for the layer's number, and how many layers.
+def task_and_data(config: ElectraConfig, texts: Texts, options: Options) -> tuple[Any, Any]:
+    """As of other encoders; a discriminator alone is trained with samples of which any word is as likely.
+
+    Raises:
+      ValueError: as `jaxtok.interop.encoders.task_and_data`.
+    """
+    if config.num_classes or not config.replaced_head:
+        return encoders.task_and_data(config, texts, options)
+    words, data = encoders.task_and_data(dataclasses.replace(config, mask_head=True), texts, options)
+    model = dataclasses.replace(config, mask_head=False)
+    return ReplacedTokens(model=model, masking=words.masking, generator="uniform"), data
+
+
+def params_of(task: Any, params: Params) -> Params:
+    """A task's parameters with the model that was read; of a given task, the generator's are new.
+
+    Raises:
+      ValueError: the task's objective needs other heads than the discriminator's.
+    """
+    if not isinstance(task, ReplacedTokens):
+        return params
+    if task.discriminator_config != task.model:
+        raise ValueError(f"objective is {task.objective!r}; it must be one of a discriminator, such as replaced.")
+    if task.generator == "uniform":
+        return {"discriminator": params}
+    new = jax.jit(task.init)(jax.random.key(0), {"tokens": np.zeros((1, 1), np.int32)})
+    return {**nn.meta.unbox(new), "discriminator": params}
+
+
+def facts(model: Model) -> dict[str, int]:
+    """The symbols of a model's rows."""
+    masking = getattr(model.task, "masking", None)
+    return encoders.facts(model) | ({"mask_id": masking.mask_id} if isinstance(masking, Masking) else {})
+
+
+ELECTRA = FolderFormat(
+    name="electra",
+    holds="ELECTRA",
+    owns=lambda task: (
+        type(task) is ReplacedTokens
+        or (type(task) in (MaskedWords, TextClassification) and isinstance(task.model, ElectraConfig))
+    ),
+    has=lambda options: options.get("model_type") == "electra",
+    config_from=encoders.config_from,
+    options_of=encoders.config_json,
+    params_from=encoders.params_from,
+    params_to=encoders.params_to,
+    task_and_data=task_and_data,
+    model_of=lambda task, params: task.export(params) if isinstance(task, ReplacedTokens) else (task.model, params),
+    params_of=params_of,
+    facts=facts,
+)
+
+
+def variables(task: ReplacedTokens | MaskedWords) -> dict[Place, Source]:
+    """Our parameter paths to their variables.
 
     Raises:
       ValueError: the task has parameters that are not theirs.
@@ -39,14 +110,14 @@ def variables(task: ReplacedTokens | MaskedWords) -> dict[tuple[str, ...], tuple
     return found
 
 
-def _names(config: BertConfig, scope: str) -> dict[tuple[str, ...], tuple[str, int]]:
+def _names(config: BertConfig, scope: str) -> dict[Place, Source]:
     if not isinstance(config, ElectraConfig):
         raise ValueError(f"the model is a {type(config).__name__}; the authors' code has ElectraConfig.")
-    return {path: (_name(source, scope), config.num_layers) for path, source in sources(config).items()}
+    return {path: Source(_name(source.name, scope)) for path, source in encoders.sources(config).items()}
 
 
-def _name(source: Source, scope: str) -> str:
-    name = source.name.replace("generator_lm_head.bias", "generator_predictions.output_bias")
+def _name(name: str, scope: str) -> str:
+    name = name.replace("generator_lm_head.bias", "generator_predictions.output_bias")
     name = name.replace("dense_prediction.", "dense_1.").replace("layer.{layer}", "layer_{layer}")
     name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
     name = name.replace("_embeddings.weight", "_embeddings").replace(".weight", ".kernel")
@@ -54,37 +125,65 @@ def _name(source: Source, scope: str) -> str:
     return "/".join([scope if first == "electra" else first, *rest])
 
 
-def from_official(task: ReplacedTokens | MaskedWords, theirs: Variables) -> dict[str, Any]:
+def from_official(task: ReplacedTokens | MaskedWords, theirs: Variables) -> Params:
     """Our parameter tree from their variables; those of the optimizer are left out.
 
     Raises:
-      ValueError: a variable is missing or unknown.
+      ValueError: a variable is missing, unknown or of another shape.
     """
-    names = variables(task)
-    known = {name.format(layer=k) for name, layers in names.values() for k in range(layers)}
-    there = {name for name in theirs if not name.endswith(("/adam_m", "/adam_v")) and name != "global_step"}
-    if problems := sorted(known - there) + sorted(there - known):
-        kind = "missing" if problems[0] in known else "unknown"
-        raise ValueError(f"of the variables, {problems[0]} is {kind}; give those of a task with these options.")
-    tree: dict[str, Any] = {}
-    for path, (name, layers) in names.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        stacked = "{layer}" in name
-        node[path[-1]] = np.stack([theirs[name.format(layer=k)] for k in range(layers)]) if stacked else theirs[name]
-    return tree
+    tokens = {"tokens": np.zeros((1, 1), np.int32)}
+    shapes = shapes_of(lambda: task.init(jax.random.key(0), tokens))
+    return read_params(variables(task), shapes, theirs, ignored=_is_the_optimizers)
 
 
-def to_official(task: ReplacedTokens | MaskedWords, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _is_the_optimizers(name: str) -> bool:
+    return name.endswith(("/adam_m", "/adam_v")) or name == "global_step"
+
+
+def to_official(task: ReplacedTokens | MaskedWords, params: Params) -> dict[str, np.ndarray]:
     """Their variables from our parameter tree."""
-    found = {}
-    for path, (name, layers) in variables(task).items():
-        leaf: Any = params
-        for key in path:
-            leaf = leaf[key]
-        if "{layer}" in name:
-            found |= {name.format(layer=k): np.asarray(leaf[k]) for k in range(layers)}
-        else:
-            found[name] = np.asarray(leaf)
-    return found
+    return write_params(variables(task), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorFlowVariables:
+    """The authors' variables in a file; the sizes come from a task."""
+
+    name: str = "electra_tensorflow"
+    holds: str = "the variables of ELECTRA's authors"
+    is_file: bool = True
+
+    def owns(self, task: Any) -> bool:
+        if isinstance(task, ReplacedTokens):
+            return task.objective in ("replaced", "electric")
+        return type(task) is MaskedWords and isinstance(task.model, ElectraConfig)
+
+    def recognises(self, path: Path) -> bool:
+        return has_tensors(path, lambda names: "electra/embeddings/word_embeddings" in names)
+
+    def read(self, path: Path, like: Any = None) -> Model:
+        """The model in a file.
+
+        Args:
+          path: .npz or .safetensors.
+          like: the task that was trained.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: no task is given, or one with other variables.
+        """
+        if like is None:
+            raise ValueError(f"{path} holds bare tensors; give the config of the model (--config).")
+        return Model(task=like, params=from_official(like, read_weights(path)), data=None, path=Path(path))
+
+    def write(self, path: Path, model: Model, **_: Any) -> Path:
+        """Writes an .npz or .safetensors file.
+
+        Raises:
+          FileExistsError: there is such a file already.
+          ValueError: the authors' code has no such model, or the file's name ends otherwise.
+        """
+        return write_file(path, to_official(model.task, model.params))
+
+
+TENSORFLOW = TensorFlowVariables()

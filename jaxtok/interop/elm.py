@@ -7,21 +7,24 @@ the grid, the kind of attention, nor (of a masked model) the sub-codes: these ar
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from jaxtok.interop.files import has_tensors, write_file
+from jaxtok.interop.folders import dtype_of
+from jaxtok.interop.tensors import Place, Shapes, Source, read_params, shapes_of, write_params
+from jaxtok.model import Model
 from jaxtok.protocols import Params
 from jaxtok.vision import elm, elm_masked
-from jaxtok.vision.elm import ElmConfig
-from jaxtok.vision.elm_masked import MaskedElmConfig
-from jaxtok.weights import read_weights, write_weights
+from jaxtok.vision.elm import ElmConfig, ElmModeling
+from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
+from jaxtok.weights import read_weights
 
 _UNUSED = re.compile(r"output\..*|proj\..*|pos_embed\..*|freqs_cis")
 """What the published class of the masked model has and does not use."""
@@ -75,117 +78,69 @@ def config_from(
     return (MaskedElmConfig if masked else ElmConfig)(**sizes | options)
 
 
-def tensor_names(config: ElmConfig) -> dict[str, tuple[str, ...]]:
-    """Their names (`{layer}` stands for the layer) to our paths, where one is one of the other but for a transpose."""
+def sources(config: ElmConfig) -> dict[Place, Source]:
+    """Our parameter paths to their tensors."""
     block, attention, ffn = ("stack", "blocks"), "layers.{layer}.attention.", "layers.{layer}.feed_forward."
-    names = {
-        "cls_embedding.embedding_table.weight": ("class_embedding",),
-        "norm.weight": ("final_norm", "scale"),
-        f"{attention}wo.weight": (*block, "attention", "output", "kernel"),
-        f"{ffn}w1.weight": (*block, "ffn", "gate", "kernel"),
-        f"{ffn}w3.weight": (*block, "ffn", "up", "kernel"),
-        f"{ffn}w2.weight": (*block, "ffn", "down", "kernel"),
-        "layers.{layer}.attention_norm.weight": (*block, "norm_attention", "scale"),
-        "layers.{layer}.ffn_norm.weight": (*block, "norm_ffn", "scale"),
+    linears = {
+        (*block, "attention", "output"): f"{attention}wo",
+        (*block, "ffn", "gate"): f"{ffn}w1",
+        (*block, "ffn", "up"): f"{ffn}w3",
+        (*block, "ffn", "down"): f"{ffn}w2",
     }
-    if isinstance(config, MaskedElmConfig):
-        for part, (ours, weight) in {"fc": ("head_dense", "kernel"), "ln": ("head_norm", "scale")}.items():
-            names |= {f"mlm_layer.{part}.weight": (ours, weight), f"mlm_layer.{part}.bias": (ours, "bias")}
-    elif config.sub_codes > 1:
-        names["proj.weight"] = ("projection", "kernel")
+    found = {
+        ("class_embedding",): Source("cls_embedding.embedding_table.weight"),
+        ("final_norm", "scale"): Source("norm.weight"),
+        (*block, "norm_attention", "scale"): Source("layers.{layer}.attention_norm.weight"),
+        (*block, "norm_ffn", "scale"): Source("layers.{layer}.ffn_norm.weight"),
+    }
+    for part, group in enumerate(("query", "key", "value")):
+        place = (*block, "attention", group, "kernel")
+        found[place] = Source(f"{attention}wqkv.weight", transpose=True, part=part, axis=0)
     if config.modulation:
-        for leaf, ours in {"weight": "kernel", "bias": "bias"}.items():
-            names[f"layers.{{layer}}.adaLN_modulation.1.{leaf}"] = (*block, "modulation", ours)
-            names[f"final_adaLN.1.{leaf}"] = ("final_modulation", ours)
-    return names
-
-
-def _tables(config: ElmConfig) -> dict[tuple[str, ...], list[str]]:
-    """Our tables of sub-codes to the name of each one's."""
-    found = {}
-    for ours, theirs in {"embedding": "tok_embedder", "head_matrix": "output"}.items():
-        parts = [""] if config.sub_codes == 1 else [f".{i}" for i in range(config.sub_codes)]
-        found[(ours,)] = [f"{theirs}{part}.weight" for part in parts]
+        linears[*block, "modulation"] = "layers.{layer}.adaLN_modulation.1"
+        linears["final_modulation",] = "final_adaLN.1"
+        found[*block, "modulation", "bias"] = Source("layers.{layer}.adaLN_modulation.1.bias")
+        found["final_modulation", "bias"] = Source("final_adaLN.1.bias")
+    if isinstance(config, MaskedElmConfig):
+        linears["head_dense",] = "mlm_layer.fc"
+        found |= {
+            ("head_dense", "bias"): Source("mlm_layer.fc.bias"),
+            ("head_norm", "scale"): Source("mlm_layer.ln.weight"),
+            ("head_norm", "bias"): Source("mlm_layer.ln.bias"),
+            ("head_bias",): Source("mlm_layer.bias", ones=2, padding=1),  # of the mask as a target, which is none
+            ("embedding",): Source("tok_embedder.weight", part=0, axis=0),
+            ("mask_embedding",): Source("tok_embedder.weight", part=1, axis=0),
+        }
+    else:
+        for ours, theirs in {"embedding": "tok_embedder", "head_matrix": "output"}.items():
+            one = config.sub_codes == 1
+            found[(ours,)] = Source(f"{theirs}.weight", ones=-1) if one else Source(f"{theirs}.{{layer}}.weight")
+        if config.sub_codes > 1:
+            linears["projection",] = "proj"
+    for place, name in linears.items():
+        found[*place, "kernel"] = Source(f"{name}.weight", transpose=True)
     return found
 
 
-def expected_shapes(config: ElmConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
+def expected_shapes(config: ElmConfig) -> Shapes:
     """Parameter paths to shapes, without making any array."""
     init = elm_masked.init_params if isinstance(config, MaskedElmConfig) else elm.init_params
-    tree: Any = jax.eval_shape(lambda: init(config, jax.random.key(0)))
-    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
+    return shapes_of(lambda: init(config, jax.random.key(0)))
 
 
 def params_from(config: ElmConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameter tree from their tensors.
+    """Our parameter tree from their tensors; raises as `read_params`."""
 
-    Raises:
-      ValueError: tensors are missing, unknown or of another shape; the message names them.
-    """
-    shapes, tree, problems, left = expected_shapes(config), {}, [], set(tensors)
+    def ignored(name: str) -> bool:
+        return name == "freqs_cis" or (isinstance(config, MaskedElmConfig) and bool(_UNUSED.fullmatch(name)))
 
-    def read(name, shape):
-        left.discard(name)
-        if name not in tensors:
-            problems.append(f"{name} is missing")
-            return np.zeros(shape, np.float32)
-        array = np.asarray(tensors[name])
-        if array.shape != tuple(shape):
-            problems.append(f"{name} has the shape {array.shape}, not {tuple(shape)}")
-            return np.zeros(shape, np.float32)
-        return array
-
-    def matrix(name, shape):  # ours
-        return read(name, shape[::-1]).T
-
-    for name, path in tensor_names(config).items():
-        one = matrix if path[-1] == "kernel" else read
-        if "{layer}" in name:
-            shape = shapes[path][1:]
-            tree[path] = np.stack([one(name.format(layer=k), shape) for k in range(config.num_layers)])
-        else:
-            tree[path] = one(name, shapes[path])
-    parts = {group: ("stack", "blocks", "attention", group, "kernel") for group in ("query", "key", "value")}
-    widths = [shapes[path][2] for path in parts.values()]
-    joint = [
-        matrix(f"layers.{k}.attention.wqkv.weight", (config.d_model, sum(widths))) for k in range(config.num_layers)
-    ]
-    for path, columns in zip(parts.values(), np.split(np.stack(joint), np.cumsum(widths)[:-1], axis=2)):
-        tree[path] = columns
-    if isinstance(config, MaskedElmConfig):
-        table = read("tok_embedder.weight", (config.codebook + 1, config.d_model))
-        tree[("embedding",)], tree[("mask_embedding",)] = table[:-1], table[-1:]
-        tree[("head_bias",)] = read("mlm_layer.bias", (1, 1, config.codebook + 1)).reshape(-1)[:-1]
-        left = {name for name in left if not _UNUSED.fullmatch(name)}
-    else:
-        for path, names in _tables(config).items():
-            tree[path] = np.stack([read(name, shapes[path][1:]) for name in names])
-    problems += [f"{name} is unknown" for name in sorted(left - {"freqs_cis"})]
-    if problems:
-        raise ValueError(f"the tensors do not fit the config: {'; '.join(problems[:8])}.")
-    dtype = jnp.dtype(config.param_dtype)
-    return flax.traverse_util.unflatten_dict({path: np.ascontiguousarray(x.astype(dtype)) for path, x in tree.items()})
+    dtype = dtype_of(config.param_dtype)
+    return read_params(sources(config), expected_shapes(config), tensors, dtype=dtype, ignored=ignored)
 
 
 def params_to(config: ElmConfig, params: Params) -> dict[str, np.ndarray]:
-    """Their tensors from our parameter tree. What theirs has and the masked model here has not (the bias of the mask as
-    a target) is 0."""
-    flat = {path: np.asarray(x) for path, x in flax.traverse_util.flatten_dict(params).items()}
-    found = {}
-    for name, path in tensor_names(config).items():
-        array = np.swapaxes(flat[path], -1, -2) if path[-1] == "kernel" else flat[path]
-        layers = range(config.num_layers) if "{layer}" in name else [None]
-        found |= {name.format(layer=k): array if k is None else array[k] for k in layers}
-    block = ("stack", "blocks", "attention")
-    joint = np.concatenate([flat[*block, group, "kernel"] for group in ("query", "key", "value")], axis=2)
-    found |= {f"layers.{k}.attention.wqkv.weight": joint[k].T for k in range(config.num_layers)}
-    if isinstance(config, MaskedElmConfig):
-        found["tok_embedder.weight"] = np.concatenate([flat["embedding",], flat["mask_embedding",]])
-        found["mlm_layer.bias"] = np.append(flat["head_bias",], np.zeros(1, flat["head_bias",].dtype))[None, None]
-    else:
-        for path, names in _tables(config).items():
-            found |= {name: flat[path][i] for i, name in enumerate(names)}
-    return {name: np.ascontiguousarray(array) for name, array in found.items()}
+    """Their tensors from our parameter tree."""
+    return write_params(sources(config), params)
 
 
 def read_checkpoint(path: str | Path, *, which: str = "", **options: Any) -> tuple[ElmConfig, Params]:
@@ -209,4 +164,43 @@ def write_checkpoint(path: str | Path, config: ElmConfig, params: Params) -> Pat
     Raises:
       FileExistsError, ValueError: as `jaxtok.weights.write_weights`.
     """
-    return write_weights(path, {name: x.astype(np.float32) for name, x in params_to(config, params).items()})
+    return write_file(path, {name: x.astype(np.float32) for name, x in params_to(config, params).items()})
+
+
+@dataclasses.dataclass(frozen=True)
+class ElmFile:
+    """A file of the authors' weights; what it does not say comes from a task."""
+
+    name: str = "elm"
+    holds: str = "ELM, autoregressive or masked"
+    is_file: bool = True
+
+    def owns(self, task: Any) -> bool:
+        return isinstance(task, ElmModeling | MaskedElmModeling)
+
+    def recognises(self, path: Path) -> bool:
+        return has_tensors(path, lambda names: any("cls_embedding.embedding_table" in name for name in names))
+
+    def read(self, path: Path, like: Any = None, *, which: str = "") -> Model:
+        """The model in a file.
+
+        Args:
+          path: .safetensors, .npz, or PyTorch's (needs PyTorch).
+          like: a task whose model has the file's sizes.
+          which: of a file of a training, `model` or its moving average `ema`.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: no task is given, or one of other sizes.
+        """
+        if like is None:
+            raise ValueError(f"{path} holds bare tensors; give the config of the model (--config).")
+        params = params_from(like.model, read_weights(path, which))
+        return Model(task=like, params=params, data=None, path=Path(path))
+
+    def write(self, path: Path, model: Model, **_: Any) -> Path:
+        """Writes a file; raises as `write_checkpoint`."""
+        return write_checkpoint(path, model.task.model, model.params)
+
+
+ELM = ElmFile()

@@ -6,23 +6,22 @@ Where QK norms are kept was not to be seen; here they are `q_norm.weight` and `k
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from jaxtok.data.words import WordText
-from jaxtok.interop.huggingface import Source, rope_from_json, rope_to_json, save_tensors
-from jaxtok.interop.tensors import read_tensors
+from jaxtok.interop.folders import FolderFormat, Options, dtype_of, stored_dtype
+from jaxtok.interop.huggingface import rope_from_json, rope_to_json
+from jaxtok.interop.tensors import Source, read_params, shapes_of, write_params
+from jaxtok.interop.texts import Texts
 from jaxtok.lm.decoder import init_params
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedHAT, ReleasedModeling
 from jaxtok.nn.linear import LlamaStack
+from jaxtok.protocols import Params
 
 PARTS = ("encoder", "backbone", "decoder")
 
@@ -138,8 +137,8 @@ def sources(config: ReleasedConfig) -> dict[tuple[str, ...], Source]:
         ("embedding",): Source("encoder.embedding_layer.weight"),
         ("head_matrix",): Source("lm_head.weight"),
         ("final_norm", "scale"): Source("layer_norm.weight"),
-        ("connector", "latent_query"): Source("encoder_connector.latent_query"),
-        ("first_word",): Source("decoder_connector.first_word_embedding"),
+        ("connector", "latent_query"): Source("encoder_connector.latent_query", ones=2),
+        ("first_word",): Source("decoder_connector.first_word_embedding", ones=2),
     }
 
     def attention(path: tuple[str, ...], theirs: str, bias: bool = False, norms: tuple[str, str] | None = None) -> None:
@@ -178,104 +177,37 @@ def sources(config: ReleasedConfig) -> dict[tuple[str, ...], Source]:
     return found
 
 
-def expected_shapes(config: ReleasedConfig) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Parameter paths to shapes, without making any array."""
+def params_from(config: ReleasedConfig, tensors: Mapping[str, np.ndarray]) -> Params:
+    """Our parameter tree from their tensors; raises as `read_params`."""
     one = jnp.zeros((1, 1), jnp.int32)
-    tree = jax.eval_shape(lambda: init_params(ReleasedHAT(config), jax.random.key(0), one, one, one))
-    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
+    shapes = shapes_of(lambda: init_params(ReleasedHAT(config), jax.random.key(0), one, one, one))
+    return read_params(sources(config), shapes, tensors, dtype=dtype_of(config.encoder.param_dtype))
 
 
-def params_from(config: ReleasedConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Our parameter tree from their tensors.
-
-    Raises:
-      ValueError: tensors are missing, unknown or of another shape; the message names them.
-    """
-    left, problems = set(tensors), []
-    dtype = ml_dtypes.bfloat16 if config.encoder.param_dtype == "bfloat16" else config.encoder.param_dtype
-
-    def read(name: str, shape: tuple[int, ...], transpose: bool) -> np.ndarray | None:
-        if name not in tensors:
-            problems.append(f"{name} is missing")
-            return None
-        left.discard(name)
-        array = np.asarray(tensors[name])
-        array = array.T if transpose else array
-        if array.shape != shape and (array.size != shape[0] or len(shape) > 1):  # theirs have [1, 1, D] for vectors
-            problems.append(f"{name} has shape {tensors[name].shape}, which does not give {shape}")
-            return None
-        return array.reshape(shape).astype(dtype)
-
-    tree = {}
-    shapes = expected_shapes(config)
-    for path, source in sources(config).items():
-        shape = shapes[path]
-        if "{layer}" in source.name:
-            names = [source.name.format(layer=layer) for layer in range(shape[0])]
-            arrays = [read(name, shape[1:], source.transpose) for name in names]
-            tree[path] = None if any(a is None for a in arrays) else np.stack(arrays)
-        else:
-            tree[path] = read(source.name, shape, source.transpose)
-    problems += [f"{name} is unknown" for name in sorted(left)]
-    if problems:
-        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
-        raise ValueError(f"the tensors do not fit config.json: {'; '.join(problems[:8])}{more}.")
-    return flax.traverse_util.unflatten_dict(tree)
-
-
-def params_to(config: ReleasedConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def params_to(config: ReleasedConfig, params: Params) -> dict[str, np.ndarray]:
     """Their tensors by name, from our parameter tree."""
-    flat, found = flax.traverse_util.flatten_dict(params), {}
-    for path, source in sources(config).items():
-        array = np.asarray(flat[path])
-        for layer in range(len(array)) if "{layer}" in source.name else [None]:
-            one = array if layer is None else array[layer]
-            if path[-1] in ("latent_query", "first_word"):
-                one = one[None, None]
-            found[source.name.format(layer=layer)] = np.ascontiguousarray(one.T if source.transpose else one)
-    return found
+    return write_params(sources(config), params)
 
 
-def is_folder(path: str | Path) -> bool:
-    """Whether this is a folder of a released HAT: its config.json has the three modules."""
-    options = Path(path) / "config.json"
-    if not options.is_file():
-        return False
-    try:
-        return all(f"{part}_config" in json.loads(options.read_text()) for part in PARTS)
-    except ValueError:
-        return False
-
-
-def read_folder(folder: str | Path) -> tuple[ReleasedConfig, dict[str, Any]]:
-    """Config and parameters from a folder with config.json and weights.
-
-    Raises:
-      FileNotFoundError: the folder, its config.json or its weights are missing.
-      ValueError: they do not fit each other.
-    """
-    folder = Path(folder)
-    if not is_folder(folder):
-        raise FileNotFoundError(f"{folder} has no config.json of a HAT; give a folder with that and weights.")
-    options = json.loads((folder / "config.json").read_text())
-    dtype = options.get("torch_dtype", options.get("dtype", "float32"))
-    config = read_config(options, "bfloat16" if dtype == "bfloat16" else "float32")
-    return config, params_from(config, read_tensors(folder))
-
-
-def task_and_data(config: ReleasedConfig) -> tuple[ReleasedModeling, WordText]:
+def task_and_data(
+    config: ReleasedConfig, texts: Texts | None = None, options: Options | None = None
+) -> tuple[ReleasedModeling, WordText]:
     """To evaluate and train a model that was read: rows of 256 words, with room for 16 bytes a word."""
     task = ReleasedModeling(model=config, row_bytes=4096)
     data = WordText(length=256, batch_size=4, max_units=config.max_word_size, splitter=task.splitter)
     return task, data
 
 
-def write_folder(
-    folder: str | Path, config: ReleasedConfig, params: Mapping[str, Any], *, shard_bytes: int = 5 * 10**9
-) -> Path:
-    """Writes config.json and model.safetensors, or shards of at most so many bytes and their index."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder, params_to(config, params), shard_bytes)
-    (folder / "config.json").write_text(json.dumps(config_json(config), indent=2) + "\n")
-    return folder
+HAT = FolderFormat(
+    name="hat",
+    holds="the released HAT models",
+    owns=lambda task: type(task) is ReleasedModeling,
+    has=lambda options: all(isinstance(options.get(f"{part}_config"), dict) for part in PARTS),
+    config_from=lambda options, tensors: read_config(options, stored_dtype(options)),
+    options_of=config_json,
+    params_from=params_from,
+    params_to=params_to,
+    task_and_data=task_and_data,
+    has_texts=False,
+)
+read_folder, write_folder = HAT.read_model, HAT.write_model

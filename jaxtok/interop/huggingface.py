@@ -1,68 +1,47 @@
-"""Hugging Face folders, in and out: config.json and safetensors (one file, or shards with an index).
+"""Hugging Face folders: the decoders GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma; and one door to all kinds.
 
-Decoders: GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma. Encoders: BERT, RoBERTa, XLM-R and ELECTRA. Both: T5, mT5,
-ByT5, and the checkpoints of MrT5's authors (`jaxtok.interop.t5`). No code of a folder is run, and PyTorch is needed for
-.bin files only.
+Encoders are in `jaxtok.interop.encoders` and `jaxtok.interop.electra`, T5 and its kin in `jaxtok.interop.t5`. No code
+of a folder is run, and PyTorch is needed for .bin files only.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-import safetensors.numpy
-import tokenizers
 
-from jaxtok.interop import t5
-from jaxtok.interop.tensors import Source, expected_shapes, read_tensors
+from jaxtok.data.text import TextData
+from jaxtok.interop import electra, encoders, t5
+from jaxtok.interop.encoders import activation_from, activation_to
+from jaxtok.interop.folders import FolderFormat, Options, hub_names, read_hub_params, read_options, stored_dtype
+from jaxtok.interop.tensors import Place, Shapes, Source, expected_shapes, write_params
+from jaxtok.interop.texts import Texts, read_texts
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.lm.electra import ElectraConfig
 from jaxtok.lm.gpt2 import GPT2Config
+from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.t5 import T5Config
 from jaxtok.nn.rotary import RopeScaling
+from jaxtok.protocols import Params
 from jaxtok.tokenizers import HuggingFaceTokenizer
 
-DECODERS = ("gpt2", "llama", "mistral", "qwen2", "gemma")
-ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
-
-_ACTIVATIONS = {  # theirs -> ours
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "silu": "silu",
-    "swish": "silu",
-    "relu": "relu",
-}
-_IGNORED = re.compile(
-    r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.position_ids$"
-    r"|^(encoder|decoder)\.embed_tokens\.weight$|EncDecAttention\.relative_attention_bias\.weight$"
-)
-_COPIES = {
-    "lm_head.weight",
-    "generator_lm_head.weight",
-    *(f"{head}.decoder.{leaf}" for head in ("lm_head", "cls.predictions") for leaf in ("weight", "bias")),
-}
-"""Of a head that is the embedding."""
+KINDS = ("gpt2", "llama", "mistral", "qwen2", "gemma")
+HEAD = "lm_head.weight"
 
 
-def sources(config: DecoderConfig | BertConfig | T5Config) -> dict[tuple[str, ...], Source]:
+def decoder_sources(config: DecoderConfig) -> dict[Place, Source]:
     """Our parameter paths to their tensors."""
-    if isinstance(config, T5Config):
-        return t5.sources(config)
-    if isinstance(config, BertConfig):
-        return _encoder_sources(config)
-    block = ("stack", "blocks")
+    block, also = ("stack", "blocks"), (HEAD,) if config.tie_embeddings else ()
     if isinstance(config, GPT2Config):
         h = "transformer.h.{layer}."
-        found = {("embedding",): Source("transformer.wte.weight"), ("positions",): Source("transformer.wpe.weight")}
+        found = {
+            ("embedding",): Source("transformer.wte.weight", also=also),
+            ("positions",): Source("transformer.wpe.weight"),
+        }
         for leaf, theirs in {"kernel": "weight", "bias": "bias"}.items():
             for part, group in enumerate(("query", "key", "value")):
                 found[*block, "attention", group, leaf] = Source(f"{h}attn.c_attn.{theirs}", part=part)
@@ -76,7 +55,7 @@ def sources(config: DecoderConfig | BertConfig | T5Config) -> dict[tuple[str, ..
     else:
         h = "model.layers.{layer}."
         found = {
-            ("embedding",): Source("model.embed_tokens.weight"),
+            ("embedding",): Source("model.embed_tokens.weight", also=also),
             ("final_norm", "scale"): Source("model.norm.weight"),
         }
         found[*block, "norm_attention", "scale"] = Source(f"{h}input_layernorm.weight")
@@ -88,103 +67,8 @@ def sources(config: DecoderConfig | BertConfig | T5Config) -> dict[tuple[str, ..
             if has_bias(config, path):
                 found[*block, *path, "bias"] = Source(f"{h}{theirs}.bias")
     if not config.tie_embeddings:
-        found[("head_matrix",)] = Source("lm_head.weight")
+        found[("head_matrix",)] = Source(HEAD)
     return found
-
-
-def _encoder_sources(config: BertConfig) -> dict[tuple[str, ...], Source]:
-    electra, block = isinstance(config, ElectraConfig), ("stack", "blocks")
-    base = "electra" if electra else "roberta" if config.positions_from_ids else "bert"
-    found = {
-        ("embedding",): Source(f"{base}.embeddings.word_embeddings.weight"),
-        ("position_embedding",): Source(f"{base}.embeddings.position_embeddings.weight"),
-        ("type_embedding",): Source(f"{base}.embeddings.token_type_embeddings.weight"),
-    }
-    h = f"{base}.encoder.layer.{{layer}}."
-    linears = {(*block, "attention", g): f"{h}attention.self.{g}" for g in ("query", "key", "value")}
-    linears[*block, "attention", "output"] = f"{h}attention.output.dense"
-    linears[*block, "ffn", "up"] = f"{h}intermediate.dense"
-    linears[*block, "ffn", "down"] = f"{h}output.dense"
-    norms = {("embedding_norm",): f"{base}.embeddings.LayerNorm"}
-    norms[*block, "norm_attention"] = f"{h}attention.output.LayerNorm"
-    norms[*block, "norm_ffn"] = f"{h}output.LayerNorm"
-    if config.embedding_width != config.d_model:
-        linears[("embedding_project",)] = f"{base}.embeddings_project"
-    if electra and config.replaced_head:
-        linears[("replaced_dense",)] = "discriminator_predictions.dense"
-        linears[("replaced_output",)] = "discriminator_predictions.dense_prediction"
-    if electra and config.mask_head:
-        linears[("head_dense",)] = "generator_predictions.dense"
-        norms[("head_norm",)] = "generator_predictions.LayerNorm"
-        found[("head_bias",)] = Source("generator_lm_head.bias")
-    elif config.mask_head:
-        head = "lm_head" if config.positions_from_ids else "cls.predictions.transform"
-        linears[("head_dense",)] = f"{head}.dense"
-        norms[("head_norm",)] = f"{head}.{'layer_norm' if config.positions_from_ids else 'LayerNorm'}"
-        found[("head_bias",)] = Source("lm_head.bias" if config.positions_from_ids else "cls.predictions.bias")
-    if config.pooler:
-        linears[("pooler",)] = f"{base}.pooler.dense"
-    if config.next_sentence:
-        linears[("next_sentence_head",)] = "cls.seq_relationship"
-    if config.num_classes:
-        linears |= {("classifier_dense",): "classifier.dense", ("classifier",): "classifier.out_proj"}
-    for path, theirs in linears.items():
-        found[*path, "kernel"] = Source(f"{theirs}.weight", transpose=True)
-        found[*path, "bias"] = Source(f"{theirs}.bias")
-    for path, theirs in norms.items():
-        found[*path, "scale"], found[*path, "bias"] = Source(f"{theirs}.weight"), Source(f"{theirs}.bias")
-    return found
-
-
-def read_encoder_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> BertConfig:
-    """Our config from a config.json, with the heads that there are tensors of.
-
-    Raises:
-      ValueError: an option that the models here do not have.
-    """
-    if (kind := options.get("position_embedding_type") or "absolute") != "absolute":
-        raise ValueError(f"position_embedding_type is {kind!r}; only absolute can be read.")
-    electra = options["model_type"] == "electra"
-    roberta = options["model_type"] not in ("bert", "electra")
-
-    def get(name: str, default: Any) -> Any:
-        value = options.get(name)
-        return default if value is None else value
-
-    def there(name: str) -> bool:
-        return any(key.endswith(name) for key in tensors)
-
-    classes = tensors["classifier.out_proj.weight"].shape[0] if there("classifier.out_proj.weight") else 0
-    common = dict(
-        num_layers=get("num_hidden_layers", 12),
-        d_model=get("hidden_size", 256 if electra else 768),
-        num_heads=get("num_attention_heads", 4 if electra else 12),
-        mlp_dim=get("intermediate_size", 1024 if electra else 3072),
-        activation=_activation(get("hidden_act", "gelu")),
-        vocab_size=get("vocab_size", 50265 if options["model_type"] == "roberta" else 30522),
-        max_positions=get("max_position_embeddings", 512),
-        type_vocab_size=get("type_vocab_size", 2),
-        pad_id=get("pad_token_id", 1 if roberta else 0),
-        norm_eps=float(get("layer_norm_eps", 1e-12)),
-        init_std=float(get("initializer_range", 0.02)),
-        num_classes=classes,
-        param_dtype="bfloat16" if get("torch_dtype", get("dtype", "float32")) == "bfloat16" else "float32",
-    )
-    if electra:
-        return ElectraConfig(
-            embedding_size=get("embedding_size", 128),
-            mask_head=there("generator_predictions.dense.weight"),
-            replaced_head=there("discriminator_predictions.dense.weight"),
-            head_activation="" if common["activation"] == "gelu" else "gelu",
-            **common,
-        )
-    return BertConfig(
-        positions_from_ids=roberta,
-        mask_head=there("lm_head.dense.weight") or there("cls.predictions.transform.dense.weight"),
-        pooler=there("pooler.dense.weight"),
-        next_sentence=there("cls.seq_relationship.weight"),
-        **common,
-    )
 
 
 def has_bias(config: LlamaConfig, path: tuple[str, str]) -> bool:
@@ -193,7 +77,7 @@ def has_bias(config: LlamaConfig, path: tuple[str, str]) -> bool:
     return config.use_bias if own is None else own
 
 
-def read_config(options: Mapping[str, Any], tied: bool | None = None) -> DecoderConfig:
+def read_config(options: Options, tied: bool | None = None) -> DecoderConfig:
     """Our config from a config.json; a key that is absent or null has Hugging Face's default.
 
     Args:
@@ -204,9 +88,9 @@ def read_config(options: Mapping[str, Any], tied: bool | None = None) -> Decoder
       ValueError: an unknown kind of model, or an option that the models here do not have.
     """
     kind = options.get("model_type")
-    if kind not in DECODERS:
+    if kind not in KINDS:
         raise ValueError(
-            f"model_type is {kind!r}; the kinds that can be read are {', '.join(DECODERS + ENCODERS + t5.KINDS)}."
+            f"model_type is {kind!r}; the kinds that can be read are {', '.join(KINDS + encoders.KINDS + t5.KINDS)}."
         )
 
     def get(name: str, default: Any = None) -> Any:
@@ -214,8 +98,7 @@ def read_config(options: Mapping[str, Any], tied: bool | None = None) -> Decoder
         return default if value is None else value
 
     tie = get("tie_word_embeddings", kind in ("gpt2", "gemma")) if tied is None else tied
-    dtype = get("torch_dtype", get("dtype", "float32"))
-    common = {"tie_embeddings": tie, "param_dtype": "bfloat16" if dtype == "bfloat16" else "float32"}
+    common = {"tie_embeddings": tie, "param_dtype": stored_dtype(options)}
     common["init_std"] = float(get("initializer_range", 0.02))
     if kind == "gpt2":
         width = get("n_embd", 768)
@@ -226,7 +109,7 @@ def read_config(options: Mapping[str, Any], tied: bool | None = None) -> Decoder
             mlp_dim=get("n_inner", 4 * width),
             vocab_size=get("vocab_size", 50257),
             max_length=get("n_positions", 1024),
-            activation=_activation(get("activation_function", "gelu_new")),
+            activation=activation_from(get("activation_function", "gelu_new")),
             norm_eps=float(get("layer_norm_epsilon", 1e-5)),
             scale_scores=get("scale_attn_weights", True),
             scale_by_layer=get("scale_attn_by_inverse_layer_idx", False),
@@ -263,7 +146,7 @@ def read_config(options: Mapping[str, Any], tied: bool | None = None) -> Decoder
         max_length=length,
         norm="rms_plus_one" if kind == "gemma" else "rms",
         norm_eps=float(get("rms_norm_eps", 1e-6)),
-        activation=_activation(activation),
+        activation=activation_from(activation),
         rotary_base=base,
         rotary_scaling=scaling,
         window=window,
@@ -274,12 +157,6 @@ def read_config(options: Mapping[str, Any], tied: bool | None = None) -> Decoder
         scale_embeddings=kind == "gemma",
         **common,
     )
-
-
-def _activation(name: str) -> str:
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"the activation is {name!r}; the ones that can be read are {', '.join(_ACTIVATIONS)}.")
-    return _ACTIVATIONS[name]
 
 
 def _window(options: Mapping[str, Any], kind: str, layers: int) -> tuple[int, tuple[int, ...]]:
@@ -334,49 +211,20 @@ def rope_from_json(options: Mapping[str, Any], dim: int, length: int) -> tuple[f
     )
 
 
-def config_json(config: DecoderConfig) -> dict[str, Any]:
+def decoder_json(config: DecoderConfig) -> dict[str, Any]:
     """The content of a config.json.
 
     Raises:
       ValueError: it is not one of the models that Hugging Face has.
     """
-    if isinstance(config, T5Config):
-        return t5.config_json(config)
+    if not isinstance(config, GPT2Config | LlamaConfig):
+        raise ValueError(f"{type(config).__name__} is no model of Hugging Face's; export GPT-2 or Llama-style models.")
     common = {
         "vocab_size": config.vocab_size,
-        "tie_word_embeddings": getattr(config, "tie_embeddings", True),
+        "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
         "torch_dtype": config.param_dtype,
     }
-    theirs = {ours: name for name, ours in reversed(_ACTIVATIONS.items())}
-    if isinstance(config, BertConfig):
-        electra = isinstance(config, ElectraConfig)
-        kind = "electra" if electra else "roberta" if config.positions_from_ids else "bert"
-        head_of_gelu = not electra or (config.head_activation or config.activation) == "gelu"
-        if not head_of_gelu and (config.mask_head or config.num_classes):
-            raise ValueError("the heads of Hugging Face's ELECTRA are of gelu; set head_activation to it.")
-        if not electra and config.embedding_width != config.d_model:
-            raise ValueError(f"embedding_size is {config.embedding_size}; of Hugging Face's encoders, ELECTRA has one.")
-        head = "ForMaskedLM" if config.mask_head else "ForSequenceClassification" if config.num_classes else "Model"
-        head = "ForPreTraining" if config.next_sentence or (electra and config.replaced_head) else head
-        return (
-            common
-            | {
-                "architectures": [kind.capitalize() + head],
-                "model_type": kind,
-                "num_hidden_layers": config.num_layers,
-                "hidden_size": config.d_model,
-                "num_attention_heads": config.num_heads,
-                "intermediate_size": config.mlp_dim,
-                "hidden_act": theirs[config.activation],
-                "max_position_embeddings": config.max_positions,
-                "type_vocab_size": config.type_vocab_size,
-                "pad_token_id": config.pad_id,
-                "layer_norm_eps": config.norm_eps,
-            }
-            | ({"num_labels": config.num_classes} if config.num_classes else {})
-            | ({"embedding_size": config.embedding_width} if electra else {})
-        )
     if isinstance(config, GPT2Config):
         return common | {
             "architectures": ["GPT2LMHeadModel"],
@@ -386,13 +234,11 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
             "n_head": config.num_heads,
             "n_inner": config.mlp_dim,
             "n_positions": config.max_length,
-            "activation_function": theirs[config.activation],
+            "activation_function": activation_to(config.activation),
             "layer_norm_epsilon": config.norm_eps or 1e-5,
             "scale_attn_weights": config.scale_scores,
             "scale_attn_by_inverse_layer_idx": config.scale_by_layer,
         }
-    if not isinstance(config, LlamaConfig):
-        raise ValueError(f"{type(config).__name__} is no model of Hugging Face's; export GPT-2 or Llama-style models.")
     kind = (
         "gemma"
         if config.norm == "rms_plus_one"
@@ -413,7 +259,7 @@ def config_json(config: DecoderConfig) -> dict[str, Any]:
         "intermediate_size": config.mlp_dim,
         "max_position_embeddings": config.max_length,
         "rms_norm_eps": config.norm_eps or 1e-6,
-        "hidden_act": theirs[config.activation],
+        "hidden_act": activation_to(config.activation),
         "rope_theta": config.rotary_base,
         "rope_scaling": rope_to_json(config.rotary_scaling),
     }
@@ -460,193 +306,131 @@ def rope_to_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
     return rope
 
 
-def params_from(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Our parameter tree from their tensors.
+def config_from(options: Options, tensors: Mapping[str, np.ndarray]) -> DecoderConfig:
+    """`read_config`; whether the head is the embedding, the tensors say.
 
     Raises:
-      ValueError: tensors are missing, unknown or of another shape; the message names them.
+      ValueError: as there; or there is no tensor of the head, and config.json says that it is not the embedding.
     """
-    shapes = expected_shapes(config)
-    left = {name for name in tensors if not _IGNORED.search(name)}
-    tree: dict[str, Any] = {}
-    problems: list[str] = []
-
-    def read(source: Source, layer: int, shape: tuple[int, ...]) -> np.ndarray | None:
-        name = _present(source.name.format(layer=layer), tensors)
-        if name not in tensors:
-            problems.append(f"{source.name.format(layer=layer)} is missing")
-            return None
-        left.discard(name)
-        array = tensors[name]
-        if source.part is not None and array.shape[-1] % 3 == 0:
-            array = np.split(array, 3, axis=-1)[source.part]
-        array = array.T if source.transpose else array
-        if array.shape != shape:
-            problems.append(f"{name} has shape {tensors[name].shape}, which does not give {shape}")
-            return None
-        return array.astype(config.param_dtype if config.param_dtype != "bfloat16" else ml_dtypes.bfloat16)
-
-    for path, source in sources(config).items():
-        if "{layer}" in source.name:
-            layers = range(source.first, source.first + shapes[path][0])
-            arrays = [read(source, layer, shapes[path][1:]) for layer in layers]
-            array = None if any(a is None for a in arrays) else np.stack(arrays)
-        else:
-            array = read(source, 0, shapes[path])
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = array
-    if getattr(config, "tie_embeddings", True):
-        left -= _COPIES
-    problems += [f"{name} is unknown" for name in sorted(left)]
-    if problems:
-        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
-        raise ValueError(f"the tensors do not fit config.json: {'; '.join(problems[:8])}{more}.")
-    return tree
+    config = read_config(options)
+    name = decoder_sources(config)[("embedding",)].name
+    embedding = next((known for known in hub_names(name) if known in tensors), None)
+    if HEAD not in tensors:
+        if not config.tie_embeddings:
+            raise ValueError(f"there is no tensor {HEAD}, and config.json says that the head is not the embedding.")
+        return config
+    return read_config(options, embedding is None or np.array_equal(tensors[HEAD], tensors[embedding]))
 
 
-def params_to(config: DecoderConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def task_and_data(config: DecoderConfig, texts: Texts, options: Options) -> tuple[LanguageModeling, TextData]:
+    """A language model on rows of text."""
+    data = TextData(tokenizer=texts.spec, length=min(1024, config.max_length), batch_size=8)
+    return LanguageModeling(model=config), data
+
+
+def owns(task: Any) -> bool:
+    """Whether the task is a language model of these and nothing else (a lexinvariant one is more than its body)."""
+    return type(task) is LanguageModeling and isinstance(task.model, GPT2Config | LlamaConfig)
+
+
+def decoder_params(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> Params:
+    """Our parameter tree from their tensors; raises as `read_params`."""
+    table, tied = decoder_sources(config), config.tie_embeddings
+    return read_hub_params(table, expected_shapes(config), tensors, dtype=config.param_dtype, tied=tied)
+
+
+DECODERS = FolderFormat(
+    name="huggingface",
+    holds="GPT-2, Llama, Mistral, Qwen2 and Gemma",
+    owns=owns,
+    has=lambda options: options.get("model_type") in KINDS,
+    config_from=config_from,
+    options_of=decoder_json,
+    params_from=decoder_params,
+    params_to=lambda config, params: write_params(decoder_sources(config), params),
+    task_and_data=task_and_data,
+)
+
+HUB = (DECODERS, encoders.ENCODERS, electra.ELECTRA, t5.T5)
+"""The formats of Hugging Face's own models."""
+
+
+def _format(config: Any) -> FolderFormat:
+    """The format of a model's config."""
+    if isinstance(config, T5Config):
+        return t5.T5
+    if isinstance(config, BertConfig):
+        return electra.ELECTRA if isinstance(config, ElectraConfig) else encoders.ENCODERS
+    return DECODERS
+
+
+def sources(config: Any) -> dict[Place, Source]:
+    """Our parameter paths to their tensors, of any model that Hugging Face has."""
+    if isinstance(config, T5Config):
+        return t5.sources(config)
+    return encoders.sources(config) if isinstance(config, BertConfig) else decoder_sources(config)
+
+
+def shapes(config: Any) -> Shapes:
+    """Our parameter paths to shapes, of any model that Hugging Face has."""
+    if isinstance(config, T5Config):
+        return t5.shapes(config)
+    return encoders.shapes(config) if isinstance(config, BertConfig) else expected_shapes(config)
+
+
+def config_json(config: Any) -> dict[str, Any]:
+    """The content of a config.json.
+
+    Raises:
+      ValueError: it is not one of the models that Hugging Face has.
+    """
+    return _format(config).options_of(config)
+
+
+def params_from(config: Any, tensors: Mapping[str, np.ndarray]) -> Params:
+    """Our parameter tree from their tensors; raises as `jaxtok.interop.tensors.read_params`."""
+    return _format(config).params_from(config, tensors)
+
+
+def params_to(config: Any, params: Params) -> dict[str, np.ndarray]:
     """Their tensors by name, from our parameter tree."""
-    parts: dict[str, dict[int | None, np.ndarray]] = {}
-    for path, source in sources(config).items():
-        leaf: Any = params
-        for key in path:
-            leaf = leaf[key]
-        array = np.asarray(leaf)
-        for layer in range(array.shape[0]) if "{layer}" in source.name else [None]:
-            one = array if layer is None else array[layer]
-            name = source.name if layer is None else source.name.format(layer=source.first + layer)
-            parts.setdefault(name, {})[source.part] = one.T if source.transpose else one
-    joined = {}
-    for name, found in parts.items():
-        arrays = [found[part] for part in sorted(found, key=lambda part: part or 0)]
-        joined[name] = np.ascontiguousarray(np.concatenate(arrays, -1) if len(arrays) > 1 else arrays[0])
-    return joined
+    return _format(config).params_to(config, params)
 
 
-def _present(name: str, tensors: Mapping[str, np.ndarray]) -> str:
-    """The name, the one without the model's prefix, as files of base models have it, or an old one."""
-    old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
-    names = [name, name.split(".", 1)[1], old, old.split(".", 1)[1]]
-    return next((n for n in names if n in tensors), name)
-
-
-def read_folder(folder: str | Path) -> tuple[DecoderConfig | BertConfig | T5Config, dict[str, Any]]:
-    """Config and parameters from a Hugging Face folder.
+def read_folder(folder: str | Path) -> tuple[DecoderConfig | BertConfig | T5Config, Params]:
+    """Config and parameters from a folder of any kind of model that Hugging Face has.
 
     Raises:
       FileNotFoundError: the folder, its config.json or its weights are missing.
       ValueError: they do not fit each other, or it is a kind of model that is not known here.
     """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a folder with config.json and the weights.")
-    options = json.loads(path.read_text())
-    if options.get("model_type") in t5.KINDS:
-        tensors = read_tensors(folder)
-        config = t5.read_config(options, tensors)
-        return config, params_from(config, t5.with_embedding(tensors))
-    if options.get("model_type") in ENCODERS:
-        tensors = read_tensors(folder)
-        config = read_encoder_config(options, tensors)
-        return config, params_from(config, tensors)
-    config = read_config(options)
-    tensors = read_tensors(folder)
-    embedding = _present(sources(config)[("embedding",)].name, tensors)
-    head = "lm_head.weight"
-    if head in tensors and embedding in tensors:
-        tied = np.array_equal(tensors[head], tensors[embedding])
-    elif head in tensors:
-        tensors, tied = {**tensors, embedding: tensors[head]}, True
-    elif config.tie_embeddings:
-        tied = True
-    else:
-        raise ValueError(f"{folder} has no tensor {head}, and config.json says that the head is not the embedding.")
-    config = read_config(options, tied)
-    return config, params_from(config, tensors)
+    options = read_options(folder)
+    return next((form for form in HUB if form.has(options)), DECODERS).read_model(folder)
 
 
-def is_folder(path: str | Path) -> bool:
-    """Whether this is a Hugging Face folder: its config.json says the kind of model."""
-    options = Path(path) / "config.json"
-    if not options.is_file():
-        return False
-    try:
-        return "model_type" in json.loads(options.read_text())
-    except ValueError:
-        return False
-
-
-def read_tokenizer(folder: str | Path) -> tuple[HuggingFaceTokenizer, list[int], list[int]]:
-    """The folder's tokenizer, the ids that it writes in front of a text, and those behind which generation ends.
-
-    Raises:
-      FileNotFoundError: there is no tokenizer.json.
-      ValueError: neither generation_config.json nor config.json has an eos_token_id.
-    """
-    folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        raise FileNotFoundError(f"{folder} holds no tokenizer.json; save the tokenizer there in the fast format.")
-    stops: Any = None
-    for name in ("generation_config.json", "config.json"):
-        if stops is None and (folder / name).is_file():
-            stops = json.loads((folder / name).read_text()).get("eos_token_id")
-    if stops is None:
-        raise ValueError(f"{folder} has no eos_token_id, neither in generation_config.json nor in config.json; add it.")
-    stops = [stops] if isinstance(stops, int) else list(stops)
-    theirs = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    prefix = theirs.encode("", add_special_tokens=True).ids
-    return HuggingFaceTokenizer(folder, eod=theirs.id_to_token(stops[0])), prefix, stops
-
-
-def first_sentinel(folder: str | Path) -> int:
-    """The id of <extra_id_0> in a folder's tokenizer, from which T5's sentinels count down.
-
-    Raises:
-      ValueError: the tokenizer has none.
-    """
-    found = tokenizers.Tokenizer.from_file(str(Path(folder) / "tokenizer.json")).token_to_id("<extra_id_0>")
-    if found is None:
-        raise ValueError(
-            f"the tokenizer in {folder} has no token <extra_id_0>; give the one the model was trained with."
-        )
-    return found
-
-
-def write_folder(
-    folder: str | Path, config: DecoderConfig, params: Mapping[str, Any], *, shard_bytes: int = 5 * 10**9
-) -> Path:
+def write_folder(folder: str | Path, config: Any, params: Params, *, shard_bytes: int = 5 * 10**9) -> Path:
     """Writes config.json and model.safetensors, or shards of at most so many bytes and their index.
 
     Raises:
       ValueError: it is not one of the models that Hugging Face has.
     """
-    folder = Path(folder)
-    options = config_json(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_tensors(folder, params_to(config, params), shard_bytes)
-    (folder / "config.json").write_text(json.dumps(options, indent=2) + "\n")
-    return folder
+    return _format(config).write_model(folder, config, params, shard_bytes=shard_bytes)
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int) -> None:
-    """Writes model.safetensors, or shards of at most so many bytes and their index."""
-    shards: list[dict[str, np.ndarray]] = [{}]
-    for name, array in tensors.items():
-        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
-            shards.append({})
-        shards[-1][name] = array
-    metadata = {"format": "pt"}
-    if len(shards) == 1:
-        safetensors.numpy.save_file(shards[0], folder / "model.safetensors", metadata=metadata)
-    else:
-        places = {}
-        for number, shard in enumerate(shards, 1):
-            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            safetensors.numpy.save_file(shard, folder / file, metadata=metadata)
-            places |= dict.fromkeys(shard, file)
-        size = sum(array.nbytes for shard in shards for array in shard.values())
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+def is_folder(path: str | Path) -> bool:
+    """Whether this is a Hugging Face folder: its config.json says the kind of model."""
+    try:
+        return "model_type" in read_options(path)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+
+
+def read_tokenizer(folder: str | Path) -> tuple[HuggingFaceTokenizer, list[int], list[int]]:
+    """The folder's tokenizer, the ids that begin a text, and those after which it has ended.
+
+    Raises:
+      FileNotFoundError: there is no tokenizer that can be read.
+      ValueError: nothing says what ends a text.
+    """
+    texts = read_texts(Path(folder), read_options(folder))
+    return texts.tokenizer, list(texts.begin), list(texts.ends)

@@ -1,7 +1,8 @@
 """PEFT folders of LoRA adapters, in and out: adapter_config.json and adapter_model.safetensors.
 
-For the models of `jaxtok.interop.huggingface`. PEFT keeps A [r, d_in] and B [d_out, r] of each module, and the
-difference of its weight [d_out, d_in] is s B A; GPT-2's joint queries, keys and values are one module.
+For the models of `jaxtok.interop.huggingface`; as a `Format`, a folder is read as its base with the differences in it.
+PEFT keeps A [r, d_in] and B [d_out, r] of each module, and the difference of its weight [d_out, d_in] is s B A; the
+joint queries, keys and values of GPT-2 are one module.
 """
 
 from __future__ import annotations
@@ -11,18 +12,20 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
-from jaxtok.interop.huggingface import Source, sources
-from jaxtok.interop.tensors import expected_shapes
+from jaxtok.interop.folders import read_options
+from jaxtok.interop.huggingface import HUB, shapes, sources
+from jaxtok.interop.tensors import Shapes, read_params, whole_folder, write_params
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.gpt2 import GPT2Config
-from jaxtok.nn.lora import Site, flat, merge, nested
+from jaxtok.model import Model
+from jaxtok.nn.lora import Site, find_sites, flat, merge, nested
 from jaxtok.protocols import Params
 from jaxtok.weights import open_safetensors
 
@@ -84,7 +87,7 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
         raise ValueError(f"peft_type is {options['peft_type']!r}; only LORA can be read.")
     if wrong := [name for name in _MUST_BE_OFF if options.get(name)]:
         raise ValueError(f"{wrong[0]} is {options[wrong[0]]!r} in adapter_config.json; only plain LoRA can be read.")
-    shapes, modules = expected_shapes(model), _modules(model)
+    sizes, modules = shapes(model), _modules(model)
     left = {name.removeprefix(_PREFIX) for name in tensors}
     tied = getattr(model, "tie_embeddings", getattr(model, "mask_head", False))
 
@@ -98,9 +101,9 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
 
     sites, pairs = [], {}
     for module, paths in modules.items():
-        shape = shapes[paths[0]]
+        shape = sizes[paths[0]]
         stack = len(shape) == 3
-        rows, widths = shape[-2], tuple(shapes[path][-1] for path in paths)
+        rows, widths = shape[-2], tuple(sizes[path][-1] for path in paths)
         lookup, transposed = paths[0] == ("embedding",), paths[0] == ("head_matrix",)
         found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         scales = {}
@@ -140,13 +143,13 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
         )
         sites.append(site)
         pairs[site.name] = {"in": u, "out": v} if stack else {"in": u[0], "out": v[0]}
-    saved = _saved(model, shapes, take)
+    saved = _saved(model, sizes, take)
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise ValueError(f"the adapter has {sorted(left)[0]}{more}, for which the model has no place.")
-    if tied and ("embedding",) in saved:
+    if tied and "embedding" in saved:
         raise ValueError("the adapter saved the embedding, which is also the model's head; `untie` the model first.")
-    return Adapter(tuple(sites), {"pairs": pairs, "saved": nested({"/".join(p): a for p, a in saved.items()})})
+    return Adapter(tuple(sites), {"pairs": pairs, "saved": saved})
 
 
 def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -182,10 +185,10 @@ def write_adapter(
     folder = Path(folder)
     options, tensors = adapter_to(model, sites, adapter, base=base, rslora=rslora)
     options["lora_dropout"] = dropout
-    folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    safetensors.numpy.save_file(arrays, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(options, indent=2) + "\n")
+    with whole_folder(folder) as half_done:
+        safetensors.numpy.save_file(arrays, half_done / "adapter_model.safetensors", metadata={"format": "pt"})
+        (half_done / "adapter_config.json").write_text(json.dumps(options, indent=2) + "\n")
     return folder
 
 
@@ -217,17 +220,9 @@ def adapter_to(
                 key = f"{name}.lora_embedding_{letter}" if site.lookup else f"{name}.lora_{letter}.weight"
                 tensors[_PREFIX + key] = array
             ranks[name], alphas[name] = rank, scale * (math.sqrt(rank) if rslora else rank)
-    by_path, saved, parts = sources(model), set(), {}
-    for path, array in flat(adapter.get("saved", {})).items():
-        source, array = by_path[tuple(path.split("/"))], np.asarray(array)
-        for layer in range(model.num_layers) if "{layer}" in source.name else [0]:
-            one = array[layer] if "{layer}" in source.name else array
-            name = source.name.format(layer=layer)
-            parts.setdefault(name, {})[source.part or 0] = one.T if source.transpose else one
-            saved.add(_module(name))
-    for name, arrays in parts.items():
-        joined = [arrays[part] for part in sorted(arrays)]
-        tensors[_PREFIX + name] = np.concatenate(joined, -1) if len(joined) > 1 else joined[0]
+    table, saved = sources(model), flat(adapter.get("saved", {}))
+    whole = write_params({path: table[path] for path in (tuple(name.split("/")) for name in saved)}, nested(saved))
+    tensors |= {_PREFIX + name: array for name, array in whole.items()}
     rank = collections.Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     alpha = collections.Counter(alphas.values()).most_common(1)[0][0] if alphas else 8
     options = {
@@ -238,7 +233,7 @@ def adapter_to(
         "lora_alpha": _number(alpha),
         "lora_dropout": 0.0,
         "target_modules": sorted(ranks),
-        "modules_to_save": sorted(saved) or None,
+        "modules_to_save": sorted(map(_module, whole)) or None,
         "use_rslora": rslora,
         "use_dora": False,
         "fan_in_fan_out": isinstance(model, GPT2Config),
@@ -274,7 +269,7 @@ def targeted(name: str, options: Mapping[str, Any], linear: bool) -> bool:
 def scale_of(name: str, options: Mapping[str, Any]) -> tuple[int, float]:
     """The rank of a module and what its B A is multiplied by.
 
-    A pattern holds for a module whose whole name, or the end of it behind a dot, it matches; the first one counts.
+    A pattern holds for a module whose whole name, or the end of it after a dot, it matches; the first one counts.
 
     Raises:
       ValueError: the rank is not positive.
@@ -303,35 +298,85 @@ def _module(name: str) -> str:
     return name.removesuffix(".weight").removesuffix(".bias")
 
 
-def _saved(
-    model: Any, shapes: Mapping[tuple[str, ...], tuple[int, ...]], take: Any
-) -> dict[tuple[str, ...], np.ndarray]:
+def _saved(model: Any, sizes: Shapes, take: Callable[[str], np.ndarray | None]) -> Params:
     """Parameters of which the adapter has the whole tensor."""
-    found, tensors = {}, {}
-
-    def array_of(source: Source, layer: int) -> np.ndarray | None:
-        name = source.name.format(layer=layer)
-        if name not in tensors:
-            tensors[name] = take(name)
-        array = tensors[name]
-        if array is None:
-            return None
-        array = array if source.part is None else np.split(array, 3, axis=-1)[source.part]
-        return array.T if source.transpose else array
-
+    table, tensors = {}, {}
     for path, source in sources(model).items():
-        stacked = "{layer}" in source.name
-        arrays = [array_of(source, layer) for layer in range(model.num_layers if stacked else 1)]
-        if all(array is None for array in arrays):
-            continue
-        if any(array is None for array in arrays):
+        layers = range(model.num_layers) if "{layer}" in source.name else [0]
+        names = [source.name.format(layer=source.first + layer) for layer in layers]
+        found = {name: array for name in names if (array := tensors.get(name, take(name))) is not None}
+        if found and len(found) < len(names):
             raise ValueError(f"the adapter saved {source.name} of some layers only; all or none can be read.")
-        found[path] = np.stack(arrays) if stacked else arrays[0]
-        if found[path].shape != shapes[path]:
-            raise ValueError(f"the adapter saved {source.name}, which does not give the model's {shapes[path]}.")
-    return found
+        if found:
+            table[path] = source
+            tensors |= found
+    try:
+        return read_params(table, {path: sizes[path] for path in table}, tensors)
+    except ValueError as error:
+        raise ValueError(f"the adapter saved whole tensors that are not the model's: {error}") from error
 
 
 def _number(x: float) -> float | int:
     """An alpha as a whole number, where it is one but for rounding."""
     return round(x) if abs(x - round(x)) < 1e-6 else x
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFolder:
+    """The format: of a task that trains an adapter (`jaxtok.transfer.lora.Lora`) it writes this, without the base."""
+
+    name: str = "peft"
+    holds: str = "LoRA adapters"
+    is_file: bool = False
+
+    def owns(self, task: Any) -> bool:
+        return hasattr(task, "lora") and any(form.owns(task.task) for form in HUB)
+
+    def recognises(self, path: Path) -> bool:
+        return (Path(path) / "adapter_config.json").is_file()
+
+    def read(self, path: Path, like: Any = None, *, base: str = "") -> Model:
+        """The base model with the adapter in it.
+
+        Args:
+          path: the adapter's folder.
+          like: as of the base.
+          base: the base's folder; default: what adapter_config.json says.
+
+        Raises:
+          FileNotFoundError: there is no folder of the base, or a file is missing.
+          ValueError: as `read_adapter`.
+        """
+        options, _ = _read(path)
+        named = base or options.get("base_model_name_or_path") or ""
+        folder = next((place for place in (Path(named), Path(path) / named) if named and place.is_dir()), None)
+        if folder is None:
+            raise FileNotFoundError(
+                f"{path} is an adapter of the model {named!r}, which is no folder here; name the model's as base."
+            )
+        options = read_options(folder)
+        form = next((form for form in HUB if form.has(options)), None)
+        if form is None:
+            raise ValueError(
+                f"{folder} has the model_type {options.get('model_type')!r}, for which there are no adapters."
+            )
+        opened = form.read(folder, like)
+        model, params = apply_adapter(path, opened.task.model, opened.params)
+        task = dataclasses.replace(opened.task, model=model)
+        return dataclasses.replace(opened, task=task, params=params, path=Path(path))
+
+    def write(self, path: Path, model: Model, *, base: str = "", **_: Any) -> Path:
+        """Writes the adapter; `base` is the folder or name of the model that it is for. Raises as `write_adapter`."""
+        lora, params = model.task.lora, model.params
+        return write_adapter(
+            path,
+            model.task.task.model,
+            find_sites(lora, params["frozen"]),
+            params["adapter"],
+            base=base,
+            rslora=lora.rank_stabilized,
+            dropout=lora.dropout,
+        )
+
+
+PEFT = AdapterFolder()

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+import tokenizers
 
-from jaxtok.interop.tensors import Source
-from jaxtok.lm.mrt5 import MrT5Config
-from jaxtok.lm.t5 import T5Config
+from jaxtok.data.span_corruption import SpanCorruption
+from jaxtok.interop.folders import FolderFormat, Options, read_hub_params, stored_dtype
+from jaxtok.interop.tensors import Shapes, Source, shapes_of, write_params
+from jaxtok.interop.texts import Texts
+from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, new_controller
+from jaxtok.lm.t5 import SequenceToSequence, T5Config, init_params
+from jaxtok.model import Model
+from jaxtok.protocols import Params
 
 KINDS = ("t5", "mt5", "mrt5")
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
@@ -27,7 +35,8 @@ _ACTIVATIONS = {  # as `feed_forward_proj` names them: theirs -> ours
 
 def sources(config: T5Config) -> dict[tuple[str, ...], Source]:
     """Our parameter paths to their tensors."""
-    found = {("embedding",): Source(EMBEDDING)}
+    also = COPIES + ((HEAD,) if config.tie_embeddings else ())
+    found = {("embedding",): Source(EMBEDDING, also=also)}
     if not config.tie_embeddings:
         found[("head_matrix",)] = Source(HEAD)
     first = config.gate_layer if isinstance(config, MrT5Config) and config.reduction != "nothing" else 0
@@ -112,7 +121,7 @@ def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Con
     name = "gelu_new" if projection == "gated-gelu" else name
     if name not in _ACTIVATIONS:
         raise ValueError(
-            f"feed_forward_proj is {projection!r}; it can be {', '.join(_ACTIVATIONS)}, also behind 'gated-'."
+            f"feed_forward_proj is {projection!r}; it can be {', '.join(_ACTIVATIONS)}, also after 'gated-'."
         )
     scaled = get("scale_decoder_outputs", get("tie_word_embeddings", True)) and kind != "mt5"
     rate = float(get("dropout_rate", 0.1))
@@ -138,7 +147,7 @@ def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Con
         dropout=rate,
         attention_dropout=rate,
         mlp_dropout=rate,
-        param_dtype="bfloat16" if get("torch_dtype", get("dtype", "float32")) == "bfloat16" else "float32",
+        param_dtype=stored_dtype(options),
     )
     if (start := get("decoder_start_token_id", fields["pad_id"])) != fields["pad_id"]:
         raise ValueError(f"decoder_start_token_id is {start}; it must be pad_token_id = {fields['pad_id']}.")
@@ -178,17 +187,8 @@ def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Con
 
 
 def _is_tied(tensors: Mapping[str, Any]) -> bool:
-    if HEAD not in tensors:
-        return True
-    return EMBEDDING not in tensors or np.array_equal(tensors[HEAD], tensors[EMBEDDING])
-
-
-def with_embedding(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The tensors, with the embedding under its own name where they have it under another one only."""
-    if EMBEDDING in tensors:
-        return tensors
-    other = next((name for name in (*COPIES, HEAD) if name in tensors), None)
-    return tensors if other is None else {**tensors, EMBEDDING: tensors[other]}
+    embedding = next((name for name in (EMBEDDING, *COPIES) if name in tensors), None)
+    return HEAD not in tensors or embedding is None or np.array_equal(tensors[HEAD], tensors[embedding])
 
 
 def config_json(config: T5Config) -> dict[str, Any]:
@@ -245,3 +245,74 @@ def config_json(config: T5Config) -> dict[str, Any]:
         "use_gumbel_noise": config.gumbel_noise,
         **({amounts[config.reduction]: config.amount} if config.reduction in amounts else {}),
     }
+
+
+def shapes(config: T5Config) -> Shapes:
+    """Parameter paths to shapes."""
+    return shapes_of(lambda: init_params(config, jax.random.key(0)))
+
+
+def params_from(config: T5Config, tensors: Mapping[str, np.ndarray]) -> Params:
+    """Our parameter tree from their tensors; raises as `read_params`."""
+    table, tied = sources(config), config.tie_embeddings
+    return read_hub_params(table, shapes(config), tensors, dtype=config.param_dtype, tied=tied)
+
+
+def task_and_data(config: T5Config, texts: Texts, options: Options) -> tuple[SequenceToSequence, SpanCorruption]:
+    """Span corruption with the tokenizer's sentinels.
+
+    Raises:
+      ValueError: the tokenizer has none.
+    """
+    sentinels = {}
+    if (first := (options.get("jaxtok") or {}).get("first_sentinel")) is not None:
+        sentinels["first_sentinel"] = first
+    elif Path(texts.spec).suffix == ".json":
+        sentinels["first_sentinel"] = first_sentinel(texts.spec)
+    data = SpanCorruption(tokenizer=texts.spec, length=min(1024, config.max_length), batch_size=8, **sentinels)
+    return (MrT5Training if isinstance(config, MrT5Config) else SequenceToSequence)(model=config), data
+
+
+def first_sentinel(file: str | Path) -> int:
+    """The id of <extra_id_0> in a tokenizer.json, from which T5's sentinels count down.
+
+    Raises:
+      ValueError: the tokenizer has none.
+    """
+    found = tokenizers.Tokenizer.from_file(str(file)).token_to_id("<extra_id_0>")
+    if found is None:
+        raise ValueError(f"{file} has no token <extra_id_0>; give the tokenizer that the model was trained with.")
+    return found
+
+
+def facts(model: Model) -> dict[str, int]:
+    """The sentinels of a model's data."""
+    first = getattr(model.data, "first_sentinel", None)
+    return {} if first is None else {"first_sentinel": first}
+
+
+def model_of(task: SequenceToSequence, params: Params) -> tuple[T5Config, Params]:
+    """Config and parameters, without a controller's state."""
+    return task.model, {name: value for name, value in params.items() if name != "controller"}
+
+
+def params_of(task: SequenceToSequence, params: Params) -> Params:
+    """A task's parameters with the model that was read; a controller is new."""
+    return {**params, "controller": new_controller()} if getattr(task, "target_rate", 0.0) else params
+
+
+T5 = FolderFormat(
+    name="t5",
+    holds="T5, mT5, ByT5 and MrT5",
+    owns=lambda task: type(task) in (SequenceToSequence, MrT5Training),
+    has=lambda options: options.get("model_type") in KINDS,
+    config_from=read_config,
+    options_of=config_json,
+    params_from=params_from,
+    params_to=lambda config, params: write_params(sources(config), params),
+    task_and_data=task_and_data,
+    model_of=model_of,
+    params_of=params_of,
+    facts=facts,
+    default_tokenizer="byt5",
+)

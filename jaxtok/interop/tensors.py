@@ -1,36 +1,200 @@
-"""Tensors by name from a folder of weights: safetensors, in one file or in shards with an index, or PyTorch's files."""
+"""Named tensors of other code bases and our parameters: one table of names serves both directions.
+
+A table has a `Source` for each of our parameters: its name there, and how it is laid out. `read_params` and
+`write_params` are inverse functions over such a table.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 
-from jaxtok.lm import bert, t5
-from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.decoder import Decoder, init_params
-from jaxtok.lm.t5 import T5Config
-from jaxtok.weights import open_safetensors, read_weights
+from jaxtok.protocols import Params
+from jaxtok.weights import open_safetensors, read_weights, write_weights
+
+Place = tuple[str, ...]
+"""A path in our parameter tree."""
+
+CONVOLUTION = (2, 3, 1, 0)
+"""`Source.axes` of PyTorch's Conv2d [out, in, height, width]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a parameter is in their tensors; `{layer}` stands for the layer's number."""
+    """Where a parameter is in their tensors, and how it lies there."""
 
     name: str
+    """`{layer}` stands for a number: ours is then a stack of theirs."""
     transpose: bool = False
-    """PyTorch's Linear holds [out, in]."""
+    """Their axes are ours in reverse; PyTorch's Linear holds [out, in]."""
+    axes: tuple[int, ...] = ()
+    """Their axes in our order, where it is another one."""
     part: int | None = None
-    """Which third of the last axis it is, of GPT-2's joint queries, keys and values."""
+    """Which part of their tensor it is, where that joins several of ours (queries, keys and values)."""
+    axis: int = -1
+    """Their axis along which parts are joined."""
+    padding: int = 0
+    """Entries after ours along that axis which nothing uses: left out when read, 0 when written."""
+    ones: int = 0
+    """Leading axes of size 1 that theirs has and ours has not; negative: that ours has."""
     first: int = 0
     """The number of the first layer, of a stack that begins with a later one."""
+    also: tuple[str, ...] = ()
+    """Other names under which it is found."""
+
+    def theirs(self, array: np.ndarray) -> np.ndarray:
+        """A parameter, or one layer of it, as it lies there."""
+        if self.transpose:
+            array = array.T
+        elif self.axes:
+            array = array.transpose(np.argsort(self.axes))
+        return array.reshape((1,) * self.ones + array.shape[max(-self.ones, 0) :])
+
+    def ours(self, array: np.ndarray) -> np.ndarray:
+        """The inverse."""
+        array = array.reshape((1,) * -self.ones + array.shape[max(self.ones, 0) :])
+        return array.T if self.transpose else array.transpose(self.axes) if self.axes else array
+
+
+Table = Mapping[Place, Source]
+Shapes = Mapping[Place, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """A parameter, or one layer of it, in one of their tensors."""
+
+    place: Place
+    index: int | None
+    """Of the layer in our stack."""
+    source: Source
+    shape: tuple[int, ...]
+    """As it lies there."""
+
+
+def _tensors(table: Table, shapes: Shapes) -> dict[str, list[_Piece]]:
+    """Their names to what is in each, in the order in which it is joined."""
+    if nameless := [place for place in shapes if place not in table]:
+        raise ValueError(f"the format has no name for the parameter {'/'.join(nameless[0])} of this model.")
+    found: dict[str, list[_Piece]] = {}
+    for place, source in table.items():
+        stacked = "{layer}" in source.name
+        shape = shapes[place][1:] if stacked else shapes[place]
+        theirs = source.theirs(np.broadcast_to(np.float32(0), shape)).shape
+        for index in range(shapes[place][0]) if stacked else [None]:
+            name = source.name if index is None else source.name.format(layer=source.first + index)
+            found.setdefault(name, []).append(_Piece(place, index, source, theirs))
+    return {name: sorted(pieces, key=lambda piece: piece.source.part or 0) for name, pieces in found.items()}
+
+
+def _joined_shape(pieces: list[_Piece]) -> tuple[int, ...]:
+    shape, source = list(pieces[0].shape), pieces[0].source
+    if len(pieces) > 1 or source.padding:
+        shape[source.axis] = sum(piece.shape[source.axis] for piece in pieces) + source.padding
+    return tuple(shape)
+
+
+def read_params(
+    table: Table,
+    shapes: Shapes,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    dtype: Any = None,
+    aliases: Callable[[str], Iterable[str]] = lambda name: (name,),
+    ignored: Callable[[str], Any] = lambda name: False,
+) -> Params:
+    """Our parameter tree from their tensors.
+
+    Args:
+      table: a source for each of our parameters.
+      shapes: of each of our parameters.
+      tensors: theirs, by name.
+      dtype: of the parameters; None: as they are.
+      aliases: the names under which a tensor is looked for, the likeliest first.
+      ignored: whether a tensor that the table does not name may be there.
+
+    Raises:
+      ValueError: tensors are missing, unknown, of another shape, or no floating-point numbers; the message names them.
+    """
+    left = {name for name in tensors if not ignored(name)}
+    flat: dict[Place, np.ndarray] = {}
+    problems: list[str] = []
+    for name, pieces in _tensors(table, shapes).items():
+        wanted, source = _joined_shape(pieces), pieces[0].source
+        layer = {} if pieces[0].index is None else {"layer": source.first + pieces[0].index}
+        names = [name, *(other.format(**layer) for other in source.also)]
+        held = next((n for known in names for n in aliases(known) if n in tensors), None)
+        if held is None:
+            problems.append(f"{name} is missing")
+            continue
+        left.discard(held)
+        array = np.asarray(tensors[held])
+        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
+            problems.append(f"{held} holds {array.dtype}, which is no weight without its scales")
+            continue
+        if _without_ones(array.shape) != _without_ones(wanted):
+            problems.append(f"{held} has shape {tuple(array.shape)} instead of {wanted}")
+            continue
+        array, start = array.reshape(wanted), 0
+        for piece in pieces:
+            part = array
+            if len(pieces) > 1 or source.padding:
+                stop = start + piece.shape[source.axis]
+                part = np.moveaxis(np.moveaxis(array, source.axis, 0)[start:stop], 0, source.axis)
+                start = stop
+            part = piece.source.ours(part)
+            if piece.place not in flat:
+                flat[piece.place] = np.empty(shapes[piece.place], dtype or part.dtype)
+            flat[piece.place][... if piece.index is None else piece.index] = part
+    problems += [f"{name} is unknown" for name in sorted(left)]
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
+        raise ValueError(f"the tensors do not fit the config: {'; '.join(problems[:8])}{more}.")
+    return flax.traverse_util.unflatten_dict(flat)
+
+
+def _without_ones(shape: Iterable[int]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def write_params(table: Table, params: Params) -> dict[str, np.ndarray]:
+    """Their tensors by name from our parameter tree, or from a tree of its form (a gradient); the inverse."""
+    flat = {place: np.asarray(leaf) for place, leaf in flax.traverse_util.flatten_dict(params).items()}
+    found = {}
+    for name, pieces in _tensors(table, {place: flat[place].shape for place in table}).items():
+        source = pieces[0].source
+        arrays = [p.source.theirs(flat[p.place] if p.index is None else flat[p.place][p.index]) for p in pieces]
+        if source.padding:
+            shape = list(arrays[0].shape)
+            shape[source.axis] = source.padding
+            arrays.append(np.zeros(shape, arrays[0].dtype))
+        array = np.concatenate(arrays, source.axis) if len(arrays) > 1 else arrays[0]
+        found[name] = np.ascontiguousarray(array).reshape(array.shape)  # which makes no vector of a scalar
+    return found
+
+
+def shapes_of(init: Callable[[], Params]) -> Shapes:
+    """Parameter paths to shapes, from a function that makes the parameters, without making any array."""
+    tree = nn.meta.unbox(jax.eval_shape(init))
+    return {place: leaf.shape for place, leaf in flax.traverse_util.flatten_dict(tree).items()}
+
+
+def expected_shapes(config: Any) -> Shapes:
+    """Parameter paths of a `Decoder` to shapes, from its config."""
+    return shapes_of(lambda: init_params(Decoder(config), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -67,6 +231,8 @@ def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
     if (path := folder / "model.safetensors.index.json").is_file():
         places = json.loads(path.read_text())["weight_map"]
         for shard in sorted(set(places.values())):
+            if Path(shard).name != shard:
+                raise ValueError(f"{path} names the shard {shard!r}; it must be a file of the same folder.")
             if not (folder / shard).is_file():
                 raise FileNotFoundError(f"{folder / shard} does not exist, but {path.name} names it; fetch it too.")
             found = set(open_safetensors(folder / shard).keys())
@@ -79,13 +245,44 @@ def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
 
 
-def expected_shapes(config: Any) -> dict[tuple[str, ...], tuple[int, ...]]:
-    """Parameter paths of a model to shapes, from its config, without making any array."""
-    rng = jax.random.key(0)
-    if isinstance(config, BertConfig):
-        tree = jax.eval_shape(lambda: bert.init_params(config, rng))
-    elif isinstance(config, T5Config):
-        tree = jax.eval_shape(lambda: t5.init_params(config, rng))
-    else:
-        tree = jax.eval_shape(lambda: init_params(Decoder(config), rng, jnp.zeros((1, 1), jnp.int32)))
-    return {path: leaf.shape for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
+def save_tensors(
+    folder: Path, tensors: Mapping[str, np.ndarray], shard_bytes: int = 5 * 10**9, torch_bin: bool = False
+) -> None:
+    """Writes model.safetensors, or shards of at most so many bytes and their index; or pytorch_model.bin in float32."""
+    if torch_bin:
+        write_weights(folder / "pytorch_model.bin", {name: x.astype(np.float32) for name, x in tensors.items()})
+        return
+    shards: list[dict[str, np.ndarray]] = [{}]
+    for name, array in tensors.items():
+        if shards[-1] and sum(a.nbytes for a in shards[-1].values()) + array.nbytes > shard_bytes:
+            shards.append({})
+        shards[-1][name] = array
+    metadata = {"format": "pt"}
+    if len(shards) == 1:
+        safetensors.numpy.save_file(shards[0], folder / "model.safetensors", metadata=metadata)
+        return
+    places = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        safetensors.numpy.save_file(shard, folder / file, metadata=metadata)
+        places |= dict.fromkeys(shard, file)
+    size = sum(array.nbytes for shard in shards for array in shard.values())
+    index = {"metadata": {"total_size": size}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, FOLDER.part, whose files are in `folder` once all is well; after an error it is gone."""
+    half_done = folder.with_name(folder.name + ".part")
+    shutil.rmtree(half_done, ignore_errors=True)
+    half_done.mkdir(parents=True)
+    try:
+        yield half_done
+        if not folder.exists():
+            half_done.rename(folder)
+        else:
+            for file in half_done.iterdir():
+                file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(half_done, ignore_errors=True)

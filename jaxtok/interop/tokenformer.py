@@ -8,19 +8,20 @@ the stacking over layers differ. Reading a .bin needs PyTorch (`pip install "jax
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
-from jaxtok.interop.tensors import expected_shapes, read_tensors
+from jaxtok.data.text import TextData
+from jaxtok.interop.folders import FolderFormat, Options, dtype_of, stored_dtype
+from jaxtok.interop.tensors import Place, Source, expected_shapes, read_params, write_params
+from jaxtok.interop.texts import Texts
+from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
-from jaxtok.weights import write_weights
+from jaxtok.protocols import Params
 
 _SITES = {  # group -> the authors' name in a layer
     "query": "attention.query",
@@ -45,8 +46,8 @@ _FIXED = {  # options of theirs with one value here, which is also their default
 }
 
 
-def tensor_names(config: TokenFormerConfig) -> dict[tuple[str, ...], str]:
-    """Our parameter paths to the authors' names; `{layer}` in a name stands for the layer's number plus 2."""
+def sources(config: TokenFormerConfig) -> dict[Place, Source]:
+    """Our parameter paths to the authors' tensors; the first block is number 2."""
     names = {("embedding",): "sequential.0.word_embeddings.weight"}
     blocks = ("stack", "blocks")
     for group, site in _SITES.items():
@@ -60,7 +61,7 @@ def tensor_names(config: TokenFormerConfig) -> dict[tuple[str, ...], str]:
         names["final_norm", leaf] = f"sequential.{config.num_layers + 3}.norm.{official}"
     if not config.tie_embeddings:
         names[("head_matrix",)] = f"sequential.{config.num_layers + 4}.final_linear.weight"
-    return names
+    return {place: Source(name, first=2) for place, name in names.items()}
 
 
 def config_from_official(official: Mapping[str, Any], tensors: Mapping[str, np.ndarray] | None = None, **overrides):
@@ -108,7 +109,7 @@ def config_from_official(official: Mapping[str, Any], tensors: Mapping[str, np.n
             "final_norm": get("final_norm") or "",
             "tie_embeddings": not get("no_weight_tying", False),
             "dropout": float(get("hidden_dropout", 0.0)),
-            "param_dtype": "bfloat16" if get("torch_dtype") == "bfloat16" else "float32",
+            "param_dtype": stored_dtype(official),
             "tanh_gelu": get("jaxtok_tanh_gelu", False),
             "normalization_eps": get("jaxtok_normalization_eps", 0.0),
         }
@@ -129,55 +130,20 @@ def _inferred(tensors, name, official, key):
     return rows
 
 
-def params_from_official(config: TokenFormerConfig, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Our parameter tree from the authors' tensors by name.
-
-    Raises:
-      ValueError: tensors are missing, unknown or of another shape; the message names them.
-    """
-    shapes = expected_shapes(config)
-    left = {name for name in tensors if not name.endswith("rotary_emb.inv_freq")}
-    tree: dict[str, Any] = {}
-    problems = []
-    for path, pattern in tensor_names(config).items():
-        stacked = "{layer}" in pattern
-        layers = range(config.num_layers) if stacked else [0]
-        shape = shapes[path][1:] if stacked else shapes[path]
-        arrays = []
-        for name in (pattern.format(layer=i + 2) for i in layers):
-            if name not in tensors:
-                problems.append(f"{name} is missing")
-                continue
-            left.discard(name)
-            if tuple(tensors[name].shape) != shape:
-                problems.append(f"{name} has shape {tuple(tensors[name].shape)} instead of {shape}")
-            arrays.append(tensors[name])
-        if not problems:
-            node = tree
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-            array = np.stack(arrays) if stacked else np.asarray(arrays[0])
-            node[path[-1]] = array.astype(config.param_dtype, copy=False)
-    problems += [f"{name} is unknown" for name in sorted(left)]
-    if problems:
-        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
-        raise ValueError(f"the checkpoint does not fit its config: {'; '.join(problems[:8])}{more}.")
-    return tree
+def params_from_official(config: TokenFormerConfig, tensors: Mapping[str, np.ndarray]) -> Params:
+    """Our parameter tree from the authors' tensors by name; raises as `read_params`."""
+    return read_params(
+        sources(config),
+        expected_shapes(config),
+        tensors,
+        dtype=dtype_of(config.param_dtype),
+        ignored=lambda name: name.endswith("rotary_emb.inv_freq"),
+    )
 
 
-def params_to_official(config: TokenFormerConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def params_to_official(config: TokenFormerConfig, params: Params) -> dict[str, np.ndarray]:
     """The authors' tensors by name, from our parameter tree."""
-    tensors = {}
-    for path, pattern in tensor_names(config).items():
-        leaf: Any = params
-        for key in path:
-            leaf = leaf[key]
-        array = np.asarray(leaf)
-        if "{layer}" in pattern:
-            tensors |= {pattern.format(layer=i + 2): np.ascontiguousarray(array[i]) for i in range(config.num_layers)}
-        else:
-            tensors[pattern] = array
-    return tensors
+    return write_params(sources(config), params)
 
 
 def official_config(config: TokenFormerConfig) -> dict[str, Any]:
@@ -220,35 +186,24 @@ def official_config(config: TokenFormerConfig) -> dict[str, Any]:
     return options
 
 
-def read_official(folder: str | Path, **overrides) -> tuple[TokenFormerConfig, dict[str, Any]]:
-    """Config and parameters from a folder in the authors' layout.
-
-    Raises:
-      FileNotFoundError: the folder, its config.json or its weights are missing.
-      ValueError: config and tensors do not fit each other, or an unsupported option.
-    """
-    folder = Path(folder)
-    options = folder / "config.json"
-    if not options.is_file():
-        raise FileNotFoundError(f"{options} does not exist; give a folder with config.json and the weights.")
-    tensors = read_tensors(folder)
-    config = config_from_official(json.loads(options.read_text()), tensors, **overrides)
-    return config, params_from_official(config, tensors)
+def task_and_data(config: TokenFormerConfig, texts: Texts, options: Options) -> tuple[LanguageModeling, TextData]:
+    """A language model on rows of text."""
+    data = TextData(tokenizer=texts.spec, length=min(1024, config.max_length), batch_size=8)
+    return LanguageModeling(model=config), data
 
 
-def write_official(
-    folder: str | Path, config: TokenFormerConfig, params: Mapping[str, Any], *, torch_bin=False
-) -> Path:
-    """Writes config.json and model.safetensors (or, with PyTorch, pytorch_model.bin) into the folder."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = params_to_official(config, params)
-    if torch_bin:
-        write_weights(folder / "pytorch_model.bin", {k: np.asarray(v, np.float32) for k, v in tensors.items()})
-    else:
-        safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(official_config(config), indent=2) + "\n")
-    return folder
+TOKENFORMER = FolderFormat(
+    name="tokenformer",
+    holds="TokenFormers as their authors write them",
+    owns=lambda task: type(task) is LanguageModeling and isinstance(task.model, TokenFormerConfig),
+    has=lambda options: "qkv_slot_num" in options or options.get("architectures") == ["TokenFormerForCausalLM"],
+    config_from=config_from_official,
+    options_of=official_config,
+    params_from=params_from_official,
+    params_to=params_to_official,
+    task_and_data=task_and_data,
+)
+read_official, write_official = TOKENFORMER.read_model, TOKENFORMER.write_model
 
 
 assert set(_SITES) == set(GROUPS)

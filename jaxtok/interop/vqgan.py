@@ -8,26 +8,28 @@ kept aside, or written as zeros.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import flax.traverse_util
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxtok.interop.files import has_tensors, write_file
+from jaxtok.interop.tensors import CONVOLUTION, Place, Source, read_params, shapes_of, write_params
+from jaxtok.model import Model
 from jaxtok.nn.convolution import Layer, encoder_levels, generator_levels
 from jaxtok.protocols import Params
-from jaxtok.vision.autoencoding import Autoencoding, TokenizerConfig
+from jaxtok.vision.autoencoding import Autoencoder, Autoencoding, TokenizerConfig
 from jaxtok.vision.binary_autoencoder import BAEConfig
-from jaxtok.vision.discriminator import DiscriminatorConfig, Statistics
+from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, Statistics, new_statistics
 from jaxtok.vision.perceptual import lpips_params, lpips_tensors
 from jaxtok.vision.vqgan import VQGANConfig
-from jaxtok.weights import write_weights
+from jaxtok.weights import read_weights
 
 Tensors = Mapping[str, np.ndarray]
-Place = tuple[str, ...]
 
 _INSIDE = {
     "conv": {"": ""},
@@ -41,7 +43,7 @@ _INSIDE = {
 
 
 def _layers(levels: list[list[Layer]], channels: int) -> Iterator[tuple[int, str, int, int]]:
-    """Number, kind, and channels in front of and behind each block."""
+    """Number, kind, and channels before and after each block."""
     for number, (kind, features) in enumerate(layer for level in levels for layer in level):
         yield number, kind, channels, features
         channels = features
@@ -101,14 +103,21 @@ def autoencoder_params(config: TokenizerConfig, tensors: Tensors) -> Params:
     """Our parameters of the autoencoder from their tensors (without `ae.`); those that nothing uses may be missing.
 
     Raises:
-      ValueError: a tensor is missing or unknown.
+      ValueError: as `read_params`.
     """
-    return _read(autoencoder_names(config), tensors, set(unused_shapes(config)))
+    image = jnp.zeros((1, config.image_size, config.image_size, config.channels))
+    shapes = shapes_of(lambda: Autoencoder(config).init(jax.random.key(0), image)["params"])
+    return read_params(_sources(autoencoder_names(config)), shapes, tensors, ignored=unused_shapes(config).__contains__)
 
 
 def autoencoder_tensors(config: TokenizerConfig, params: Params) -> dict[str, np.ndarray]:
     """The inverse, without what nothing uses."""
-    return _write(autoencoder_names(config), params)
+    return write_params(_sources(autoencoder_names(config)), params)
+
+
+def _sources(names: Mapping[Place, str]) -> dict[Place, Source]:
+    """A table of names; all kernels are of convolutions."""
+    return {path: Source(name, axes=CONVOLUTION if path[-1] == "kernel" else ()) for path, name in names.items()}
 
 
 def _norms(config: DiscriminatorConfig) -> list[int]:
@@ -145,48 +154,23 @@ def discriminator_params(config: DiscriminatorConfig, tensors: Tensors) -> tuple
       ValueError: a tensor is missing or unknown.
     """
     names = _statistics_names(config)
+    channels = np.shape(tensors["main.0.weight"])[1] if "main.0.weight" in tensors else 3
+    image, new = jnp.zeros((1, 3 * 2**config.layers, 3 * 2**config.layers, channels)), new_statistics(config)
+    module = Discriminator(config)
+    shapes = shapes_of(lambda: module.init(jax.random.key(0), image, new, train=False)["params"])
     counts = {f"main.{number}.num_batches_tracked" for number in _norms(config)}
-    params = _read(discriminator_names(config), tensors, {*names.values(), *counts})
-    if not any(name in tensors for name in names.values()):
-        widths = {number: len(params[f"main_{number}"]["bias"]) for number in _norms(config)}
-        new = {"mean": np.zeros, "var": np.ones}
-        tensors = {
-            f"main.{number}.running_{kind}": make(width, np.float32)
-            for number, width in widths.items()
-            for kind, make in new.items()
-        }
-    return params, _read(names, tensors, set(tensors) - set(names.values()))
+    also = {*names.values(), *counts}
+    params = read_params(_sources(discriminator_names(config)), shapes, tensors, ignored=also.__contains__)
+    of_statistics = {name: tensors[name] for name in names.values() if name in tensors}
+    if not of_statistics:
+        return params, jax.tree.map(np.asarray, new)
+    return params, read_params(_sources(names), shapes_of(lambda: new), of_statistics)
 
 
 def discriminator_tensors(config: DiscriminatorConfig, params: Params, statistics: Statistics) -> dict[str, np.ndarray]:
     """The inverse, without the number of batches."""
-    return _write(discriminator_names(config), params) | _write(_statistics_names(config), statistics)
-
-
-def _read(names: Mapping[Place, str], tensors: Tensors, also: set[str]) -> Params:
-    if missing := [name for name in names.values() if name not in tensors]:
-        raise ValueError(f"there is no tensor {missing[0]}; give the weights of a model of this config.")
-    if unknown := sorted(set(tensors) - set(names.values()) - also):
-        raise ValueError(f"the tensor {unknown[0]} is unknown; give the weights of a model of this config.")
-    tree: dict[str, Any] = {}
-    for path, name in names.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        tensor = np.asarray(tensors[name])
-        node[path[-1]] = tensor.transpose(2, 3, 1, 0) if tensor.ndim == 4 else tensor
-    return tree
-
-
-def _write(names: Mapping[Place, str], params: Params) -> dict[str, np.ndarray]:
-    found = {}
-    for path, name in names.items():
-        leaf: Any = params
-        for key in path:
-            leaf = leaf[key]
-        leaf = np.asarray(leaf)
-        found[name] = leaf.transpose(3, 2, 0, 1) if leaf.ndim == 4 else leaf
-    return found
+    running = write_params(_sources(_statistics_names(config)), statistics)
+    return write_params(_sources(discriminator_names(config)), params) | running
 
 
 def from_official(task: Autoencoding, tensors: Tensors) -> tuple[Params, dict[str, np.ndarray]]:
@@ -204,7 +188,6 @@ def from_official(task: Autoencoding, tensors: Tensors) -> tuple[Params, dict[st
         group = head if head in groups else "ae"
         groups[group][rest if head in groups else name] = tensor
     params = {"autoencoder": autoencoder_params(task.model, groups["ae"])}
-    _same_shapes(task, params)
     aside = {f"ae.{name}": groups["ae"][name] for name in unused_shapes(task.model) if name in groups["ae"]}
     disc, perceptual = groups["disc"], groups["perceptual"]
     if disc and task.discriminator is not None:
@@ -216,19 +199,6 @@ def from_official(task: Autoencoding, tensors: Tensors) -> tuple[Params, dict[st
         perceptual = {}
     aside |= {f"disc.{name}": tensor for name, tensor in disc.items()}
     return params, aside | {f"perceptual.{name}": tensor for name, tensor in perceptual.items()}
-
-
-def _same_shapes(task: Autoencoding, params: Params) -> None:
-    size, channels = task.model.image_size, task.model.channels
-    image = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
-    expected = nn.meta.unbox(jax.eval_shape(lambda x: task.module().init(jax.random.key(0), x)["params"], image))
-    found = flax.traverse_util.flatten_dict(params["autoencoder"])
-    for path, leaf in flax.traverse_util.flatten_dict(expected).items():
-        if found[path].shape != leaf.shape:
-            raise ValueError(
-                f"{'/'.join(path)} has the shape {found[path].shape}, and the config's {leaf.shape}; choose the config "
-                "of these weights."
-            )
 
 
 def to_official(task: Autoencoding, params: Params, aside: Tensors | None = None) -> dict[str, np.ndarray]:
@@ -252,9 +222,52 @@ def to_official(task: Autoencoding, params: Params, aside: Tensors | None = None
 
 
 def write_official(path: str | Path, task: Autoencoding, params: Params, aside: Tensors | None = None) -> Path:
-    """`to_official` in a file, safetensors or PyTorch's by its name.
+    """`to_official` in a file, whose format its name says.
 
     Raises:
       FileExistsError: there is such a file already.
     """
-    return write_weights(path, to_official(task, params, aside))
+    return write_file(path, to_official(task, params, aside))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderFile:
+    """A file of the authors' weights; what it does not say comes from a task."""
+
+    name: str = "vqgan"
+    holds: str = "VQGAN and BAE"
+    is_file: bool = True
+
+    def owns(self, task: Any) -> bool:
+        return isinstance(task, Autoencoding) and isinstance(task.model, VQGANConfig | BAEConfig)
+
+    def recognises(self, path: Path) -> bool:
+        return has_tensors(path, lambda names: any(name.removeprefix("ae.") == _FIRST for name in names))
+
+    def read(self, path: Path, like: Any = None, *, which: str = "") -> Model:
+        """The model in a file. Without its discriminator or LPIPS, it is enough to encode and decode, not to train.
+
+        Args:
+          path: .safetensors, .npz, or PyTorch's (needs PyTorch).
+          like: a task whose model has the file's sizes.
+          which: of a file of a training, `model` or its moving average `ema`.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: no task is given, or one of other sizes.
+        """
+        if like is None:
+            raise ValueError(f"{path} holds bare tensors; give the config of the model (--config).")
+        params, _ = from_official(like, read_weights(path, which))
+        if not {"discriminator", "frozen"} <= params.keys():
+            like = dataclasses.replace(like, discriminator=None, perceptual="none")
+            params = {"autoencoder": params["autoencoder"]}
+        return Model(task=like, params=params, data=None, path=Path(path))
+
+    def write(self, path: Path, model: Model, **_: Any) -> Path:
+        """Writes a file; raises as `write_official`."""
+        return write_official(path, model.task, model.params)
+
+
+VQGAN = AutoencoderFile()
+_FIRST = "encoder.blocks.0.weight"

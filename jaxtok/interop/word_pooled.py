@@ -8,17 +8,20 @@ n_e2e_head, n_e2e_layer, block_size, canvas_size, vocab_size. Their Lightning ch
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 
-from jaxtok.interop.tensors import read_tensors
-from jaxtok.lm.word_pooled import PlainConfig, WordPooledConfig, init_params
+from jaxtok.data.word_units import NormalizedText, WordUnitText
+from jaxtok.interop.folders import FolderFormat, Options, dtype_of
+from jaxtok.interop.tensors import Place, Source, read_params, shapes_of, write_params
+from jaxtok.interop.texts import Texts
+from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.word_pooled import PlainConfig, WordPooledConfig, WordPooling, init_params
+from jaxtok.model import Model
+from jaxtok.protocols import Params
 
 Config = WordPooledConfig | PlainConfig
 
@@ -112,128 +115,87 @@ def _switches(official: Mapping[str, Any]) -> dict[str, Any]:
     return {name: official[f"jaxtok_{name}"] for name in names if f"jaxtok_{name}" in official}
 
 
-def params_to(config: Config, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The authors' tensors by name, from our parameters (or their gradient)."""
-    tensors: dict[str, np.ndarray] = {}
+def sources(config: Config) -> dict[Place, Source]:
+    """Our parameter paths to the authors' tensors."""
+    found = {
+        ("final_norm", "scale"): Source("ln_f.weight"),
+        ("final_norm", "bias"): Source("ln_f.bias"),
+        ("head_matrix",): Source("head.weight"),
+    }
 
-    def put(theirs: str, leaves: Mapping[str, Any], layer: int | None = None) -> None:
-        for name, leaf in leaves.items():
-            array = np.asarray(leaf if layer is None else leaf[layer])
-            suffix = "bias" if name == "bias" else "weight"
-            tensors[f"{theirs}.{suffix}"] = np.ascontiguousarray(array.T if name == "kernel" else array)
+    def stack(place: Place, theirs: str, parts: Mapping[Place, str]) -> None:
+        for part, name in parts.items():
+            first = "scale" if part[0].startswith("norm") else "kernel"
+            prefix = f"{theirs}.{{layer}}.{name}"
+            found[*place, *part, first] = Source(f"{prefix}.weight", transpose=first == "kernel")
+            found[*place, *part, "bias"] = Source(f"{prefix}.bias")
 
-    def stack(theirs: str, blocks: Mapping[str, Any], places: Mapping[tuple[str, ...], str], layers: int) -> None:
-        for layer in range(layers):
-            for place, name in places.items():
-                put(f"{theirs}.{layer}.{name}", _at(blocks, place), layer)
-
-    stack("blocks", params["stack"]["blocks"], _BLOCK, config.num_layers)
-    put("ln_f", params["final_norm"])
-    tensors["head.weight"] = np.asarray(params["head_matrix"])
+    stack(("stack", "blocks"), "blocks", _BLOCK)
     if isinstance(config, PlainConfig):
-        tensors["in_emb.weight"] = np.asarray(params["embedding"])
-        unused = (1, config.max_length, config.d_model)
-        return tensors | {"in_pe": np.zeros(unused, tensors["head.weight"].dtype)}
-    tensors["in_emb.weight"] = np.concatenate([params["embedding"], params["prefix_embedding"]])
-    tensors["in_pe"] = np.asarray(params["unit_positions"])[None]
-    tensors["word_pe"] = np.asarray(params["word_positions"])[None]
-    stack("decoder_blocks", params["speller"]["blocks"], _BLOCK, config.unit_layers)
-    blocks = params["encoder"]["blocks"]
-    stack("wordenc.layers", blocks, _ENCODER_LAYER, config.unit_layers)
-    for layer in range(config.unit_layers):
-        parts = [blocks["attention"][group] for group in _PACKED]
-        name = f"wordenc.layers.{layer}.self_attn.in_proj"
-        packed = np.concatenate([np.asarray(part["kernel"][layer]).T for part in parts])
-        tensors[f"{name}_weight"] = np.ascontiguousarray(packed)  # as safetensors takes them for granted
-        tensors[f"{name}_bias"] = np.concatenate([np.asarray(part["bias"][layer]) for part in parts])
+        return found | {("embedding",): Source("in_emb.weight")}
+    stack(("speller", "blocks"), "decoder_blocks", _BLOCK)
+    stack(("encoder", "blocks"), "wordenc.layers", _ENCODER_LAYER)
+    packed = "wordenc.layers.{layer}.self_attn.in_proj"
+    for part, group in enumerate(_PACKED):
+        place = ("encoder", "blocks", "attention", group)
+        found[*place, "kernel"] = Source(f"{packed}_weight", transpose=True, part=part, axis=0)
+        found[*place, "bias"] = Source(f"{packed}_bias", part=part, axis=0)
+    return found | {
+        ("embedding",): Source("in_emb.weight", part=0, axis=0),
+        ("prefix_embedding",): Source("in_emb.weight", part=1, axis=0),
+        ("unit_positions",): Source("in_pe", ones=1),
+        ("word_positions",): Source("word_pe", ones=1),
+    }
+
+
+def params_to(config: Config, params: Params) -> dict[str, np.ndarray]:
+    """The authors' tensors by name, from our parameters (or their gradient)."""
+    tensors = write_params(sources(config), params)
+    if isinstance(config, PlainConfig):  # which theirs has and does not use
+        tensors["in_pe"] = np.zeros((1, config.max_length, config.d_model), tensors["head.weight"].dtype)
     return tensors
 
 
-def params_from(config: Config, tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Our parameters from the authors' tensors by name; their masks are passed over.
+def params_from(config: Config, tensors: Mapping[str, np.ndarray]) -> Params:
+    """Our parameters from the authors' tensors by name; their masks are passed over. Raises as `read_params`."""
 
-    Raises:
-      ValueError: tensors are missing, unknown or of another shape; the message names them.
-    """
-    ours = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    expected = params_to(config, jax.tree.map(lambda x: np.broadcast_to(np.float32(0), x.shape), ours))
-    given = [name for name in tensors if not name.endswith("attn.mask")]
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is unknown" for name in given if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(tensors[name].shape)} instead of {array.shape}"
-        for name, array in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != array.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
-        raise ValueError(f"the checkpoint does not fit its config: {'; '.join(problems[:8])}{more}.")
+    def ignored(name: str) -> bool:
+        return name.endswith("attn.mask") or (name == "in_pe" and isinstance(config, PlainConfig))
 
-    def read(name: str) -> np.ndarray:
-        return np.asarray(tensors[name]).astype(config.param_dtype, copy=False)
+    shapes = shapes_of(lambda: init_params(config, jax.random.key(0)))
+    return read_params(sources(config), shapes, tensors, dtype=dtype_of(config.param_dtype), ignored=ignored)
 
-    def leaves(theirs: str, like: Mapping[str, Any]) -> dict[str, np.ndarray]:
-        arrays = {name: read(f"{theirs}.{'bias' if name == 'bias' else 'weight'}") for name in like}
-        return {name: array.T if name == "kernel" else array for name, array in arrays.items()}
 
-    def stack(theirs: str, like: Mapping[str, Any], places: Mapping[tuple[str, ...], str], layers: int) -> dict:
-        tree: dict[str, Any] = {}
-        for place, name in places.items():
-            rows = [leaves(f"{theirs}.{layer}.{name}", _at(like, place)) for layer in range(layers)]
-            node = tree
-            for key in place[:-1]:
-                node = node.setdefault(key, {})
-            node[place[-1]] = jax.tree.map(lambda *parts: np.stack(parts), *rows)
-        return {"blocks": tree}
-
-    tree = {
-        "stack": stack("blocks", ours["stack"]["blocks"], _BLOCK, config.num_layers),
-        "final_norm": leaves("ln_f", ours["final_norm"]),
-        "head_matrix": read("head.weight"),
-    }
+def task_and_data(config: Config, texts: Texts, options: Options) -> tuple[Any, Any]:
+    """Of a pooled model, rows of words; of the plain one, rows of tokens of the same words."""
+    rule = (options.get("jaxtok") or {}).get("rule", "paper")
+    rows = {"tokenizer": texts.spec, "rule": rule, "length": min(256, config.max_length), "batch_size": 8}
     if isinstance(config, PlainConfig):
-        return tree | {"embedding": read("in_emb.weight")}
-    units = read("in_emb.weight")
-    tree |= {
-        "embedding": units[: config.vocab_size],
-        "prefix_embedding": units[config.vocab_size :],
-        "unit_positions": read("in_pe")[0],
-        "word_positions": read("word_pe")[0],
-        "speller": stack("decoder_blocks", ours["speller"]["blocks"], _BLOCK, config.unit_layers),
-        "encoder": stack("wordenc.layers", ours["encoder"]["blocks"], _ENCODER_LAYER, config.unit_layers),
-    }
-    packed = [f"wordenc.layers.{layer}.self_attn.in_proj" for layer in range(config.unit_layers)]
-    kernels = np.split(np.stack([read(f"{name}_weight") for name in packed]), 3, axis=1)
-    biases = np.split(np.stack([read(f"{name}_bias") for name in packed]), 3, axis=1)
-    for group, kernel, bias in zip(_PACKED, kernels, biases):
-        tree["encoder"]["blocks"]["attention"][group] = {"kernel": kernel.swapaxes(1, 2), "bias": bias}
-    return tree
+        return LanguageModeling(model=config), NormalizedText(**rows)
+    task = WordPooling(model=config, tokenizer=texts.spec, rule=rule)
+    return task, WordUnitText(**rows, max_units=config.max_units)
 
 
-def _at(tree: Any, place: tuple[str, ...]) -> Any:
-    for key in place:
-        tree = tree[key]
-    return tree
+def owns(task: Any) -> bool:
+    """Whether it is Learn Your Tokens' model, or its authors' plain one."""
+    return type(task) is WordPooling or (type(task) is LanguageModeling and isinstance(task.model, PlainConfig))
 
 
-def read_folder(folder: str | Path, **overrides: Any) -> tuple[Config, dict[str, Any]]:
-    """Config and parameters from a folder.
-
-    Raises:
-      FileNotFoundError: the folder, its config.json or its weights are missing.
-      ValueError: config and tensors do not fit each other.
-    """
-    options = Path(folder) / "config.json"
-    if not options.is_file():
-        raise FileNotFoundError(f"{options} does not exist; give a folder with config.json and the weights.")
-    config = config_from(json.loads(options.read_text()), **overrides)
-    return config, params_from(config, read_tensors(Path(folder)))
+def facts(model: Model) -> dict[str, str]:
+    """What words are."""
+    return {"rule": model.data.rule} if hasattr(model.data, "rule") else {}
 
 
-def write_folder(folder: str | Path, config: Config, params: Mapping[str, Any]) -> Path:
-    """Writes config.json and model.safetensors into the folder."""
-    folder, options = Path(folder), config_to(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    safetensors.numpy.save_file(params_to(config, params), folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(options, indent=2) + "\n")
-    return folder
+WORD_POOLED = FolderFormat(
+    name="word_pooled",
+    holds="Learn Your Tokens",
+    owns=owns,
+    has=lambda options: {"n_embd", "block_size", "n_layer"} <= set(options) and "model_type" not in options,
+    config_from=lambda options, tensors: config_from(options),
+    options_of=config_to,
+    params_from=params_from,
+    params_to=params_to,
+    task_and_data=task_and_data,
+    facts=facts,
+)
+read_folder, write_folder = WORD_POOLED.read_model, WORD_POOLED.write_model

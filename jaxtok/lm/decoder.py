@@ -11,13 +11,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
-from jaxtok.nn.cache import KVCache, check_row, places_of
+from jaxtok.nn.cache import KVCache, check_row, entered
 from jaxtok.nn.norms import NORMS
 from jaxtok.nn.relative import RelativeBias, distance_buckets
-from jaxtok.nn.transformer import Stack, StackConfig
+from jaxtok.nn.transformer import Stack, StackConfig, layer_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,21 +80,33 @@ class Backbone(nn.Module):
         """As `hidden`."""
         return self.hidden(x, **options)
 
-    def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
-        """Hidden states [batch, length, d_model] behind the final norm, from input embeddings; and the cache."""
-        batch, length = x.shape[:2]
-        check_row(length, self.config.max_length, segments, cache)
-        places = places_of(x[:1] if cache is None else x, cache)  # of all rows, where they are equal
+    def hidden(
+        self,
+        x: Float[Array, "batch length d_model"],
+        *,
+        positions: Int[Array, "#batch length"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+        mask: Bool[Array, "#batch length length"] | None = None,
+        layers: tuple[int, int] | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
+        """Hidden states after the final norm, from input embeddings; and the cache. See `jaxtok.protocols.CausalLM`."""
+        cfg, (batch, length) = self.config, x.shape[:2]
+        check_row(length, cfg.max_length, segments, cache)
+        first, end = layer_range(layers, cfg.num_layers)
+        # The bias is by places: within a segment they differ as positions do, and all rows have the same.
+        places, known = entered(x, None if segments is not None else positions, cache, first)
         positions = jnp.broadcast_to(places if positions is None else positions, (batch, length))
-        if self.config.learned_positions:
-            x = x + jnp.take(self.positions.astype(x.dtype), positions, axis=0)
+        if first == 0:
+            if cfg.learned_positions:
+                x = x + jnp.take(self.positions.astype(x.dtype), positions, axis=0)
+            x = self.embedding_dropout(x, deterministic)
         bias = ()
-        if self.config.relative_buckets:  # by places: within a segment they differ as positions do
-            slots = length if cache is None else cache.slots
-            bias = (self.relative_bias(places, jnp.arange(slots)[None]),)
-        x = self.embedding_dropout(x, deterministic)
-        x, cache = self.stack(x, positions, segments, cache, deterministic, bias=bias)
-        return self.final_norm(x), cache
+        if cfg.relative_buckets:
+            bias = (self.relative_bias(places, places if cache is None else known.positions),)
+        x, cache = self.stack(x, positions, segments, cache, deterministic, bias=bias, mask=mask, layers=(first, end))
+        return self.final_norm(x) if end == cfg.num_layers else x, cache
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         return self.config.init_cache(batch, length)
@@ -123,22 +135,30 @@ class Decoder(Backbone):
         *,
         positions: Int[Array, "batch length"] | None = None,
         segments: Int[Array, "batch length"] | None = None,
+        mask: Bool[Array, "#batch length length"] | None = None,
         cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "batch length vocab"], KVCache | None]:
-        """Logits of the token behind each one (float32), and the cache with these tokens appended.
+        """Logits of the token after each one (float32), and the cache with these tokens appended.
 
         Args:
           tokens: ids below vocab_size.
-          positions: for the rotary embedding; default: 0, 1, ..., counted from the cache's length.
+          positions: default: 0, 1, ..., or those after what each row's cache holds.
           segments: tokens attend within their segment only (not together with a cache).
+          mask: who sees whom among these tokens; default: each sees those up to itself.
           cache: keys and values of what came before, from `init_cache` or an earlier call.
 
         Raises:
           ValueError: more tokens than max_length, or segments together with a cache.
         """
-        x = self.embed(tokens)
-        x, cache = self.hidden(x, positions=positions, segments=segments, cache=cache, deterministic=deterministic)
+        x, cache = self.hidden(
+            self.embed(tokens),
+            positions=positions,
+            segments=segments,
+            mask=mask,
+            cache=cache,
+            deterministic=deterministic,
+        )
         return self.head(x), cache
 
     def embed(self, tokens) -> Float[Array, "batch length d_model"]:

@@ -27,7 +27,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
 from jaxtok.data.words import WordText
-from jaxtok.decoding.sampling import Sampling, sample, sampling_key
+from jaxtok.decoding.engine import Engine
+from jaxtok.decoding.protocols import Chooser
+from jaxtok.decoding.sampling import Sampling, sampling_key
+from jaxtok.decoding.text import Continued, OnText, continue_texts, texts_and_logprobs
 from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
@@ -160,7 +163,7 @@ class HAT(nn.Module):
         with rows_only():
             ids = words.reshape(-1, words.shape[-1])
             first = jnp.full((len(ids), 1), cfg.w_id, ids.dtype)
-            x = self._letters(jnp.concatenate([first, ids], 1))
+            x = self.letters(jnp.concatenate([first, ids], 1))
             places = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
             real = (places <= lengths.reshape(-1, 1)).astype(jnp.int32)  # a place behind the end sees its like only
             x, _ = self.encoder(x, places, real)
@@ -185,7 +188,7 @@ class HAT(nn.Module):
     def spell(self, predictive, targets) -> Float[Array, "batch words places alphabet"]:
         """Logits of each word's bytes and end, from its p and its own earlier bytes."""
         with rows_only():
-            letters = self._letters(targets.reshape(-1, targets.shape[-1]))
+            letters = self.letters(targets.reshape(-1, targets.shape[-1]))
             first = predictive.reshape(-1, 1, predictive.shape[-1]).astype(letters.dtype)
             logits, _ = self.spell_on(jnp.concatenate([first, letters], 1))
         return logits.reshape(*targets.shape[:2], *logits.shape[1:])  # divided as the rows are, also by `tensor`
@@ -197,11 +200,8 @@ class HAT(nn.Module):
         logits = jnp.einsum("nld,vd->nlv", self.decoder_norm(x), matrix, preferred_element_type=jnp.float32)
         return logits, cache
 
-    def letters(self, ids: Int[Array, " rows"]) -> Float[Array, "rows 1 char_dim"]:
-        """The decoder's inputs for one byte a row."""
-        return self._letters(ids[:, None])
-
-    def _letters(self, ids):
+    def letters(self, ids: Int[Array, "rows new"]) -> Float[Array, "rows new char_dim"]:
+        """The decoder's inputs for bytes."""
         table = gather(self.embedding.astype(self.config.encoder.dtype), "vocab", "d_model")
         return constrain(jnp.take(table, ids, axis=0), "d_model")
 
@@ -282,11 +282,13 @@ class HATModeling(Task):
         prompts: Sequence[bytes],
         *,
         max_bytes: int,
-        sampling: Sampling = Sampling(),
+        sampling: Chooser = Sampling(),
         rng: jax.Array | None = None,
+        on_text: OnText | None = None,
+        logprobs: bool = False,
         open_last: bool = True,
-    ) -> list[bytes]:
-        """Up to max_bytes bytes behind each prompt, fewer where the document ends.
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
+        """Up to max_bytes bytes after each prompt, fewer where the document ends. See `jaxtok.protocols.TextGenerator`.
 
         The last word of a prompt is taken for the beginning of one, of which [W] is predicted like the bytes;
         `open_last=False`: for a whole word. A row does not depend on the others.
@@ -295,7 +297,9 @@ class HATModeling(Task):
           ValueError: no prompt, one that holds the byte of [W] or [S], an empty one without a start vector; no rng.
         """
         words = [self._prompt(prompt, open_last) for prompt in prompts]
-        return [b"".join(row) for row in generate_words(self.model, params, words, max_bytes, sampling, rng)]
+        return texts_and_logprobs(
+            spell_on_prompts(self.model, params, words, max_bytes, sampling, rng, on_text), logprobs
+        )
 
     def _prompt(self, prompt: bytes, open_last: bool) -> tuple[list[bytes], bytes]:
         if taken := {self.model.w_id, self.model.s_id} & set(prompt):
@@ -325,13 +329,41 @@ def generate_words(
     params: Params,
     prompts: Sequence[tuple[Sequence[bytes], bytes]],
     max_bytes: int,
-    sampling: Sampling = Sampling(),
+    sampling: Chooser = Sampling(),
     rng: jax.Array | None = None,
 ) -> list[list[bytes]]:
-    """The words behind each prompt, which is words and the beginning of the next; that beginning is not repeated.
+    """The words after each prompt, which is words and the beginning of the next; that beginning is not repeated.
 
     Raises:
       ValueError: see `HATModeling.continue_text`.
+    """
+    rows = spell_on_prompts(config, params, prompts, max_bytes, sampling, rng)
+    return [[word for word in _words(config, row.tokens) if word] for row in rows]
+
+
+def _words(config: HATConfig, tokens: Sequence[int]) -> list[bytes]:
+    words = [bytearray()]
+    for token in tokens:
+        if token == config.w_id:
+            words.append(bytearray())
+        elif token != config.s_id:
+            words[-1].append(token)
+    return [bytes(word) for word in words]
+
+
+def spell_on_prompts(
+    config: HATConfig,
+    params: Params,
+    prompts: Sequence[tuple[Sequence[bytes], bytes]],
+    max_bytes: int,
+    sampling: Chooser = Sampling(),
+    rng: jax.Array | None = None,
+    on_text: OnText | None = None,
+) -> list[Continued]:
+    """As `generate_words`, with tokens (bytes, [W] and [S]) and their log probabilities.
+
+    These are of the model's distribution over what can come: no [W] at the beginning of a word, [S] only there, and [W]
+    for certain after `max_units` bytes.
     """
     if not prompts or max_bytes < 1:
         raise ValueError(f"there are {len(prompts)} prompts and max_bytes is {max_bytes}; both must be at least 1.")
@@ -350,99 +382,94 @@ def generate_words(
     begun = np.zeros((len(prompts), config.max_units), np.int32)
     for row, (_, word) in zip(begun, prompts):
         row[: len(word)] = list(word)
-    sizes = np.array([[len(start), len(word)] for start, (_, word) in zip(starts, prompts)], np.int32)
-    out = jax.device_get(
-        _generate(HAT(config), sampling, max_bytes, params, words, lengths, sizes[:, 0], begun, sizes[:, 1], rng)
+    counts, sizes = (np.array(list(map(len, of)), np.int32) for of in (starts, [word for _, word in prompts]))
+    model = Spelling(HAT(config))
+    engine = Engine(model=model, chooser=sampling)
+    # The newest token: the last byte of the open word, or what ended the word before.
+    newest = [word[-1] if word else config.w_id for _, word in prompts]
+    state = engine.begin(
+        model.start(params, words, lengths, counts, begun, sizes, max_bytes=max_bytes),
+        np.array(newest)[:, None],
+        new=2 * max_bytes + 1,
+        rng=rng,
+        stop=[config.s_id],
     )
-    rows = []
-    for row in range(len(prompts)):
-        found = [bytes(word[:n].tolist()) for word, n in zip(out.words[row], out.lengths[row]) if n]
-        if found:
-            found[0] = found[0][sizes[row, 1] :]
-        rows.append([word for word in found if word])
-    return rows
+
+    def read(row: int, tokens: list[int]) -> bytes:
+        return b"".join(_words(config, tokens))
+
+    return continue_texts(engine, params, state, read, max_bytes, on_text)
 
 
 @flax.struct.dataclass
 class _State:
-    """Between two words. The cache holds all words that are finished."""
+    """Between two bytes, of which the newest has been read by none of the modules."""
 
-    cache: KVCache
-    predictive: Float[Array, "batch char_dim"]
-    words: Int[Array, "batch most max_units"]
-    lengths: Int[Array, "batch most"]
-    left: Int[Array, " batch"]
-    """Bytes that may still come."""
-    stopped: Bool[Array, " batch"]
-    step: Int[Array, ""]
+    backbone: KVCache
+    """Of all words that have ended and been read."""
+    decoder: KVCache
+    """Of the open word: p, then its bytes."""
+    word: Int[Array, "batch units"]
+    length: Int[Array, " batch"]
+    waits: Bool[Array, " batch"]
+    """Rows whose word has ended. They wait for the others' words, as the backbone costs the same for one row as for
+    all of them."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _generate(model: HAT, sampling, max_bytes, params, words, lengths, counts, begun, begun_lengths, rng) -> _State:
-    """A loop over words around a loop over bytes, both batched; rows that have finished wait."""
-    cfg, units, (batch, longest) = model.config, model.config.max_units, lengths.shape
+@dataclasses.dataclass(frozen=True)
+class Spelling:
+    """A HAT as the `jaxtok.decoding.TokenModel` of its bytes, with [W] where a word ends and [S] where a text does."""
 
-    def run(method, *args, **kwargs):
-        return model.apply({"params": params}, *args, method=method, **kwargs)
+    model: HAT
 
-    def spell(state: _State):
-        """One word a row: its bytes and their number, and whether the document ends instead."""
-        forced = jnp.where(state.step == 0, begun_lengths, 0)
-
-        def byte(carry):
-            place, cache, inputs, word, length, done, ended = carry
-            logits, cache = run("spell_on", inputs, cache)
-            never = jnp.where(place == 0, cfg.w_id, cfg.s_id)  # a word has a byte, and [S] is a word of its own
-            logits = logits[:, 0].at[:, never].set(-jnp.inf)
-            key = jax.random.fold_in(rng, state.step * (units + 1) + place)
-            drawn = sample(logits, key, sampling).astype(jnp.int32)
-            known = place < forced
-            drawn = jnp.where(known, begun[:, jnp.minimum(place, units - 1)], drawn)
-            full = (place == units) | (~known & (place - forced >= state.left))
-            ends = (full | (drawn == cfg.w_id) | (drawn == cfg.s_id)) & ~known
-            ended |= ~done & ~full & (drawn == cfg.s_id) & ~known
-            done |= ends
-            word = jnp.where((~done)[:, None], word.at[:, place].set(drawn, mode="drop"), word)
-            return place + 1, cache, run("letters", drawn), word, length + ~done, done, ended
-
-        none, no = jnp.zeros(batch, jnp.int32), state.stopped
-        first = (
-            0,
-            cfg.decoder.init_cache(batch, units + 1),
-            state.predictive[:, None],
-            begun * 0,
-            none,
-            no,
-            no & False,
+    @functools.partial(jax.jit, static_argnames=("self", "max_bytes"))
+    def start(self, params, words, lengths, counts, begun, sizes, *, max_bytes) -> _State:
+        """The state of prompts: `counts` whole words, and `sizes` bytes of the next. If these are none, the last whole
+        word is taken back, for the first step to read."""
+        cfg, run, (batch, longest) = self.model.config, self._run(params), lengths.shape
+        outputs, cache = run(
+            "backbone",
+            run("encode", words, lengths),
+            cache=cfg.backbone.init_cache(batch, longest + max_bytes + 1),
         )
-        *_, word, length, _, ended = jax.lax.while_loop(lambda carry: ~carry[5].all(), byte, first)
-        return word, length, ended
-
-    def step(state: _State) -> _State:
-        word, length, ended = spell(state)
-        left = state.left - length + jnp.where(state.step == 0, begun_lengths, 0) * ~state.stopped
-        stopped = state.stopped | ended | (left <= 0)
-        outputs, cache = run("backbone", run("encode", word[:, None], length[:, None]), cache=state.cache)
+        rows, last = jnp.arange(batch), counts - 1
+        letters = run("letters", begun)
+        first = run("predictive", outputs[rows, last][:, None]).astype(letters.dtype)
+        decoder = cfg.decoder.init_cache(batch, cfg.max_units + 1)
+        _, decoder = run("spell_on", jnp.concatenate([first, letters], 1), decoder)
+        whole = sizes == 0
+        begun = jnp.pad(begun, ((0, 0), (0, words.shape[2] - begun.shape[1])))
         return _State(
-            cache=cache.replace(length=jnp.where(stopped, state.cache.length, cache.length)),
-            predictive=run("predictive", outputs)[:, 0],
-            words=state.words.at[:, state.step].set(word),
-            lengths=state.lengths.at[:, state.step].set(length),
-            left=left,
-            stopped=stopped,
-            step=state.step + 1,
+            backbone=cache.truncate(counts - whole),
+            decoder=decoder.truncate(sizes),
+            word=jnp.where(whole[:, None], words[rows, last], begun),
+            length=jnp.where(whole, lengths[rows, last], sizes - 1),
+            waits=jnp.zeros(batch, bool),
         )
 
-    cache = cfg.backbone.init_cache(batch, longest + max_bytes + 1)
-    outputs, cache = run("backbone", run("encode", words, lengths), cache=cache)
-    last = jnp.take_along_axis(outputs, (counts - 1)[:, None, None], 1)
-    state = _State(
-        cache=cache.truncate(counts),
-        predictive=run("predictive", last)[:, 0],
-        words=jnp.zeros((batch, max_bytes + 1, units), jnp.int32),
-        lengths=jnp.zeros((batch, max_bytes + 1), jnp.int32),
-        left=jnp.full(batch, max_bytes, jnp.int32),
-        stopped=jnp.zeros(batch, bool),
-        step=jnp.zeros((), jnp.int32),
-    )
-    return jax.lax.while_loop(lambda state: ~state.stopped.all(), step, state)
+    def step(self, params: Params, tokens, state: _State, live):
+        cfg, run, rows = self.model.config, self._run(params), jnp.arange(len(tokens))
+        letter = live & ~state.waits & (tokens != cfg.w_id)
+        waits = live & ~letter
+        place = jnp.where(letter, state.length, state.word.shape[1])
+        word, length = state.word.at[rows, place].set(tokens, mode="drop"), state.length + letter
+
+        def spell():
+            logits, decoder = run("spell_on", run("letters", tokens[:, None]), state.decoder)
+            decoder = decoder.truncate(jnp.where(letter, decoder.length, state.decoder.length))
+            return logits, _State(state.backbone, decoder, word, length, waits)
+
+        def close():
+            outputs, cache = run("backbone", run("encode", word[:, None], length[:, None]), cache=state.backbone)
+            cache = cache.truncate(jnp.where(live, cache.length, state.backbone.length))
+            logits, decoder = run("spell_on", run("predictive", outputs), state.decoder.truncate(0 * length))
+            return logits, _State(cache, decoder, word * 0, length * 0, waits & False)
+
+        logits, state = jax.lax.cond((waits | ~live).all(), close, spell)
+        ids, n = jnp.arange(cfg.alphabet), state.length[:, None]
+        never = ids == jnp.where(n == 0, cfg.w_id, cfg.s_id)  # a word has a byte, and [S] is a word of its own
+        never |= (n == cfg.max_units) & (ids != cfg.w_id)
+        return jnp.where(never, -jnp.inf, logits[:, 0]), state, ~state.waits
+
+    def _run(self, params):
+        return lambda method, *args, **options: self.model.apply({"params": params}, *args, method=method, **options)

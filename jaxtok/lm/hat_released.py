@@ -27,8 +27,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
-from jaxtok.decoding.sampling import Sampling, sample, sampling_key
-from jaxtok.nn.cache import KVCache, places_of
+from jaxtok.decoding.engine import Engine
+from jaxtok.decoding.protocols import Chooser
+from jaxtok.decoding.sampling import Sampling, sampling_key
+from jaxtok.decoding.text import Continued, OnText, continue_texts, texts_and_logprobs
+from jaxtok.nn.cache import KVCache, entered, places_of
 from jaxtok.nn.linear import Linear, LlamaStack
 from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
 from jaxtok.nn.rotary import RopeScaling, apply_rotary
@@ -222,10 +225,11 @@ class GuidedStack(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         layers = jnp.arange(stack.num_layers)
+        positions, cache = entered(x, positions, cache)
         (x, cache), _ = scan(self.config, name="blocks")(
             (x, cache), layers, positions, segments, guides, word, deterministic
         )
-        return x, None if cache is None else cache.advance(x.shape[1])
+        return x, cache
 
 
 def _linear(of: LlamaStack, features: int, axes: tuple[str, str], name: str) -> Linear:
@@ -429,11 +433,13 @@ class ReleasedModeling(Task):
         prompts: Sequence[bytes],
         *,
         max_bytes: int,
-        sampling: Sampling = Sampling(),
+        sampling: Chooser = Sampling(),
         rng: jax.Array | None = None,
+        on_text: OnText | None = None,
+        logprobs: bool = False,
         specials: bool = False,
-    ) -> list[bytes]:
-        """Up to max_bytes bytes behind each prompt, fewer where the document ends. A row does not depend on the others.
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
+        """Up to max_bytes bytes after each prompt, fewer where the document ends. See `jaxtok.protocols.TextGenerator`.
 
         With `specials`, the strings of special tokens in a prompt stand for them (the authors' code does that always);
         never do so with a user's text.
@@ -448,7 +454,8 @@ class ReleasedModeling(Task):
                 )
         strings = dict(self.model.special_tokens) if specials else {}
         words = [split_specials(self.splitter, prompt, strings) for prompt in prompts]
-        return [new for new, _ in generate_bytes(self.model, params, words, max_bytes, sampling, rng)]
+        found = generate_bytes(self.model, params, words, max_bytes, sampling, rng, on_text)
+        return texts_and_logprobs([new for new, _ in found], logprobs)
 
     def _stream(self, batch):
         _, words, units = batch["words"].shape
@@ -470,31 +477,18 @@ class ReleasedModeling(Task):
         return jnp.sum(stream["mask"] * (stream["target_word"] < batch["lengths"].shape[1]))
 
 
-@flax.struct.dataclass
-class _State:
-    """Between two bytes: the caches (the open word is not in `backbone`), and the encoder's states of the text."""
-
-    encoder: KVCache
-    backbone: KVCache
-    decoder: KVCache
-    states: Float[Array, "batch slots char_dim"]
-    guide: Float[Array, "batch d_model"]
-    logits: Float[Array, "batch alphabet"]
-
-
 def generate_bytes(
     config: ReleasedConfig,
     params: Params,
     prompts: Sequence[Sequence[bytes]],
     max_bytes: int,
-    sampling: Sampling = Sampling(),
+    sampling: Chooser = Sampling(),
     rng: jax.Array | None = None,
-) -> list[tuple[bytes, list[bytes]]]:
-    """The bytes behind each prompt, which is words of which the last is open; and all words, the prompt's included.
+    on_text: OnText | None = None,
+) -> list[tuple[Continued, list[bytes]]]:
+    """What comes after each prompt, which is words of which the last is open; and all words, the prompt's included.
 
-    A byte at a time, with caches: `WordSplitter.opens` says where words end. The authors' code leaves the first bytes
-    of a new word's first character under the old guide and shifts the closed word's positions by them; here they are
-    computed again and the positions are true, so that all is as if computed anew from the words.
+    The tokens are bytes, and eot where the document ends.
 
     Raises:
       ValueError: see `ReleasedModeling.continue_text`.
@@ -504,118 +498,170 @@ def generate_bytes(
     if not all(prompts):
         raise ValueError("a prompt is empty; give at least a byte, as the first one is not predicted.")
     rng = sampling_key(rng, sampling)
-    splitter = WordSplitter("unicode", config.max_word_size)
-    model, count = ReleasedHAT(config), len(prompts)
-    rows = [[bytearray(word) for word in words] for words in prompts]
-    size = -(-max(sum(map(len, words)) for words in rows) // _BUCKET) * _BUCKET
+    model, count = ReleasedBytes(ReleasedHAT(config)), len(prompts)
+    size = -(-max(sum(map(len, words)) for words in prompts) // _BUCKET) * _BUCKET
     tokens, word = np.zeros((count, size), np.int32), np.full((count, size), size, np.int32)
-    for row, words in enumerate(rows):
+    for row, words in enumerate(prompts):
         text = b"".join(words)
         tokens[row, : len(text)] = list(text)
         word[row, : len(text)] = np.repeat(np.arange(len(words)), [len(w) for w in words])
-    total = np.array([sum(map(len, words)) for words in rows], np.int32)
-    closed = np.array([len(words) - 1 for words in rows], np.int32)
+    total = np.array([sum(map(len, words)) for words in prompts], np.int32)
+    closed = np.array([len(words) - 1 for words in prompts], np.int32)
     numbers = np.tile(np.arange(-(-max(closed.max(), 1) // _BUCKET) * _BUCKET, dtype=np.int32), (count, 1))
-    state = _prefill(model, max_bytes, params, tokens, word, numbers, total, closed)
-    new: list[bytearray] = [bytearray() for _ in rows]
-    live = np.ones(count, bool)
-    for step in range(max_bytes):
-        byte = np.asarray(sample(state.logits, jax.random.fold_in(rng, step), sampling), np.int32)
-        live &= byte != config.eot_id
-        if not live.any() or step + 1 == max_bytes:
-            for row in np.flatnonzero(live):
-                _append(rows[row], new[row], int(byte[row]), splitter)
-            break
-        opened = np.zeros(count, np.int32)
-        ended = np.zeros((count, 2), np.int32)
-        for row in np.flatnonzero(live):
-            opened[row] = _append(rows[row], new[row], int(byte[row]), splitter)
-            if opened[row]:
-                end = total[row] + 1 - opened[row]
-                ended[row] = end - len(rows[row][-2]), end
-        state = _encode(model, params, state, byte, live)
-        total = total + live
-        if opened.any():
-            state = _close(model, params, state, ended)
-        again = np.maximum(opened, live)  # what the decoder has not seen under this guide
-        for late in range(again.max()):
-            state = _decode(model, params, state, total - again + late, late < again)
-    return [(bytes(text), [bytes(word) for word in words]) for text, words in zip(new, rows)]
+    engine = Engine(model=model, chooser=sampling)
+    first = model.start(params, tokens, word, numbers, total, closed, max_bytes=max_bytes)
+    state = engine.begin(first, tokens, lengths=total, new=max_bytes, rng=rng, stop=[config.eot_id])
+
+    def read(row: int, new: list[int]) -> bytes:
+        return bytes(new[:-1] if new and new[-1] == config.eot_id else new)
+
+    found = continue_texts(engine, params, state, read, max_bytes, on_text)
+    return [(new, _words(model.splitter, words, new.text)) for words, new in zip(prompts, found)]
 
 
-def _append(words: list[bytearray], new: bytearray, byte: int, splitter: WordSplitter) -> int:
-    """Writes a byte behind a text; with how many bytes it opens a word."""
-    opened = splitter.opens(bytes(words[-1]), byte)
-    words[-1].append(byte)
-    new.append(byte)
-    if opened:
-        words.append(words[-1][-opened:])
-        del words[-2][-opened:]
-    return opened
+def _words(splitter: WordSplitter, words: Sequence[bytes], text: bytes) -> list[bytes]:
+    """The words of a prompt and of the bytes that came after it."""
+    words = list(words)
+    for number in range(len(text)):
+        opened, byte = splitter.opens(words[-1], text[number]), text[number : number + 1]
+        words[-1] += byte
+        if opened:
+            words[-1:] = [words[-1][:-opened], words[-1][-opened:]]
+    return words
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _prefill(model: ReleasedHAT, max_bytes, params, tokens, word, numbers, total, closed) -> _State:
-    cfg, (batch, length), most = model.config, tokens.shape, numbers.shape[1]
-
-    def run(method, *args, **kwargs):
-        return model.apply({"params": params}, *args, method=method, **kwargs)
-
-    slots = length + max_bytes
-    states, encoder = run("encode", tokens, cache=cfg.encoder.init_cache(batch, slots))
-    latents = run("connect", states, jnp.where(word < closed[:, None], word, most), numbers)
-    outputs, backbone = run("backbone", latents, cache=cfg.backbone.init_cache(batch, most + max_bytes))
-    first = jnp.broadcast_to(run("first_guide").astype(outputs.dtype), outputs[:, :1].shape)
-    guides = jnp.concatenate([first, outputs], 1)
-    logits, decoder = run("decode", states, guides, jnp.minimum(word, most), cache=cfg.decoder.init_cache(batch, slots))
-    return _State(
-        encoder=encoder.truncate(total),
-        backbone=backbone.truncate(closed),
-        decoder=decoder.truncate(total),
-        states=jnp.pad(states, ((0, 0), (0, max_bytes), (0, 0))),
-        guide=jnp.take_along_axis(guides, closed[:, None, None], 1)[:, 0],
-        logits=jnp.take_along_axis(logits, (total - 1)[:, None, None], 1)[:, 0],
-    )
+_CHARACTER = 4  # bytes, at most, with which a word can open
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _encode(model: ReleasedHAT, params, state: _State, byte, live) -> _State:
-    """Appends a byte to the live rows."""
-    states, cache = model.apply({"params": params}, byte[:, None], cache=state.encoder, method="encode")
-    place = state.encoder.length
-    kept = jnp.where(live[:, None], states[:, 0], state.states[jnp.arange(len(byte)), place])
-    return state.replace(
-        encoder=cache.truncate(place + live), states=state.states.at[jnp.arange(len(byte)), place].set(kept)
-    )
+@flax.struct.dataclass
+class _State:
+    """Between two bytes, of which the newest has been read by nothing."""
+
+    encoder: KVCache
+    backbone: KVCache
+    """Of the closed words."""
+    decoder: KVCache
+    states: Float[Array, "batch slots char_dim"]
+    """The encoder's, of the text."""
+    guide: Float[Array, "batch d_model"]
+    """Of the open word."""
+    word: Int[Array, "batch max_word_size+1"]
+    """The open word, which the byte that ends it can make longer, and how many bytes it has."""
+    length: Int[Array, " batch"]
+    begun: Bool[Array, ""]
+    """Whether bytes have been generated: where the prompt's words end is known."""
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _close(model: ReleasedHAT, params, state: _State, ended: Int[Array, "batch 2"]) -> _State:
-    """The words at ended[:, 0] ... ended[:, 1] - 1 go through connector and backbone; an empty one is none."""
-    start, end = ended[:, :1], ended[:, 1:]
-    places = start + jnp.arange(model.config.max_word_size)
-    states = jnp.take_along_axis(state.states, places[..., None], 1, mode="clip")
-    word = jnp.where(places < end, 0, 1)
-    number = state.backbone.length[:, None]
-    latents = model.apply({"params": params}, states, word, number, positions=places, method="connect")
-    outputs, cache = model.apply({"params": params}, latents, cache=state.backbone, method="backbone")
-    some = (end > start)[:, 0]
-    return state.replace(
-        backbone=cache.truncate(state.backbone.length + some),
-        guide=jnp.where(some[:, None], outputs[:, 0], state.guide),
-    )
+@dataclasses.dataclass(frozen=True)
+class ReleasedBytes:
+    """A released HAT as the `jaxtok.decoding.TokenModel` of bytes.
+
+    `WordSplitter.opens` says where words end; it needs the tables of Unicode, so each step asks the host. The authors'
+    code leaves the first bytes of a new word's first character under the old guide and shifts the closed word's
+    positions by them; here they are computed again and the positions are true, so that all is as if computed anew from
+    the words.
+    """
+
+    model: ReleasedHAT
+
+    @property
+    def splitter(self) -> WordSplitter:
+        return WordSplitter("unicode", self.model.config.max_word_size)
+
+    @functools.partial(jax.jit, static_argnames=("self", "max_bytes"))
+    def start(self, params, tokens, word, numbers, total, closed, *, max_bytes: int) -> _State:
+        """The state of texts [batch, length] of `total` bytes, in `closed` words and an open one; `word` is the number
+        of each byte's word. The newest byte is left for the first step."""
+        cfg, run, (batch, length), most = self.model.config, self._run(params), tokens.shape, numbers.shape[1]
+        slots = length + max_bytes + _CHARACTER
+        states, encoder = run("encode", tokens, cache=cfg.encoder.init_cache(batch, slots))
+        latents = run("connect", states, jnp.where(word < closed[:, None], word, most), numbers)
+        outputs, backbone = run("backbone", latents, cache=cfg.backbone.init_cache(batch, most + max_bytes))
+        first = jnp.broadcast_to(run("first_guide").astype(outputs.dtype), outputs[:, :1].shape)
+        guides = jnp.concatenate([first, outputs], 1)
+        _, decoder = run("decode", states, guides, jnp.minimum(word, most), cache=cfg.decoder.init_cache(batch, slots))
+        start = jnp.argmax(word == closed[:, None], 1)
+        return _State(
+            encoder=encoder.truncate(total - 1),
+            backbone=backbone.truncate(closed),
+            decoder=decoder.truncate(total - 1),
+            states=jnp.pad(states, ((0, 0), (0, slots - length), (0, 0))),
+            guide=jnp.take_along_axis(guides, closed[:, None, None], 1)[:, 0],
+            word=_window(tokens, start, cfg.max_word_size + 1),
+            length=total - 1 - start,
+            begun=jnp.array(False),
+        )
+
+    def step(self, params: Params, byte, state: _State, live):
+        run, rows, place = self._run(params), jnp.arange(len(byte)), state.encoder.length
+        new, encoder = run("encode", byte[:, None], cache=state.encoder)
+        states = state.states.at[rows, jnp.where(live, place, state.states.shape[1])].set(new[:, 0], mode="drop")
+        total, length = place + live, state.length + live
+        opened = jax.pure_callback(
+            self._opens,
+            jax.ShapeDtypeStruct(byte.shape, jnp.int32),
+            state.word,
+            jnp.where(live & state.begun, state.length, 0),
+            byte,
+        )
+        state = state.replace(
+            encoder=encoder.truncate(total),
+            states=states,
+            word=state.word.at[rows, jnp.where(live, state.length, state.word.shape[1])].set(byte, mode="drop"),
+            length=length,
+            begun=jnp.array(True),
+        )
+
+        def decode(state: _State, count, width):  # the last `count` bytes, under this guide
+            start = total - count
+            word = jnp.zeros((len(byte), width), jnp.int32)
+            logits, cache = run(
+                "decode",
+                _window(state.states, start, width),
+                state.guide[:, None],
+                word,
+                cache=state.decoder.truncate(start),
+            )
+            return logits[rows, jnp.maximum(count, 1) - 1], state.replace(decoder=cache.truncate(total))
+
+        def close(state: _State):
+            end = total - opened
+            start = total - state.length
+            places = start[:, None] + jnp.arange(self.model.config.max_word_size)
+            inside = jnp.where(places < end[:, None], 0, 1)
+            bytes_ = _window(state.states, start, places.shape[1])
+            number = state.backbone.length[:, None]
+            latents = run("connect", bytes_, inside, number, positions=places)
+            outputs, cache = run("backbone", latents, cache=state.backbone)
+            some = opened > 0
+            return state.replace(
+                backbone=cache.truncate(state.backbone.length + some),
+                guide=jnp.where(some[:, None], outputs[:, 0], state.guide),
+                word=jnp.where(
+                    some[:, None], _window(state.word, state.length - opened, state.word.shape[1]), state.word
+                ),
+                length=jnp.where(some, opened, state.length),
+            )
+
+        logits, state = jax.lax.cond(
+            opened.any(),
+            lambda state: decode(close(state), jnp.maximum(opened, live), _CHARACTER),
+            lambda state: decode(state, live.astype(jnp.int32), 1),
+            state,
+        )
+        return logits, state, live
+
+    def _opens(self, words, lengths, bytes_) -> Int[np.ndarray, " batch"]:
+        words, lengths, bytes_ = (np.asarray(x) for x in (words, lengths, bytes_))
+        opens = self.splitter.opens
+        rows = (opens(bytes(word[:n].tolist()), int(byte)) for word, n, byte in zip(words, lengths, bytes_))
+        return np.fromiter(rows, np.int32, len(bytes_))
+
+    def _run(self, params):
+        return lambda method, *args, **options: self.model.apply({"params": params}, *args, method=method, **options)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(
-    model: ReleasedHAT, params, state: _State, place: Int[Array, " batch"], some: Bool[Array, " batch"]
-) -> _State:
-    """The decoder on the byte at `place` of some rows; what it has cached from there on is forgotten."""
-    states = jnp.take_along_axis(state.states, place[:, None, None], 1)
-    cache = state.decoder.replace(length=jnp.where(some, place, state.decoder.length))
-    word = jnp.zeros((len(place), 1), jnp.int32)
-    logits, cache = model.apply({"params": params}, states, state.guide[:, None], word, cache=cache, method="decode")
-    length = jnp.where(some, place + 1, state.decoder.length)
-    return state.replace(
-        decoder=cache.replace(length=length), logits=jnp.where(some[:, None], logits[:, 0], state.logits)
-    )
+def _window(x: Array, start: Int[Array, " batch"], width: int) -> Array:
+    """x[b, start[b] : start[b] + width]; what is beyond the end is its last entry."""
+    places = start[:, None] + jnp.arange(width)
+    return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), 1, mode="clip")

@@ -130,6 +130,7 @@ class Lexinvariant(Backbone):
         *,
         positions: Int[Array, "batch length"] | None = None,
         segments: Int[Array, "batch length"] | None = None,
+        mask: Bool[Array, "#batch length length"] | None = None,
         cache: LexinvariantCache | None = None,
         deterministic: bool = True,
         keys: Key[Array, " batch"] | None = None,
@@ -151,8 +152,14 @@ class Lexinvariant(Backbone):
             keys = cache.tables
         if table is None and not self.block:
             table = self.table(self._keys(keys, tokens.shape[0]))
-        x = self.embed(tokens, keys=keys, table=table)
-        x, cache = self.hidden(x, positions=positions, segments=segments, cache=cache, deterministic=deterministic)
+        x, cache = self.hidden(
+            self.embed(tokens, keys=keys, table=table),
+            positions=positions,
+            segments=segments,
+            mask=mask,
+            cache=cache,
+            deterministic=deterministic,
+        )
         return self.head(x, keys=keys, table=table), cache
 
     def table(self, keys: Key[Array, " batch"]) -> Float[Array, "batch vocab d_model"] | Float[Array, "vocab d_model"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -20,14 +20,17 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
+from jaxtok.decoding.engine import Generation
+from jaxtok.decoding.engine import generate as generate_tokens
+from jaxtok.decoding.protocols import Chooser
 from jaxtok.decoding.sampling import Sampling
-from jaxtok.decoding.sampling import generate as generate_tokens
+from jaxtok.decoding.text import Continued, OnText, texts_and_logprobs
 from jaxtok.lm.fitting import fit_text
-from jaxtok.nn.cache import KVCache, places_of
+from jaxtok.nn.cache import KVCache, entered
 from jaxtok.nn.linear import MLP, LinearStack
 from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics, text_sums
 from jaxtok.nn.relative import RelativeBias
-from jaxtok.nn.transformer import Stack
+from jaxtok.nn.transformer import Stack, layer_range
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.byt5 import ByT5Tokenizer
 
@@ -172,20 +175,33 @@ class Encoder(Side):
 
 
 class Decoder(Side):
-    def __call__(self, x, encoded: Encoded, cache: KVCache | None = None, deterministic: bool = True):
-        places = places_of(x[:1] if cache is None else x, cache)  # of all rows, where they are equal
-        slots = jnp.arange(x.shape[1] if cache is None else cache.slots)[None]
+    def __call__(
+        self,
+        x: Float[Array, "batch length d_model"],
+        encoded: Encoded,
+        *,
+        positions: Int[Array, "#batch length"] | None = None,
+        mask: Bool[Array, "#batch length length"] | None = None,
+        layers: tuple[int, int] | None = None,
+        cache: KVCache | None = None,
+        deterministic: bool = True,
+    ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
+        """As `hidden` of `jaxtok.protocols.CausalLM`."""
+        first, end = layer_range(layers, self.config.num_layers)
+        positions, known = entered(x, positions, cache, first)
         x, cache = self.stack(
-            self.drop(x, deterministic),
-            places,
+            self.drop(x, deterministic or first > 0),
+            positions,
             None,
             cache,
             deterministic,
-            bias=(self.relative_bias(places, slots),),
+            bias=(self.relative_bias(positions, positions if cache is None else known.positions),),
             context=encoded.states,
             context_bias=encoded.bias,
+            mask=mask,
+            layers=(first, end),
         )
-        return self.drop(self.final_norm(x), deterministic), cache
+        return self.drop(self.final_norm(x), deterministic) if end == self.config.num_layers else x, cache
 
 
 class T5(nn.Module):
@@ -253,8 +269,12 @@ class T5(nn.Module):
         Args:
           encoded: without `states`, where the cache has the keys and values of the input already.
         """
-        x, cache = self.decoder(self.embed(outputs), encoded, cache, deterministic)
+        x, cache = self.decoder(self.embed(outputs), encoded, cache=cache, deterministic=deterministic)
         return self.head(x), cache
+
+    def hidden(self, x: Float[Array, "batch length d_model"], encoded: Encoded, **options: Any):
+        """The decoder's states, from the embeddings of outputs, and the cache; see `Decoder`."""
+        return self.decoder(x, encoded, **options)
 
     def head(self, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length vocab"]:
         if self.config.scale_outputs:
@@ -317,17 +337,29 @@ class Conditioned:
     def config(self) -> T5Config:
         return self.module.config
 
-    def apply(self, variables, tokens, *, cache: KVCache | None = None, **_: Any):
+    def apply(self, variables, x, *, method: str = "", cache: KVCache | None = None, **options: Any):
         params = variables["params"]
-        known = cache if cache is not None else self.init_cache(*tokens.shape)
-        logits, after = self.module.apply(
-            {"params": params["model"]},
-            tokens,
+        model = {"params": params["model"]}
+        if method in ("embed", "head"):
+            return self.module.apply(model, x, method=method)
+        known = cache
+        if cache is None:  # one that holds nothing but the input
+            known = self.init_cache(*x.shape[:2])
+            if (options.get("layers") or (0,))[0]:
+                known = entered(x, options.get("positions"), known)[1]
+        if not method:
+            x = self.module.apply(model, x, method="embed")
+        x, after = self.module.apply(
+            model,
+            x,
             Encoded(None, params["bias"]),
-            known.replace(context=params["context"]),
-            method="decode",
+            cache=known.replace(context=params["context"]),
+            method="hidden",
+            **options,
         )
-        return logits, None if cache is None else after.replace(context=None)
+        if not method:
+            x = self.module.apply(model, x, method="head")
+        return x, None if cache is None else after.replace(context=None)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         return self.module.init_cache(batch, length)
@@ -413,15 +445,13 @@ class SequenceToSequence(Task):
         inputs: Sequence[Sequence[int]],
         *,
         max_new_tokens: int,
-        sampling: Sampling = Sampling(temperature=0),
-        rng: jax.Array | None = None,
+        chooser: Chooser = Sampling(temperature=0),
         begin: Sequence[int] = (),
         stop_tokens: Collection[int] | None = None,
-        num_ids: int | None = None,
-        on_tokens: Callable[[list[list[int]]], None] | None = None,
-        **encoding: Any,
-    ) -> list[list[int]]:
-        """Outputs for inputs; the encoder runs once. See `jaxtok.decoding.sampling.generate`.
+        encoding: Mapping[str, Any] = {},
+        **options: Any,
+    ) -> Generation:
+        """Outputs for inputs; the encoder runs once. See `jaxtok.decoding.generate`, which has more options.
 
         Args:
           inputs: ids, of any lengths, each with its end.
@@ -439,17 +469,25 @@ class SequenceToSequence(Task):
             condition(self.module(), params, self.encoded(params, tokens, **encoding)),
             [[cfg.pad_id, *begin]] * len(inputs),
             max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            rng=rng,
+            chooser=chooser,
             stop_tokens=(cfg.eos_id,) if stop_tokens is None else stop_tokens,
-            num_ids=num_ids,
-            on_tokens=on_tokens,
+            **options,
         )
 
     def continue_text(
-        self, params: Params, prompts: Sequence[bytes], *, max_bytes: int, sampling: Sampling, rng: jax.Array | None
-    ) -> list[bytes]:
-        """What a ByT5 trained on span corruption puts in the place of a sentinel behind each prompt.
+        self,
+        params: Params,
+        prompts: Sequence[bytes],
+        *,
+        max_bytes: int,
+        sampling: Chooser = Sampling(),
+        rng: jax.Array | None = None,
+        on_text: OnText | None = None,
+        logprobs: bool = False,
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
+        """What a ByT5 trained on span corruption puts in the place of a sentinel after each prompt.
+
+        See `jaxtok.protocols.TextGenerator`.
 
         Raises:
           ValueError: the model's vocabulary is not ByT5's, or as in `generate`.
@@ -460,17 +498,23 @@ class SequenceToSequence(Task):
                 f"vocab_size is {self.model.vocab_size}; text is continued with ByT5's ids, {tokenizer.vocab_size}."
             )
         sentinel = SENTINEL
-        rows = self.generate(
+
+        def text_of(tokens: Sequence[int]) -> bytes:
+            return tokenizer.decode(token for token in tokens if token != sentinel - 1)
+
+        found = self.generate(
             params,
             [[*tokenizer.encode(prompt), sentinel, self.model.eos_id] for prompt in prompts],
             max_new_tokens=max_bytes,
-            sampling=sampling,
+            chooser=sampling,
             rng=rng,
             begin=[sentinel],
             stop_tokens=(self.model.eos_id, sentinel - 1),
             num_ids=sentinel + 1,
+            on_tokens=on_text and (lambda piece: on_text([text_of(new) for new in piece.tokens])),
         )
-        return [tokenizer.decode(token for token in row if token != sentinel - 1) for row in rows]
+        rows = [Continued(text_of(row), row, likely) for row, likely in zip(found.tokens, found.logprobs)]
+        return texts_and_logprobs(rows, logprobs)
 
 
 SENTINEL = 258

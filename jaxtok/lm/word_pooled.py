@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,10 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.axes import constrain, gather, rows_only
 from jaxtok.data.word_units import BYTE_OFFSET, RULES, Rule, WordUnitText, load_units
 from jaxtok.data.words import WordText
-from jaxtok.decoding.sampling import Sampling, sample, sampling_key
+from jaxtok.decoding.engine import Engine, State, new_tokens
+from jaxtok.decoding.protocols import Chooser
+from jaxtok.decoding.sampling import Sampling, sampling_key
+from jaxtok.decoding.text import Continued, OnText, continue_texts, texts_and_logprobs
 from jaxtok.lm import decoder
 from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.lm.fitting import fit_text
@@ -376,24 +380,34 @@ def spell_words(
         canvas (the authors' validation).
     """
     cfg, rows = model.config, len(z)
-    spell = functools.partial(model.apply, {"params": params})
-    slots, stack = cfg.prefixes + cfg.max_units, cfg.speller
-    cache = stack.init_cache(rows, slots)
-    logits, cache = spell(z, cache, method="spell_first")
-    rng = jax.random.key(0) if rng is None else rng
     allowed = jnp.ones((1, cfg.vocab_size), bool) if allowed is None else allowed
     allowed = jnp.broadcast_to(allowed, (cfg.max_units, cfg.vocab_size))
+    engine = Engine(model=WordSpelling(model), chooser=sampling)
+    nothing, ends = jnp.full((rows, 1), END), [END] if stop else []
+    state = engine.begin(WordSpelling.start(model, z, allowed), nothing, new=cfg.max_units, rng=rng, stop=ends)
+    return engine.run(params, state).text[:, 1:]
 
-    def step(state):
-        k, units, over, logits, cache = state
-        unit = sample(jnp.where(allowed[k], logits, -jnp.inf), jax.random.fold_in(rng, k), sampling)
-        unit = jnp.where(over, END, unit).astype(jnp.int32)
-        logits, cache = spell(unit, cache, method="spell_next")
-        return k + 1, units.at[:, k].set(unit), over | (stop & (unit == END)), logits, cache
 
-    units = jnp.full((rows, cfg.max_units), END, jnp.int32)
-    start = (jnp.zeros((), jnp.int32), units, jnp.zeros(rows, bool), logits, cache)
-    return jax.lax.while_loop(lambda s: (s[0] < cfg.max_units) & ~s[2].all(), step, start)[1]
+@dataclasses.dataclass(frozen=True)
+class WordSpelling:
+    """The speller as the `jaxtok.decoding.TokenModel` of the units of one word, which all rows spell in step."""
+
+    model: WordPooled
+
+    @staticmethod
+    def start(model: WordPooled, z: Float[Array, "rows prefixes d_model"], allowed: Bool[Array, "units vocab"]):
+        slots = model.config.prefixes + model.config.max_units
+        return model.config.speller.init_cache(len(z), slots), z, allowed
+
+    def step(self, params: Params, units, state, live):
+        (cache, z, allowed), spell = state, functools.partial(self.model.apply, {"params": params})
+        logits, cache = jax.lax.cond(
+            cache.length[0] == 0,
+            lambda: spell(z, cache, method="spell_first"),
+            lambda: spell(units, cache, method="spell_next"),
+        )
+        chosen = cache.length[0] - self.model.config.prefixes
+        return jnp.where(allowed[chosen], logits, -jnp.inf), (cache, z, allowed), live
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "stop"))
@@ -432,36 +446,135 @@ def word_accuracies(
     return same & (truth != END), same.all(-1)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "sampling", "new"))
 def generate_words(
     model: WordPooled,
     params: Params,
     words: Int[Array, "batch words max_units"],
     lengths: Int[Array, "batch words"],
     counts: Int[Array, " batch"],
-    rng: jax.Array,
+    rng: jax.Array | None = None,
     allowed: Bool[Array, "#units vocab"] | None = None,
     *,
     new: int,
-    sampling: Sampling = Sampling(temperature=0),
-) -> Int[Array, "batch new max_units"]:
-    """`new` words behind the first `counts` words of each row: spelled, pooled, appended to the cache, and so on."""
-    cfg, stack, (batch, width) = model.config, model.config.body, lengths.shape
-    apply = functools.partial(model.apply, {"params": params})
-    slots = (width + new) * cfg.prefixes
-    cache = stack.init_cache(batch, slots)
-    z, cache = apply(apply(words, lengths, method="pool"), cache=cache, method="body")
-    z, cache = z[jnp.arange(batch), counts - 1], cache.truncate(counts * cfg.prefixes)
+    sampling: Chooser = Sampling(temperature=0),
+) -> Int[np.ndarray, "batch new max_units"]:
+    """`new` words after the first `counts` words of each row, fewer where the text ends; the others have no units.
 
-    def step(carry, key):
-        z, cache = carry
-        word = spell_words(model, params, z, key, allowed, sampling=sampling)
-        pooled = apply(word[:, None], jnp.sum(word != END, -1, keepdims=True), method="pool")
-        z, cache = apply(pooled, cache=cache, method="body")
-        return (z[:, 0], cache), word
+    A text ends with a word that begins with the end mark, where `allowed` lets it.
+    """
+    engine, state = begin_words(model, params, words, lengths, counts, rng, allowed, new=new, sampling=sampling)
+    found = np.full((len(lengths), new, model.config.max_units), END, np.int32)
+    for row, units in zip(found, new_tokens(engine.run(params, state)).tokens):
+        for word, spelled in zip(row, split_words(model.config, units)):
+            word[: len(spelled)] = spelled
+    return found
 
-    _, spelled = jax.lax.scan(step, (z, cache), jax.random.split(rng, new))
-    return spelled.swapaxes(0, 1)
+
+def split_words(config: WordPooledConfig, units: Sequence[int]) -> list[tuple[int, ...]]:
+    """The words of a row that `WordGeneration` has made, the last of which can be open."""
+    words: list[list[int]] = [[]]
+    for unit in units:
+        if unit == END:
+            words.append([])
+        elif unit < config.vocab_size:
+            words[-1].append(unit)
+    return [tuple(word) for word in words if word]
+
+
+def begin_words(
+    model: WordPooled, params, words, lengths, counts, rng, allowed, *, new: int, sampling: Chooser
+) -> tuple[Engine, State]:
+    """The engine and its first state, for `generate_words`."""
+    cfg, steps = model.config, WordGeneration(model)
+    engine = Engine(model=steps, chooser=sampling)
+    allowed = np.ones((1, cfg.vocab_size), bool) if allowed is None else allowed
+    allowed = jnp.broadcast_to(allowed, (cfg.max_units, cfg.vocab_size))
+    first = steps.start(params, words, lengths, counts, allowed, new=new)
+    ended = np.full((len(lengths), 1), END)  # is the last word of each row
+    return engine, engine.begin(first, ended, new=new * (cfg.max_units + 1) + 1, rng=rng, stop=[cfg.vocab_size])
+
+
+@flax.struct.dataclass
+class _Words:
+    """Between two units, of which the newest has been read by nothing."""
+
+    body: KVCache
+    """Of all words that have ended and been read."""
+    speller: KVCache
+    word: Int[Array, "batch max_units"]
+    """The open one."""
+    length: Int[Array, " batch"]
+    waits: Bool[Array, " batch"]
+    """Rows whose word has ended. They wait for the others' words, as the body costs the same for one row as for all."""
+    left: Int[Array, " batch"]
+    """Words that may still begin."""
+    allowed: Bool[Array, "max_units vocab"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WordGeneration:
+    """The model as the `jaxtok.decoding.TokenModel` of the units of texts.
+
+    After the units, `END` ends a word; the id `vocab_size` ends the text, in place of a first `END`.
+    """
+
+    model: WordPooled
+
+    @functools.partial(jax.jit, static_argnames=("self", "new"))
+    def start(self, params, words, lengths, counts, allowed, *, new: int) -> _Words:
+        """The state after the words of each row, of which the first step reads the last."""
+        cfg, (batch, width), rows = self.model.config, lengths.shape, jnp.arange(len(lengths))
+        apply = functools.partial(self.model.apply, {"params": params})
+        cache = cfg.body.init_cache(batch, (width + new) * cfg.prefixes)
+        _, cache = apply(apply(words, lengths, method="pool"), cache=cache, method="body")
+        return _Words(
+            body=cache.truncate((counts - 1) * cfg.prefixes),
+            speller=cfg.speller.init_cache(batch, cfg.prefixes + cfg.max_units),
+            word=words[rows, counts - 1],
+            length=lengths[rows, counts - 1],
+            waits=jnp.zeros(batch, bool),
+            left=jnp.full(batch, new),
+            allowed=allowed,
+        )
+
+    def step(self, params: Params, units, state: _Words, live):
+        cfg, rows = self.model.config, jnp.arange(len(units))
+        apply = functools.partial(self.model.apply, {"params": params})
+        letter = live & ~state.waits & (units != END)
+        waits = live & ~letter
+        word = state.word.at[rows, jnp.where(letter, state.length, cfg.max_units)].set(units, mode="drop")
+        state = state.replace(word=word, length=state.length + letter, waits=waits)
+
+        def spell():
+            logits, cache = apply(units, state.speller, method="spell_next")
+            cache = cache.truncate(jnp.where(letter, cache.length, state.speller.length))
+            return logits, state.replace(speller=cache)
+
+        def close():
+            z, body = apply(
+                apply(state.word[:, None], state.length[:, None], method="pool"), cache=state.body, method="body"
+            )
+            none = 0 * state.length
+            logits, cache = apply(z[:, 0], state.speller.truncate(none), method="spell_first")
+            return logits, state.replace(
+                body=body.truncate(jnp.where(live, body.length, state.body.length)),
+                speller=cache,
+                word=state.word * 0,
+                length=none,
+                waits=waits & False,
+                left=state.left - 1,
+            )
+
+        logits, state = jax.lax.cond((waits | ~live).all(), close, spell)
+        place, unit = state.length[:, None], jnp.arange(cfg.vocab_size)
+        may = state.allowed[jnp.minimum(place[:, 0], cfg.max_units - 1)] & (place < cfg.max_units)
+        may |= (place == cfg.max_units) & (unit == END)
+        logits = jnp.where(may, logits, -jnp.inf)
+        first, over = place[:, 0] == 0, state.left[:, None] < 0
+        stop = jnp.where(first, logits[:, END], -jnp.inf)[:, None]
+        logits = logits.at[:, END].set(jnp.where(first, -jnp.inf, logits[:, END]))
+        logits = jnp.concatenate([jnp.where(over, -jnp.inf, logits), jnp.where(over, 0.0, stop)], -1)
+        return logits, state, ~state.waits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -557,10 +670,14 @@ class WordPooling(Task):
         prompts: Sequence[bytes],
         *,
         max_bytes: int,
-        sampling: Sampling = Sampling(),
+        sampling: Chooser = Sampling(),
         rng: jax.Array | None = None,
-    ) -> list[bytes]:
+        on_text: OnText | None = None,
+        logprobs: bool = False,
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
         """Continues each prompt by up to `max_bytes` bytes, word by word, or to the end of the document.
+
+        See `jaxtok.protocols.TextGenerator`.
 
         The last word of a prompt counts as whole. Where prompt and continuation have more than `max_words` words, the
         model sees the last of them.
@@ -580,28 +697,39 @@ class WordPooling(Task):
         allowed = np.zeros((1, cfg.vocab_size), bool)
         allowed[0, : units.size] = units.allowed[: cfg.vocab_size]
         new = max(1, min(_CHUNK, cfg.max_words // 2))
-        texts, over = [b"" for _ in prompts], [False for _ in prompts]
-        while not all(over):
+        found, over, part = [Continued(b"", [], []) for _ in prompts], np.zeros(len(prompts), bool), 0
+
+        def read(row: int, units: list[int]) -> bytes:
+            return data.join(prompts[row], [*rows[row][starts[row] :], *split_words(cfg, units)])
+
+        while not over.all():
             seen = [row[-(cfg.max_words - new) :] for row in rows]
-            counts = np.array([len(row) for row in seen])
+            counts = np.array([len(row) for row in seen], np.int32)
             width = min(-(-max(counts) // _CHUNK) * _CHUNK, cfg.max_words - new)
             words = np.zeros((len(rows), width, cfg.max_units), np.int32)
             for row, table in zip(seen, words):
                 for word, place in zip(row, table):
                     place[: len(word)] = word
-            rng, key = jax.random.split(rng)
-            lengths = (words != END).sum(-1)
-            found = generate_words(
-                self.module(), params, words, lengths, counts, key, allowed, new=new, sampling=sampling
+            engine, state = begin_words(
+                self.module(),
+                params,
+                words,
+                (words != END).sum(-1).astype(np.int32),
+                counts,
+                jax.random.fold_in(rng, part),
+                allowed,
+                new=new,
+                sampling=sampling,
             )
-            for i, spelled in enumerate(jax.device_get(found)):
-                for word in spelled:
-                    ids = tuple(word[word != END].tolist())
-                    over[i] = over[i] or not ids or len(texts[i]) >= max_bytes
-                    if not over[i]:
-                        rows[i].append(ids)
-                        texts[i] = data.join(prompts[i], rows[i][starts[i] :])
-        return [text[:max_bytes] for text in texts]
+            part, state = part + 1, state.replace(live=jnp.asarray(~over))
+            for row, more in enumerate(continue_texts(engine, params, state, read, max_bytes, on_text)):
+                if over[row]:
+                    continue
+                before, whole = found[row], split_words(cfg, more.tokens)
+                found[row] = Continued(more.text, before.tokens + more.tokens, before.logprobs + more.logprobs)
+                over[row] = len(more.text) >= max_bytes or len(whole) < new
+                rows[row] += whole
+        return texts_and_logprobs(found, logprobs)
 
     def _nats(self, params, batch, rng=None):
         """Of each unit; and where it is the likeliest."""

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain
 from jaxtok.kernels.attention import Implementation, Segments, dot_product_attention
+from jaxtok.nn.cache import EMPTY, KVCache
 
 
 def attend(
@@ -21,7 +22,7 @@ def attend(
     causal: bool = True,
     window: int | Int[Array, ""] | None = None,
     segments: Segments | None = None,
-    start: Int[Array, " batch"] | None = None,
+    visible: Bool[Array, "#batch #heads length slots"] | None = None,
     bias: tuple[Array, ...] = (),
     softmax1: bool = False,
     dropout: float = 0.0,
@@ -37,8 +38,9 @@ def attend(
         number costs as much as it is wide, where rows are longer than twice that.
       causal: query i sees the keys up to its own place.
       segments: no query sees a key of another segment; see `jaxtok.kernels.attention`.
-      implementation: without a cache; see `jaxtok.kernels.attention`.
-      start: with a cache, the slot of each row's first query; query i then sees the slots up to start + i.
+      visible: all that says who sees whom, in place of causal, window and segments; its heads are one, or those of the
+        keys or of the queries. With a cache it is made by `visible_slots`.
+      implementation: without `visible`; see `jaxtok.kernels.attention`.
       bias: added to the scores, each of a shape that broadcasts to [batch, heads, length, slots]; a very negative
         number hides a key.
       softmax1: exp(s_i) / (1 + sum_j exp(s_j)), with which a query can attend to nothing.
@@ -47,29 +49,78 @@ def attend(
     heads = "heads" if k.shape[2] == q.shape[2] else "kv_heads"
     k, v = (constrain(x, "batch", None, heads, "head_dim") for x in (k, v))  # whole rows, where queries are divided
     plain = not bias and not softmax1 and not dropout
-    if start is None and window is None and plain:
-        return dot_product_attention(q, k, v, causal=causal, segments=segments, implementation=implementation)
-    if isinstance(window, int) and causal and start is None and plain and q.shape[1] > 2 * window:
-        return jax.checkpoint(functools.partial(_local_attention, window=window), prevent_cse=False)(q, k, v, segments)
-    slots = jnp.arange(k.shape[1])
-    place = jnp.arange(q.shape[1]) + (jnp.zeros((1, 1), jnp.int32) if start is None else start[:, None])
-    visible = (
-        slots <= place[..., None] if causal else jnp.ones((1, q.shape[1], k.shape[1]), bool)
-    )  # [batch, length, slots]
-    if window is not None:
-        visible &= slots > place[..., None] - window
-    if segments is not None:
-        of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
-        visible &= of_queries[:, :, None] == of_keys[:, None, :]
+    if visible is None and plain:
+        if window is None:
+            return dot_product_attention(q, k, v, causal=causal, segments=segments, implementation=implementation)
+        if isinstance(window, int) and causal and q.shape[1] > 2 * window:
+            local = functools.partial(_local_attention, window=window)
+            return jax.checkpoint(local, prevent_cse=False)(q, k, v, segments)
+    if visible is None:
+        slots, place = jnp.arange(k.shape[1]), jnp.arange(q.shape[1])[None, :, None]
+        visible = slots <= place if causal else jnp.ones((1, q.shape[1], k.shape[1]), bool)
+        if window is not None:
+            visible &= slots > place - window
+        if segments is not None:
+            of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
+            visible &= of_queries[:, :, None] == of_keys[:, None, :]
+        visible = visible[:, None]
+    elif visible.shape[1] not in (1, q.shape[2]):
+        visible = jnp.repeat(visible, q.shape[2] // visible.shape[1], axis=1)
     if plain:
-        attention = functools.partial(jax.nn.dot_product_attention, mask=visible[:, None])
+        attention = functools.partial(jax.nn.dot_product_attention, mask=visible)
         return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
     attention = functools.partial(_biased_attention, softmax1=softmax1, dropout=dropout)
-    return jax.checkpoint(attention, prevent_cse=False)(q, k, v, visible[:, None], bias, rng)
+    return jax.checkpoint(attention, prevent_cse=False)(q, k, v, visible, bias, rng)
+
+
+def visible_slots(
+    cache: KVCache,
+    layer: int | Int[Array, ""],
+    positions: Int[Array, "#batch new"],
+    *,
+    mask: Bool[Array, "#batch new new"] | None = None,
+    window: int | Int[Array, ""] | None = None,
+) -> Bool[
+    Array,
+    (
+        batch  # heads new slots
+    ),
+]:
+    """The slots that the newest tokens of a cache see in a layer: filled ones, at their positions or before.
+
+    Args:
+      positions: of the newest tokens, which have their slots already (`KVCache.advance`).
+      mask: who sees whom among them; default: each sees those up to itself.
+      window: a token sees the positions that are less than so many before its own.
+    """
+    new = positions.shape[1]
+    stored = cache.positions[layer if cache.positions.shape[0] > 1 else 0]
+    stored = jnp.moveaxis(stored, -1, 1)[:, :, None]  # [batch, #heads, 1, slots]
+    own = positions[:, None, :, None]
+    number = jnp.arange(cache.slots) - (cache.length - new)[:, None]  # [batch, slots]; 0, 1, ... are the newest tokens
+    if mask is None:
+        among = number[:, None] <= jnp.arange(new)[:, None]
+    else:
+        known = (len(number), new, new)
+        at = jnp.broadcast_to(jnp.clip(number, 0, new - 1)[:, None], (*known[:2], cache.slots))
+        among = jnp.take_along_axis(jnp.broadcast_to(mask, known), at, axis=2)
+    visible = jnp.where((number < 0)[:, None, None], stored <= own, among[:, None]) & (stored != EMPTY)
+    return visible if window is None else visible & (stored > own - window)
+
+
+def visible_tokens(
+    mask: Bool[Array, "#batch new new"],
+    positions: Int[Array, "#batch new"],
+    window: int | Int[Array, ""] | None = None,
+    segments: Int[Array, "batch new"] | None = None,
+) -> Bool[Array, "#batch 1 new new"]:
+    """As `visible_slots`, for tokens that are all there is."""
+    visible = mask if window is None else mask & (positions[:, None, :] > positions[:, :, None] - window)
+    return (visible if segments is None else visible & (segments[:, :, None] == segments[:, None, :]))[:, None]
 
 
 def _local_attention(q: Array, k: Array, v: Array, segments: Segments | None, *, window: int) -> Array:
-    """Causal attention in a window: blocks of `window` queries see their own block and the one in front of it."""
+    """Causal attention in a window: blocks of `window` queries see their own block and the one before it."""
     batch, length = q.shape[:2]
     blocks = -(-length // window)
     of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
@@ -84,7 +135,7 @@ def _local_attention(q: Array, k: Array, v: Array, segments: Segments | None, *,
         return jnp.concatenate([previous, own], 2).reshape(batch * blocks, 2 * window, *x.shape[2:])
 
     distance = jnp.arange(window)[:, None] - (jnp.arange(2 * window) - window)
-    first = jnp.arange(batch * blocks) % blocks == 0  # has nothing in front of it
+    first = jnp.arange(batch * blocks) % blocks == 0  # has nothing before it
     visible = (distance >= 0) & (distance < window) & ~(first[:, None, None] & (jnp.arange(2 * window) < window))
     if segments is not None:
         visible &= cut(of_queries)[:, :, None] == with_previous(of_keys)[:, None, :]

@@ -1,22 +1,35 @@
-"""The key-value cache of a decoder: static shapes, a length of its own for every row."""
+"""The key-value cache of a decoder: static shapes, a length of its own for every row, a position for every slot."""
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+EMPTY = -1
+"""The position of a slot that holds nothing."""
 
 
 @flax.struct.dataclass
 class KVCache:
-    """Keys (after rotation) and values of every layer. Slots from `length` on hold nothing that counts."""
+    """Keys (after rotation) and values of every layer, and the positions of their tokens.
+
+    Who sees a slot depends on its position, not on its number, so slots can be dropped and moved. A row's next token
+    goes to slot `length`, and slots from there on are empty; so are others, where rows, layers or heads keep fewer than
+    the longest of their row does.
+    """
 
     keys: Float[Array, "layers batch slots heads head_dim"]
     values: Float[Array, "layers batch slots heads head_dim"]
+    positions: Int[Array, "#layers batch slots #heads"]
+    """-1: the slot is empty. One for all layers or heads, until `gather` keeps other slots in each."""
     length: Int[Array, " batch"]
     context: tuple[Array, Array] | None = None
     """Keys and values of what cross-attention looks at, of the same layout; None: there is none (yet)."""
+
+    rewindable: ClassVar[bool] = True
 
     @classmethod
     def init(
@@ -26,37 +39,89 @@ class KVCache:
             return jnp.zeros((layers, batch, slots, heads, head_dim), dtype)
 
         context = (empty(context_slots), empty(context_slots)) if context_slots else None
-        return cls(empty(slots), empty(slots), jnp.zeros(batch, jnp.int32), context)
+        positions = jnp.full((1, batch, slots, 1), EMPTY, jnp.int32)
+        return cls(empty(slots), empty(slots), positions, jnp.zeros(batch, jnp.int32), context)
 
     @property
     def slots(self) -> int:
         return self.keys.shape[2]
 
-    def append(self, layer, keys: Array, values: Array) -> KVCache:
-        """Writes one layer's new keys and values [batch, new, heads, head_dim] behind each row's length.
+    @property
+    def next_position(self) -> Int[Array, " batch"]:
+        """One above the largest position of each row. It is not the length once slots have been dropped."""
+        return self.positions.max((0, 2, 3)) + 1
 
-        The length stays: all layers write first, then `advance` counts the new slots. The caller sees to it that
-        length + new <= slots; what is beyond is lost.
+    def newest(self, new: int) -> Int[Array, "batch new"]:
+        """The numbers of each row's last `new` slots."""
+        return self.length[:, None] - new + jnp.arange(new)
+
+    def advance(self, positions: Int[Array, "#batch new"]) -> KVCache:
+        """Counts new slots, for tokens at these positions; each layer then appends its keys and values.
+
+        A token at position -1 is padding: its slot stays empty. The caller sees to it that length + new <= slots; what
+        is beyond is lost.
         """
+        rows, new = jnp.arange(self.length.shape[0])[:, None], positions.shape[1]
+        longer = self.replace(length=self.length + new)
+        positions = jnp.broadcast_to(positions, (len(rows), new)).astype(jnp.int32)
+        slots = longer.newest(new)
+        return longer.replace(positions=self.positions.at[:, rows, slots].set(positions[None, :, :, None], mode="drop"))
+
+    def append(self, layer, keys: Array, values: Array) -> KVCache:
+        """Writes one layer's keys and values [batch, new, heads, head_dim] to each row's last `new` slots."""
         batch, new = keys.shape[:2]
-        place = (layer, jnp.arange(batch)[:, None], self.length[:, None] + jnp.arange(new))
+        place = (layer, jnp.arange(batch)[:, None], self.newest(new))
         return self.replace(
             keys=self.keys.at[place].set(keys.astype(self.keys.dtype), mode="drop"),
             values=self.values.at[place].set(values.astype(self.values.dtype), mode="drop"),
         )
 
-    def advance(self, new: int | Array) -> KVCache:
-        return self.replace(length=self.length + new)
-
     def truncate(self, length: Int[Array, " batch"]) -> KVCache:
         """Forgets the slots from `length` on, for each row (never lengthens)."""
-        return self.replace(length=jnp.minimum(self.length, length))
+        length = jnp.minimum(self.length, length)
+        kept = (jnp.arange(self.slots) < length[:, None])[None, :, :, None]
+        return self.replace(positions=jnp.where(kept, self.positions, EMPTY), length=length)
 
-    def gather(self, index: Int[Array, "batch kept"], length: Int[Array, " batch"] | None = None) -> KVCache:
-        """Keeps the slots `index` of each row, in that order; `length` of them count (default: all of them)."""
-        take = jax.vmap(lambda row, i: row[:, i], in_axes=(1, 0), out_axes=1)
-        kept = jnp.full_like(self.length, index.shape[1]) if length is None else length
-        return self.replace(keys=take(self.keys, index), values=take(self.values, index), length=kept)
+    def keep_newest(self, new: int, index: Int[Array, "batch new"], count: Int[Array, " batch"]) -> KVCache:
+        """Of each row's last `new` slots, keeps the first `count` of `index` (from 0), in that order."""
+        rows, first = jnp.arange(self.length.shape[0])[:, None], self.length - new
+        source, target = first[:, None] + index, self.newest(new)
+
+        def moved(x):
+            return x.at[:, rows, target].set(x.at[:, rows, source].get(mode="clip"), mode="drop")
+
+        kept = self.replace(keys=moved(self.keys), values=moved(self.values), positions=moved(self.positions))
+        return kept.truncate(first + count)
+
+    def gather(
+        self,
+        index: Int[Array, "batch kept"] | Int[Array, "layers batch kept"] | Int[Array, "layers batch heads kept"],
+        count: Int[Array, ...] | None = None,
+    ) -> KVCache:
+        """Keeps the slots `index` of each row, or of each layer, or of each of its heads, in that order.
+
+        The positions move with the slots. The new cache has `kept` slots, so room for what comes after is asked for by
+        a longer index.
+
+        Args:
+          count: so many of the slots hold something, the others are empty; [batch], or of the shape of the index but
+            its last dimension. Default: all of them.
+        """
+        kept = index.shape[-1]
+        if index.ndim == 2:
+            index = index[None]
+        index = jnp.moveaxis(index, 3, 2) if index.ndim == 4 else index[..., None]  # [#layers, batch, kept, #heads]
+        count = jnp.full(self.length.shape, kept, jnp.int32) if count is None else jnp.minimum(count, kept)
+        if count.ndim == 1:
+            count = count[None]
+        count = count if count.ndim == 3 else count[..., None]  # [#layers, batch, #heads]
+        positions = jnp.take_along_axis(self.positions, index, axis=2, mode="clip")
+        return self.replace(
+            keys=jnp.take_along_axis(self.keys, index[..., None], axis=2, mode="clip"),
+            values=jnp.take_along_axis(self.values, index[..., None], axis=2, mode="clip"),
+            positions=jnp.where(jnp.arange(kept)[:, None] < count[:, :, None], positions, EMPTY),
+            length=count.max((0, 2)).astype(jnp.int32),
+        )
 
 
 def check_row(length: int, longest: int, segments: Array | None, cache: KVCache | None) -> None:
@@ -72,6 +137,23 @@ def check_row(length: int, longest: int, segments: Array | None, cache: KVCache 
 
 
 def places_of(x: Array, cache: KVCache | None) -> Int[Array, "batch length"]:
-    """The positions of new tokens x [batch, length, ...]: 0, 1, ..., or behind what each row's cache holds."""
-    first = jnp.zeros((len(x), 1), jnp.int32) if cache is None else cache.length[:, None]
+    """The positions of new tokens x [batch, length, ...]: 0, 1, ..., or those after what each row's cache holds."""
+    first = jnp.zeros((len(x), 1), jnp.int32) if cache is None else cache.next_position[:, None]
     return first + jnp.arange(x.shape[1])
+
+
+def entered(
+    x: Array, positions: Array | None, cache: KVCache | None, first_layer: int = 0
+) -> tuple[Int[Array, "#batch length"], KVCache | None]:
+    """The positions of tokens x [batch, length, ...] on their way into a stack, and the cache with slots for them.
+
+    Tokens that enter at a layer after the first are those in the newest slots already. Without a cache, positions that
+    are not given are of one row, as all are equal.
+    """
+    if cache is not None and first_layer:
+        if positions is None:
+            positions = jnp.take_along_axis(cache.positions.max((0, 3)), cache.newest(x.shape[1]), axis=1)
+        return positions, cache
+    if positions is None:
+        positions = places_of(x[:1] if cache is None else x, cache)
+    return positions, None if cache is None else cache.advance(positions)

@@ -46,18 +46,33 @@ class RelativeBias(nn.Module):
     init_std: float = 0.02
     param_dtype: Any = jnp.float32
 
-    @nn.compact
-    def __call__(
-        self, queries: Int[Array, "batch length"], keys: Int[Array, "batch slots"]
-    ) -> Float[Array, "batch heads length slots"]:
-        """Float32. The batch is 1 where all rows have the same places."""
+    def setup(self):
         init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), (None, "heads"))
-        table = self.param("table", init, (self.buckets, self.heads), self.param_dtype)
-        offset = keys[:, None, :] - queries[:, :, None]
+        self.table = self.param("table", init, (self.buckets, self.heads), self.param_dtype)
+
+    def __call__(
+        self,
+        queries: Int[Array, "#batch length"],
+        keys: Int[Array, "#batch slots"] | Int[Array, "#layers batch slots #heads"],
+    ) -> Float[Array, "#batch heads length slots"] | Float[Array, "layers batch heads length slots"]:
+        """Float32. The batch is 1 where all rows have the same places.
+
+        Keys can be the positions of a cache (`KVCache.positions`); each layer has a bias of its own if these differ.
+        """
+        table = self.table.astype(jnp.float32)
+        if keys.ndim == 4 and keys.shape[0] == keys.shape[3] == 1:
+            keys = keys[0, :, :, 0]
+        if keys.ndim == 2:
+            bias = jnp.moveaxis(jnp.take(table, self._bucket(keys[:, None] - queries[:, :, None]), axis=0), -1, 1)
+            return constrain(bias, "batch" if bias.shape[0] > 1 else None, "heads", "length", None)
+        bucket = self._bucket(keys[:, :, None] - queries[None, :, :, None, None])
+        bucket = jnp.repeat(bucket, self.heads // bucket.shape[-1], axis=-1)
+        bias = jnp.moveaxis(table[bucket, jnp.arange(self.heads)], -1, 2)
+        return bias[0] if bias.shape[0] == 1 else bias
+
+    def _bucket(self, offset):
+        """The bucket of a key so far after the query."""
         side = self.buckets if self.causal else self.buckets // 2
         distance = jnp.maximum(-offset, 0) if self.causal else jnp.abs(offset)
         bucket = jnp.take(jnp.asarray(distance_buckets(side, self.distance)), jnp.minimum(distance, self.distance))
-        if not self.causal:
-            bucket = bucket + side * (offset > 0)
-        bias = jnp.moveaxis(jnp.take(table.astype(jnp.float32), bucket, axis=0), -1, 1)
-        return constrain(bias, "batch" if bias.shape[0] > 1 else None, "heads", "length", None)
+        return bucket if self.causal else bucket + side * (offset > 0)

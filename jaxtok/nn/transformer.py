@@ -11,12 +11,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain
 from jaxtok.kernels.attention import IMPLEMENTATIONS, Implementation
-from jaxtok.nn.attention import attend
-from jaxtok.nn.cache import KVCache
+from jaxtok.nn.attention import attend, visible_slots, visible_tokens
+from jaxtok.nn.cache import KVCache, entered
 from jaxtok.nn.norms import NORMS, Norm, unit_length
 from jaxtok.nn.rotary import RopeScaling, apply_rotary, apply_rotary_table, rotary_dim
 
@@ -205,7 +205,9 @@ class SelfAttention(_Attention):
     """Multi-head attention between tokens, between projections."""
 
     @nn.compact
-    def __call__(self, x, positions, segments, cache: KVCache | None, layer, deterministic, bias=(), rotary=None):
+    def __call__(
+        self, x, positions, segments, cache: KVCache | None, layer, deterministic, bias=(), rotary=None, mask=None
+    ):
         cfg = self.config
         q = self.heads(x, "query", cfg.num_heads, deterministic)
         k, v = (self.heads(x, group, cfg.kv_heads, deterministic) for group in ("key", "value"))
@@ -229,18 +231,18 @@ class SelfAttention(_Attention):
         if cfg.mask_keys and segments is not None:
             segments = (jnp.ones_like(segments), segments)
         self.sow_scored(q, k)
-        options = {"window": window, "bias": bias, **self.options(deterministic)}
-        if cache is None:
-            y = attend(q, k, v, causal=cfg.causal, segments=segments, implementation=cfg.attention, **options)
-        else:
+        # Where layers have kept other slots, each has a bias of its own.
+        bias = tuple(b[layer] if b.ndim == 5 else b for b in bias)
+        options = {"bias": bias, **self.options(deterministic)}
+        if cache is not None:
             cache = cache.append(layer, k, v)
-            y = attend(
-                q,
-                cache.keys[layer].astype(q.dtype),
-                cache.values[layer].astype(q.dtype),
-                start=cache.length,
-                **options,
-            )
+            k, v = (stored[layer].astype(q.dtype) for stored in (cache.keys, cache.values))
+            y = attend(q, k, v, visible=visible_slots(cache, layer, positions, mask=mask, window=window), **options)
+        elif mask is not None:
+            y = attend(q, k, v, visible=visible_tokens(mask, positions, window, segments), **options)
+        else:
+            options |= {"causal": cfg.causal, "window": window, "segments": segments}
+            y = attend(q, k, v, implementation=cfg.attention, **options)
         return self.output(y, deterministic), cache
 
 
@@ -288,6 +290,7 @@ class Block(nn.Module):
         context_bias=(),
         rotary=None,
         condition=None,
+        mask=None,
     ):
         cfg = self.config
         x, cache = carry
@@ -318,7 +321,7 @@ class Block(nn.Module):
         def attention(y):
             nonlocal cache
             module = SelfAttention(cfg, name="attention")
-            y, cache = module(y, positions, segments, cache, layer, deterministic, bias, rotary)
+            y, cache = module(y, positions, segments, cache, layer, deterministic, bias, rotary, mask)
             return y
 
         def cross_attention(y):
@@ -356,38 +359,74 @@ class Stack(nn.Module):
         context_bias: tuple[Array, ...] = (),
         rotary: Float[Array, "#batch length pairs 2"] | None = None,
         condition: Float[Array, "batch 1 d_model"] | None = None,
+        mask: Bool[Array, "#batch length length"] | None = None,
+        layers: tuple[int, int] | None = None,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
-        """Returns the hidden states behind the last block and the cache with the new tokens counted.
+        """Returns the hidden states after the last block, and the cache with the new tokens in it.
 
         Args:
-          positions: for the rotation by positions; None where there is none.
-          bias: added to the scores of self-attention in every layer; see `attend`.
+          positions: default: 0, 1, ..., or those after what each row's cache holds.
+          bias: added to the scores of self-attention in every layer; see `attend`. With a fifth dimension before the
+            others, each layer has its own.
           context: what `cross` attends to. With a cache that holds its keys and values already, it can be None.
           context_bias: as `bias`, for cross-attention.
           rotary: with `rotary_table`, the table that turns the queries and keys of these places.
           condition: with `modulation`, what every layer projects to its shifts, scales and gates.
+          mask: who sees whom among these tokens, in place of causality; a cache's tokens are seen as without it.
+          layers: (a, b), to run the layers from number a on and before number b only. With a cache, a = 0 gives it new
+            tokens; with a > 0, x are the states of its newest tokens, which the earlier layers have already. Only the
+            layers that run are written.
 
         Raises:
-          ValueError: the config asks for a table or a condition, and there is none.
+          ValueError: the config asks for a table or a condition, and there is none; or there are no such layers.
         """
         cfg = self.config
+        first, end = layer_range(layers, cfg.num_layers)
         for name, needed, given in (("rotary", cfg.rotary_table, rotary), ("condition", cfg.modulation, condition)):
             if needed and given is None:
                 raise ValueError(f"the stack's config needs the argument {name}; give it.")
         block: Any = Block
         if cfg.remat != "none":
             block = nn.remat(block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False, static_argnums=(5,))
+        if self.is_initializing():
+            first, end = 0, cfg.num_layers
+        elif first == end:
+            return x, cache
         scan = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *[nn.broadcast] * 8),
-            length=cfg.num_layers,
-            unroll=min(cfg.unroll, cfg.num_layers),
+            in_axes=(0, *[nn.broadcast] * 9),
+            length=end - first,
+            unroll=min(cfg.unroll, end - first),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        layers = jnp.arange(cfg.num_layers)
+        if end - first < cfg.num_layers:
+            scan = nn.map_variables(scan, "params", lambda params: jax.tree.map(lambda leaf: leaf[first:end], params))
+        positions, cache = entered(x, positions, cache, first)
         (x, cache), _ = scan(cfg, name="blocks")(
-            (x, cache), layers, positions, segments, deterministic, bias, context, context_bias, rotary, condition
+            (x, cache),
+            jnp.arange(first, end),
+            positions,
+            segments,
+            deterministic,
+            bias,
+            context,
+            context_bias,
+            rotary,
+            condition,
+            mask,
         )
-        return x, None if cache is None else cache.advance(x.shape[1])
+        return x, cache
+
+
+def layer_range(layers: tuple[int, int] | None, count: int) -> tuple[int, int]:
+    """The first layer that runs, and the one before which it ends.
+
+    Raises:
+      ValueError: there are no such layers.
+    """
+    first, end = layers or (0, count)
+    if not 0 <= first <= end <= count:
+        raise ValueError(f"layers is {layers}; it must be (a, b) with 0 <= a <= b <= {count}, the number of layers.")
+    return first, end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,22 @@ import rich.console
 from jaxtok.data.codes import CodeData, open_codes
 from jaxtok.data.corpora import open_corpus
 from jaxtok.data.images import ImageData
-from jaxtok.protocols import Params
+from jaxtok.protocols import ImageGenerator, Params
 from jaxtok.studies.comparison import Comparison
 from jaxtok.studies.proxy_features import train_proxy
 from jaxtok.tokenizers.sentencepiece import train_sentencepiece
-from jaxtok.vision.elm import ElmModeling
-from jaxtok.vision.elm_masked import MaskedElmModeling, MaskedSampling
-from jaxtok.vision.elm_sampling import ElmSampling
-from jaxtok.vision_verbs import OpenTokenizer, attention, draw_images, generate, reconstruct, statistics, tokenize
+from jaxtok.vision_verbs import (
+    attention,
+    decode_codes,
+    draw_images,
+    encode_images,
+    generate,
+    make_sampling,
+    open_tokenizer,
+    reconstruct,
+    statistics,
+    tokenize,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,19 +44,20 @@ class SampleQuality:
     images: ImageData
     proxy: str
     """The folder of the proxy, which is trained once."""
-    guided: ElmSampling = ElmSampling(guidance=2.0, top_k=None)
-    masked: MaskedSampling = MaskedSampling(guidance=2.0)
+    guidance: float = 2.0
+    """Of the draws; the other options of a generator's sampling have their defaults."""
 
-    def __call__(self, task: ElmModeling | MaskedElmModeling, params: Params, data: CodeData) -> dict[str, float]:
+    def __call__(self, task: ImageGenerator, params: Params, data: CodeData) -> dict[str, float]:
         proxy = train_proxy(self.images, self.proxy)
-        tokenizer = OpenTokenizer.open(Path(open_codes(Path(data.path) / "train").header.tokenizer))
+        tokenizer = open_tokenizer(Path(open_codes(Path(data.path) / "train").header.tokenizer))
         real = list(dataclasses.replace(self.images, eval_limit=0).eval_batches("test"))
         labels = np.concatenate([batch["labels"][batch["mask"] > 0] for batch in real])
-        sampling = self.guided if isinstance(task, ElmModeling) else self.masked
+        sampling = make_sampling(task, {"guidance": self.guidance})
         drawn = draw_images(task, params, tokenizer, labels.tolist(), sampling, jax.random.key(data.seed))
+        keys = map(jax.random.key, range(len(real)))
         again = [
-            tokenizer.decode(tokenizer.encode(batch["images"], jax.random.key(n)))[batch["mask"] > 0]
-            for n, batch in enumerate(real)
+            decode_codes(tokenizer, encode_images(tokenizer, batch["images"], key), key)[batch["mask"] > 0]
+            for batch, key in zip(real, keys)
         ]
         reference = list(self.images.eval_batches("train"))
         classes = np.asarray(proxy.probabilities(drawn)).argmax(-1)
@@ -83,7 +93,7 @@ class ElmStudy:
         seed = self.tokenizers.seeds[0]
         for arm in self.tokenizers.arms:
             run = self.tokenizers.experiment(arm, seed).directory
-            tokenize(run, folder / "codes" / arm.name, draws=2 if arm.task.model.needs_draws else 1)
+            tokenize(run, folder / "codes" / arm.name, draws=2 if arm.task.draws_codes else 1)
             self._once(
                 folder / f"reconstructions_{arm.name}.png", lambda path, run=run: reconstruct(run, path, count=24)
             )
@@ -91,14 +101,14 @@ class ElmStudy:
             return False
         for arm in self.models.arms:
             run = self.models.experiment(arm, self.models.seeds[0]).directory
-            options: dict[str, Any] = {"per_class": self.per_class, "guidance": self.guidance}
+            options: dict[str, Any] = {"per_class": self.per_class, "sampling": {"guidance": self.guidance}}
             self._once(
                 folder / f"samples_{arm.name}.png",
                 lambda path, run=run, options=options: generate(run, path, **options),
             )
         alike: dict[int, list[Path]] = {}
         for arm in self.tokenizers.arms:
-            alike.setdefault(arm.task.vocab_size**arm.task.sub_codes, []).append(folder / "codes" / arm.name)
+            alike.setdefault(math.prod(arm.task.code_values), []).append(folder / "codes" / arm.name)
         for size, codes in alike.items():
             self._once(
                 folder / f"statistics_{size}.png",

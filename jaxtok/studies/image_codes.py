@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 from jaxtok.data.images import ImageData
 from jaxtok.protocols import Params
-from jaxtok.vision.autoencoding import Autoencoding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,12 +17,12 @@ class CodeUsage:
 
     split: str = "all"
 
-    def __call__(self, task: Autoencoding, params: Params, data: ImageData) -> dict[str, float]:
+    def __call__(self, task: Any, params: Params, data: ImageData) -> dict[str, float]:
         data = dataclasses.replace(data, eval_limit=0)
         numbers = task.evaluate(params, data.eval_batches(self.split))
         if "codes_used" not in numbers:
             return {}
-        codes = task.vocab_size**task.sub_codes
+        codes = math.prod(task.code_values)
         return {
             "codes_used_of_all": numbers["codes_used"],
             "share_used": numbers["codes_used"] / codes,

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from jaxtok.data.word_units import NormalizedText, WordUnitText, count_words, load_units
-from jaxtok.decoding.sampling import Sampling, generate
+from jaxtok.decoding import Sampling, generate
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.word_pooled import WordPooling, guess_words, score_words, word_accuracies
 from jaxtok.nn.losses import cross_entropy
@@ -197,8 +197,8 @@ def generated(
         prompts.append(batch["tokens"][row, first : start + 1].tolist())
         words.append(batch["targets"][row, start:stop].tolist())
     new = generate(
-        task.module(), params, prompts, max_new_tokens=max(map(len, words)) + 1, sampling=sampling, rng=rng
-    )  # what is behind a word's end does not matter
+        task.module(), params, prompts, max_new_tokens=max(map(len, words)) + 1, chooser=sampling, rng=rng
+    ).tokens  # what is behind a word's end does not matter
     return [
         len(word) <= max_units and guess[: len(word)] == word and bool(begins[guess[len(word)]])
         for word, guess in zip(words, new)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
 
-from jaxtok.interop.peft import write_adapter
 from jaxtok.nn.lora import LoraConfig, find_sites, init_adapter, merge, saved_paths
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
@@ -64,17 +62,6 @@ class Lora(Task):
     ) -> dict[str, float]:
         """The task's, with the differences merged once."""
         return self.task.evaluate(_merged(self, params), batches, rng, **options)
-
-    def write(self, folder: str | Path, params: Params) -> Path:
-        """Writes the adapter as a PEFT folder.
-
-        Raises:
-          ValueError: the model is none of Hugging Face's, or PEFT has no name for a difference.
-        """
-        sites, lora = find_sites(self.lora, params["frozen"]), self.lora
-        return write_adapter(
-            folder, self.task.model, sites, params["adapter"], rslora=lora.rank_stabilized, dropout=lora.dropout
-        )
 
     def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
         """The task's, of what is frozen: a controller or a running mean of it goes on."""

@@ -21,8 +21,9 @@ from __future__ import annotations
 import abc
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -38,6 +39,7 @@ from jaxtok.nn.quantizers import Quantized, code_counts, perplexity
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.vision.augmentation import AugmentationDraws, augment, draw_augmentation
 from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, hinge_loss, new_statistics
+from jaxtok.vision.images import as_float, check_codes, check_images
 from jaxtok.vision.metrics import SSIM_WINDOW, psnr, ssim
 from jaxtok.vision.perceptual import LPIPS, VGG_WIDTHS, read_lpips
 
@@ -59,12 +61,8 @@ class TokenizerConfig(AutoencoderConfig, abc.ABC):
 
     @property
     @abc.abstractmethod
-    def code_values(self) -> int:
-        """Values of each sub-code."""
-
-    @property
-    def sub_codes_per_position(self) -> int:
-        return 1
+    def code_values(self) -> tuple[int, ...]:
+        """How many values each sub-code of a position has."""
 
     @abc.abstractmethod
     def quantizer(self, name: str | None = None) -> nn.Module:
@@ -79,8 +77,8 @@ class TokenizerConfig(AutoencoderConfig, abc.ABC):
         return None
 
     @property
-    def needs_draws(self) -> bool:
-        """By its definition, codes are drawn."""
+    def draws_codes(self) -> bool:
+        """Whether codes are drawn by the quantiser's definition."""
         return False
 
 
@@ -163,21 +161,24 @@ class Autoencoding(Task):
 
     # -- an image tokenizer
 
-    @property
-    def image_size(self) -> int:
-        return self.model.image_size
+    prefixes: ClassVar[tuple[int, ...]] = ()
+    draws_images: ClassVar[bool] = False
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.model.image_size, self.model.image_size, self.model.channels)
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
         return self.model.grid
 
     @property
-    def sub_codes(self) -> int:
-        return self.model.sub_codes_per_position
+    def code_values(self) -> tuple[int, ...]:
+        return self.model.code_values
 
     @property
-    def vocab_size(self) -> int:
-        return self.model.code_values
+    def draws_codes(self) -> bool:
+        return self.model.draws_codes
 
     def encode(
         self, params: Params, images: Float[Array, "batch height width channels"], rng: jax.Array | None = None
@@ -190,40 +191,20 @@ class Autoencoding(Task):
         Raises:
           ValueError: the images are no such images, or the tokenizer's codes are drawn and there is no key.
         """
-        size, channels = self.image_size, self.model.channels
-        if images.ndim != 4 or images.shape[1:] != (size, size, channels):
-            raise ValueError(
-                f"the images have the shape {tuple(images.shape)}; the tokenizer's are [batch, {size}, {size}, "
-                f"{channels}] (height, width, channels)."
-            )
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"the images are {images.dtype}; divide them by 255, so that they are float in [0, 1].")
-        if not isinstance(images, jax.core.Tracer) and not bool(jnp.isfinite(images).all()):
-            raise ValueError("the images hold numbers that are not finite; pixels are in [0, 1].")
-        if rng is None and self.model.needs_draws:
+        check_images(images, self.image_shape)
+        if rng is None and self.draws_codes:
             raise ValueError("this tokenizer draws its codes (deterministic is False): give encode a key, rng.")
         return _encode(self, params["autoencoder"], images, rng)
 
     def decode(
-        self, params: Params, codes: Int[Array, "batch positions sub_codes"]
+        self, params: Params, codes: Int[Array, "batch positions sub_codes"], rng: jax.Array | None = None
     ) -> Float[Array, "batch height width channels"]:
-        """Images, not limited to [0, 1].
+        """Images, not limited to [0, 1]; nothing is drawn, so a key is not used.
 
         Raises:
           ValueError: the codes have another shape, or are outside the vocabulary.
         """
-        rows, columns = self.grid
-        if codes.ndim != 3 or codes.shape[1:] != (rows * columns, self.sub_codes):
-            raise ValueError(
-                f"the codes have the shape {tuple(codes.shape)}; the tokenizer's are [batch, {rows * columns}, "
-                f"{self.sub_codes}] (positions, sub-codes)."
-            )
-        if not jnp.issubdtype(codes.dtype, jnp.integer):
-            raise ValueError(f"the codes are {codes.dtype}; they must be whole numbers.")
-        if not isinstance(codes, jax.core.Tracer) and codes.size:
-            low, high = int(codes.min()), int(codes.max())
-            if low < 0 or high >= self.vocab_size:
-                raise ValueError(f"the codes go from {low} to {high}; they must be in [0, {self.vocab_size}).")
+        check_codes(codes, (math.prod(self.code_shape),), self.code_values)
         return _decode(self, params["autoencoder"], jnp.asarray(codes))
 
     # -- a task
@@ -371,7 +352,7 @@ class Autoencoding(Task):
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         x, mask = as_float(batch["images"]), batch["mask"]
-        rng = rng if self.model.needs_draws else None
+        rng = rng if self.draws_codes else None
         fake, quantized = _quantized(self, params["autoencoder"], x, rng, "__call__")
         l1 = jnp.abs(x - fake).mean((1, 2, 3))
         nll = l1 + self.perceptual_weight * self.distance(params)(x, fake)
@@ -384,13 +365,15 @@ class Autoencoding(Task):
             "psnr": jnp.minimum(psnr(x, shown), 100.0),
             "images": jnp.ones_like(mask),
         }
-        if self.image_size >= SSIM_WINDOW:
+        if self.model.image_size >= SSIM_WINDOW:
             found["ssim"] = ssim(x, shown)
         sums = {name: jnp.sum(value * mask) for name, value in found.items()}
-        size, count = self.vocab_size**self.sub_codes, self.sub_codes
+        size = math.prod(self.code_values)
         if size > COUNTED:
             return sums
-        whole = sum(quantized.codes[..., n] * self.vocab_size ** (count - 1 - n) for n in range(count))
+        whole = 0
+        for digit, base in enumerate(self.code_values):
+            whole = whole * base + quantized.codes[..., digit]
         places = jnp.where(mask[:, None, None] > 0, whole, size)  # what fills the batch falls off the end
         return sums | {"codes": constrain(code_counts(places, size), None)}  # whole on each device
 
@@ -426,15 +409,10 @@ class Autoencoding(Task):
         the images' pass, and the fakes' with its gradient."""
         total = 3 * self.model.flops()
         if self.discriminator is not None:
-            total += (2 + 2 * 3) * self.discriminator.flops(self.image_size, self.model.channels)
+            total += (2 + 2 * 3) * self.discriminator.flops(self.model.image_size, self.model.channels)
         if self.uses_lpips:
-            total += 3 * _vgg_flops(self.perceptual_widths, self.image_size)
+            total += 3 * _vgg_flops(self.perceptual_widths, self.model.image_size)
         return len(batch["images"]) * total
-
-
-def as_float(images: Array) -> Float[Array, "batch height width channels"]:
-    """Pixels in [0, 1]: bytes are divided by 255."""
-    return images.astype(jnp.float32) / 255 if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
 
 def _vgg_flops(widths: tuple[int, ...], side: int) -> float:
@@ -457,7 +435,7 @@ def _encode_images(task: Autoencoding, autoencoder: Params, images, rng):
 
 
 def _decode_codes(task: Autoencoding, autoencoder: Params, codes):
-    codes = codes.reshape(len(codes), *task.grid, codes.shape[-1])
+    codes = codes.reshape(len(codes), *task.code_shape, codes.shape[-1])
     return task.module().apply({"params": autoencoder}, codes, method="decode")
 
 

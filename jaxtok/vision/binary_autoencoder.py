@@ -38,12 +38,8 @@ class BAEConfig(TokenizerConfig):
         check_bits(self.bits, self.sub_codes)
 
     @property
-    def code_values(self) -> int:
-        return 2 ** (self.bits // self.sub_codes)
-
-    @property
-    def sub_codes_per_position(self) -> int:
-        return self.sub_codes
+    def code_values(self) -> tuple[int, ...]:
+        return (2 ** (self.bits // self.sub_codes),) * self.sub_codes
 
     def quantizer(self, name: str | None = None) -> nn.Module:
         return BinaryQuantizer(
@@ -61,7 +57,7 @@ class BAEConfig(TokenizerConfig):
         return None if self.deterministic else jax.random.uniform(rng, (batch, *self.grid, self.bits))
 
     @property
-    def needs_draws(self) -> bool:
+    def draws_codes(self) -> bool:
         return not self.deterministic
 
 

@@ -15,7 +15,10 @@ code is followed: the class token's row of the rotation is zero, so it looks at 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import jax
@@ -25,13 +28,16 @@ from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain, gather
 from jaxtok.data.codes import CodeData
-from jaxtok.nn.cache import KVCache, check_row, places_of
+from jaxtok.nn.cache import KVCache, check_row, entered
 from jaxtok.nn.linear import Linear, LlamaStack
 from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean
 from jaxtok.nn.rotary import rotary_table_2d
-from jaxtok.nn.transformer import Stack
-from jaxtok.protocols import Batch, Data, Params, Sums, Task
+from jaxtok.nn.transformer import Stack, layer_range
+from jaxtok.protocols import Batch, Data, OnProgress, Params, Sums, Task
 from jaxtok.vision.classes import check_classes
+
+if TYPE_CHECKING:
+    from jaxtok.vision.elm_sampling import ElmSampling
 
 
 def mlp_width(d_model: int, multiple_of: int = 256) -> int:
@@ -99,6 +105,20 @@ class ElmConfig(LlamaStack):
     def codebook(self) -> int:
         """Values of a sub-code (V)."""
         return 2**self.code_bits
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        """Rows and columns of the positions."""
+        return (self.grid, self.grid)
+
+    @property
+    def code_values(self) -> tuple[int, ...]:
+        """How many values each sub-code has."""
+        return (self.codebook,) * self.sub_codes
+
+    def cells(self) -> Int[np.ndarray, "positions 2"]:
+        """Row and column of each position."""
+        return np.stack(np.divmod(np.arange(self.positions), self.grid), -1)
 
     def rotation(self) -> Float[np.ndarray, "places pairs 2"]:
         """For the class token (zeros) and each position."""
@@ -268,10 +288,9 @@ class ElmText(Elm):
 
     config: ElmTextConfig
 
-    def __call__(self, tokens, *, positions=None, segments=None, cache=None, deterministic: bool = True):
+    def __call__(self, tokens, **options: Any):
         """As `jaxtok.lm.decoder.Decoder`. Classes are no targets: their logits are 20 below the least of the codes'."""
-        x = self.embed(tokens)
-        x, cache = self.hidden(x, positions=positions, segments=segments, cache=cache, deterministic=deterministic)
+        x, cache = self.hidden(self.embed(tokens), **options)
         return self.head(x), cache
 
     def embed(self, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length d_model"]:
@@ -280,15 +299,18 @@ class ElmText(Elm):
         of_class = jnp.take(self.class_embedding, jnp.maximum(tokens - codes, 0), axis=0)
         return constrain(jnp.where((tokens < codes)[..., None], of_code, of_class), "d_model")
 
-    def hidden(self, x, *, positions=None, segments=None, cache=None, deterministic: bool = True):
-        batch, length = x.shape[:2]
-        check_row(length, self.config.max_length, segments, cache)
-        if positions is None:
-            positions = places_of(x, cache)
-        rows = jnp.take(jnp.asarray(self.config.rotation()), jnp.broadcast_to(positions, (batch, length)), axis=0)
-        x = self.embedding_dropout(x, deterministic)
-        x, cache = self.stack(x, None, segments, cache, deterministic, rotary=rows)
-        return self.final_norm(x), cache
+    def hidden(
+        self, x, *, positions=None, segments=None, mask=None, layers=None, cache=None, deterministic: bool = True
+    ):
+        cfg, (batch, length) = self.config, x.shape[:2]
+        check_row(length, cfg.max_length, segments, cache)
+        first, end = layer_range(layers, cfg.num_layers)
+        positions = jnp.broadcast_to(entered(x, positions, cache, first)[0], (batch, length))
+        rows = jnp.take(jnp.asarray(cfg.rotation()), positions, axis=0)
+        if first == 0:
+            x = self.embedding_dropout(x, deterministic)
+        x, cache = self.stack(x, positions, segments, cache, deterministic, rotary=rows, mask=mask, layers=(first, end))
+        return self.final_norm(x) if end == cfg.num_layers else x, cache
 
     def head(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length vocab"]:
         logits = _logits(hidden, self.head_matrix)[:, :, 0]
@@ -307,9 +329,27 @@ def init_params(config: ElmConfig, rng: jax.Array) -> Params:
     return nn.meta.unbox(Elm(config).init(rng, codes, jnp.zeros(1, jnp.int32))["params"])
 
 
+class ModelOfCodes:
+    """What the tasks of the autoregressive and the masked model say as a `jaxtok.protocols.ImageGenerator`."""
+
+    model: ElmConfig
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        return self.model.code_shape
+
+    @property
+    def code_values(self) -> tuple[int, ...]:
+        return self.model.code_values
+
+    @property
+    def num_classes(self) -> int:
+        return self.model.num_classes
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ElmModeling(Task):
-    """Trains the autoregressive model on batches of codes (`jaxtok.data.codes.CodeData`):
+class ElmModeling(ModelOfCodes, Task):
+    """Trains the autoregressive model, and draws images from it, on batches of codes (`jaxtok.data.codes.CodeData`):
 
     codes   int32    [batch, positions, sub_codes]
     labels  int32    [batch], the class; num_classes stands for none
@@ -360,6 +400,64 @@ class ElmModeling(Task):
         )
         return nats.mean((1, 2))
 
+    @property
+    def sampling(self) -> type[ElmSampling]:
+        from jaxtok.vision.elm_sampling import ElmSampling  # which imports this module
+
+        return ElmSampling
+
+    def draw(
+        self,
+        params: Params,
+        conditions: Sequence[int | None],
+        rng: jax.Array,
+        *,
+        sampling: ElmSampling | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Int[Array, "batch positions sub_codes"]:
+        """Codes of an image of each class (None: of no class); `generate`, with progress after each row of the grid."""
+        from jaxtok.vision import elm_sampling
+
+        sampling = elm_sampling.ElmSampling() if sampling is None else sampling
+        options = {"sampling": sampling, "rng": rng, "on_progress": on_progress}
+        return elm_sampling.generate(self.model, params, conditions, **options)
+
+    def attention_maps(
+        self, params: Params, batch: Batch, rng: jax.Array | None = None
+    ) -> Float[Array, "layers batch heads places places"]:
+        """What each place of an image attends to, without the class (rows sum to 1).
+
+        Place n is the input of position n, which is the last one that it sees; the last position is no input.
+        """
+        return _attention_maps(self, params, batch["codes"], batch["labels"])
+
+    def attention_cells(self) -> Int[np.ndarray, "places 2"]:
+        """Row and column of each place of `attention_maps`."""
+        return self.model.cells()[:-1]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention_maps(task: ElmModeling, params, codes, labels):
+    _, state = task.module().apply({"params": params}, codes, labels, method="states", mutable="intermediates")
+    return attention_weights(task.model, state["intermediates"], skipped=1)
+
+
+def attention_weights(
+    config: ElmConfig, intermediates: Any, skipped: int
+) -> Float[Array, "layers batch heads places places"]:
+    """Softmax of the scores in every layer and head, without the first `skipped` places, which are the class's.
+
+    As the rest is divided by its sum anew, it does not matter how much of the attention went to the class.
+    """
+    kept = intermediates["stack"]["blocks"]["attention"]
+    queries, keys = kept["queries"][0], kept["keys"][0]
+    keys = jnp.repeat(keys, config.num_heads // config.kv_heads, axis=-2)
+    scores = jnp.einsum("zbqhd,zbkhd->zbhqk", queries, keys, preferred_element_type=jnp.float32)
+    scores = scores / math.sqrt(config.head_dim)
+    if config.causal:
+        scores = jnp.where(jnp.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf)
+    return jax.nn.softmax(scores[..., skipped:, skipped:])
+
 
 def check_data(model: ElmConfig, data: Data) -> None:
     """Refuses data that do not fit the model.
@@ -370,8 +468,12 @@ def check_data(model: ElmConfig, data: Data) -> None:
     if isinstance(data, CodeData):
         for field in ("grid", "sub_codes", "code_bits"):
             ours, theirs = getattr(model, field), getattr(data, field)
-            if theirs != ours:
+            replaced = data.shape if field == "grid" else data.values
+            if theirs != ours and not replaced:
                 raise ValueError(f"task.model.{field} is {ours}, but data.{field} is {theirs}; make them equal.")
+        for field, ours in {"shape": model.code_shape, "values": model.code_values}.items():
+            if getattr(data, field) not in ((), ours):
+                raise ValueError(f"data.{field} is {getattr(data, field)}, but the model has {ours}; make them equal.")
     check_classes(model.num_classes, data)
 
 

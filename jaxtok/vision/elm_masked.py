@@ -27,8 +27,16 @@ from jaxtok.axes import constrain
 from jaxtok.nn.activations import gelu
 from jaxtok.nn.losses import by_parts, cross_entropy
 from jaxtok.nn.norms import Norm
-from jaxtok.protocols import Batch, Data, Params, Sums, Task
-from jaxtok.vision.elm import ElmBase, ElmConfig, check_data, code_metrics, published
+from jaxtok.protocols import Batch, Data, OnProgress, Params, Sums, Task
+from jaxtok.vision.elm import (
+    ElmBase,
+    ElmConfig,
+    ModelOfCodes,
+    attention_weights,
+    check_data,
+    code_metrics,
+    published,
+)
 from jaxtok.vision.elm_sampling import check_guidance, choose, class_ids
 
 MASK_SCHEDULES = {"cos": lambda r: np.cos(math.pi / 2 * r), "linear": lambda r: 1 - r}
@@ -165,8 +173,8 @@ def mask_lowest(values: Float[Array, "batch positions"], count: Int[Array, " ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskedElmModeling(Task):
-    """Trains the masked model on batches of codes, as `ElmModeling`."""
+class MaskedElmModeling(ModelOfCodes, Task):
+    """Trains the masked model, and draws images from it, on batches of codes, as `ElmModeling`."""
 
     counted = "images"
 
@@ -270,21 +278,61 @@ class MaskedElmModeling(Task):
         """Of one training step: three times the forward pass."""
         return 3 * len(batch["codes"]) * self.model.flops()
 
+    @property
+    def sampling(self) -> type[MaskedSampling]:
+        return MaskedSampling
+
+    def draw(
+        self,
+        params: Params,
+        conditions: Sequence[int | None],
+        rng: jax.Array,
+        *,
+        sampling: MaskedSampling | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Int[Array, "batch positions sub_codes"]:
+        """Codes of an image of each class (None: of no class); `generate`, with progress after each round."""
+        sampling = MaskedSampling() if sampling is None else sampling
+        return generate(self.model, params, conditions, sampling=sampling, rng=rng, on_progress=on_progress)
+
+    def attention_maps(
+        self, params: Params, batch: Batch, rng: jax.Array
+    ) -> Float[Array, "layers batch heads places places"]:
+        """What each place of an image attends to, without the class (rows sum to 1): all sub-codes, by position.
+
+        Half of the positions are masked, as the key says.
+        """
+        return _attention_maps(self, params, batch["codes"], batch["labels"], rng)
+
+    def attention_cells(self) -> Int[np.ndarray, "places 2"]:
+        """Row and column of each place of `attention_maps`."""
+        return np.repeat(self.model.cells(), self.model.sub_codes, axis=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _attention_maps(task: MaskedElmModeling, params, codes, labels, rng):
+    masked = jax.random.bernoulli(rng, 0.5, codes.shape[:2])
+    _, state = task.module().apply({"params": params}, codes, labels, masked, method="states", mutable="intermediates")
+    return attention_weights(task.model, state["intermediates"], skipped=task.model.sub_codes)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedSampling:
     """How images are drawn."""
 
     rounds: int = 12
-    """T, passes through the model."""
+    """T: how many passes through the model draw an image."""
     guidance: float = 3.0
-    """The scale s; 1: none."""
+    """The scale s of the guidance; 1 means none."""
     schedule: Literal["constant", "linear", "powercos"] = "linear"
-    """With r = (j + 1) / T in round j, w is s; 1 + (s - 1) r; or 1 + (s - 1) (1 - cos(pi r^power)) / 2."""
+    """How the guidance rises: with r = (j + 1) / T in round j it is s, or 1 + (s - 1) r, or
+    1 + (s - 1) (1 - cos(pi r^power)) / 2."""
     power: float = 1.0
+    """The exponent in `powercos`."""
     temperature: float = 4.0
-    """Of the Gumbel noise on how sure a draw is, times 1 - r; 0: none. (Codes are drawn at temperature 1.)"""
+    """How much noise (Gumbel's, times 1 - r) is added to how sure a draw is; 0 means none. Codes are drawn at 1."""
     mask_schedule: Literal["cos", "linear"] = "cos"
+    """How fast the masked part of an image shrinks."""
     remask: bool = False
     """In the first half of the rounds, a known code of which another was drawn may be masked again."""
 
@@ -329,6 +377,7 @@ def generate(
     rng: jax.Array | None = None,
     draws: tuple[Float[np.ndarray, "rounds batch places"], Float[np.ndarray, "rounds batch positions sub_codes"]]
     | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Int[Array, "batch positions sub_codes"]:
     """Codes of images of these classes.
 
@@ -336,15 +385,19 @@ def generate(
       labels: a class for each image; None is no class.
       rng: a key; needed unless there are draws.
       draws: recorded uniforms for the codes of each round, and standard Gumbel numbers for the confidence.
+      on_progress: called after each round with the share of the rounds that are done.
 
     Raises:
       ValueError: a class is out of range; no key.
     """
-    return draw(config, params, class_ids(config, labels), sampling, rng, draws)[0]
+    return draw(config, params, class_ids(config, labels), sampling, rng, draws, on_progress)[0]
 
 
-def draw(config, params, labels, sampling, rng=None, draws=None):
-    """As `generate`, of class ids; also returns the last round's guided logits [batch, positions, sub_codes, vocab]."""
+def draw(config, params, labels, sampling, rng=None, draws=None, on_progress=None):
+    """As `generate`, of class ids; also returns the last round's guided logits [batch, positions, sub_codes, vocab].
+
+    Where progress is reported, each round is a compiled call of its own; else one call runs all rounds.
+    """
     if rng is None and draws is None:
         raise ValueError("rng is None; give a key such as jax.random.key(0).")
     weights, rounds = sampling.weights(), np.arange(sampling.rounds)
@@ -357,13 +410,23 @@ def draw(config, params, labels, sampling, rng=None, draws=None):
         sampling.remask & (rounds < sampling.rounds / 2),
         draws,
     )
-    return _draw(config, guided, sampling.remask, params, labels, xs, rng)
+    shape = (len(labels), config.positions, config.sub_codes)
+    state = jnp.zeros(shape, jnp.int32), jnp.ones(shape[:2], bool), jnp.zeros((*shape, config.codebook), jnp.float32)
+    calls = 1 if on_progress is None else sampling.rounds
+    for number in range(calls):
+        part = xs if on_progress is None else jax.tree.map(lambda x, n=number: x[n : n + 1], xs)
+        state = _draw_rounds(config, guided, sampling.remask, params, labels, state, part, rng)
+        if on_progress is not None:
+            jax.block_until_ready(state)
+            on_progress((number + 1) / calls)
+    codes, _, logits = state
+    return codes, logits
 
 
-@functools.partial(jax.jit, static_argnames=("config", "guided", "remask"))
-def _draw(config, guided, remask, params, labels, xs, rng):
+@functools.partial(jax.jit, static_argnames=("config", "guided", "remask"), donate_argnames="state")
+def _draw_rounds(config, guided, remask, params, labels, state, xs, rng):
+    """Some rounds; the state is the codes, which positions of them are masked, and the last round's logits."""
     model, images = MaskedElm(config), len(labels)
-    shape = (images, config.positions, config.sub_codes)
     if guided:  # the rows of an image are neighbours, lest a mesh part them
         labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], 1).reshape(-1)
 
@@ -379,9 +442,9 @@ def _draw(config, guided, remask, params, labels, xs, rng):
             logits = logits[:, 1] + weight * (logits[:, 0] - logits[:, 1])
         if draws is None:
             keys = jax.random.split(jax.random.fold_in(rng, number))
-            drawn, gumbel = choose(logits, keys[0]), jax.random.gumbel(keys[1], shape)
+            drawn, gumbel = choose(logits, keys[0]), jax.random.gumbel(keys[1], codes.shape)
         else:
-            drawn, gumbel = choose(logits, None, draws[0].reshape(shape)), draws[1]
+            drawn, gumbel = choose(logits, None, draws[0].reshape(codes.shape)), draws[1]
         likely = jnp.take_along_axis(jax.nn.log_softmax(logits), drawn[..., None], -1)[..., 0]
         unknown = masked[..., None]
         doubted = unknown | (again & (drawn != codes)) if remask else unknown
@@ -389,9 +452,7 @@ def _draw(config, guided, remask, params, labels, xs, rng):
         codes = jnp.where(unknown, drawn, codes)
         return (codes, mask_lowest(sure.mean(-1), count), logits), None
 
-    start = jnp.zeros(shape, jnp.int32), jnp.ones(shape[:2], bool), jnp.zeros((*shape, config.codebook), jnp.float32)
-    (codes, _, logits), _ = jax.lax.scan(one_round, start, xs)
-    return codes, logits
+    return jax.lax.scan(one_round, state, xs)[0]
 
 
 def published_masked(size: str, **options: Any) -> MaskedElmConfig:

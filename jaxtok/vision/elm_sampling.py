@@ -6,8 +6,9 @@ At step n of M new positions, with r = (n + 1) / M and the scale s, logits are l
     linear    1 + (s - 1) r              log          1 + (s - 1) ln(1 + r (e - 1))
     square    1 + (s - 1) r^2            square_root  1 + (s - 1) sqrt(n / M), which begins at 1
 
-then they are divided by the temperature, the top k and the top p are kept, and each sub-code is drawn on its own. The
-authors' code computes everything again for each position; here one scan runs over positions, with a key-value cache.
+then `jaxtok.decoding.Sampling` restricts them, and each sub-code is drawn on its own. The
+authors' code computes everything again for each position; here the engine of `jaxtok.decoding` runs over positions,
+with a key-value cache.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain
-from jaxtok.protocols import Params
+from jaxtok.decoding.engine import Engine
+from jaxtok.decoding.sampling import Sampling, sampling_key
+from jaxtok.nn.cache import KVCache
+from jaxtok.protocols import OnProgress, Params
 from jaxtok.vision.elm import Elm, ElmConfig
 
 SCHEDULES = {
@@ -40,29 +45,21 @@ SCHEDULES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ElmSampling:
+class ElmSampling(Sampling):
     """How codes are drawn; defaults: the authors' for 2-10."""
 
+    top_k: int = 1000
+    """Only the k most likely values of a sub-code; 0: all."""
     guidance: float = 4.0
-    """The scale s; 1: none."""
+    """The scale s of the guidance; 1 means none."""
     schedule: Literal["constant", "linear", "cos", "log", "square", "square_root"] = "linear"
-    """Over the positions of the image."""
-    temperature: float = 1.0
-    top_k: int | None = 1000
-    """Only the k most likely values of a sub-code, and those as likely as the last of them; None: all."""
-    top_p: float = 1.0
-    """Of these, only the most likely ones that together have at least this probability; 1: all."""
+    """How the guidance rises over the positions of the image."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule is {self.schedule!r}; it can be {', '.join(SCHEDULES)}.")
         check_guidance(self.guidance, self.schedule)
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be positive (top_k = 1 is greedy).")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; it must be at least 1 (or None, for all).")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
 
     def weights(self, steps: int) -> Float[np.ndarray, " steps"]:
         """The guidance w_n at each of so many new positions."""
@@ -128,16 +125,18 @@ def generate(
     prefix: Int[np.ndarray, "batch given sub_codes"] | None = None,
     new: int | None = None,
     uniforms: Float[np.ndarray, "new sub_codes batch"] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Int[Array, "batch given+new sub_codes"]:
     """Codes of images of these classes. A row depends on its class, `rng` and its place in the batch, not on others.
 
     Args:
       labels: a class for each image; None is no class.
-      rng: a key; needed unless there are uniforms.
+      rng: a key; needed unless there are uniforms or the temperature is 0.
       prefix: codes of the first positions of each image.
       new: positions to make; default: all that are left. The schedule of the guidance runs over these.
       uniforms: recorded draws from [0, 1): a sub-code is the number of its values, in the order of their indices, up to
         which the probabilities sum to this or less.
+      on_progress: called after each row of the grid with the share of the new positions that are made.
 
     Raises:
       ValueError: a class, a code or a length is out of range; no key.
@@ -158,7 +157,9 @@ def generate(
             f"uniforms have the shape {np.shape(uniforms)}; they must be "
             f"[{new} positions, {config.sub_codes} sub-codes, {len(ids)} images]."
         )
-    codes, _ = draw(config, params, ids, prefix, sampling, sampling.weights(new), rng, uniforms)
+    codes, _ = draw(
+        config, params, ids, prefix, sampling, sampling.weights(new), rng, uniforms, on_progress=on_progress
+    )
     return codes
 
 
@@ -172,90 +173,143 @@ def draw(
     rng: jax.Array | None = None,
     uniforms: Float[np.ndarray, "new sub_codes batch"] | None = None,
     fixed: tuple[Int[np.ndarray, "batch new sub_codes"], Bool[np.ndarray, " new"]] | None = None,
+    on_progress: OnProgress | None = None,
 ) -> tuple[Int[Array, "batch given+new sub_codes"], Float[Array, "batch sub_codes vocab"]]:
     """As `generate`, from guidance weights; also returns the last position's logits as they were drawn from.
 
     Args:
       fixed: codes, and at which of the new positions they are taken instead of drawn ones.
+      on_progress: as in `generate`. Without it, one compiled call draws the whole images.
     """
-    if rng is None and uniforms is None:
-        raise ValueError("rng is None; give a key such as jax.random.key(0).")
-    top_k = None if sampling.top_k is None or sampling.top_k >= config.codebook else sampling.top_k
-    return _draw(
-        config,
-        top_k,
-        sampling.top_p < 1,
-        bool((weights != 1).any()),
-        params,
-        labels,
-        prefix,
-        (jnp.float32(sampling.temperature), jnp.float32(sampling.top_p)),
-        weights,
-        rng,
-        uniforms,
-        fixed,
-    )
+    if uniforms is None:
+        rng = sampling_key(rng, sampling)
+    plain = Sampling(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    engine = Engine(model=GuidedCodes(config, bool((weights != 1).any())), chooser=Drawing(plain))
+    given, new = (labels, prefix, weights, rng, uniforms, fixed), len(weights)
+    if on_progress is None:
+        state = _draw(engine, params, given)
+    else:
+        state = _begin(engine, params, given)
+        for made in [*range(config.grid, new, config.grid), new]:
+            state = engine.run(params, state, made)
+            jax.block_until_ready(state.length)
+            on_progress(made / new)
+    return jnp.concatenate([prefix, state.text[:, 1:]], axis=1), state.chooser.last
 
 
-@functools.partial(jax.jit, static_argnames=("config", "top_k", "use_top_p", "guided"))
-def _draw(config, top_k, use_top_p, guided, params, labels, prefix, limits, weights, rng, uniforms, fixed):
-    """With guidance, the rows of an image with and without its class are neighbours, lest a mesh part them."""
-    model, images, given, new = Elm(config), len(labels), prefix.shape[1], len(weights)
-    temperature, top_p = limits
+@functools.partial(jax.jit, static_argnames="engine")
+def _begin(engine, params, given):
+    labels, prefix, weights, rng, uniforms, fixed = given
+    config = engine.model.config
+    state = engine.model.start(params, labels, prefix, weights)
+    newest = prefix[:, -1:] if prefix.shape[1] else jnp.zeros((len(labels), 1, config.sub_codes), jnp.int32)
+    draws = Drawing.start(len(labels), config, uniforms, fixed)
+    rng = jax.random.key(0) if rng is None else rng
+    return engine.begin(state, newest, new=len(weights), rng=rng, chooser=draws)
 
-    def apply(method, *args, **options):
-        return model.apply({"params": params}, *args, method=method, **options)
 
-    def both(x):
-        return jnp.repeat(x, 2, axis=0) if guided else x
+@functools.partial(jax.jit, static_argnames="engine")
+def _draw(engine, params, given):
+    return engine.run(params, _begin(engine, params, given))
 
-    if guided:
-        labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], 1).reshape(-1)
-    condition = apply("embed_class", labels)
-    inputs = jnp.concatenate([condition, apply("embed", both(prefix))], axis=1)
-    cache = model.init_cache(len(labels), given + new)
-    if given:
-        _, cache = apply("hidden", inputs[:, :given], condition, cache=cache)
 
-    def step(carry, xs):
-        cache, x, _ = carry
-        number, weight, uniform, known = xs
-        hidden, cache = apply("hidden", x, condition, place=given + number, cache=cache)
+@flax.struct.dataclass
+class _State:
+    """Between two positions. With guidance, the rows of an image with and without its class are neighbours, lest a mesh
+    part them."""
+
+    cache: KVCache
+    condition: Float[Array, "rows 1 d_model"]
+    weights: Float[Array, " new"]
+    place: Int[Array, ""]
+    """Of the next input; that of the class is 0."""
+    number: Int[Array, ""]
+    """Positions that have been made."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedCodes:
+    """An ELM as the `jaxtok.decoding.TokenModel` of images, whose tokens are the sub-codes of a position."""
+
+    config: ElmConfig
+    guided: bool
+
+    def start(
+        self,
+        params: Params,
+        labels: Int[Array, " batch"],
+        prefix: Int[Array, "batch given sub_codes"],
+        weights: Float[Array, " new"],
+    ) -> _State:
+        """The state after all of the class and the prefix but the last, with the guidance of each new position."""
+        config, given, apply = self.config, prefix.shape[1], self._apply(params)
+        if self.guided:
+            labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], 1).reshape(-1)
+        condition = apply("embed_class", labels)
+        cache = Elm(config).init_cache(len(labels), given + len(weights))
+        if given:
+            inputs = jnp.concatenate([condition, apply("embed", self._both(prefix[:, :-1]))], axis=1)
+            _, cache = apply("hidden", inputs, condition, cache=cache)
+        return _State(cache, condition, jnp.asarray(weights), jnp.int32(given), jnp.int32(0))
+
+    def step(self, params: Params, codes, state: _State, live):
+        apply = self._apply(params)
+        x = jnp.where(state.place == 0, state.condition, apply("embed", self._both(codes[:, None])))
+        hidden, cache = apply("hidden", x, state.condition, place=state.place, cache=state.cache)
         logits = constrain(apply("head", hidden)[:, 0], None, "vocab")
-        if guided:
-            logits = logits.reshape(images, 2, *logits.shape[1:])
-            logits = logits[:, 1] + weight * (logits[:, 0] - logits[:, 1])
-        logits = restrict(logits / temperature, top_k, top_p if use_top_p else None)
-        codes = choose(logits, rng if uniform is not None else jax.random.fold_in(rng, number), uniform)
-        if known is not None:
-            codes = jnp.where(known[1], known[0], codes)
-        return (cache, apply("embed", both(codes[:, None])), logits), codes
+        if self.guided:
+            logits = logits.reshape(len(codes), 2, *logits.shape[1:])
+            logits = logits[:, 1] + state.weights[state.number] * (logits[:, 0] - logits[:, 1])
+        return logits, state.replace(cache=cache, place=state.place + 1, number=state.number + 1), live
 
-    if uniforms is not None:
-        uniforms = jnp.swapaxes(uniforms, 1, 2)
-    if fixed is not None:
-        fixed = (jnp.swapaxes(fixed[0], 0, 1), fixed[1])
-    last = jnp.zeros((images, config.sub_codes, config.codebook), jnp.float32)
-    carry = (cache, inputs[:, given:], last)
-    (_, _, last), codes = jax.lax.scan(step, carry, (jnp.arange(new), weights, uniforms, fixed))
-    return jnp.concatenate([prefix, jnp.swapaxes(codes, 0, 1)], axis=1), last
+    def _both(self, x):
+        return jnp.repeat(x, 2, axis=0) if self.guided else x
+
+    def _apply(self, params):
+        model = Elm(self.config)
+        return lambda method, *args, **options: model.apply({"params": params}, *args, method=method, **options)
 
 
-def restrict(
-    logits: Float[Array, "*batch vocab"], top_k: int | None, top_p: Float[Array, ""] | None
-) -> Float[Array, "*batch vocab"]:
-    """Minus infinity where a value is not among the k largest (ties with the last of them are kept), nor, of those,
-    among the fewest that have the probability p together (at least one)."""
-    if top_k is not None:
-        logits = jnp.where(logits >= jax.lax.top_k(logits, top_k)[0][..., -1:], logits, -jnp.inf)
-    if top_p is not None:
-        ordered = jnp.flip(jnp.sort(logits, -1), -1)
-        probability = jax.nn.softmax(ordered)
-        needed = jnp.cumsum(probability, -1) - probability < top_p  # what is more likely is not enough
-        needed = needed.at[..., 0].set(True)
-        last = jnp.min(jnp.where(needed, ordered, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits >= last, logits, -jnp.inf)
-    return logits
+@flax.struct.dataclass
+class _Draws:
+    """What is given of the draws of each row; None: nothing."""
+
+    number: Int[Array, " batch"]
+    uniforms: Float[Array, "batch new sub_codes"] | None
+    known: Int[Array, "batch new sub_codes"] | None
+    is_known: Bool[Array, "batch new"] | None
+    last: Float[Array, "batch sub_codes vocab"]
+    """The logits from which the last position was drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A `jaxtok.decoding.Chooser` that can be told the uniforms of its draws, or at some positions their outcome."""
+
+    sampling: Sampling
+
+    @staticmethod
+    def start(batch: int, config: ElmConfig, uniforms, fixed) -> _Draws:
+        known, where = (None, None) if fixed is None else fixed
+        return _Draws(
+            number=jnp.zeros(batch, jnp.int32),
+            uniforms=None if uniforms is None else jnp.transpose(jnp.asarray(uniforms), (2, 0, 1)),
+            known=None if known is None else jnp.asarray(known),
+            is_known=None if where is None else jnp.broadcast_to(jnp.asarray(where), (batch, len(where))),
+            last=jnp.zeros((batch, config.sub_codes, config.codebook), jnp.float32),
+        )
+
+    def choose(self, logits, keys, state: _Draws):
+        rows, number = jnp.arange(len(logits)), state.number
+        restricted = self.sampling.restrict(logits)
+        if state.uniforms is None:
+            codes, _ = self.sampling.choose(logits, keys)
+        else:
+            codes = choose(restricted, None, state.uniforms[rows, number])
+        if state.known is not None:
+            codes = jnp.where(state.is_known[rows, number][:, None], state.known[rows, number], codes)
+        last = jnp.where(jnp.isfinite(restricted), logits / (self.sampling.temperature or 1.0), -jnp.inf)
+        return codes, state.replace(number=number + 1, last=last)
 
 
 def choose(
@@ -266,7 +320,7 @@ def choose(
     """A draw from softmax(logits) for each item, with a key of its own for each row; or from recorded uniforms."""
     if uniform is None:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(logits)))
-        return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+        return Sampling().choose(logits, keys)[0]
     probability = jax.nn.softmax(logits)
     index = jnp.sum(jnp.cumsum(probability, -1) <= uniform[..., None], -1)
     last = logits.shape[-1] - 1 - jnp.argmax(jnp.flip(probability > 0, -1), -1)  # the sum can be a little below 1

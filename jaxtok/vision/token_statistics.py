@@ -8,21 +8,18 @@ these analyses was released, so the definitions are ours. Everything is in nats.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxtok.data.codes import CodeData, regroup
+from jaxtok.data.codes import CodeFile, regroup
 from jaxtok.protocols import Batch, Params
-from jaxtok.vision.elm import Elm, ElmConfig
-from jaxtok.vision.elm_masked import MaskedElm, MaskedElmConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,19 +75,21 @@ def _entropy(values: np.ndarray) -> float:
     return float(-np.sum(p * np.log(p)))
 
 
-def stored_tokens(data: CodeData, split: str = "train", images: int = 0) -> Int[np.ndarray, "images positions"]:
-    """The first draws of stored images as rows of tokens below 2^(sub_codes code_bits), a position's bits in one.
+def stored_tokens(file: CodeFile, images: int = 0) -> Int[np.ndarray, "images positions"]:
+    """The first draws of stored images as rows of tokens: all sub-codes of a position as one number.
 
     Args:
       images: the first so many; 0: all.
 
     Raises:
-      FileNotFoundError: there are no codes of this split.
-      ValueError: they do not fit the sizes of `data`, or a position has more than 24 bits.
+      ValueError: a position has more than 2^24 values.
     """
-    file = data.open(split)
-    codes = np.asarray(file.codes[: images or None, 0])
-    return regroup(codes, data.sub_codes * data.code_bits // file.header.sub_codes, 1)[..., 0].astype(np.int32)
+    values = file.header.values
+    if math.prod(values) > 2**24:
+        raise ValueError(
+            f"a position has {' x '.join(map(str, values))} values; statistics need one token of at most 2^24 values."
+        )
+    return regroup(np.asarray(file.codes[: images or None, 0]), values, (math.prod(values),))[..., 0].astype(np.int32)
 
 
 def compare_tokens(
@@ -134,59 +133,41 @@ def plot_statistics(found: Mapping[str, TokenStatistics], path: Path) -> Path:
 
 
 def attention_locality(
-    attention: Float[Array, "... rows places"], cells: Int[np.ndarray, "places 2"]
+    attention: Float[Array, "... rows places"], cells: Int[Array, "places axes"]
 ) -> tuple[Float[Array, " ..."], Float[Array, " ..."]]:
     """How far attention reaches: the mean distance in cells, and the part of it in the cells that touch its own.
 
     Args:
       attention: weights of each query (a row) on the places, which are divided by their sum.
-      cells: row and column of each place, those of the queries too.
+      cells: where each place is (row and column, or depth, row and column); the queries are at the same places.
     """
     attention = attention / jnp.maximum(attention.sum(-1, keepdims=True), 1e-30)
-    offsets = cells[:, None].astype(np.float32) - cells[None].astype(np.float32)
-    distance, near = np.sqrt((offsets**2).sum(-1)), np.abs(offsets).max(-1) <= 1
+    offsets = cells[:, None].astype(jnp.float32) - cells[None].astype(jnp.float32)
+    distance, near = jnp.sqrt((offsets**2).sum(-1)), jnp.abs(offsets).max(-1) <= 1
     return (attention * distance).sum(-1).mean(-1), (attention * near).sum(-1).mean(-1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def attention_maps(
-    config: ElmConfig, params: Params, codes, labels, masked=None
-) -> Float[Array, "layers batch heads n n"]:
-    """What each place of an image attends to in every layer and head, without the class (rows sum to 1).
+@runtime_checkable
+class MapsAttention(Protocol):
+    """A task whose model of codes shows what the places of an image attend to."""
 
-    Place n of the autoregressive model is the input of position n, which is the last one that it sees; the last
-    position is no input. In the masked model each place has a row for each sub-code.
+    def attention_maps(
+        self, params: Params, batch: Batch, rng: jax.Array
+    ) -> Float[Array, "layers batch heads places places"]:
+        """Weights of each query (a row) on the places; the key is for a model that hides some of them."""
+        ...
 
-    Args:
-      masked: bool [batch, positions], of the masked model.
-    """
-    is_masked = isinstance(config, MaskedElmConfig)
-    model = MaskedElm(config) if is_masked else Elm(config)
-    inputs = (codes, labels, masked) if is_masked else (codes, labels)
-    _, state = model.apply({"params": params}, *inputs, method="states", mutable="intermediates")
-    kept = state["intermediates"]["stack"]["blocks"]["attention"]
-    queries, keys = kept["queries"][0], kept["keys"][0]
-    keys = jnp.repeat(keys, config.num_heads // config.kv_heads, axis=-2)
-    scores = jnp.einsum("zbqhd,zbkhd->zbhqk", queries, keys, preferred_element_type=jnp.float32)
-    scores = scores / math.sqrt(config.head_dim)
-    if config.causal:
-        scores = jnp.where(jnp.tri(scores.shape[-1], dtype=bool), scores, -jnp.inf)
-    classes = config.sub_codes if is_masked else 1
-    return jax.nn.softmax(scores[..., classes:, classes:])  # as the weights on the class, once dropped, leave it
-
-
-def cells_of(config: ElmConfig) -> Int[np.ndarray, "places 2"]:
-    """Row and column of each place of `attention_maps`."""
-    cells = np.stack(np.divmod(np.arange(config.positions), config.grid), -1)
-    return np.repeat(cells, config.sub_codes, axis=0) if isinstance(config, MaskedElmConfig) else cells[:-1]
+    def attention_cells(self) -> Int[np.ndarray, "places axes"]:
+        """Where each place is, in cells of the codes' shape: its row and column, or its depth, row and column."""
+        ...
 
 
 def locality(
-    config: ElmConfig, params: Params, batches: Iterable[Batch]
+    task: MapsAttention, params: Params, batches: Iterable[Batch]
 ) -> dict[str, Float[np.ndarray, "layers heads"]]:
     """Distance and local mass of attention (`attention_locality`), a mean over images, for each layer and head.
 
-    Half of the positions of a masked model are masked, the same in every call.
+    Where a model hides a part of the positions, they are the same in every call.
 
     Raises:
       ValueError: there was not a single image.
@@ -194,7 +175,8 @@ def locality(
     sums: Any = 0.0
     count = 0.0
     for number, batch in enumerate(batches):
-        sums = sums + np.asarray(_locality_sums(config, params, batch, number), np.float64)
+        maps = task.attention_maps(params, batch, jax.random.fold_in(jax.random.key(0), number))
+        sums = sums + np.asarray(_locality_sums(maps, task.attention_cells(), batch["mask"]), np.float64)
         count += float(np.sum(batch["mask"]))
     if not count:
         raise ValueError("there is no image to look at; choose a larger data set or split.")
@@ -202,15 +184,9 @@ def locality(
     return {"distance": distance, "local_mass": mass}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _locality_sums(config, params, batch, number):
-    masked = None
-    if isinstance(config, MaskedElmConfig):
-        shape = batch["codes"].shape[:2]
-        masked = jax.random.bernoulli(jax.random.fold_in(jax.random.key(0), number), 0.5, shape)
-    maps = attention_maps(config, params, batch["codes"], batch["labels"], masked)
-    found = attention_locality(maps, cells_of(config))
-    return jnp.stack([jnp.einsum("zbh,b->zh", x, batch["mask"]) for x in found])
+@jax.jit
+def _locality_sums(maps, cells, mask):
+    return jnp.stack([jnp.einsum("zbh,b->zh", x, mask) for x in attention_locality(maps, cells)])
 
 
 def plot_locality(found: Mapping[str, Mapping[str, Float[np.ndarray, "layers heads"]]], path: Path) -> Path:

@@ -43,8 +43,8 @@ class VQGANConfig(TokenizerConfig):
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
 
     @property
-    def code_values(self) -> int:
-        return self.codebook_size
+    def code_values(self) -> tuple[int, ...]:
+        return (self.codebook_size,)
 
     def quantizer(self, name: str | None = None) -> nn.Module:
         if self.quantizer_kind == "nearest":

@@ -5,9 +5,15 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
+import re
+from pathlib import Path
 
+import chex
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import check_spec
 
 from jaxtok.data.codes import CodeData, Header, open_codes, regroup, write_codes
@@ -16,15 +22,15 @@ from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 
-HEADER = Header(grid=(2, 2), sub_codes=1, vocab_size=64, classes=("a", "b", "c"), tokenizer="test", image_size=8)
+HEADER = Header(shape=(2, 2), values=(64,), classes=("a", "b", "c"), tokenizer="test", image_shape=(8, 8, 3))
 DATA = CodeData(grid=2, sub_codes=2, code_bits=3, batch_size=4)
 
 
 def some(images, draws=2, header=HEADER, seed=0):
     """The first position of image i says i."""
     rng = np.random.default_rng(seed)
-    codes = rng.integers(0, header.vocab_size, (images, draws, header.positions, header.sub_codes))
-    codes[:, :, 0, 0] = np.arange(images)[:, None] % header.vocab_size
+    codes = rng.integers(0, header.values, (images, draws, header.positions, header.sub_codes))
+    codes[:, :, 0, 0] = np.arange(images)[:, None] % header.values[0]
     return codes, rng.integers(0, 3, images)
 
 
@@ -46,7 +52,7 @@ def stored(tmp_path):
 
 def images_of(batch):
     """Which images a batch is of, by the joined bits of their first position."""
-    return regroup(batch["codes"], 3, 1)[:, 0, 0]
+    return regroup(batch["codes"], (8, 8), (64,))[:, 0, 0]
 
 
 def test_written_then_read_is_the_same(stored, tmp_path):
@@ -62,7 +68,7 @@ def test_written_then_read_is_the_same(stored, tmp_path):
     ("vocab", "dtype"), [(256, np.uint8), (257, np.uint16), (2**16, np.uint16), (2**17, np.uint32)]
 )
 def test_codes_take_little_room(tmp_path, vocab, dtype):
-    header = dataclasses.replace(HEADER, vocab_size=vocab)
+    header = dataclasses.replace(HEADER, values=(vocab,))
     codes = np.full((1, 1, 4, 1), vocab - 1)
     file = open_codes(write_codes(tmp_path / "codes", header, [(codes, np.zeros(1, int))]))
     assert file.codes.dtype == dtype
@@ -77,7 +83,7 @@ def test_an_epoch_has_every_image_once_and_all_draws(stored):
         check_spec(batch, stored)
         images = images_of(batch)
         np.testing.assert_array_equal(batch["labels"], labels[images])
-        for image, row in zip(images, regroup(batch["codes"], 3, 1)):
+        for image, row in zip(images, regroup(batch["codes"], (8, 8), (64,))):
             draws = (row == codes[image]).all((1, 2))
             assert draws.any()
             seen.append((int(image), int(draws.argmax())))
@@ -110,7 +116,7 @@ def test_evaluation_is_one_pass(stored):
     codes, labels = some(6, seed=1)
     batches = list(stored.eval_batches())
     assert [batch["mask"].tolist() for batch in batches] == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    real = np.concatenate([regroup(batch["codes"], 3, 1)[batch["mask"] > 0] for batch in batches])
+    real = np.concatenate([regroup(batch["codes"], (8, 8), (64,))[batch["mask"] > 0] for batch in batches])
     np.testing.assert_array_equal(real, codes[:, 0])  # the first draw
     np.testing.assert_array_equal(np.concatenate([b["labels"] for b in batches])[:6], labels)
     np.testing.assert_array_equal(list(stored.eval_batches(rows=range(1, 3)))[1]["codes"], batches[1]["codes"][1:3])
@@ -125,7 +131,7 @@ def test_bits_are_cut_anew(stored):
         data = dataclasses.replace(stored, sub_codes=t, code_bits=k)
         batch = next(iter(data.eval_batches()))
         assert batch["codes"].shape == (4, 4, t) and batch["codes"].max() < 2**k
-        first[t] = regroup(batch["codes"], k, 1)
+        first[t] = regroup(batch["codes"], (2**k,) * t, (64,))
     np.testing.assert_array_equal(first[1], first[2])
     np.testing.assert_array_equal(first[1], first[6])
 
@@ -133,8 +139,10 @@ def test_bits_are_cut_anew(stored):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"grid": 3}, "grids of 2 x 2"),
-        ({"code_bits": 4}, "6 bits a position .sub-codes x bits: 1 of 6., but .* 2 of 4 = 8"),
+        ({"grid": 3}, "codes of the shape 2 x 2, but data has 3 x 3"),
+        ({"shape": (4,)}, "codes of the shape 2 x 2, but data has 4 "),
+        ({"code_bits": 4}, "64 values a position, but data has 16 x 16"),
+        ({"values": (8, 4)}, "64 values a position, but data has 8 x 4"),
         ({"path": "nowhere"}, "nowhere/train/codes.json does not exist"),
     ],
 )
@@ -144,10 +152,10 @@ def test_codes_that_do_not_fit(stored, options, message):
 
 
 def test_vocabularies_that_are_no_power_of_two(tmp_path):
-    header = dataclasses.replace(HEADER, vocab_size=60)
+    header = dataclasses.replace(HEADER, values=(60,))
     write_codes(tmp_path / "train", header, [(np.full((4, 1, 4, 1), 59), np.zeros(4, int))])
     data = dataclasses.replace(DATA, path=str(tmp_path))
-    with pytest.raises(ValueError, match="no power of 2"):
+    with pytest.raises(ValueError, match="60 values a position, but data has 8 x 8"):
         data.train_batches()
     assert next(dataclasses.replace(data, sub_codes=1, code_bits=6).train_batches())["codes"].max() == 59
 
@@ -180,7 +188,7 @@ def test_files_are_not_written_over(stored, tmp_path):
     ("name", "content", "message"),
     [
         ("codes.json", b"{", "no whole file of codes"),
-        ("codes.json", b'{"format": 2}', "another format"),
+        ("codes.json", b'{"format": 3}', "its format is 3"),
         ("codes.npy", b"\x93NUMPY", "no whole file of codes"),
         ("labels.npy", None, r"labels\.npy does not exist"),
     ],
@@ -200,15 +208,89 @@ def test_a_file_that_was_cut(stored, tmp_path):
         stored.train_batches()
 
 
+def test_files_of_the_first_format_are_read():
+    """Three images in two draws, written before codes had any shape."""
+    folder = Path(__file__).with_name("codes_format_1")
+    file = open_codes(folder / "train")
+    chex.assert_shape(file.codes, (3, 2, 4, 2))
+    assert file.header == Header(
+        shape=(2, 2), values=(64, 64), classes=("a", "b"), tokenizer="runs/bae", image_shape=(8, 8, 3)
+    )
+    (batch,) = CodeData(path=str(folder), grid=2, sub_codes=2, code_bits=6, batch_size=3).eval_batches("train")
+    np.testing.assert_array_equal(batch["codes"][:, 0], [[1, 40], [2, 34], [3, 55]])
+    np.testing.assert_array_equal(batch["labels"], [0, 1, 0])
+    (cut,) = CodeData(path=str(folder), grid=2, sub_codes=4, code_bits=3, batch_size=3).eval_batches("train")
+    np.testing.assert_array_equal(cut["codes"][:, 0], [[0, 1, 5, 0], [0, 2, 4, 2], [0, 3, 6, 7]])
+
+
 @pytest.mark.parametrize(
-    "options", [{"grid": 0}, {"batch_size": 0}, {"code_bits": 25}, {"seed": 2**32}, {"prefetch": -1}]
+    ("shape", "values"), [((6,), (8, 5, 64000)), ((2, 3, 4), (512,)), ((256,), (2,)), ((3, 5), (16,) * 24)]
+)
+def test_codes_of_any_shape_and_any_values(tmp_path, shape, values):
+    header = Header(shape=shape, values=values, classes=("a", "b", "c"))
+    codes, labels = some(5, header=header)
+    file = open_codes(write_codes(tmp_path / "train", header, [(codes, labels)]))
+    assert file.header == header and isinstance(file.codes, np.memmap)
+    data = CodeData(path=str(tmp_path), shape=shape, values=values, batch_size=5)
+    (batch,) = data.eval_batches("train")
+    np.testing.assert_array_equal(batch["codes"], codes[:, 0])
+    assert data.code_shape == shape and data.code_values == values
+    chex.assert_shape(next(data.train_batches())["codes"], (5, math.prod(shape), len(values)))
+
+
+def test_the_first_codes_of_ordered_ones(tmp_path):
+    header = Header(shape=(8,), values=(16,), classes=("a", "b", "c"), prefixes=(1, 4, 8))
+    codes, labels = some(5, header=header)
+    write_codes(tmp_path / "train", header, [(codes, labels)])
+    data = CodeData(path=str(tmp_path), shape=(4,), values=(4, 4), batch_size=5)
+    (batch,) = data.eval_batches("train")
+    np.testing.assert_array_equal(regroup(batch["codes"], (4, 4), (16,)), codes[:, 0, :4])
+    with pytest.raises(ValueError, match=r"the shape 8, but data has 3 .*make it 8 or a prefix of 1, 4, 8"):
+        dataclasses.replace(data, shape=(3,)).train_batches()
+
+
+@given(st.permutations([2, 3, 5, 8, 1, 16]), st.integers(0, 2**32 - 1))
+def test_regrouped_codes_come_back(values, seed):
+    """Whatever the bases of the digits are; and joined codes are numbers in that order."""
+    values = tuple(values)
+    codes = np.random.default_rng(seed).integers(0, values, (4, 6))
+    joined = regroup(codes, values, (math.prod(values),))
+    np.testing.assert_array_equal(regroup(joined, (math.prod(values),), values), codes)
+    assert (np.argsort(joined[:, 0]) == np.lexsort(codes.T[::-1])).all()
+
+
+def test_codes_that_cannot_be_regrouped():
+    for values, into, message in [
+        ((6, 8), (6, 9), "products must be equal"),
+        ((2**31,) * 3, (2**31, 2**62), "at most 2"),
+        ((4, 4, 4), (8, 8), "one for each"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            regroup(np.zeros((1, 4 if message == "one for each" else len(values)), int), values, into)
+    swapped = regroup(np.array([[5, 7]]), (6, 8), (8, 6))
+    np.testing.assert_array_equal(swapped, [divmod(5 * 8 + 7, 6)])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"grid": 0},
+        {"shape": (4, 0)},
+        {"values": (0,)},
+        {"batch_size": 0},
+        {"code_bits": 25},
+        {"seed": 2**32},
+        {"prefetch": -1},
+    ],
 )
 def test_impossible_options(options):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value}")):
         CodeData(**options)
-    with pytest.raises(ValueError, match="grid is"):
-        Header(grid=(0, 2), sub_codes=1, vocab_size=2, classes=("a",))
+    with pytest.raises(ValueError, match="shape is"):
+        Header(shape=(0, 2), values=(2,), classes=("a",))
+    with pytest.raises(ValueError, match="prefixes is"):
+        Header(shape=(4,), values=(2,), classes=("a",), prefixes=(2, 5))
 
 
 def test_the_loop_trains_on_codes(stored, tmp_path):

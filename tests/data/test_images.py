@@ -22,6 +22,7 @@ from tiny import check_spec
 
 from jaxtok import verbs
 from jaxtok.configuration import from_json, load_config, override, to_json
+from jaxtok.convert import convert
 from jaxtok.data import pictures as pictures_module
 from jaxtok.data.images import ImageData, centre_crop, random_crop
 from jaxtok.data.pictures import Picture, decode, open_pictures, write_array_record
@@ -626,7 +627,7 @@ def test_a_run_on_images_resumes_exactly_and_is_evaluated(folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
     row = verbs.evaluate(tmp_path / "run", split="test")
     assert row["images"] == f"folder:{folder}" and row["examples"] == len(run.data.pictures("test"))
-    for verb in (verbs.generate, verbs.adapt, functools.partial(verbs.convert, target=tmp_path / "converted")):
+    for verb in (verbs.generate, verbs.adapt, functools.partial(convert, target=tmp_path / "converted")):
         with pytest.raises(ValueError, match="is of ImageClassification"):
             verb(tmp_path / "run")
 

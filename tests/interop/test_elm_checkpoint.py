@@ -123,7 +123,7 @@ def test_tensors_that_do_not_fit():
         params_from(CONFIG, without)
     with pytest.raises(ValueError, match="surprise is unknown"):
         params_from(CONFIG, tensors | {"surprise": np.zeros(2)})
-    with pytest.raises(ValueError, match=r"proj\.weight has the shape \(16, 16\), not \(16, 32\)"):
+    with pytest.raises(ValueError, match=r"proj\.weight has shape \(16, 16\) instead of \(16, 32\)"):
         params_from(CONFIG, tensors | {"proj.weight": np.zeros((16, 16))})
     with pytest.raises(ValueError, match=r"no cls_embedding\.embedding_table\.weight, so it is no ELM"):
         config_from({})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import json
 
+import causal_lms
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from jaxtok.decoding.sampling import Sampling, generate
+from jaxtok.decoding import Sampling, generate
 from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, rope_from_json
 from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.gpt2 import GPT2Config
@@ -22,6 +23,12 @@ from jaxtok.nn.rotary import rotary_frequencies
 TASKS = {
     "gpt2": lambda: tiny.text(GPT2Config(**tiny.SIZES, mlp_dim=32)),
     "llama": lambda: tiny.text(LlamaConfig(**tiny.SIZES, num_kv_heads=2, mlp_dim=32, window=9)),
+}
+
+CAUSAL_LMS = {
+    "gpt2": lambda: Decoder(GPT2Config(**causal_lms.SIZES | {"rotary_fraction": 0.0}, mlp_dim=24)),
+    "llama": lambda: Decoder(LlamaConfig(**causal_lms.LLAMA, num_kv_heads=2, mlp_dim=24)),
+    "mistral": lambda: Decoder(LlamaConfig(**causal_lms.LLAMA, mlp_dim=24, window=16)),
 }
 
 DECODERS = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("gpt2", "llama", "qwen2", "mistral", "gemma")]
@@ -117,11 +124,11 @@ def test_left_padded_rows(golden, parity):
             params,
             [row.tolist() for row in rows],
             max_new_tokens=count,
-            sampling=Sampling(temperature=0),
+            chooser=Sampling(temperature=0),
             stop_tokens=stops,
         )
         theirs = golden[name][:, ids.shape[1] :]
-        ours = np.array([row + [pad] * (count - len(row)) for row in new])[:, : theirs.shape[1]]
+        ours = np.array([row + [pad] * (count - len(row)) for row in new.tokens])[:, : theirs.shape[1]]
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -153,9 +160,7 @@ def test_folder(golden, parity, request):
         parity(f"logits of text {k}", apply(config, params, np.array([ids[k]]))[0][0], golden[f"out/logits_{k}"])
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     rows = [ids[k] for k in golden["in/gen_rows"]]
-    new = generate(
-        Decoder(config), params, rows, max_new_tokens=12, sampling=Sampling(temperature=0), stop_tokens=stops
-    )
+    new = generate(Decoder(config), params, rows, max_new_tokens=12, chooser=Sampling(temperature=0), stop_tokens=stops)
     width = golden["out/gen_ids"].shape[1] - 12
-    for row, expected in zip(new, golden["out/gen_ids"][:, width:]):
+    for row, expected in zip(new.tokens, golden["out/gen_ids"][:, width:]):
         assert row == expected[: len(row)].tolist()

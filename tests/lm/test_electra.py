@@ -16,9 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtok.configuration import load_config
+from jaxtok.convert import convert
 from jaxtok.data.encoders import EncoderData
 from jaxtok.interop.electra import from_official, to_official, variables
-from jaxtok.interop.huggingface import config_json, read_encoder_config, read_folder, write_folder
+from jaxtok.interop.encoders import read_encoder_config
+from jaxtok.interop.huggingface import config_json, read_folder, write_folder
 from jaxtok.lm.bert import init_params
 from jaxtok.lm.electra import (
     PUBLISHED,
@@ -35,7 +37,7 @@ from jaxtok.lm.text_classification import TextClassification
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig, unboxed
-from jaxtok.verbs import convert, evaluate
+from jaxtok.verbs import evaluate
 
 CLS, SEP, MASK = 1, 2, 3
 MASKING = Masking(rate=0.25, mask_id=MASK, kept_ids=(CLS, SEP))
@@ -461,7 +463,7 @@ def test_the_authors_variables_there_and_back(name, batch):
     theirs = to_official(task, params)
     again = from_official(task, theirs | {"global_step": np.zeros(()), "electra/x/adam_m": np.zeros(3)})
     assert jax.tree.all(jax.tree.map(np.array_equal, again, jax.tree.map(np.asarray, params)))
-    assert len({name for name, _ in variables(task).values()}) == len(variables(task))
+    assert len({source.name for source in variables(task).values()}) == len(variables(task))
     with pytest.raises(ValueError, match="electra/odd is unknown"):
         from_official(task, theirs | {"electra/odd": np.zeros(3)})
     del theirs["electra/embeddings/LayerNorm/beta"]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jaxtok.interop.electra import from_official, to_official
-from jaxtok.interop.huggingface import params_from, params_to, read_encoder_config
+from jaxtok.interop.encoders import read_encoder_config
+from jaxtok.interop.huggingface import params_from, params_to
 from jaxtok.lm.electra import Choices, ElectraConfig, ReplacedTokens, binary_cross_entropy
 from jaxtok.lm.masked_words import MaskedWords, Masking, Slots, slot_logits, take, weighted_mean
 from jaxtok.nn.linear import ACTIVATIONS

@@ -12,9 +12,13 @@ import pytest
 import tiny
 
 from jaxtok import verbs
-from jaxtok.interop.huggingface import params_from, params_to, read_encoder_config, read_folder, write_folder
+from jaxtok.data.encoders import EncoderData
+from jaxtok.interop.encoders import read_encoder_config
+from jaxtok.interop.formats import format_named
+from jaxtok.interop.huggingface import params_from, params_to, read_folder, write_folder
 from jaxtok.lm.bert import PUBLISHED, Bert, BertConfig, init_params
 from jaxtok.lm.masked_words import MaskedWords, Masking
+from jaxtok.model import Model
 from jaxtok.nn.losses import cross_entropy, masked_mean
 
 TASKS = {
@@ -26,7 +30,7 @@ TASKS = {
     )
 }
 
-ENCODERS = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("bert", "roberta", "xlmr")]
+FIXTURES = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("bert", "roberta", "xlmr")]
 
 
 def load(golden):
@@ -69,7 +73,7 @@ def class_gradient(config, params, arrays):
     return jax.value_and_grad(loss)(params)
 
 
-@pytest.mark.parity(*ENCODERS)
+@pytest.mark.parity(*FIXTURES)
 def test_encoder(golden, parity):
     config, params = load(golden)
     arrays = golden.under("in")
@@ -186,9 +190,12 @@ def test_padding_at_the_end_changes_nothing():
 
 
 def test_verbs_for_language_models_refuse_an_encoder(tmp_path):
-    config = BertConfig(vocab_size=16, num_layers=1, d_model=8, num_heads=1, mlp_dim=8, max_positions=8)
-    write_folder(tmp_path / "bert", config, init_params(config, jax.random.key(0)))
-    with pytest.raises(ValueError, match="holds an encoder"):
+    config = BertConfig(vocab_size=384, num_layers=1, d_model=8, num_heads=1, mlp_dim=8, max_positions=8)
+    task = MaskedWords(model=config, masking=Masking(mask_id=260, kept_ids=(258, 259)))
+    data = EncoderData(cls_id=258, sep_id=259)
+    model = Model(task=task, params=init_params(config, jax.random.key(0)), data=data)
+    format_named("bert").write(tmp_path / "bert", model)
+    with pytest.raises(ValueError, match="a MaskedWords does not generate text"):
         verbs.generate(tmp_path / "bert")
 
 

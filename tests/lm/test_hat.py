@@ -13,8 +13,8 @@ import pytest
 from flax import linen as nn
 from tiny import Case
 
-from jaxtok import verbs
 from jaxtok.configuration import load_config
+from jaxtok.convert import convert
 from jaxtok.data.words import WordText
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.hat import config_json, read_config, read_folder, write_folder
@@ -369,26 +369,42 @@ def test_a_byte_changes_no_logits_in_front_of_it(released):
     np.testing.assert_array_equal(read(case.task.module(), changed, *inputs, {})[0], first)
 
 
-def test_released_generation_is_what_a_full_pass_says(released, monkeypatch):
-    """Logits in front of each byte of a dictated text, with words that open with characters of several bytes."""
+@dataclasses.dataclass(frozen=True)
+class Dictation:
+    """A chooser of known texts, which keeps the logits that it is given."""
+
+    texts: tuple[bytes, ...]
+    seen: list = dataclasses.field(default_factory=list, hash=False, compare=False)
+    temperature = 0
+
+    def init(self, batch):
+        return jnp.zeros(batch, jnp.int32)
+
+    def choose(self, logits, keys, number):
+        jax.debug.callback(lambda logits: self.seen.append(np.asarray(logits)), logits, ordered=True)
+        texts = jnp.array([list(text) for text in self.texts])
+        return texts[jnp.arange(len(texts)), number], number + 1
+
+
+def test_released_generation_is_what_a_full_pass_says(released):
+    """Logits before each byte of a dictated text, with words that open with characters of several bytes."""
     config, params = dataclasses.replace(released[0].task.model, max_word_size=8), released[1]
     prompts = ["Hi x", "東", "a b c d", "zz"]
     dictated = ["東京 ok!é", "京s toolongaword", "_\u0301a  \u0301b🙂e", "q\n"]
     script = [text.encode() + b"\xc0" * 20 for text in dictated]
     script[3] = b"\xe6a\xff\xfe \xe6\x9d\xb1." + b"\xc0" * 20
-    steps, seen = 18, []
-
-    def dictate(logits, rng, sampling):
-        seen.append(np.asarray(logits))
-        return jnp.array([text[len(seen) - 1] for text in script])
-
-    monkeypatch.setattr(hat_released, "sample", dictate)
+    script = [text[:20] for text in script]
+    steps, chooser = 18, Dictation(tuple(script))
     splitter = WordSplitter("unicode", 8)
-    split = [splitter.split(prompt) for prompt in prompts]
-    found = generate_bytes(config, params, split, steps, GREEDY)
+    split = [splitter.split(prompt.encode()) for prompt in prompts]
+    found = generate_bytes(config, params, split, steps, chooser)
+    jax.effects_barrier()
+    assert len(chooser.seen) == steps
     prefixes, places, logits = [], [], []
-    for row, (new, words) in enumerate(found):
+    for row, (more, words) in enumerate(found):
+        new = more.text
         assert new == script[row].split(b"\xc0")[0][:steps]
+        assert more.tokens == list(new) + [192] * (len(new) < steps)
         assert b"".join(words) == prompts[row].encode() + new
         for step in range(len(new)):
             closed, open_word = split[row][:-1], split[row][-1]
@@ -400,7 +416,7 @@ def test_released_generation_is_what_a_full_pass_says(released, monkeypatch):
                     open_word = open_word[-opened:]
             prefixes.append([*now, open_word])
             places.append(len(prompts[row].encode()) + step - 1)
-            logits.append(seen[step][row])
+            logits.append(chooser.seen[step][row])
     assert any(len(words) > 1 and len(words[-1]) == 3 and words[-1][0] > 0xE0 for words in prefixes)
     full = read(ReleasedHAT(config), params, *released_inputs(prefixes, 32, 16), {})
     expected = np.asarray(full)[np.arange(len(places)), places]
@@ -479,8 +495,8 @@ def test_a_written_folder_is_read_again(qk_norm, tmp_path):
     assert jax.tree.structure(tree) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
     if not qk_norm:  # and by the command line's verbs
-        run = verbs.convert(tmp_path, tmp_path / "run")
-        again, tree = read_folder(verbs.convert(run, tmp_path / "back"))
+        run = convert(tmp_path, tmp_path / "run")
+        again, tree = read_folder(convert(run, tmp_path / "back"))
         assert again == config and jax.tree.all(jax.tree.map(np.array_equal, tree, params))
     with pytest.raises(ValueError, match=r"backbone_config.is_neox_style is false"):
         options = config_json(config)

@@ -186,7 +186,7 @@ def test_released_generation(golden):
     prompt, expected = bytes(golden["in/generate_prompt"].tolist()), bytes(golden["out/generate_greedy_bytes"].tolist())
     words = WordSplitter("unicode", config.max_word_size).split(prompt)
     [(new, words)] = generate_bytes(config, params, [words], len(expected) - len(prompt), Sampling(temperature=0))
-    assert prompt + new == expected
+    assert prompt + new.text == expected
     assert [len(word) for word in words] == golden["out/generate_word_lens"].tolist()
 
 

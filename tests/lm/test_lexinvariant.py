@@ -7,6 +7,7 @@ import functools
 import math
 from pathlib import Path
 
+import causal_lms
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +41,15 @@ def case(model, **options) -> Case:
 TASKS = {
     "lexinvariant": lambda: case(LexinvariantConfig(**SIZES, mlp_dim=32)),
     "semi_lexinvariant": lambda: case(TOKENFORMER, random_symbols=0.5, block=24),
+}
+
+CAUSAL_LMS = {
+    "lexinvariant": lambda: Lexinvariant(
+        LexinvariantConfig(**causal_lms.SIZES | causal_lms.TIED | {"rotary_fraction": 0.0})
+    ),
+    "semi_lexinvariant": lambda: Lexinvariant(
+        LlamaConfig(**causal_lms.LLAMA | causal_lms.TIED), random_symbols=0.5, block=12
+    ),
 }
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "lm"
@@ -225,7 +235,7 @@ def test_generation_keeps_each_rows_table(model):
     params, prompts = noisy_params(model), some_tokens(length=6).tolist()
 
     def continued(model):
-        rows = generate(model, params, prompts, max_new_tokens=8, sampling=Sampling(temperature=0))
+        rows = generate(model, params, prompts, max_new_tokens=8, chooser=Sampling(temperature=0)).tokens
         return np.array([prompt + row for prompt, row in zip(prompts, rows)])
 
     found = continued(model)

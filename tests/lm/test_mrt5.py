@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from jaxtok import verbs
 from jaxtok.cli import main
 from jaxtok.configuration import load_config
+from jaxtok.convert import convert
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.huggingface import read_folder, write_folder
@@ -233,7 +234,7 @@ def test_the_controller_is_saved_with_the_parameters(experiment):
 def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
     """From a folder, and from a run that was made of it, as `jaxtok convert` does; both verbs take the folder too."""
     folder = write_folder(tmp_path / "byt5", dataclasses.replace(PLAIN, softmax1=False), t5_params)
-    run = verbs.convert(folder, tmp_path / "run")
+    run = convert(folder, tmp_path / "run")
     assert isinstance(load(run).task, SequenceToSequence) and load(run).experiment.data == SpanCorruption(batch_size=8)
     for source in (folder, run):
         there = dataclasses.replace(experiment, workdir=str(tmp_path / f"mrt5_{source.name}"), start=T5ToMrT5())

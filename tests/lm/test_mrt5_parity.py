@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from jaxtok.data.span_corruption import corrupt, raw_length
-from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.huggingface import params_from, params_to
 from jaxtok.interop.t5 import read_config
 from jaxtok.lm.mrt5 import (
@@ -166,10 +165,8 @@ def test_generation(golden):
     rows = [row[mask.astype(bool)].tolist() for row, mask in zip(golden["in/input_ids"], golden["in/attention_mask"])]
     for deletion in ("soft", "hard"):
         theirs = golden[f"out/{deletion}_greedy_ids"][:, 1:]
-        new = task.generate(
-            params, rows, max_new_tokens=theirs.shape[1], sampling=Sampling(temperature=0), deletion=deletion
-        )
-        np.testing.assert_array_equal([row + [0] * (theirs.shape[1] - len(row)) for row in new], theirs)
+        new = task.generate(params, rows, max_new_tokens=theirs.shape[1], encoding={"deletion": deletion})
+        np.testing.assert_array_equal([row + [0] * (theirs.shape[1] - len(row)) for row in new.tokens], theirs)
 
 
 @pytest.mark.parity("mrt5/bp*.npz", "mrt5/cp*.npz")

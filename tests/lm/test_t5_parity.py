@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.decoding.sampling import Sampling, generate
+from jaxtok.decoding import Sampling, generate
 from jaxtok.interop.huggingface import params_from, params_to, read_folder, write_folder
 from jaxtok.interop.t5 import read_config
 from jaxtok.lm.t5 import PUBLISHED, T5, Conditioned, T5Config, condition, init_params, shift_right
@@ -100,9 +100,9 @@ def test_generation(golden, parity):
         stops = stops and golden.arrays.get("in/gen_eos_token_id", np.array(stops)).tolist()
         count = theirs.shape[1]
         new = generate(
-            model, given, [[0]] * len(inputs), max_new_tokens=count, sampling=Sampling(temperature=0), stop_tokens=stops
+            model, given, [[0]] * len(inputs), max_new_tokens=count, chooser=Sampling(temperature=0), stop_tokens=stops
         )
-        np.testing.assert_array_equal([row + [0] * (count - len(row)) for row in new], theirs)
+        np.testing.assert_array_equal([row + [0] * (count - len(row)) for row in new.tokens], theirs)
 
 
 @pytest.mark.parity("llama_gpt2_bricks/t5_buckets*.npz")

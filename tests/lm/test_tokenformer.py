@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 
+import causal_lms
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,13 @@ from jaxtok.nn.losses import cross_entropy, masked_mean
 TASKS = {
     "tokenformer": lambda: tiny.text(tiny.TOKENFORMER),
     "transformer": lambda: tiny.text(matched_transformer(tiny.TOKENFORMER)),
+}
+
+CAUSAL_LMS = {
+    "tokenformer": lambda: Decoder(
+        TokenFormerConfig(**causal_lms.SIZES, tokens=uniform_counts(attention=12, ffn=20, output=9))
+    ),
+    "transformer": lambda: Decoder(TransformerConfig(**causal_lms.SIZES, mlp_dim=24)),
 }
 
 TINY = TokenFormerConfig(

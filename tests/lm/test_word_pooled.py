@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import causal_lms
 import jax
 import jax.flatten_util
 import numpy as np
@@ -17,6 +18,7 @@ from jaxtok.configuration import load_config
 from jaxtok.data.word_units import WordUnitText
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.word_pooled import config_from, read_folder, write_folder
+from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.word_pooled import (
     END,
     PUBLISHED,
@@ -69,6 +71,10 @@ def case() -> Case:
 
 
 TASKS = {"word_pooled": case}
+
+CAUSAL_LMS = {
+    "word_pooled_plain": lambda: Decoder(PlainConfig(**causal_lms.SIZES | {"rotary_fraction": 0.0}, mlp_dim=64))
+}
 
 TINY = WordPooledConfig(
     vocab_size=19,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from jaxtok.convert import convert
 from jaxtok.data.text import TextData
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
@@ -22,7 +23,7 @@ from jaxtok.training.loop import initial_state, make_train_step, train
 from jaxtok.training.mesh import MeshConfig, one_device
 from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.transfer.lora import AddLora, Lora
-from jaxtok.verbs import adapt, convert, evaluate, generate, open_model
+from jaxtok.verbs import adapt, evaluate, generate, open_model
 
 
 def case() -> tiny.Case:

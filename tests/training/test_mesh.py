@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +58,7 @@ def on_one_device():
     def run(name):
         if name not in cache:
             cache[name] = steps(TASKS[name](), one_device())
+            chex.assert_tree_all_finite((cache[name][0].params, cache[name][0].opt_state, cache[name][1]))
         return cache[name]
 
     return run
@@ -65,7 +67,14 @@ def on_one_device():
 EVERYWHERE = ("tokenformer", "transformer", "tokenformer_vit")
 """Of the other tasks, one mesh of three axes is tested; the rest with --slow."""
 
-LIKE_ANOTHER = ("vqgan", "semi_lexinvariant", "bert_whole_words", "masked_words", "elm_masked")
+LIKE_ANOTHER = (
+    "vqgan",
+    "semi_lexinvariant",
+    "bert_whole_words",
+    "byte2word_classification",
+    "masked_words",
+    "elm_masked",
+)
 """Tasks of the same kind as one that is tested (BAE, lexinvariant, Byte2Word, ELECTRA, ELM): with --slow only."""
 
 

@@ -102,7 +102,7 @@ def test_generation(golden, parity):
         sampling = ElmSampling(
             guidance=options["cfg_scale"],
             schedule=options["schedule"],
-            top_k=options["top_k"],
+            top_k=options["top_k"] or 0,
             temperature=options["temperature"],
         )
         given = {name: golden[f"in/gen{number}_{name}"] for name in ("labels", "u")}

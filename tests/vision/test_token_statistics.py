@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
 import numpy as np
 import pytest
 
-from jaxtok.data.codes import CodeData, Header, write_codes
-from jaxtok.vision import elm, elm_masked
-from jaxtok.vision.elm import ElmConfig
-from jaxtok.vision.elm_masked import MaskedElmConfig
+from jaxtok.data.codes import Header, open_codes, write_codes
+from jaxtok.training.mesh import unboxed
+from jaxtok.vision.elm import ElmConfig, ElmModeling
+from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 from jaxtok.vision.token_statistics import (
+    MapsAttention,
     attention_locality,
-    attention_maps,
-    cells_of,
     compare_tokens,
     locality,
     plot_locality,
@@ -25,7 +25,10 @@ from jaxtok.vision.token_statistics import (
 )
 
 SMALL = {"num_layers": 2, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 24, "grid": 3, "code_bits": 3}
-CONFIGS = [ElmConfig(**SMALL, num_classes=4), MaskedElmConfig(**SMALL, num_classes=4, sub_codes=2)]
+TASKS = [
+    ElmModeling(model=ElmConfig(**SMALL, num_classes=4)),
+    MaskedElmModeling(model=MaskedElmConfig(**SMALL, num_classes=4, sub_codes=2)),
+]
 
 
 def test_uniform_tokens():
@@ -56,12 +59,15 @@ def test_comparisons_have_equal_samples(tmp_path):
 
 
 def test_stored_codes_are_tokens(tmp_path):
-    codes = np.random.default_rng(0).integers(0, 64, (5, 2, 4, 1))
-    header = Header(grid=(2, 2), sub_codes=1, vocab_size=64, classes=("a",))
+    codes = np.random.default_rng(0).integers(0, 8, (5, 2, 4, 2))
+    header = Header(shape=(2, 2), values=(8, 8), classes=("a",))
     write_codes(tmp_path / "train", header, [(codes, np.zeros(5, int))])
-    data = CodeData(path=str(tmp_path), grid=2, sub_codes=2, code_bits=3)
-    np.testing.assert_array_equal(stored_tokens(data), codes[:, 0, :, 0])
-    assert stored_tokens(data, images=3).shape == (3, 4)
+    file = open_codes(tmp_path / "train")
+    np.testing.assert_array_equal(stored_tokens(file), 8 * codes[:, 0, :, 0] + codes[:, 0, :, 1])
+    assert stored_tokens(file, images=3).shape == (3, 4)
+    wide = dataclasses.replace(file, header=dataclasses.replace(header, values=(2**13, 2**13)))
+    with pytest.raises(ValueError, match=r"8192 x 8192 values.*at most 2\^24"):
+        stored_tokens(wide)
 
 
 @pytest.mark.parametrize(
@@ -96,25 +102,33 @@ def test_reach_of_known_attention():
     np.testing.assert_allclose(mass, [1, 6 / 9, (9 + 4 * 4 + 4 * 6) / 81], rtol=1e-6)
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=["autoregressive", "masked"])
-def test_reach_of_a_model(config, tmp_path):
-    init = elm.init_params if config.causal else elm_masked.init_params
-    params = jax.jit(init, static_argnums=0)(config, jax.random.key(0))
-    params = jax.tree.map(lambda x: 20 * x, params)
+@pytest.mark.parametrize("task", TASKS, ids=["autoregressive", "masked"])
+def test_reach_of_a_model(task, tmp_path):
+    causal, sub_codes = task.model.causal, task.model.sub_codes
     rng = np.random.default_rng(0)
-    codes = rng.integers(0, 8, (3, 9, config.sub_codes)).astype(np.int32)
+    codes = rng.integers(0, 8, (3, 9, sub_codes)).astype(np.int32)
     batch = {"codes": codes, "labels": np.arange(3, dtype=np.int32), "mask": np.array([1, 1, 0], np.float32)}
-    masked = None if config.causal else np.zeros((3, 9), bool)
-    maps = np.asarray(attention_maps(config, params, codes, batch["labels"], masked))
-    places = len(cells_of(config))
-    assert maps.shape == (2, 3, 4, places, places) and places == (8 if config.causal else 18)
+    params = unboxed(jax.jit(task.init)(jax.random.key(0), batch))
+    params = jax.tree.map(lambda x: 20 * x, params)
+    assert isinstance(task, MapsAttention)
+    maps = np.asarray(task.attention_maps(params, batch, jax.random.fold_in(jax.random.key(0), 0)))
+    cells = task.attention_cells()
+    places = len(cells)
+    assert maps.shape == (2, 3, 4, places, places) and places == (8 if causal else 18)
     np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
-    assert (maps[..., np.triu_indices(places, 1)[0], np.triu_indices(places, 1)[1]] == 0).all() == config.causal
-    found = locality(config, params, [batch])
+    assert (maps[..., np.triu_indices(places, 1)[0], np.triu_indices(places, 1)[1]] == 0).all() == causal
+    found = locality(task, params, [batch])
     assert found["distance"].shape == found["local_mass"].shape == (2, 4)
-    if config.causal:  # the image that only fills the batch does not count
-        distance, _ = attention_locality(maps[:, :2], cells_of(config))
-        np.testing.assert_allclose(found["distance"], np.asarray(distance).mean(1), rtol=1e-5)
+    # the image that only fills the batch does not count
+    distance, _ = attention_locality(maps[:, :2], cells)
+    np.testing.assert_allclose(found["distance"], np.asarray(distance).mean(1), rtol=1e-5)
     assert plot_locality({"model": found}, tmp_path / "reach.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="no image"):
-        locality(config, params, [])
+        locality(task, params, [])
+
+
+def test_reach_in_a_volume():
+    """Cells have as many axes as the codes' shape."""
+    cells = np.stack(np.unravel_index(np.arange(8), (2, 2, 2)), -1)
+    distance, mass = attention_locality(np.ones((8, 8)), cells)
+    np.testing.assert_allclose([distance, mass], [(3 + 3 * math.sqrt(2) + math.sqrt(3)) / 8, 1], rtol=1e-6)

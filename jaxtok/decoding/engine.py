@@ -1,0 +1,555 @@
+"""The decoding engine: prefill, then steps, each of which reads any number of new tokens a row.
+
+One loop runs them all: a step asks the drafter for a tree of tokens, the model reads it in one pass, and a walk from
+its root draws a token after each node that is reached, as plain decoding would, and goes on to the child that holds it
+(arXiv 2305.09781). Without a drafter, the tree is its root. Static shapes, rows of different lengths, one compilation.
+
+A row's tokens depend on its prompt, on the key and on its number in the batch only. The draw for new token n of row b
+has the key fold_in(fold_in(key, b), n), whatever else is in the batch, however the tokens are streamed, and with or
+without drafts: so sampled output with drafts equals output without, token for token, as greedy output does (as far as
+the arithmetic of several tokens in one pass rounds as that of one: exactly, but for near ties).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Verified
+from jaxtok.decoding.sampling import Sampling, row_keys, sampling_key, token_keys
+from jaxtok.protocols import CausalLM, Params
+
+_BUCKET = 64  # prompts are padded to a multiple of this, so that those of similar length share a compiled function
+
+
+@flax.struct.dataclass
+class State:
+    """Decoding between two steps: all there is to know. A pytree of static shapes."""
+
+    model: Any
+    """The model's own state. Of a CausalLM, its cache, which holds all tokens of a row but the newest."""
+    text: Int[Array, "batch room ..."]
+    """The prompt and then the new tokens of each row."""
+    logprobs: Float[Array, "batch room"]
+    """Of new tokens, their log probabilities in nats, by the model's own distribution, before temperature, top_k,
+    top_p, `num_ids` or any constraint. The sum over a token's parts."""
+    start: Int[Array, " batch"]
+    """Where the new tokens begin."""
+    length: Int[Array, " batch"]
+    """Tokens of a row so far."""
+    limit: Int[Array, " batch"]
+    """A row that is so long stops."""
+    live: Bool[Array, " batch"]
+    """The rows that have not stopped."""
+    steps: Int[Array, " batch"]
+    """Steps that gave the row tokens: (length - start) / steps is the mean of accepted tokens."""
+    stop: Int[Array, " stops"]
+    """The tokens that end a row."""
+    keys: Key[Array, " batch"]
+    """Of each row: the key of the generation, folded with the number of the row."""
+    chooser: Any
+    drafter: Any
+    evictor: Any
+
+
+class Piece(NamedTuple):
+    """What a part of a generation gave to each row."""
+
+    tokens: list[list[Any]]
+    logprobs: list[list[float]]
+    """See `State.logprobs`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns."""
+
+    tokens: list[list[int]]
+    """The new tokens of each row, without the prompt, with the stop token that ended the row if one did."""
+    logprobs: list[list[float]]
+    """Of each of them, in nats, by the model's own distribution, before temperature and restrictions."""
+    steps: list[int]
+    """Passes of the model that gave the row tokens."""
+    state: State
+    """The end of decoding, with the states of drafter and chooser; its model's state is None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CachedTokens:
+    """A CausalLM as a `TokenModel` that can also verify drafts. Its state is the cache."""
+
+    model: CausalLM
+
+    @property
+    def rewindable(self) -> bool:
+        """Whether tokens can be taken out of the cache again."""
+        return jax.eval_shape(lambda: self.model.init_cache(1, 1)).rewindable
+
+    def read(
+        self,
+        params: Params,
+        tokens: Int[Array, "batch new"],
+        cache: Any,
+        positions: Int[Array, "batch new"] | None = None,
+        mask: Bool[Array, "batch new new"] | None = None,
+        sow: bool = False,
+    ) -> tuple[Float[Array, "batch new vocab"], Any, Any]:
+        """Logits after each token, the cache with all of them, and, where asked, the model's intermediates."""
+        # A token after the end of the context is never accepted; it must only have a position that there is.
+        positions = None if positions is None else jnp.minimum(positions, self.model.config.max_length - 1)
+        given = {"positions": positions, "mask": mask}
+        options: dict[str, Any] = {"cache": cache} | {name: x for name, x in given.items() if x is not None}
+        if not sow:
+            return *self.model.apply({"params": params}, tokens, **options), None
+        out, sown = self.model.apply({"params": params}, tokens, mutable=["intermediates"], **options)
+        return *out, sown["intermediates"]
+
+    def step(self, params: Params, tokens, state, live):
+        if self.rewindable:
+            logits, cache, _ = self.read(params, tokens[:, None], state)
+            return logits[:, 0], cache.truncate(jnp.where(live, cache.length, state.length)), live
+        positions = jnp.where(live, state.next_position, -1)  # padding leaves no trace
+        logits, cache, _ = self.read(params, tokens[:, None], state, positions[:, None])
+        return logits[:, 0], cache, live
+
+    def keep(
+        self,
+        params: Params,
+        tokens: Int[Array, "batch nodes"],
+        before: Any,
+        after: Any,
+        path: Int[Array, "batch nodes"],
+        count: Int[Array, " batch"],
+        chain: bool,
+    ) -> Any:
+        """The cache with the accepted nodes only: the first `count` of `path`."""
+        nodes = jnp.arange(tokens.shape[1])
+        if not self.rewindable:  # they are read once more
+            positions = jnp.where(nodes < count[:, None], before.next_position[:, None] + nodes, -1)
+            return self.read(params, tokens, before, positions)[1]
+        return after.truncate(before.length + count) if chain else after.keep_newest(len(nodes), path, count)
+
+
+def ancestors(parents: Int[Array, "batch nodes"]) -> Bool[Array, "batch nodes nodes"]:
+    """Whether node j is node i or one of its ancestors. A node without a parent counts as a child of the root.
+
+    >>> import jax.numpy as jnp
+    >>> ancestors(jnp.array([[-1, 0, 0, 1]]))[0].astype(int).tolist()
+    [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+    """
+    nodes = parents.shape[1]
+    reach = jnp.eye(nodes, dtype=bool) | (jnp.arange(nodes) == jnp.maximum(parents, 0)[..., None])
+    for _ in range(max(nodes - 1, 1).bit_length()):  # paths of up to 2, 4, 8, ... edges
+        reach = jnp.einsum("bij,bjk->bik", reach.astype(jnp.float32), reach.astype(jnp.float32)) > 0
+    return reach
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+    """A model and what it is combined with: the static part of decoding. `generate` is this with prompts as lists.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxtok.lm.decoder import Decoder, init_params
+    >>> from jaxtok.lm.llama import LlamaConfig
+    >>> size = LlamaConfig(num_layers=1, d_model=8, num_heads=2, mlp_dim=8, vocab_size=16, max_length=32)
+    >>> params = init_params(Decoder(size), jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    >>> engine = Engine(model=CachedTokens(Decoder(size)), chooser=Sampling(temperature=0))
+    >>> state = engine.prefill(params, jnp.array([[3, 1, 4], [1, 5, 0]]), jnp.array([3, 2]), new=4)
+    >>> state = engine.step(params, state)
+    >>> state.length.tolist(), state.model.length.tolist()
+    ([4, 3], [3, 2])
+    >>> pieces = [piece for piece, _ in engine.stream(params, state, chunk=2)]
+    >>> [[len(row) for row in piece.tokens] for piece in pieces]
+    [[2, 2], [1, 1]]
+    """
+
+    model: TokenModel
+    """A CausalLM as `CachedTokens`."""
+    chooser: Chooser = Sampling()
+    drafter: Drafter | None = None
+    """For a model that can verify."""
+    evictor: Evictor | None = None
+    """For a model with a cache."""
+    num_ids: int | None = None
+    """Only ids below this are chosen; None: all."""
+
+    def __post_init__(self):
+        for name in ("drafter", "evictor"):
+            if (given := getattr(self, name)) is None:
+                continue
+            if not isinstance(self.model, CachedTokens):
+                raise ValueError(f"{name} is {given}; it needs a CausalLM, and the model is {self.model}.")
+            if not self.model.rewindable and not getattr(given, "chain", False):
+                takes = "drafts that are chains" if name == "drafter" else "no evictor"
+                raise ValueError(
+                    f"{name} is {given}; tokens cannot be taken out of the cache of {type(self.model.model).__name__}, "
+                    f"so it takes {takes}."
+                )
+
+    @property
+    def nodes(self) -> int:
+        """Tokens of a row that a step reads."""
+        return 1 if self.drafter is None else self.drafter.nodes
+
+    def begin(
+        self,
+        state: Any,
+        text: Int[Array, "batch prompt ..."],
+        *,
+        new: int,
+        lengths: Int[Array, " batch"] | None = None,
+        rng: jax.Array | None = None,
+        stop: Int[Array, " stops"] | Sequence[int] = (),
+        chooser: Any = None,
+    ) -> State:
+        """The state before the first step, of a model that is given in its own state.
+
+        Args:
+          state: the model's, which has not seen the newest token of each row. `run` uses its arrays up.
+          text: the tokens that the rows begin with (at least the newest one), padded.
+          new: at most so many new tokens.
+          lengths: of the rows; default: all of the text.
+          rng: a key; needed unless the temperature is 0.
+          stop: a row ends after the first of these tokens.
+          chooser: the chooser's state; default: a new one.
+        """
+        text = jnp.asarray(text, jnp.int32)
+        batch, longest = text.shape[:2]
+        lengths = jnp.asarray(jnp.full(batch, longest) if lengths is None else lengths, jnp.int32)
+        return State(
+            model=state,
+            text=jnp.pad(text, [(0, 0), (0, new), *[(0, 0)] * (text.ndim - 2)]),
+            logprobs=jnp.zeros((batch, longest + new), jnp.float32),
+            start=lengths,
+            length=lengths,
+            limit=lengths + new,
+            live=jnp.ones(batch, bool),
+            steps=jnp.zeros(batch, jnp.int32),
+            stop=jnp.asarray(stop, jnp.int32),
+            keys=row_keys(sampling_key(rng, self.chooser), batch),
+            chooser=self.chooser.init(batch) if chooser is None else chooser,
+            drafter=None,
+            evictor=None,
+        )
+
+    def prefill(
+        self,
+        params: Params,
+        tokens: Int[Array, "batch prompt"],
+        lengths: Int[Array, " batch"],
+        *,
+        new: int,
+        rng: jax.Array | None = None,
+        stop: Int[Array, " stops"] | Sequence[int] = (),
+        chooser: Any = None,
+        drafter: Any = None,
+    ) -> State:
+        """The state before the first step of a CausalLM that goes on from prompts, padded to one length.
+
+        All but the last token of each prompt go to the cache; the last one is the first that a step reads.
+
+        Args:
+          drafter: the drafter's state, of an earlier generation or made by hand; default: a new one.
+          new, rng, stop, chooser: as in `begin`.
+        """
+        stop = jnp.asarray(stop, jnp.int32)
+        return self._prefill(params, tokens, lengths, sampling_key(rng, self.chooser), stop, chooser, drafter, new=new)
+
+    @functools.partial(jax.jit, static_argnames=("self", "new"))
+    def _prefill(self, params, tokens, lengths, rng, stop, chooser, drafter, *, new) -> State:
+        model, (batch, longest) = self.model.model, tokens.shape
+        lengths = lengths.astype(jnp.int32)
+        room = min(longest + new, model.config.max_length) + self.nodes - 1
+        cache = model.init_cache(batch, room if self.evictor is None else longest)
+        places = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
+        # The logits are not used, so the compiler drops the head; the first step reads the last token.
+        _, cache, sown = self.model.read(
+            params, tokens, cache, jnp.where(places < lengths[:, None] - 1, places, -1), sow=self._sow
+        )
+        cache, evictor = cache.truncate(lengths - 1) if self.model.rewindable else cache, None
+        if self.evictor is not None:
+            evictor = self.evictor.init(cache)
+            if self.evictor.observes:
+                evictor = self.evictor.observe(evictor, cache, sown, places, lengths - 1)
+            rows = cache.length > self.evictor.slots
+            cache, evictor = self.evictor.evict(evictor, cache, rows, self._slots())
+        state = self.begin(cache, tokens, new=new, lengths=lengths, rng=rng, stop=stop, chooser=chooser)
+        if self.drafter is not None and drafter is None:
+            drafter = self.drafter.init(batch, state.text.shape[1], model.config.vocab_size)
+        return state.replace(drafter=drafter, evictor=evictor)
+
+    def _slots(self) -> int:
+        """Of a cache that is evicted from."""
+        return self.evictor.slots + self.evictor.every - 1 + self.nodes
+
+    @property
+    def _sow(self) -> bool:
+        return self.evictor is not None and self.evictor.observes
+
+    def step(self, params: Params, state: State) -> State:
+        """One pass of the model: each row gets the tokens that its draft has right, and one more."""
+        batch = state.length.shape[0]
+        rows, last = jnp.arange(batch), state.length - 1
+        newest, most, sown = state.text[rows, last], state.limit - state.length, None
+        if self.evictor is not None:
+            most = jnp.minimum(most, self.evictor.slots + self.evictor.every - state.model.length)
+        if self.drafter is None:
+            tokens, parents = newest[:, None], jnp.full((batch, 1), -1, jnp.int32)
+        else:
+            tokens, parents = self.drafter.propose(state.drafter, state.text, state.length)
+            tokens, parents = tokens.at[:, 0].set(newest).astype(jnp.int32), parents.at[:, 0].set(-1)
+        chain = self.drafter is None or self.drafter.chain
+        if self.drafter is None and self.evictor is None:
+            logits, model, ready = self.model.step(params, newest, state.model, state.live)
+            logits = logits[:, None]
+        else:
+            seen = None if chain else ancestors(parents)
+            depth = jnp.arange(self.nodes) if chain else seen.sum(-1) - 1
+            logits, model, sown = self.model.read(
+                params, tokens, state.model, last[:, None] + depth, seen, sow=self._sow
+            )
+            ready = state.live
+        found = self._walk(state, logits, tokens, parents, ready & state.live, most)
+        if self.drafter is not None or self.evictor is not None:
+            model = self.model.keep(params, tokens, state.model, model, found.path, found.count, chain)
+
+        places = state.length[:, None] + jnp.arange(self.nodes)
+        places = jnp.where(jnp.arange(self.nodes) < found.count[:, None], places, state.text.shape[1])
+        state = state.replace(
+            model=model,
+            text=state.text.at[rows[:, None], places].set(found.chosen, mode="drop"),
+            logprobs=state.logprobs.at[rows[:, None], places].set(found.logprobs, mode="drop"),
+            length=state.length + found.count,
+            live=state.live & ~found.stopped & (state.length + found.count < state.limit),
+            steps=state.steps + (found.count > 0),
+            chooser=found.chooser,
+        )
+        if self.drafter is not None:
+            seen = Verified(tokens, parents, logits, found.path, found.count, found.chosen)
+            state = state.replace(drafter=self.drafter.observe(state.drafter, seen))
+        return state if self.evictor is None else self._evict(state, sown, found)
+
+    def _evict(self, state: State, sown, found: _Walk) -> State:
+        evictor = state.evictor
+        if self.evictor.observes:
+            evictor = self.evictor.observe(evictor, state.model, sown, found.path, found.count)
+        full = state.model.length >= self.evictor.slots + self.evictor.every
+        cache, evictor = jax.lax.cond(
+            full.any(),
+            lambda cache, evictor: self.evictor.evict(evictor, cache, full, self._slots()),
+            lambda cache, evictor: (cache, evictor),
+            state.model,
+            evictor,
+        )
+        return state.replace(model=cache, evictor=evictor)
+
+    def _walk(self, state: State, logits, tokens, parents, ready, most) -> _Walk:
+        """From the root along the children that hold the chosen tokens; up to `most` tokens a row."""
+        batch, nodes = parents.shape
+        rows, valid = jnp.arange(batch), parents >= 0
+
+        def visit(walk: _Walk) -> _Walk:
+            here = logits[rows, walk.node].astype(jnp.float32)
+            keys = token_keys(state.keys, state.length - state.start + walk.count)
+            allowed = here if self.num_ids is None else here[..., : self.num_ids]
+            token, chooser = self.chooser.choose(allowed, keys, walk.chooser)
+            logprob = jnp.take_along_axis(here, token[..., None], -1)[..., 0] - jax.nn.logsumexp(here, -1)
+            logprob = logprob.reshape(batch, -1).sum(-1)
+            place = jnp.where(walk.going, walk.count, nodes)
+            count = walk.count + walk.going
+            stopped = walk.going & jnp.isin(token, state.stop).reshape(batch, -1).any(-1)
+            fits = valid & (parents == walk.node[:, None])
+            fits &= (tokens == token[:, None]).reshape(batch, nodes, -1).all(-1)
+            return _Walk(
+                node=jnp.argmax(fits, -1).astype(jnp.int32),
+                going=walk.going & ~stopped & fits.any(-1) & (count < most),
+                path=walk.path.at[rows, place].set(walk.node, mode="drop"),
+                chosen=walk.chosen.at[rows, place].set(token, mode="drop"),
+                logprobs=walk.logprobs.at[rows, place].set(logprob, mode="drop"),
+                count=count,
+                stopped=walk.stopped | stopped,
+                chooser=jax.tree.map(functools.partial(_of_rows, walk.going), chooser, walk.chooser),
+            )
+
+        zeros = jnp.zeros(batch, jnp.int32)
+        none = jnp.zeros((batch, nodes), jnp.int32)
+        chosen = jnp.zeros_like(tokens)
+        walk = _Walk(zeros, ready, none, chosen, none.astype(jnp.float32), zeros, zeros > 0, state.chooser)
+        if nodes == 1:
+            return visit(walk)
+        return jax.lax.while_loop(lambda walk: walk.going.any(), visit, walk)
+
+    def run(self, params: Params, state: State, until: int | Int[Array, ""] | None = None) -> State:
+        """Steps until each row has `until` new tokens (default: all it may have) or has stopped.
+
+        The arrays of `state.model` are used up: they become those of the new state.
+        """
+        until = jnp.asarray(jnp.iinfo(jnp.int32).max if until is None else until, jnp.int32)
+        return self._run(params, state.model, state.replace(model=None), until)
+
+    @functools.partial(jax.jit, static_argnames="self", donate_argnames="model")
+    def _run(self, params, model, state: State, until) -> State:
+        def goes_on(state: State):
+            return (state.live & (state.length - state.start < until)).any()
+
+        return jax.lax.while_loop(goes_on, functools.partial(self.step, params), state.replace(model=model))
+
+    def stream(self, params: Params, state: State, chunk: int | None = None) -> Iterator[tuple[Piece, State]]:
+        """What `run` gives, every `chunk` tokens (None: at once), until all rows have stopped or the caller has enough.
+
+        Drafts can give some rows more than `chunk` tokens at a time.
+
+        Raises:
+          ValueError: the logits were no numbers.
+        """
+        given, live = jax.device_get((state.length, state.live))
+        while live.any():
+            until = None if chunk is None else (given - jax.device_get(state.start))[live].min() + chunk
+            state = self.run(params, state, until)
+            piece = new_tokens(state, given)
+            given, live = jax.device_get((state.length, state.live))
+            yield piece, state
+
+
+def new_tokens(state: State, since: Int[np.ndarray, " batch"] | None = None) -> Piece:
+    """The tokens of each row after the first `since` of its text; default: after its prompt.
+
+    Raises:
+      ValueError: their logits were no numbers.
+    """
+    text, logprobs, start, length = jax.device_get((state.text, state.logprobs, state.start, state.length))
+    spans = [slice(*span) for span in zip(start if since is None else since, length)]
+    if any(np.isnan(row[span]).any() for row, span in zip(logprobs, spans)):
+        raise ValueError("the logits are not numbers; look at the parameters.")
+    return Piece(*([row[span].tolist() for row, span in zip(of, spans)] for of in (text, logprobs)))
+
+
+@flax.struct.dataclass
+class _Walk:
+    """Where the rows are in their trees, and what they have got there."""
+
+    node: Int[Array, " batch"]
+    going: Bool[Array, " batch"]
+    path: Int[Array, "batch nodes"]
+    chosen: Int[Array, "batch nodes ..."]
+    logprobs: Float[Array, "batch nodes"]
+    count: Int[Array, " batch"]
+    stopped: Bool[Array, " batch"]
+    chooser: Any
+
+
+def _of_rows(which: Bool[Array, " batch"], yes: Array, no: Array) -> Array:
+    return jnp.where(which.reshape(-1, *[1] * (yes.ndim - 1)), yes, no)
+
+
+def generate(
+    model: CausalLM,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    chooser: Chooser = Sampling(),
+    drafter: Drafter | None = None,
+    evictor: Evictor | None = None,
+    rng: jax.Array | None = None,
+    stop_tokens: Collection[int] = (),
+    num_ids: int | None = None,
+    on_tokens: Callable[[Piece], None] | None = None,
+    chunk: int = 16,
+    chooser_state: Any = None,
+    drafter_state: Any = None,
+) -> Generation:
+    """Continues each prompt by up to `max_new_tokens` tokens.
+
+    A row's tokens depend on its prompt, on `rng` and on its number in the batch, not on the other rows, nor on `chunk`
+    and `drafter`.
+
+    Args:
+      model: with a config that has `vocab_size` and `max_length`; hashable, as Linen modules with frozen configs are.
+      params: its parameters.
+      prompts: token ids, of any lengths.
+      max_new_tokens: at most so many for each prompt.
+      chooser: how a token is chosen.
+      drafter: proposes several tokens at a time, which makes decoding faster and changes nothing else.
+      evictor: keeps the cache at a fixed size; then a long text is not wholly seen.
+      rng: a key; needed unless the temperature is 0.
+      stop_tokens: a row ends after the first of these.
+      num_ids: only ids below this are chosen: the tokenizer's vocabulary size, where the model's is padded.
+      on_tokens: called with each row's new tokens and log probabilities, every `chunk` tokens (streaming).
+      chunk: tokens a row between two of these calls.
+      chooser_state, drafter_state: where these begin; default: anew. Those of the end are in the returned `state`.
+
+    Raises:
+      ValueError: no prompt, an empty one or one with an unknown id; more tokens than max_length; no rng.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxtok.decoding import PromptLookup, Sampling, generate
+    >>> from jaxtok.lm.decoder import Decoder, init_params
+    >>> from jaxtok.lm.llama import LlamaConfig
+    >>> size = LlamaConfig(num_layers=1, d_model=8, num_heads=2, mlp_dim=8, vocab_size=16, max_length=64)
+    >>> params = init_params(Decoder(size), jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    >>> greedy = {"max_new_tokens": 20, "chooser": Sampling(temperature=0)}
+    >>> plain = generate(Decoder(size), params, [[3, 1, 4, 1], [5]], **greedy)
+    >>> [len(row) for row in plain.tokens], plain.steps
+    ([20, 20], [20, 20])
+    >>> drafted = generate(Decoder(size), params, [[3, 1, 4, 1], [5]], drafter=PromptLookup(), **greedy)
+    >>> drafted.tokens == plain.tokens, max(drafted.steps) < 20
+    (True, True)
+    """
+    vocab, max_length = model.config.vocab_size, model.config.max_length
+    if max_new_tokens < 1 or chunk < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens} and chunk is {chunk}; both must be at least 1.")
+    if num_ids is not None and not 1 <= num_ids <= vocab:
+        raise ValueError(f"num_ids is {num_ids}; it must be between 1 and the model's vocab_size = {vocab}.")
+    if strange := [token for token in stop_tokens if not 0 <= token < vocab]:
+        raise ValueError(f"stop_tokens has {strange[0]}; ids are 0 to {vocab - 1}.")
+    rng = sampling_key(rng, chooser)
+    lengths = _check_prompts(prompts, vocab)
+    if max(lengths) + max_new_tokens > max_length:
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens and max_new_tokens = {max_new_tokens} exceed the model's max_length = "
+            f"{max_length}; shorten one of them."
+        )
+    tokens = np.zeros((len(prompts), min(-(-max(lengths) // _BUCKET) * _BUCKET, max_length)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    num_ids = None if num_ids == vocab else num_ids
+    engine = Engine(model=CachedTokens(model), chooser=chooser, drafter=drafter, evictor=evictor, num_ids=num_ids)
+    state = engine.prefill(
+        params,
+        tokens,
+        np.array(lengths, np.int32),
+        new=max_new_tokens,
+        rng=rng,
+        stop=sorted(stop_tokens),
+        chooser=chooser_state,
+        drafter=drafter_state,
+    )
+    for piece, state in engine.stream(params, state, chunk if on_tokens else None):  # noqa: B007, B020
+        if on_tokens:
+            on_tokens(piece)
+    return Generation(*new_tokens(state), jax.device_get(state.steps).tolist(), state.replace(model=None))
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> list[int]:
+    """The prompts' lengths."""
+    if not len(prompts):
+        raise ValueError("there is no prompt; give at least one.")
+    for number, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {number} is empty; begin it with the tokenizer's eod_id.")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= vocab:
+            raise ValueError(
+                f"prompt {number} has the id {low if low < 0 else high}, but the model's vocabulary has the ids 0 to "
+                f"{vocab - 1}; encode it with the model's own tokenizer."
+            )
+    return [len(prompt) for prompt in prompts]

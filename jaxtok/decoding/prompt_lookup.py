@@ -1,0 +1,80 @@
+"""Prompt lookup decoding (Saxena 2023): what followed the last tokens when they stood in the text before.
+
+The drafter without a model: the longest n-gram, of at most `longest` tokens, that ends the text and is found in it once
+more; what follows it there is the draft, a chain. It helps where a text repeats itself or its prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxtok.decoding.protocols import Verified
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptLookup:
+    """A `jaxtok.decoding.protocols.Drafter`. It has no state: the text is all it needs.
+
+    >>> import jax.numpy as jnp
+    >>> text = jnp.array([[5, 6, 7, 8, 9, 6, 7, 0, 0, 0]])
+    >>> tokens, parents = PromptLookup(tokens=4).propose((), text, jnp.array([7]))
+    >>> tokens[0, 1:].tolist(), parents[0].tolist()
+    ([8, 9, 6, 7], [-1, 0, 1, 2, 3])
+    """
+
+    longest: int = 3
+    """Tokens of an n-gram, at most; shorter ones are tried where it is not found."""
+    tokens: int = 10
+    """Of a draft, at most."""
+    take: Literal["last", "first"] = "last"
+    """Of several places, the newest; or the oldest, as transformers does."""
+    ends: tuple[int, ...] = ()
+    """A draft ends before the first of these tokens."""
+
+    def __post_init__(self):
+        for field in ("longest", "tokens"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+        if self.take not in ("last", "first"):
+            raise ValueError(f"take is {self.take!r}; it can be last, first.")
+
+    chain = True
+
+    @property
+    def nodes(self) -> int:
+        return 1 + self.tokens
+
+    def init(self, batch: int, room: int, vocab: int) -> tuple[()]:
+        return ()
+
+    def propose(
+        self, state: tuple[()], text: Int[Array, "batch room"], length: Int[Array, " batch"]
+    ) -> tuple[Int[Array, "batch nodes"], Int[Array, "batch nodes"]]:
+        return jax.vmap(self._propose)(text, length)
+
+    def _propose(self, text: Int[Array, " room"], length: Int[Array, ""]):
+        room = text.shape[0]
+        place = jnp.arange(room)  # where a continuation might begin
+        same, matched = (place > 0) & (place < length), jnp.zeros(room, jnp.int32)
+        for back in range(1, self.longest + 1):
+            suffix = text[jnp.maximum(length - back, 0)]
+            same &= (place >= back) & (jnp.roll(text, back) == suffix)
+            matched += same
+        best = matched.max()
+        at = jnp.where(matched == best, place, -1 if self.take == "last" else room)
+        at = at.max() if self.take == "last" else at.min()
+        index = at + jnp.arange(self.tokens)
+        draft = text[jnp.minimum(index, room - 1)]
+        ended = jnp.cumsum(jnp.isin(draft, jnp.array(self.ends, jnp.int32))) > 0
+        some = (best > 0) & (index < length) & ~ended
+        tokens = jnp.concatenate([text[None, length - 1], draft])
+        parents = jnp.where(jnp.concatenate([jnp.array([False]), some]), jnp.arange(-1, self.tokens), -1)
+        return tokens, parents
+
+    def observe(self, state: tuple[()], verified: Verified) -> tuple[()]:
+        return ()

@@ -1,0 +1,34 @@
+"""Formats that are one file of named tensors: what they have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from jaxtok.weights import SUFFIXES, tensor_names, write_weights
+
+
+def has_tensors(path: Path, wanted: Callable[[Collection[str]], bool]) -> bool:
+    """Whether a file's tensors have the names that are wanted; of a PyTorch file, only its name is looked at."""
+    path = Path(path)
+    if not path.is_file() or path.suffix not in SUFFIXES:
+        return False
+    try:
+        names = tensor_names(path)
+    except ValueError:
+        return False
+    return names is None or wanted(names)
+
+
+def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
+    """`jaxtok.weights.write_weights`, in a folder that is made if there is none.
+
+    Raises:
+      FileExistsError: there is such a file already.
+      ValueError: the name ends otherwise than files of tensors do.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_weights(path, tensors)

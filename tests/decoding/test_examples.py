@@ -1,0 +1,24 @@
+"""The examples in the docstrings of `jaxtok.decoding`."""
+
+import doctest
+import importlib
+import inspect
+
+import pytest
+
+from jaxtok import decoding
+
+MODULES = ("engine", "prompt_lookup", "sampling", "sinks")
+TYPES = {"Chooser", "Drafter", "Evictor", "TokenModel", "Verified", "State", "Piece", "Generation", "CachedTokens"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(f"jaxtok.decoding.{name}"))
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_what_can_be_called_has_an_example():
+    """What only describes (protocols, and what is returned) needs none."""
+    without = {name for name in decoding.__all__ if ">>>" not in inspect.getdoc(getattr(decoding, name))}
+    assert without == TYPES
