@@ -108,20 +108,15 @@ def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[
         return None if named is None else theirs.token_to_id(named)
 
     ends = own.get("ends", of_role("eos"))
+    if ends is None:  # of encoders
+        ends = theirs.token_to_id("[SEP]")
     if ends is None or ends == []:
         raise ValueError(
             f"{folder} has no eos_token_id, neither in generation_config.json nor in config.json, and no eos_token in "
             "tokenizer_config.json; add one."
         )
     ends = (ends,) if isinstance(ends, int) else tuple(ends)
-    begin = own.get("begin")
-    if begin is None:
-        begin, bos = _written_first(theirs, ends), of_role("bos")
-        adds = settings.get("add_bos_token")
-        if adds is True and isinstance(bos, int) and bos not in begin:
-            begin = (bos, *begin)
-        elif adds is False:
-            begin = tuple(token for token in begin if token != bos)
+    begin = own.get("begin", _written_first(theirs, ends))  # whatever add_bos_token says, as in transformers
     pad = own.get("pad") if own else of_role("pad")
     tokenizer = HuggingFaceTokenizer(folder, eod=theirs.id_to_token(ends[0]))
     return Texts(str(file.absolute()), tokenizer, tuple(begin), ends, pad if isinstance(pad, int) else None)

@@ -18,11 +18,17 @@ class GPT2Config(LinearStack, DecoderConfig):
     rotary_fraction: float = 0.0
     learned_positions: bool = True
     activation: str = "gelu_tanh"
+    scale_by_layer: bool = False
+    """Divide attention scores also by 1, 2, ... in the first, second, ... layer."""
 
     @property
     def output_init_std(self) -> float:
         """0.02 / sqrt(2 layers), for what is added to the residual stream."""
         return self.init_std / math.sqrt(2 * self.num_layers)
+
+    def scored(self, q, k, layer):
+        q, k = super().scored(q, k, layer)
+        return q / (layer + 1).astype(q.dtype) if self.scale_by_layer else q, k
 
 
 def _size(num_layers: int, d_model: int, num_heads: int) -> GPT2Config:

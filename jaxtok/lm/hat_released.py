@@ -35,7 +35,7 @@ from jaxtok.nn.cache import KVCache, entered, places_of
 from jaxtok.nn.linear import Linear, LlamaStack
 from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
 from jaxtok.nn.rotary import RopeScaling, apply_rotary
-from jaxtok.nn.transformer import REMAT_POLICIES, Block, Stack
+from jaxtok.nn.transformer import REMAT_POLICIES, Block, Call, Stack
 from jaxtok.protocols import Batch, Params, Sums, Task
 from jaxtok.tokenizers.words import NEVER_IN_UTF8, WordSplitter, split_specials
 
@@ -202,7 +202,7 @@ class GuidedBlock(nn.Module):
         _linear(stack, width, ("d_model", "heads"), "key")(source[:, :1])
         for name in ("query_head_norm", "key_head_norm") if stack.qk_norm else ():
             stack.norm_module(name, "rms")(jnp.zeros((1, dim)))
-        return Block(stack, name="block")((x, cache), layer, positions, segments, deterministic)
+        return Block(stack, name="block")((x, cache), layer, Call(positions, segments, deterministic=deterministic))
 
 
 class GuidedStack(nn.Module):

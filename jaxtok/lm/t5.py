@@ -30,7 +30,7 @@ from jaxtok.nn.cache import KVCache, entered
 from jaxtok.nn.linear import MLP, LinearStack
 from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics, text_sums
 from jaxtok.nn.relative import RelativeBias
-from jaxtok.nn.transformer import Stack, layer_range
+from jaxtok.nn.transformer import Block, Call, MultiHead, Stack, layer_range
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.byt5 import ByT5Tokenizer
 
@@ -70,6 +70,10 @@ class T5Config(LinearStack):
     rotary_fraction: float = 0.0
     scale_scores: bool = False
     use_bias: bool = False
+    softmax1: bool = False
+    """Attention weights exp(s_i) / (1 + sum_j exp(s_j)), with which a query can attend to nothing (MrT5's ByT5)."""
+    cross: bool = False
+    """A stack whose blocks also attend to the encoder's states, as the decoder's do."""
     dropout: float = 0.0
     """T5 was trained with 0.1 here, in `attention_dropout` and in `mlp_dropout`; version 1.1, pre-trained without."""
 
@@ -108,6 +112,12 @@ class T5Config(LinearStack):
         std = (width * self.head_dim) ** -0.5 if group == "query" else width**-0.5
         return self.linear(features, ("d_model", "heads"), std, None, name)
 
+    def block(self) -> type[Block]:
+        return T5Block
+
+    def softmax(self):
+        return softmax1 if self.softmax1 else None
+
     def module(self) -> T5:
         return T5(self)
 
@@ -123,6 +133,13 @@ class T5Config(LinearStack):
         return targets * (stack.stack_flops(targets) + cross + 2 * self.vocab_size * self.d_model)
 
 
+def softmax1(scores: Float[Array, "*batch slots"]) -> Float[Array, "*batch slots"]:
+    """exp(s_i) / (1 + sum_j exp(s_j)), which is 0 where all keys are hidden."""
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    return weights / (weights.sum(-1, keepdims=True) + jnp.exp(-top))  # all hidden: exp(-top) is inf
+
+
 @flax.struct.dataclass
 class Encoded:
     """What the decoder gets of its input."""
@@ -135,6 +152,36 @@ class Encoded:
 def hide(mask: Bool[Array, "batch slots"], value: float = HIDDEN) -> Float[Array, "batch 1 1 slots"]:
     """A bias that hides the keys outside of the mask."""
     return jnp.where(mask, 0.0, value)[:, None, None, :].astype(jnp.float32)
+
+
+class CrossAttention(MultiHead):
+    """Multi-head attention from tokens to a context, whose keys and values a cache keeps from the first call on."""
+
+    @nn.compact
+    def __call__(self, x, cache: KVCache | None, layer, call: Call):
+        cfg, context = self.config, call.condition.states
+        q = self.heads(x, "query", cfg.num_heads, call.deterministic)
+        if context is None:
+            k, v = (stored[layer].astype(q.dtype) for stored in cache.context)
+        else:
+            k, v = (self.heads(context, group, cfg.kv_heads, call.deterministic) for group in ("key", "value"))
+            if cache is not None:
+                keys, values = cache.context
+                new = keys.at[layer].set(k.astype(keys.dtype)), values.at[layer].set(v.astype(values.dtype))
+                cache = cache.replace(context=new)
+        q, k = cfg.scored(q, k, layer)
+        y = self.attend(q, k, v, call.deterministic, causal=False, bias=call.condition.bias)
+        return self.output(y, call.deterministic), cache
+
+
+class T5Block(Block):
+    """With cross-attention to what is encoded, between self-attention and MLP."""
+
+    def parts(self):
+        own = super().parts()
+        if not self.config.cross:
+            return own
+        return {"attention": own["attention"], "cross": CrossAttention(self.config, name="cross"), "ffn": own["ffn"]}
 
 
 class Side(nn.Module):
@@ -196,8 +243,7 @@ class Decoder(Side):
             cache,
             deterministic,
             bias=(self.relative_bias(positions, positions if cache is None else known.positions),),
-            context=encoded.states,
-            context_bias=encoded.bias,
+            condition=encoded,
             mask=mask,
             layers=(first, end),
         )

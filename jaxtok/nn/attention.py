@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def attend(
     segments: Segments | None = None,
     visible: Bool[Array, "#batch #heads length slots"] | None = None,
     bias: tuple[Array, ...] = (),
-    softmax1: bool = False,
+    softmax: Callable[[Array], Array] | None = None,
     dropout: float = 0.0,
     rng: jax.Array | None = None,
     implementation: Implementation = "auto",
@@ -43,12 +44,12 @@ def attend(
       implementation: without `visible`; see `jaxtok.kernels.attention`.
       bias: added to the scores, each of a shape that broadcasts to [batch, heads, length, slots]; a very negative
         number hides a key.
-      softmax1: exp(s_i) / (1 + sum_j exp(s_j)), with which a query can attend to nothing.
+      softmax: what makes weights of scores along the last axis, in place of softmax; a hidden key has float32's lowest.
       dropout: of weights, with the key `rng`.
     """
     heads = "heads" if k.shape[2] == q.shape[2] else "kv_heads"
     k, v = (constrain(x, "batch", None, heads, "head_dim") for x in (k, v))  # whole rows, where queries are divided
-    plain = not bias and not softmax1 and not dropout
+    plain = not bias and not softmax and not dropout
     if visible is None and plain:
         if window is None:
             return dot_product_attention(q, k, v, causal=causal, segments=segments, implementation=implementation)
@@ -69,7 +70,7 @@ def attend(
     if plain:
         attention = functools.partial(jax.nn.dot_product_attention, mask=visible)
         return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
-    attention = functools.partial(_biased_attention, softmax1=softmax1, dropout=dropout)
+    attention = functools.partial(_biased_attention, softmax=softmax or jax.nn.softmax, dropout=dropout)
     return jax.checkpoint(attention, prevent_cse=False)(q, k, v, visible, bias, rng)
 
 
@@ -151,19 +152,14 @@ def _biased_attention(
     bias: tuple[Array, ...],
     rng: jax.Array | None,
     *,
-    softmax1: bool,
+    softmax: Callable[[Array], Array],
     dropout: float,
 ) -> Array:
     """The definition with everything that `jax.nn.dot_product_attention` does not have."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("blhd,bshd->bhls", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     scores = jnp.where(visible, sum(bias, scores), jnp.finfo(jnp.float32).min)
-    if softmax1:
-        top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-        weights = jnp.exp(scores - top)
-        weights = weights / (weights.sum(-1, keepdims=True) + jnp.exp(-top))  # all hidden: exp(-top) is inf, weights 0
-    else:
-        weights = jax.nn.softmax(scores)
+    weights = softmax(scores)
     if dropout:
         kept = jax.random.bernoulli(rng, 1 - dropout, weights.shape)
         weights = jnp.where(kept, weights / (1 - dropout), 0)

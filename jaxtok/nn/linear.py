@@ -86,8 +86,6 @@ class LinearStack(StackConfig):
     def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
         if group == "ffn":
             return MLP(self, features, name=name)
-        if group == "modulation":  # of standard deviation 0: at first, a block changes nothing
-            return self.linear(features, ("d_model", "modulation"), 0.0, True, name)
         if group == "output":
             return self.linear(features, ("heads", "d_model"), self.output_init_std, None, name)
         axis = "heads" if group == "query" or self.kv_heads == self.num_heads else "kv_heads"
@@ -129,7 +127,15 @@ class LlamaStack(LinearStack):
     activation: str = "silu"
     gated: bool = True
     use_bias: bool = False
+    full_layers: tuple[int, ...] = ()
+    """Layers without the window."""
 
     @property
     def output_init_std(self) -> float:
         return self.init_std
+
+    def window_of(self, layer):
+        if not self.window or not self.full_layers:
+            return super().window_of(layer)
+        full = jnp.isin(layer, jnp.array(self.full_layers, jnp.int32))
+        return jnp.where(full, jnp.iinfo(jnp.int32).max // 2, self.window)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
@@ -17,8 +18,8 @@ from jaxtok.axes import constrain
 from jaxtok.kernels.attention import IMPLEMENTATIONS, Implementation
 from jaxtok.nn.attention import attend, visible_slots, visible_tokens
 from jaxtok.nn.cache import KVCache, entered
-from jaxtok.nn.norms import NORMS, Norm, unit_length
-from jaxtok.nn.rotary import RopeScaling, apply_rotary, apply_rotary_table, rotary_dim
+from jaxtok.nn.norms import NORMS, Norm
+from jaxtok.nn.rotary import RopeScaling, apply_rotary, rotary_dim
 
 REMAT_POLICIES = {
     "none": None,
@@ -53,33 +54,16 @@ class StackConfig:
     """Segments are 1 for real tokens and 0 for padding, and padding sees the real ones (encoders of Hugging Face)."""
     window: int = 0
     """A token sees so many at most, itself included; 0: all."""
-    full_layers: tuple[int, ...] = ()
-    """Layers without the window."""
     scale_scores: bool = True
     """Divide attention scores by sqrt(head_dim)."""
-    scale_by_layer: bool = False
-    """Divide them also by 1, 2, ... in the first, second, ... layer."""
-    softmax1: bool = False
-    """Attention weights exp(s_i) / (1 + sum_j exp(s_j))."""
     qk_norm: bool = False
-    """An RMS norm on each head's queries and keys, in front of the rotation."""
-    cosine_scores: bool = False
-    """Queries and keys of length 1, behind the rotation; with `scale_scores` off, scores are their cosines."""
-    cross: bool = False
-    """Blocks also attend to a context (an encoder's states), between self-attention and MLP."""
+    """An RMS norm on each head's queries and keys, before the rotation."""
     rotary_fraction: float = 0.25
     """The part of each head that is rotated; 0: no position embedding in the stack."""
     rotary_base: float = 10000.0
     rotary_scaling: RopeScaling | None = None
-    rotary_table: bool = False
-    """The rotation is given as a table for each call (`apply_rotary_table`) instead of by positions."""
-    modulation: bool = False
-    """A condition shifts and scales what comes out of a block's norms and gates what its parts add (DiT's adaLN)."""
     dropout: float = 0.0
     """On the embeddings and on what each part of a block adds to the residual stream."""
-    drop_path: float = 0.0
-    """A part of a block is left out of a row with a probability that rises linearly from 0 in the first layer to this
-    in the last (stochastic depth, arXiv 1603.09382). If it is positive, it stands in for `dropout` in the blocks."""
     attention_dropout: float = 0.0
     """On attention weights."""
     init_std: float = 0.02
@@ -93,6 +77,18 @@ class StackConfig:
     """See `jaxtok.kernels.attention`."""
     unroll: int = 1
     """Layers in one iteration of the scan over layers: more compile longer and may run faster."""
+
+    RETIRED: ClassVar[dict[str, Any]] = {
+        "cosine_scores": False,
+        "cross": False,
+        "drop_path": 0.0,
+        "full_layers": (),
+        "modulation": False,
+        "rotary_table": False,
+        "scale_by_layer": False,
+        "softmax1": False,
+    }
+    """What all stacks had once and the systems that use it have now."""
 
     def __post_init__(self):
         for field in ("num_layers", "d_model", "num_heads", "unroll"):
@@ -111,7 +107,7 @@ class StackConfig:
             )
         if self.norm not in NORMS:
             raise ValueError(f"norm is {self.norm!r}, which is unknown; it can be {', '.join(NORMS)}.")
-        for field in ("dropout", "attention_dropout", "drop_path"):
+        for field in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be in [0, 1).")
         if not 0 <= self.rotary_fraction <= 1:
@@ -125,8 +121,6 @@ class StackConfig:
         for field, allowed in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it can be {', '.join(allowed)}.")
-        if self.modulation and self.post_norm:
-            raise ValueError("modulation is True, but post_norm too; only blocks with the norm in front are modulated.")
         if self.attention not in IMPLEMENTATIONS:
             raise ValueError(f"attention is {self.attention!r}; it can be {', '.join(IMPLEMENTATIONS)}.")
         if self.remat not in REMAT_POLICIES:
@@ -146,9 +140,35 @@ class StackConfig:
         return 2 / self.num_layers / math.sqrt(self.d_model)
 
     def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
-        """The module that maps [..., d_model] to [..., features] in one of the places of `GROUPS`, or with a modulation
-        from the condition, in the place "modulation"."""
+        """The module that maps [..., d_model] to [..., features] as query, key, value, output or ffn of a block."""
         raise NotImplementedError(f"{type(self).__name__} does not say what a projection is.")
+
+    def block(self) -> type[Block]:
+        return Block
+
+    def rotate(
+        self,
+        q: Float[Array, "batch length heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        positions: Int[Array, "#batch length"],
+    ) -> tuple[Array, Array]:
+        """Queries and keys with their positions in them."""
+        if not self.rotary_fraction:
+            return q, k
+        options = {"fraction": self.rotary_fraction, "base": self.rotary_base, "scaling": self.rotary_scaling}
+        return apply_rotary(q, positions, **options), apply_rotary(k, positions, **options)
+
+    def scored(self, q: Array, k: Array, layer: Int[Array, ""]) -> tuple[Array, Array]:
+        """After the rotation: queries and keys whose products over sqrt(head_dim) are the scores."""
+        return q if self.scale_scores else q * math.sqrt(self.head_dim), k
+
+    def softmax(self) -> Callable[[Array], Array] | None:
+        """What makes weights of scores in float32, in place of softmax; None: softmax."""
+        return None
+
+    def window_of(self, layer: Int[Array, ""]) -> int | Int[Array, ""] | None:
+        """The window of a layer; None: it has none."""
+        return self.window or None
 
     def projection_params(self) -> int:
         """Numbers in one block's projections, each of which costs 2 FLOPs a token in the forward pass."""
@@ -168,7 +188,20 @@ class StackConfig:
         return Norm(kind or self.norm, eps=self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
 
-class _Attention(nn.Module):
+@flax.struct.dataclass
+class Call:
+    """What all blocks of a call are given."""
+
+    positions: Int[Array, "#batch length"]
+    segments: Int[Array, "batch length"] | None = None
+    mask: Bool[Array, "#batch length length"] | None = None
+    bias: tuple[Array, ...] = ()
+    condition: Any = None
+    """What a config's own block takes more."""
+    deterministic: bool = flax.struct.field(pytree_node=False, default=True)
+
+
+class MultiHead(nn.Module):
     """What self- and cross-attention have in common: projections to heads, and from them."""
 
     config: StackConfig
@@ -182,17 +215,14 @@ class _Attention(nn.Module):
             y = cfg.norm_module(f"{group}_norm", "rms")(y)
         return y
 
-    def sow_scored(self, q, k):
-        """For losses on attention scores, q k^T / sqrt(head_dim)."""
+    def attend(self, q, k, v, deterministic, **options):
+        """Between heads; what the scores come from is sown for losses on them."""
+        cfg = self.config
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
-
-    def options(self, deterministic):
-        cfg = self.config
-        options: dict[str, Any] = {"softmax1": cfg.softmax1}
         if cfg.attention_dropout and not deterministic:
             options |= {"dropout": cfg.attention_dropout, "rng": self.make_rng("dropout")}
-        return options
+        return attend(q, k, v, softmax=cfg.softmax(), **options)
 
     def output(self, y, deterministic):
         cfg = self.config
@@ -201,143 +231,64 @@ class _Attention(nn.Module):
         return checkpoint_name(y, "projection")
 
 
-class SelfAttention(_Attention):
+class SelfAttention(MultiHead):
     """Multi-head attention between tokens, between projections."""
 
     @nn.compact
-    def __call__(
-        self, x, positions, segments, cache: KVCache | None, layer, deterministic, bias=(), rotary=None, mask=None
-    ):
-        cfg = self.config
-        q = self.heads(x, "query", cfg.num_heads, deterministic)
-        k, v = (self.heads(x, group, cfg.kv_heads, deterministic) for group in ("key", "value"))
-        if cfg.rotary_table:
-            q, k = apply_rotary_table(q, rotary), apply_rotary_table(k, rotary)
-        elif cfg.rotary_fraction:
-            rotate = functools.partial(
-                apply_rotary, fraction=cfg.rotary_fraction, base=cfg.rotary_base, scaling=cfg.rotary_scaling
-            )
-            q, k = rotate(q, positions), rotate(k, positions)
-        if cfg.cosine_scores:
-            q, k = unit_length(q), unit_length(k)
-        if not cfg.scale_scores:
-            q = q * math.sqrt(cfg.head_dim)
-        if cfg.scale_by_layer:
-            q = q / (layer + 1).astype(q.dtype)
-        window = cfg.window or None
-        if cfg.window and cfg.full_layers:
-            full = jnp.isin(layer, jnp.array(cfg.full_layers, jnp.int32))
-            window = jnp.where(full, jnp.iinfo(jnp.int32).max // 2, cfg.window)
-        if cfg.mask_keys and segments is not None:
-            segments = (jnp.ones_like(segments), segments)
-        self.sow_scored(q, k)
+    def __call__(self, x, cache: KVCache | None, layer, call: Call):
+        cfg, positions, segments = self.config, call.positions, call.segments
+        q = self.heads(x, "query", cfg.num_heads, call.deterministic)
+        k, v = (self.heads(x, group, cfg.kv_heads, call.deterministic) for group in ("key", "value"))
+        q, k = cfg.scored(*cfg.rotate(q, k, positions), layer)
+        window = cfg.window_of(layer)
         # Where layers have kept other slots, each has a bias of its own.
-        bias = tuple(b[layer] if b.ndim == 5 else b for b in bias)
-        options = {"bias": bias, **self.options(deterministic)}
+        options = {"bias": tuple(b[layer] if b.ndim == 5 else b for b in call.bias)}
         if cache is not None:
             cache = cache.append(layer, k, v)
+            options["visible"] = visible_slots(cache, layer, positions, mask=call.mask, window=window)
             k, v = (stored[layer].astype(q.dtype) for stored in (cache.keys, cache.values))
-            y = attend(q, k, v, visible=visible_slots(cache, layer, positions, mask=mask, window=window), **options)
-        elif mask is not None:
-            y = attend(q, k, v, visible=visible_tokens(mask, positions, window, segments), **options)
+        elif call.mask is not None:
+            options["visible"] = visible_tokens(call.mask, positions, window, segments)
         else:
+            if cfg.mask_keys and segments is not None:
+                segments = (jnp.ones_like(segments), segments)
             options |= {"causal": cfg.causal, "window": window, "segments": segments}
-            y = attend(q, k, v, implementation=cfg.attention, **options)
-        return self.output(y, deterministic), cache
-
-
-class CrossAttention(_Attention):
-    """Multi-head attention from tokens to a context, whose keys and values a cache keeps from the first call on."""
-
-    @nn.compact
-    def __call__(self, x, context, bias, cache: KVCache | None, layer, deterministic):
-        cfg = self.config
-        q = self.heads(x, "query", cfg.num_heads, deterministic)
-        if not cfg.scale_scores:
-            q = q * math.sqrt(cfg.head_dim)
-        if context is None:
-            k, v = (stored[layer].astype(q.dtype) for stored in cache.context)
-        else:
-            k, v = (self.heads(context, group, cfg.kv_heads, deterministic) for group in ("key", "value"))
-            if cache is not None:
-                keys, values = cache.context
-                cache = cache.replace(
-                    context=(
-                        keys.at[layer].set(k.astype(keys.dtype)),
-                        values.at[layer].set(v.astype(values.dtype)),
-                    )
-                )
-        self.sow_scored(q, k)
-        y = attend(q, k, v, causal=False, bias=bias, **self.options(deterministic))
-        return self.output(y, deterministic), cache
+            options["implementation"] = cfg.attention
+        y = self.attend(q, k, v, call.deterministic, **options)
+        return self.output(y, call.deterministic), cache
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + ffn(norm(x)); or with the norms behind the sums."""
+    """x + attention(norm(x)), then x + ffn(norm(x)); or with the norms after the sums."""
 
     config: StackConfig
 
     @nn.compact
-    def __call__(
-        self,
-        carry,
-        layer,
-        positions,
-        segments,
-        deterministic,
-        bias=(),
-        context=None,
-        context_bias=(),
-        rotary=None,
-        condition=None,
-        mask=None,
-    ):
-        cfg = self.config
+    def __call__(self, carry, layer, call: Call):
         x, cache = carry
-
-        def dropout(y):
-            y = constrain(y, "d_model")
-            if not cfg.drop_path:
-                return nn.Dropout(cfg.dropout)(y, deterministic)
-            if deterministic:
-                return y
-            kept = 1 - cfg.drop_path * layer / max(cfg.num_layers - 1, 1)
-            rows = jax.random.bernoulli(self.make_rng("dropout"), kept, (y.shape[0], 1, 1))
-            return jnp.where(rows, y / kept, 0).astype(y.dtype)
-
-        if cfg.modulation:
-            project = cfg.projection("modulation", 6 * cfg.d_model, name="modulation")
-            parts = jnp.split(project(nn.silu(condition)), 6, axis=-1)
-            modulations = {"attention": parts[:3], "ffn": parts[3:]}
-
-        def around(part, name):  # residual and norm
-            norm = cfg.norm_module(f"norm_{name}")
-            if cfg.modulation and name in modulations:
-                shift, scale, gate = modulations[name]
-                return x + dropout(gate * part(norm(x) * (1 + scale) + shift))
-            y = part(x if cfg.post_norm else norm(x))
-            return norm(x + dropout(y)) if cfg.post_norm else x + dropout(y)
-
-        def attention(y):
-            nonlocal cache
-            module = SelfAttention(cfg, name="attention")
-            y, cache = module(y, positions, segments, cache, layer, deterministic, bias, rotary, mask)
-            return y
-
-        def cross_attention(y):
-            nonlocal cache
-            y, cache = CrossAttention(cfg, name="cross")(y, context, context_bias, cache, layer, deterministic)
-            return y
-
-        def ffn(y):
-            return cfg.projection("ffn", cfg.d_model, name="ffn")(y, deterministic=deterministic)
-
-        x = around(attention, "attention")
-        if cfg.cross:
-            x = around(cross_attention, "cross")
-        x = around(ffn, "ffn")
+        for name, part in self.parts().items():
+            x, cache = self.around(name, part, x, cache, layer, call)
         self.sow("intermediates", "hidden", x)
         return (x, cache), None
+
+    def parts(self) -> dict[str, Callable]:
+        """In their order; each maps (y, cache, layer, call) to what it adds, and the cache."""
+        return {"attention": SelfAttention(self.config, name="attention"), "ffn": self.ffn}
+
+    def ffn(self, y, cache, layer, call: Call):
+        project = self.config.projection("ffn", self.config.d_model, name="ffn")
+        return project(y, deterministic=call.deterministic), cache
+
+    def around(self, name, part, x, cache, layer, call: Call):
+        """A part with its norm and what it is added to."""
+        norm = self.config.norm_module(f"norm_{name}")
+        y, cache = part(x if self.config.post_norm else norm(x), cache, layer, call)
+        x = x + self.dropped(y, layer, call)
+        return norm(x) if self.config.post_norm else x, cache
+
+    def dropped(self, y, layer, call: Call):
+        """What is left of it in training."""
+        return nn.Dropout(self.config.dropout)(constrain(y, "d_model"), call.deterministic)
 
 
 class Stack(nn.Module):
@@ -355,10 +306,7 @@ class Stack(nn.Module):
         deterministic: bool = True,
         *,
         bias: tuple[Array, ...] = (),
-        context: Float[Array, "batch slots d_context"] | None = None,
-        context_bias: tuple[Array, ...] = (),
-        rotary: Float[Array, "#batch length pairs 2"] | None = None,
-        condition: Float[Array, "batch 1 d_model"] | None = None,
+        condition: Any = None,
         mask: Bool[Array, "#batch length length"] | None = None,
         layers: tuple[int, int] | None = None,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
@@ -368,26 +316,20 @@ class Stack(nn.Module):
           positions: default: 0, 1, ..., or those after what each row's cache holds.
           bias: added to the scores of self-attention in every layer; see `attend`. With a fifth dimension before the
             others, each layer has its own.
-          context: what `cross` attends to. With a cache that holds its keys and values already, it can be None.
-          context_bias: as `bias`, for cross-attention.
-          rotary: with `rotary_table`, the table that turns the queries and keys of these places.
-          condition: with `modulation`, what every layer projects to its shifts, scales and gates.
+          condition: what the config's own block takes more.
           mask: who sees whom among these tokens, in place of causality; a cache's tokens are seen as without it.
           layers: (a, b), to run the layers from number a on and before number b only. With a cache, a = 0 gives it new
             tokens; with a > 0, x are the states of its newest tokens, which the earlier layers have already. Only the
             layers that run are written.
 
         Raises:
-          ValueError: the config asks for a table or a condition, and there is none; or there are no such layers.
+          ValueError: there are no such layers.
         """
         cfg = self.config
         first, end = layer_range(layers, cfg.num_layers)
-        for name, needed, given in (("rotary", cfg.rotary_table, rotary), ("condition", cfg.modulation, condition)):
-            if needed and given is None:
-                raise ValueError(f"the stack's config needs the argument {name}; give it.")
-        block: Any = Block
+        block: Any = cfg.block()
         if cfg.remat != "none":
-            block = nn.remat(block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False, static_argnums=(5,))
+            block = nn.remat(block, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
         if self.is_initializing():
             first, end = 0, cfg.num_layers
         elif first == end:
@@ -396,7 +338,7 @@ class Stack(nn.Module):
             block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, *[nn.broadcast] * 9),
+            in_axes=(0, nn.broadcast),
             length=end - first,
             unroll=min(cfg.unroll, end - first),
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -404,19 +346,8 @@ class Stack(nn.Module):
         if end - first < cfg.num_layers:
             scan = nn.map_variables(scan, "params", lambda params: jax.tree.map(lambda leaf: leaf[first:end], params))
         positions, cache = entered(x, positions, cache, first)
-        (x, cache), _ = scan(cfg, name="blocks")(
-            (x, cache),
-            jnp.arange(first, end),
-            positions,
-            segments,
-            deterministic,
-            bias,
-            context,
-            context_bias,
-            rotary,
-            condition,
-            mask,
-        )
+        call = Call(positions, segments, mask, bias, condition, deterministic)
+        (x, cache), _ = scan(cfg, name="blocks")((x, cache), jnp.arange(first, end), call)
         return x, cache
 
 

@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -28,11 +28,12 @@ from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain, gather
 from jaxtok.data.codes import CodeData
-from jaxtok.nn.cache import KVCache, check_row, entered
+from jaxtok.nn.cache import KVCache, check_row
 from jaxtok.nn.linear import Linear, LlamaStack
 from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean
-from jaxtok.nn.rotary import rotary_table_2d
-from jaxtok.nn.transformer import Stack, layer_range
+from jaxtok.nn.norms import unit_length
+from jaxtok.nn.rotary import apply_rotary_table, rotary_table_2d
+from jaxtok.nn.transformer import Block, Call, Stack, layer_range
 from jaxtok.protocols import Batch, Data, OnProgress, Params, Sums, Task
 from jaxtok.vision.classes import check_classes
 
@@ -61,15 +62,23 @@ class ElmConfig(LlamaStack):
     """Of a sub-code (k), which has 2^k values."""
     num_classes: int = 1000
     """One more, behind these, stands for no class."""
-    rotary_table: bool = True
+    modulation: bool = False
+    """The class shifts and scales what comes out of a block's norms and gates what its parts add (DiT's adaLN)."""
+    cosine_scores: bool = False
+    """Queries and keys of length 1, after the rotation; with `scale_scores` off, scores are their cosines."""
     dropout: float = 0.1
     """On what each part of a block adds."""
+    drop_path: float = 0.0
+    """A part of a block is left out of a row with a probability that rises linearly from 0 in the first layer to this
+    in the last (stochastic depth, arXiv 1603.09382). If it is positive, it stands in for `dropout` in the blocks."""
     token_dropout: float = 0.1
     """On the input embeddings."""
     class_dropout: float = 0.1
     """How often a class is withheld in training, for the guidance."""
     loss_chunk: int = 0
     """Positions whose logits exist at a time in training; 0: all. A divisor of grid x grid."""
+
+    RETIRED: ClassVar[dict[str, Any]] = {"rotary_table": True}
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,7 +90,7 @@ class ElmConfig(LlamaStack):
                 f"code_bits is {self.code_bits}; it must be in 1..24, as a table has 2^code_bits rows; "
                 "cut the bits into more sub-codes."
             )
-        for field in ("token_dropout", "class_dropout"):
+        for field in ("token_dropout", "class_dropout", "drop_path"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be in [0, 1).")
         if self.head_dim % 4:
@@ -89,8 +98,8 @@ class ElmConfig(LlamaStack):
                 f"d_model is {self.d_model} and num_heads is {self.num_heads}, which gives heads of {self.head_dim} "
                 "channels; the rotation by row and column needs a multiple of 4."
             )
-        if not self.rotary_table:
-            raise ValueError("rotary_table is False; ELM knows places by the rotation by row and column only.")
+        if self.modulation and self.post_norm:
+            raise ValueError("modulation is True, but post_norm too; only blocks with the norm first are modulated.")
         if self.loss_chunk < 0 or (self.loss_chunk and self.positions % self.loss_chunk):
             raise ValueError(
                 f"loss_chunk is {self.loss_chunk}; it must divide grid x grid = {self.positions}, or be 0."
@@ -124,11 +133,60 @@ class ElmConfig(LlamaStack):
         """For the class token (zeros) and each position."""
         return rotary_table_2d(self.grid, self.grid, self.head_dim, self.rotary_base, leading=1)
 
+    def rotate(self, q, k, positions):
+        table = jnp.take(jnp.asarray(self.rotation()), positions, axis=0, mode="clip")
+        return apply_rotary_table(q, table), apply_rotary_table(k, table)
+
+    def scored(self, q, k, layer):
+        if self.cosine_scores:
+            q, k = unit_length(q), unit_length(k)
+        return super().scored(q, k, layer)
+
+    def block(self) -> type[Block]:
+        return ElmBlock
+
+    def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
+        if group == "modulation":  # of standard deviation 0: at first, a block changes nothing
+            return self.linear(features, ("d_model", "modulation"), 0.0, True, name)
+        return super().projection(group, features, name)
+
     def flops(self) -> float:
         """Forward FLOPs of one image: projection of the sub-codes, blocks, modulations and heads."""
         n, t, d = self.positions, self.sub_codes, self.d_model
         once = 2 * d * d * (6 * self.num_layers + 2) if self.modulation else 0
         return n * (self.stack_flops(n) + (2 * t * d * d if t > 1 else 0) + 2 * t * self.codebook * d) + once
+
+
+class ElmBlock(Block):
+    """With modulation by the class's embedding, which is the condition, and with stochastic depth."""
+
+    @nn.compact
+    def __call__(self, carry, layer, call: Call):
+        cfg = self.config
+        if cfg.modulation:
+            project = cfg.projection("modulation", 6 * cfg.d_model, name="modulation")
+            parts = jnp.split(project(nn.silu(call.condition)), 6, axis=-1)
+            call = call.replace(condition={"attention": parts[:3], "ffn": parts[3:]})
+        return super().__call__(carry, layer, call)
+
+    def around(self, name, part, x, cache, layer, call: Call):
+        if not self.config.modulation:
+            return super().around(name, part, x, cache, layer, call)
+        shift, scale, gate = call.condition[name]
+        norm = self.config.norm_module(f"norm_{name}")
+        y, cache = part(norm(x) * (1 + scale) + shift, cache, layer, call)
+        return x + self.dropped(gate * y, layer, call), cache
+
+    def dropped(self, y, layer, call: Call):
+        cfg = self.config
+        if not cfg.drop_path:
+            return super().dropped(y, layer, call)
+        y = constrain(y, "d_model")
+        if call.deterministic:
+            return y
+        kept = 1 - cfg.drop_path * layer / max(cfg.num_layers - 1, 1)
+        rows = jax.random.bernoulli(self.make_rng("dropout"), kept, (y.shape[0], 1, 1))
+        return jnp.where(rows, y / kept, 0).astype(y.dtype)
 
 
 class ElmBase(nn.Module):
@@ -233,15 +291,8 @@ class Elm(ElmBase):
           condition: the class's embedding, for the modulation.
         """
         cfg = self.config
-        rows = jax.lax.dynamic_slice_in_dim(jnp.asarray(cfg.rotation()), place, x.shape[1])[None]
-        x, cache = self.stack(
-            x,
-            None,
-            cache=cache,
-            deterministic=deterministic,
-            rotary=rows,
-            condition=condition if cfg.modulation else None,
-        )
+        positions = place + jnp.arange(x.shape[1])[None]
+        x, cache = self.stack(x, positions, cache=cache, deterministic=deterministic, condition=condition)
         x = self.final_norm(x)
         if cfg.modulation:
             shift, scale = jnp.split(self.final_modulation(nn.silu(condition)), 2, axis=-1)
@@ -302,14 +353,12 @@ class ElmText(Elm):
     def hidden(
         self, x, *, positions=None, segments=None, mask=None, layers=None, cache=None, deterministic: bool = True
     ):
-        cfg, (batch, length) = self.config, x.shape[:2]
-        check_row(length, cfg.max_length, segments, cache)
+        cfg = self.config
+        check_row(x.shape[1], cfg.max_length, segments, cache)
         first, end = layer_range(layers, cfg.num_layers)
-        positions = jnp.broadcast_to(entered(x, positions, cache, first)[0], (batch, length))
-        rows = jnp.take(jnp.asarray(cfg.rotation()), positions, axis=0)
         if first == 0:
             x = self.embedding_dropout(x, deterministic)
-        x, cache = self.stack(x, positions, segments, cache, deterministic, rotary=rows, mask=mask, layers=(first, end))
+        x, cache = self.stack(x, positions, segments, cache, deterministic, mask=mask, layers=(first, end))
         return self.final_norm(x) if end == cfg.num_layers else x, cache
 
     def head(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length vocab"]:

@@ -133,7 +133,7 @@ class MaskedElm(ElmBase):
         x = jnp.where(jnp.repeat(masked, t, axis=1)[..., None], self.mask_embedding, x)
         x = jnp.concatenate([jnp.repeat(self.embed_class(labels, deterministic), t, axis=1), x], axis=1)
         x = self.embedding_dropout(constrain(x, "d_model"), deterministic)
-        x, _ = self.stack(x, None, deterministic=deterministic, rotary=jnp.asarray(cfg.rotation())[None])
+        x, _ = self.stack(x, None, deterministic=deterministic)
         return self.head_norm(gelu(self.head_dense(self.final_norm(x)[:, t:])))
 
     def target_table(self) -> tuple[Array, Array]:

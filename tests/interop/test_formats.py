@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 
 from jaxtok.cli import main
 from jaxtok.convert import open_run
@@ -529,7 +530,7 @@ def test_where_the_ends_of_texts_come_from(hub):
     edit(hub / "config.json", eos_token_id=None)
     assert ends_of(hub)[1] == (381,), "and then the eos_token of tokenizer_config.json"
     edit(hub / "tokenizer_config.json", add_bos_token=False)
-    assert ends_of(hub)[0] == ()
+    assert ends_of(hub)[0] == (380,), "the tokenizer.json says so, which transformers follows"
     tokenizer = json.loads((hub / "tokenizer.json").read_text())
     _, template = tokenizer["post_processor"]["processors"]
     template["single"].append({"SpecialToken": {"id": "<|end_of_text|>", "type_id": 0}})
@@ -539,11 +540,28 @@ def test_where_the_ends_of_texts_come_from(hub):
         "tokens": ["<|end_of_text|>"],
     }
     (hub / "tokenizer.json").write_text(json.dumps(tokenizer))
-    edit(hub / "tokenizer_config.json", add_bos_token=True)
     assert ends_of(hub)[0] == (380,), "what is written after a text is no part of a prompt"
     edit(hub / "tokenizer_config.json", eos_token=None)
     with pytest.raises(ValueError, match="no eos_token_id, neither in generation_config"):
         ends_of(hub)
+
+
+def test_the_symbols_of_an_encoder_come_from_its_tokenizer(tmp_path):
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh", *(f"##{letter}" for letter in "abcdefgh")]
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({name: i for i, name in enumerate(names)}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.add_special_tokens(names[:5])
+    model = CASES["bert"]().model()
+    folder = format_named("bert").write_model(tmp_path / "bert", model.task.model, model.params)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    read = format_of(folder).read(folder)
+    assert (read.task.masking.mask_id, read.task.masking.kept_ids) == (4, (2, 3))
+    assert (read.data.cls_id, read.data.sep_id, read.data.pad_id) == (2, 3, 0)
+    assert (read.begin, read.ends) == ((2,), (3,))
+    assert read.tokenizer.encode("abc") == tokenizer.encode("abc", add_special_tokens=False).ids
 
 
 def test_a_run_and_an_export_keep_them(hub, tmp_path):

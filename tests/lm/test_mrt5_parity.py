@@ -25,7 +25,7 @@ from jaxtok.lm.mrt5 import (
     regulariser,
     score_excess,
 )
-from jaxtok.lm.t5 import shift_right
+from jaxtok.lm.t5 import shift_right, softmax1
 from jaxtok.nn.attention import attend
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.tokenizers import ByT5Tokenizer
@@ -225,7 +225,7 @@ def test_rules(golden, parity):
         values[:, :, None],
         causal=False,
         bias=(scores[:, None, None],),
-        softmax1=True,
+        softmax=softmax1,
     )
     for ours, theirs in zip(weights[:, 0, 0], golden["out/softmax1"]):
         parity("softmax1", ours, theirs, rtol=1e-5)

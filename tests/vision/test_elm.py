@@ -18,7 +18,6 @@ from tiny import Case, typed
 from jaxtok import decoding
 from jaxtok.data.codes import CodeData, regroup
 from jaxtok.nn.bits import pack_bits, unpack_bits
-from jaxtok.nn.linear import LinearStack
 from jaxtok.nn.losses import by_parts
 from jaxtok.nn.rotary import rotary_table_2d
 from jaxtok.nn.transformer import Stack
@@ -310,7 +309,7 @@ def test_classes_are_withheld_in_training():
 
 def test_paths_are_dropped_by_depth():
     """Never in the first of two layers; in the second, either part of it or both, for a whole row, or none."""
-    config = StackOf(num_layers=2, d_model=8, num_heads=1, mlp_dim=8, drop_path=0.5, norm="rms", rotary_fraction=0.0)
+    config = StackOf(num_layers=2, d_model=8, num_heads=1, mlp_dim=8, drop_path=0.5)
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 3, 8)), (200, 3, 8))
 
     @jax.jit
@@ -327,7 +326,7 @@ def test_paths_are_dropped_by_depth():
     assert np.abs(kinds - first[0]).max(-1).min() < 2e-4  # both dropped: what the first layer gives, whole
 
 
-class StackOf(LinearStack):
+class StackOf(ElmConfig):
     output_init_std = 0.3
 
 
@@ -647,7 +646,6 @@ def test_one_round_draws_every_code_once():
         ({"loss_chunk": 2}, "loss_chunk is 2"),
         ({"class_dropout": 1.0}, "class_dropout is 1.0"),
         ({"drop_path": 1.0}, "drop_path is 1.0"),
-        ({"rotary_table": False}, "rotary_table is False"),
         ({"modulation": True, "post_norm": True}, "modulation is True"),
     ],
 )
