@@ -36,7 +36,11 @@ jaxtok {version}: systems about tokens, in JAX
   jaxtok train configs/lm/tokenformer_small.py --train.steps 100 --task.model.d-model 256
 """
 
-PROCESSES = """
+TRAINING = """
+A new run starts with new parameters, or with those of another model:
+  --start MODEL     a run, RUN/checkpoints/STEP or a Hugging Face folder. Where the model is of another kind, `start` in
+                    the config is the surgery that leads to the run's. A run that is resumed does not open it again.
+
 Of a run of several processes, each is started with the same command. They find each other by what Slurm or a TPU pod
 sets, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by
   --coordinator HOST:PORT --num-processes N --process-id I
@@ -99,14 +103,23 @@ def _fail(message: str) -> int:
 
 
 def _train(arguments: list[str]) -> int:
-    arguments = _join_processes(arguments)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--start", type=Path)
+    ours, arguments = parser.parse_known_args(_join_processes(arguments))
     experiment = _config(arguments, "train")
     if experiment is None:
         return 0
     from jaxtok.training.distributed import is_main
     from jaxtok.training.loop import INTERRUPTED, count, train
 
-    result = train(experiment)
+    def start():
+        from jaxtok.model import Model
+        from jaxtok.verbs import open_model
+
+        opened = open_model(ours.start)
+        return Model(task=opened.task, params=opened.params, data=opened.data, path=ours.start)
+
+    result = train(experiment, start=start if ours.start else None)
     if not is_main():
         return INTERRUPTED if result.interrupted else 0
     _show({"run": result.directory, "step": result.step, "parameters": count(result.params)} | result.metrics)
@@ -167,7 +180,7 @@ def _config(arguments: list[str], verb: str) -> Any:
         print(f"usage: jaxtok {verb} CONFIG|RUN [--FIELD VALUE ...]\n\nConfigs here:{known or ' none'}\n")
         print(f"`jaxtok {verb} CONFIG --help` lists the fields of one and their values.")
         if verb == "train":
-            print(PROCESSES, end="")
+            print(TRAINING, end="")
         return None
     from jaxtok.configuration import load_config, override
     from jaxtok.training.checkpoints import read_config

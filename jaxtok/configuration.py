@@ -18,7 +18,10 @@ import tyro
 
 T = TypeVar("T")
 
-MOVED: dict[str, str] = {}
+MOVED: dict[str, str] = {
+    "jaxtok.lm.growth:Growth": "jaxtok.transfer.growth:Growth",
+    "jaxtok.training.lora:Lora": "jaxtok.transfer.lora:Lora",
+}
 """Types that stored configs name and that have moved: "module:Class", as it was stored -> as it is now.
 
 What has changed in a dataclass, it says itself, in class variables that its subclasses inherit:

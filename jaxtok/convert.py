@@ -82,7 +82,7 @@ def open_run(path: Path, ema: bool = False) -> Model:
       FileNotFoundError, ValueError: as `jaxtok.training.checkpoints.load`.
     """
     loaded = load(path, ema)
-    data = loaded.experiment.data
+    data = loaded.data
     facts = named_texts(data.tokenizer).facts() | read_record(loaded.directory) if hasattr(data, "tokenizer") else {}
     return Model(
         task=loaded.task, params=loaded.params, data=data, path=loaded.directory, step=loaded.meta.step, **facts

@@ -312,27 +312,39 @@ def add_up(parts: Iterable[Mapping[str, Any]], counted: str) -> Sums:
     return {name: float(value) if np.ndim(value) == 0 else value for name, value in total.items()}
 
 
+@runtime_checkable
 class Surgery(Protocol):
     """A pure function from one model to another: growth, an adapter, another vocabulary.
 
-    It is used from the command line, and as a stage inside a run (`Experiment.stages`), on any mesh. It is a frozen
-    dataclass, so that a run's config tells it.
+    It is a stage inside a run (`Experiment.stages`), makes a run's beginning from another model (`Experiment.start`),
+    and is behind verbs such as `jaxtok grow`. It is a frozen dataclass, so that a run's config tells it.
     """
 
     steps: int
     """As a stage of a run: training steps after it, with the learning-rate schedule starting anew."""
     optimizer: Literal["keep", "reset"]
-    """Whether the optimizer's state is taken along or starts anew."""
+    """keep: `params` gets the optimizer's state and gives the one afterwards; reset: it gets None, and gives None."""
 
     def task(self, task: Task, data: Data) -> tuple[Task, Data]:
-        """The task and the data afterwards. Raises a ValueError for a task that it cannot change."""
+        """The task and the data afterwards.
+
+        Raises:
+          ValueError: it cannot change this task; the message names the task or its model.
+        """
         ...
 
-    def params(self, task: Task, params: Params, opt_state: Any, rng: jax.Array) -> tuple[Params, Any]:
-        """The parameters and the optimizer's state (None if it starts anew) afterwards; compiled, on the run's mesh.
+    def params(self, task: Task, data: Data, params: Params, opt_state: Any, rng: jax.Array) -> tuple[Params, Any]:
+        """The parameters and the optimizer's state afterwards. Inside a run it is compiled on the run's mesh.
 
-        `task` is the one before.
+        `task` and `data` are those before.
+
+        Raises:
+          ValueError: the parameters or the optimizer's state cannot be changed.
         """
+        ...
+
+    def towards(self, task: Task) -> Surgery:
+        """This surgery, with what it leaves open taken from the task that is to come out of it."""
         ...
 
 

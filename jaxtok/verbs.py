@@ -17,7 +17,6 @@ from jaxtok.decoding import Sampling
 from jaxtok.decoding import generate as generate_tokens
 from jaxtok.interop.formats import format_of, recognised
 from jaxtok.interop.peft import apply_adapter
-from jaxtok.lm.growth import Growth
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
 from jaxtok.protocols import TextGenerator, Tokenizer
@@ -25,8 +24,9 @@ from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.tokenizers.byte_words import basic_words
 from jaxtok.training.checkpoints import begin, fork, load, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
-from jaxtok.training.lora import Lora
 from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.transfer.growth import Growth
+from jaxtok.transfer.lora import AddLora, Lora
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +238,7 @@ def grow(
         to = TokenCounts(**{g: round(getattr(model.tokens, g) * times) for g in GROUPS})
     growth = Growth(to=to, init=init, scale=scale, optimizer=optimizer, train=train, steps=steps or 1)
     return fork(
-        checkpoint, output or Path(f"{str(checkpoint).rstrip('/')}-grown"), steps=steps, growth=growth, seed=seed
+        checkpoint, output or Path(f"{str(checkpoint).rstrip('/')}-grown"), steps=steps, surgery=growth, seed=seed
     )
 
 
@@ -275,8 +275,9 @@ def adapt(
         raise ValueError(f"{checkpoint} is of {type(opened.task).__name__}, and adapters are for models of text.")
     changes = {"corpus": corpus, "batch_size": batch_size, "length": length}
     data = dataclasses.replace(opened.data, seed=seed, **{name: new for name, new in changes.items() if new})
-    task = Lora(task=opened.task, lora=lora)
-    params = task.start(opened.params, jax.random.key(seed))
+    surgery = AddLora(lora=lora)
+    task, data = surgery.task(opened.task, data)
+    params, _ = surgery.params(opened.task, data, opened.params, None, jax.random.key(seed))
     optimizer = OptimizerConfig(
         learning_rate=learning_rate, min_learning_rate=learning_rate / 10, warmup=0.03, weight_decay=0.0
     )

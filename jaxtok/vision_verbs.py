@@ -190,7 +190,7 @@ def generate(
     loaded = load(checkpoint, ema)
     task = _generator(loaded.task, checkpoint)
     options = make_sampling(task, sampling)
-    header = _stored_header(loaded.experiment.data)
+    header = _stored_header(loaded.data)
     if tokenizer is None and not (header and header.tokenizer):
         raise ValueError(f"nothing says which tokenizer made the codes of {checkpoint}; give its run as --tokenizer.")
     decoder = open_tokenizer(tokenizer or Path(header.tokenizer))
@@ -316,7 +316,7 @@ def attention(
                 f"{path} is of {type(loaded.task).__name__}, which shows no attention; give runs of models of image "
                 "codes that do."
             )
-        data = dataclasses.replace(loaded.experiment.data, eval_limit=batches)
+        data = dataclasses.replace(loaded.data, eval_limit=batches)
         found[name] = locality(loaded.task, loaded.params, data.eval_batches(split))
     plot_locality(found, output)
     rows = {}
@@ -365,7 +365,7 @@ def open_tokenizer(path: Path, ema: bool = False) -> Model:
     if not isinstance(loaded.task, ImageTokenizer):
         raise ValueError(f"{path} is of {type(loaded.task).__name__}; give a run of an image tokenizer.")
     params = jax.device_put(loaded.params, make_layout().replicated)
-    return Model(task=loaded.task, params=params, data=loaded.experiment.data, path=Path(path), step=loaded.meta.step)
+    return Model(task=loaded.task, params=params, data=loaded.data, path=Path(path), step=loaded.meta.step)
 
 
 def code_header(tokenizer: Model, classes: tuple[str, ...]) -> Header:

@@ -7,6 +7,7 @@ A test file adds its systems to the contract tests by defining, next to its own 
     IMAGE_TOKENIZERS = {name: function}                an image tokenizer
     IMAGE_GENERATORS = {name: function}                a model that draws codes of images, of four classes
     DATASETS = {name: function}                        data; the function gets a file of texts and an empty folder
+    SURGERIES = {name: function}                       a surgery with a task, as a tiny.Operation
 
 as a literal dictionary at the top level of the file.
 """

@@ -1,8 +1,11 @@
 import dataclasses
+import importlib
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
+from jaxtok import configuration
 from jaxtok.configuration import differences, from_json, load_config, override, to_json
 from jaxtok.studies.comparison import Comparison
 from jaxtok.studies.elm import ElmStudy
@@ -30,19 +33,19 @@ def test_dotted_overrides_reach_every_depth():
         "7",
         "--task.model.tokens.ffn",
         "99",
-        "--growth.0.init",
+        "--stages.0.init",
         "copy",
         "--data.length",
         "64",
     ]
     config = override(small(), arguments, "jaxtok train")
-    assert (config.train.steps, config.task.model.tokens.ffn, config.growth[0].init) == (7, 99, "copy")
+    assert (config.train.steps, config.task.model.tokens.ffn, config.stages[0].init) == (7, 99, "copy")
     assert config.task.model.tokens.query == small().task.model.tokens.query
     assert differences(config, small()) == [
         "task.model.tokens.ffn: 99, not 144",
         "data.length: 64, not 128",
         "train.steps: 7, not 400",
-        "growth.0.init: copy, not zero_keys",
+        "stages.0.init: copy, not zero_keys",
     ]
 
 
@@ -71,6 +74,44 @@ def test_stored_configs_name_only_known_classes_and_fields():
         from_json({**stored, "colour": 1})
     with pytest.raises(ValueError, match="cannot hold"):
         to_json(dataclasses.replace(small(), task=object()))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    RENAMED: ClassVar[dict[str, str]] = {"breadth": "width"}
+    RETIRED: ClassVar[dict[str, Any]] = {"depth": 1}
+
+    width: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Box(Shape):
+    RETIRED: ClassVar[dict[str, Any]] = {"lids": (1, 2)}
+
+    height: int = 0
+
+
+def test_older_stored_configs_are_read_by_the_names_of_today(monkeypatch):
+    """A class that has moved, fields with another name and without one, also of the class it inherits from."""
+    here = f"{Box.__module__}:Box"
+    stored = {"type": "jaxtok.gone.nowhere:Case", "breadth": 3, "depth": 1, "lids": [1, 2], "height": 4}
+    with pytest.raises(ValueError, match=r"names jaxtok\.gone\.nowhere:Case, which is unknown"):
+        from_json(stored)
+    monkeypatch.setitem(configuration.MOVED, "jaxtok.gone.nowhere:Case", here)
+    assert from_json([stored]) == (Box(width=3, height=4),)
+    assert from_json(to_json(Box(width=3))) == Box(width=3)
+    for field, value in (("depth", 2), ("lids", [1])):
+        with pytest.raises(ValueError, match=rf"gives Box the field {field} = .*{value if field == 'depth' else 1}"):
+            from_json(stored | {field: value})
+    with pytest.raises(ValueError, match="gives Box the fields colour; it has no such"):
+        from_json(stored | {"colour": 1})
+
+
+def test_types_that_have_moved_are_there():
+    for old, new in configuration.MOVED.items():
+        module, _, name = new.partition(":")
+        assert dataclasses.is_dataclass(getattr(importlib.import_module(module), name, None)), old
+        assert new not in configuration.MOVED, f"{old} -> {new} has moved on"
 
 
 def test_missing_config_files_and_files_without_config(tmp_path):

@@ -42,6 +42,16 @@ class Case:
         return Experiment(task=self.task, data=self.data, train=self.train)
 
 
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """A surgery on a tiny case; tests/transfer/test_surgeries.py holds it to the contract."""
+
+    surgery: Any
+    before: Case
+    refused: Any
+    """A task that it cannot change."""
+
+
 def with_model(task: Any, **fields: Any) -> Any:
     """The task with other fields of its model (of a wrapper: of the model inside)."""
     if hasattr(task, "task"):

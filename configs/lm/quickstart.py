@@ -14,11 +14,11 @@ from jaxtok.configuration import load_config
 from jaxtok.studies.growth import GrowthStudy
 
 small = load_config(Path(__file__).with_name("tokenformer_small.py"))
-(growth,) = small.growth
+(growth,) = small.stages
 base = dataclasses.replace(
     small,
     name="base",
-    growth=(),
+    stages=(),
     train=dataclasses.replace(small.train, log_every=20, eval_every=50, checkpoint_every=200),
 )
 

@@ -7,11 +7,11 @@ Four minutes each on two cores. Expect `lost 0`: the killed run ends with the sa
 """
 
 from jaxtok.data.text import TextData
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.transfer.growth import Growth
 
 config = Experiment(
     name="recovery",
@@ -29,5 +29,5 @@ config = Experiment(
         optimizer=OptimizerConfig(learning_rate=3e-3, min_learning_rate=3e-4),
         tensorboard=False,
     ),
-    growth=(Growth(to=uniform_counts(128, 512), steps=120, init="copy", optimizer="keep"),),
+    stages=(Growth(to=uniform_counts(128, 512), steps=120, init="copy", optimizer="keep"),),
 )

@@ -4,12 +4,12 @@
 
 Needs GPT-NeoX-20B's tokenizer.json (--data.tokenizer FILE). The authors report perplexity 11.9 before the growth and
 10.7 after it. As in their run, new rows are random and tau follows the number of tokens: the loss jumps, then falls;
-`--growth.0.init zero_keys` preserves the function instead.
+`--stages.0.init zero_keys` preserves the function instead.
 """
 
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.tokenformer import PUBLISHED
 from jaxtok.training.recipes import gpt_neox
+from jaxtok.transfer.growth import Growth
 
 config = gpt_neox(
     PUBLISHED["owt-354m"],
@@ -17,5 +17,5 @@ config = gpt_neox(
     name="tokenformer_openwebtext2_354m_757m",
     steps=600_000,
     batch_size=512,
-    growth=(Growth(to=PUBLISHED["owt-757m"].tokens, steps=120_000, init="random"),),
+    stages=(Growth(to=PUBLISHED["owt-757m"].tokens, steps=120_000, init="random"),),
 )

@@ -7,9 +7,9 @@ Needs GPT-NeoX-20B's tokenizer.json (--data.tokenizer FILE). Read off the author
 the published numbers of parameters to within a per cent.
 """
 
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.tokenformer import PUBLISHED
 from jaxtok.training.recipes import gpt_neox
+from jaxtok.transfer.growth import Growth
 
 config = gpt_neox(
     PUBLISHED["124m"],
@@ -17,5 +17,5 @@ config = gpt_neox(
     name="tokenformer_openwebtext_124m_1_4b",
     steps=600_000,
     batch_size=512,
-    growth=tuple(Growth(to=PUBLISHED[size].tokens, steps=120_000) for size in ("354m", "757m", "1.4b")),
+    stages=tuple(Growth(to=PUBLISHED[size].tokens, steps=120_000) for size in ("354m", "757m", "1.4b")),
 )

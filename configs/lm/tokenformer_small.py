@@ -7,11 +7,11 @@ Trains 393,000 parameters for 400 steps, grows to 1.4 million without changing t
 """
 
 from jaxtok.data.text import TextData
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.transfer.growth import Growth
 
 config = Experiment(
     name="tokenformer_small",
@@ -32,5 +32,5 @@ config = Experiment(
         checkpoint_every=100,
         optimizer=OptimizerConfig(learning_rate=1.5e-3, min_learning_rate=1.5e-4, warmup=0.05),
     ),
-    growth=(Growth(to=uniform_counts(attention=192, ffn=576), steps=200),),
+    stages=(Growth(to=uniform_counts(attention=192, ffn=576), steps=200),),
 )

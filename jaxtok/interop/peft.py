@@ -323,7 +323,7 @@ def _number(x: float) -> float | int:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFolder:
-    """The format: of a task that trains an adapter (`jaxtok.training.lora.Lora`) it writes this, without the base."""
+    """The format: of a task that trains an adapter (`jaxtok.transfer.lora.Lora`) it writes this, without the base."""
 
     name: str = "peft"
     holds: str = "LoRA adapters"

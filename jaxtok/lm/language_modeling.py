@@ -11,9 +11,8 @@ import jax.numpy as jnp
 
 from jaxtok.lm.decoder import Decoder, DecoderConfig
 from jaxtok.lm.fitting import fit_text
-from jaxtok.lm.growth import Growth, grow_task, new_token_mask
 from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics, text_sums
-from jaxtok.nn.parameter_attention import TokenCounts
+from jaxtok.nn.parameter_attention import TokenCounts, new_token_mask
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 
@@ -25,7 +24,7 @@ class LanguageModeling(Task):
 
     model: DecoderConfig
     frozen_tokens: TokenCounts = TokenCounts()
-    """If any is positive, only the parameter tokens behind these train (growth with `train = new`)."""
+    """If any is positive, only the parameter tokens after these train."""
 
     def module(self) -> Decoder:
         return Decoder(self.model)
@@ -58,12 +57,6 @@ class LanguageModeling(Task):
         """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
         rows, length = batch["tokens"].shape
         return 3 * rows * length * self.model.flops(length)
-
-    def grow(
-        self, growth: Growth, params: Params, opt_state: Any, rng: jax.Array
-    ) -> tuple[LanguageModeling, Params, Any]:
-        """The task, parameters and optimizer state after a growth of a model that is made of parameter tokens."""
-        return grow_task(self, growth, params, opt_state, rng)
 
     def _nats(self, params, batch, rng=None):
         logits, _ = self.module().apply(

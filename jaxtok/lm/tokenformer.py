@@ -2,7 +2,7 @@
 
 Every projection attends from the input's tokens to learned key-value *parameter tokens* (`nn.parameter_attention`),
 also the feed-forward, which is a single one. Width, depth and heads never change; the model grows by appending
-parameter tokens (`jaxtok.lm.growth`).
+parameter tokens (`jaxtok.transfer.growth`).
 
 Where the authors' PyTorch and TPU code differ, the PyTorch code is followed; `tpu_variant` has the other's choices.
 """

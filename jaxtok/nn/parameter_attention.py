@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -243,3 +244,20 @@ class ParameterAttentionStack(StackConfig):
     def projection_params(self) -> int:
         """Numbers in one block's projections."""
         return 2 * self.d_model * self.tokens.total()
+
+
+def group_of(path: Sequence[Any]) -> str | None:
+    """The group of a parameter (or of its moment) by its path in the tree; None if it holds no parameter tokens."""
+    keys = [getattr(k, "key", None) for k in path]
+    return keys[-2] if len(keys) > 1 and keys[-1] in ("keys", "values") and keys[-2] in GROUPS else None
+
+
+def new_token_mask(params: Any, old: TokenCounts) -> Any:
+    """1 for the parameter tokens after the first `old` of their group, 0 for all else; broadcasts against `params`."""
+
+    def mask(path, leaf):
+        if (group := group_of(path)) is None:
+            return jnp.zeros((), jnp.float32)
+        return (jnp.arange(leaf.shape[-2]) >= getattr(old, group)).astype(jnp.float32)[:, None]
+
+    return jax.tree_util.tree_map_with_path(mask, params)

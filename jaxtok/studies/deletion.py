@@ -14,10 +14,12 @@ import numpy as np
 
 from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, begin, finish
 from jaxtok.lm.t5 import T5, encode, init_params
+from jaxtok.model import Model
 from jaxtok.studies.comparison import Comparison
+from jaxtok.training import checkpoints
 from jaxtok.training.experiment import Experiment
-from jaxtok.training.loop import train
-from jaxtok.training.recipes import start_from_byt5
+from jaxtok.training.loop import start_from, train
+from jaxtok.transfer.mrt5 import T5ToMrT5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,9 +38,12 @@ class Continued(Comparison):
         base = dataclasses.replace(base, data=dataclasses.replace(base.data, seed=seed + 1))
         experiment = self.experiment(arm, seed)
         if not experiment.directory.exists():
-            if train(base).interrupted:
+            trained = train(base)
+            if trained.interrupted:
                 return None
-            start_from_byt5(experiment, base.directory)
+            beginning = dataclasses.replace(experiment, start=T5ToMrT5()).fitted()
+            source = Model(task=trained.task, params=trained.params, data=base.data, path=trained.directory)
+            checkpoints.begin(beginning, start_from(beginning, source))
         return super()._run_arm(arm, seed)
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import rich.console
 
 from jaxtok.configuration import differences, from_json, to_json
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.nn.parameter_attention import TokenCounts
 from jaxtok.studies.comparison import key, markdown, print_table, spread
@@ -24,6 +23,7 @@ from jaxtok.training.checkpoints import fork, load
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import count, train
+from jaxtok.transfer.growth import Growth
 from jaxtok.verbs import generate
 
 
@@ -148,7 +148,7 @@ class GrowthStudy:
         spec, folder = ARMS[arm], self.folder(arm, seed)
         if spec.fork and not (folder / "config.json").exists():
             growth = None if spec.growth is None else Growth(to=self.to, steps=self.steps, **spec.growth)
-            fork(self.folder("base", seed), folder, steps=self.steps, growth=growth, seed=seed)
+            fork(self.folder("base", seed), folder, steps=self.steps, surgery=growth, seed=seed)
         experiment = load(folder).experiment if spec.fork else self.experiment(arm, seed)
         first = self._first(folder, experiment) if spec.fork else None
         result = train(experiment)

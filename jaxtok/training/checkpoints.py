@@ -23,7 +23,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from jaxtok.configuration import from_json, to_json
-from jaxtok.lm.growth import Growth
+from jaxtok.protocols import Surgery
 from jaxtok.training.distributed import barrier, gather, is_main
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import write_whole
@@ -40,18 +40,24 @@ class Meta:
     step: int
     """Updates so far."""
     stage: int
-    """How many growths of the run's schedule are behind it."""
+    """How many of the run's surgeries it has had."""
     stage_start: int
     """The step at which this stage began."""
     task: Any
-    """As it was then: growth changes it."""
+    """As it was then: a surgery changes it."""
     experiment: Experiment
+    data: Any = None
+    """As they were then: a surgery may change them. None, from before surgeries did: the experiment's."""
     elapsed: float = 0.0
     """Seconds of training so far."""
     flops: float = 0.0
     """Model FLOPs spent on training so far."""
     evaluated: int = -1
     """The step of the last evaluation."""
+
+    def __post_init__(self):
+        if self.data is None:
+            object.__setattr__(self, "data", self.experiment.data)
 
 
 class Damaged(ValueError):
@@ -317,13 +323,17 @@ class Loaded:
         return self.meta.task
 
     @property
+    def data(self) -> Any:
+        return self.meta.data
+
+    @property
     def experiment(self) -> Experiment:
         return self.meta.experiment
 
     def opt_state(self) -> Any | None:
         """The optimizer's state, if the checkpoint has it."""
         optimizer = make_optimizer(self.experiment.train.optimizer)
-        abstract = abstract_opt_state(optimizer, abstract_params(self.task, self.experiment.data))
+        abstract = abstract_opt_state(optimizer, abstract_params(self.task, self.data))
         with Checkpoints(self.directory) as checkpoints:
             return checkpoints.opt_state(self.meta.step, abstract)
 
@@ -365,7 +375,7 @@ def _load(path: str | Path) -> Loaded:
 
     def read(step: int) -> Loaded:
         meta = checkpoints.meta(step)
-        return Loaded(meta, checkpoints.params(step, abstract_params(meta.task, meta.experiment.data)), run)
+        return Loaded(meta, checkpoints.params(step, abstract_params(meta.task, meta.data)), run)
 
     with Checkpoints(run) as checkpoints:
         if step is None:
@@ -411,7 +421,7 @@ def fork(
     output: str | Path,
     *,
     steps: int = 0,
-    growth: Growth | None = None,
+    surgery: Surgery | None = None,
     seed: int = 0,
     **train: Any,
 ) -> Path:
@@ -421,8 +431,8 @@ def fork(
       checkpoint: a run's folder, or RUN/checkpoints/STEP.
       output: the new run's folder, which must not exist.
       steps: of the new run; default: as many as the old one's first stage.
-      growth: applied to the model first; without one, or with `optimizer = keep`, the moments are taken along.
-      seed: for the new rows.
+      surgery: on the model; without one, or with `optimizer = keep`, the optimizer's state is taken along.
+      seed: for the surgery's new parameters.
       train: further fields of `TrainConfig` to change.
 
     Raises:
@@ -433,19 +443,28 @@ def fork(
     half_done = output.with_name(output.name + ".part")
     shutil.rmtree(half_done, ignore_errors=True)
     loaded = load(checkpoint)
-    experiment, task, params = loaded.experiment, loaded.task, loaded.params
-    keep = growth is None or growth.optimizer == "keep"
+    task, data, params = loaded.task, loaded.data, loaded.params
+    keep = surgery is None or surgery.optimizer == "keep"
     opt_state = loaded.opt_state() if keep else None
-    if growth:
-        task, params, opt_state = task.grow(growth, params, opt_state, jax.random.key(seed))
-    config = dataclasses.replace(experiment.train, **{"steps": steps or experiment.train.steps} | train)
+    if surgery:
+        task, data = surgery.task(task, data)
+        params, opt_state = surgery.params(loaded.task, loaded.data, params, opt_state, jax.random.key(seed))
+    config = dataclasses.replace(loaded.experiment.train, **{"steps": steps or loaded.experiment.train.steps} | train)
     experiment = dataclasses.replace(
-        experiment, task=task, train=config, growth=(), name=output.name, workdir=str(output)
+        loaded.experiment,
+        task=task,
+        data=data,
+        train=config,
+        stages=(),
+        start=None,
+        name=output.name,
+        workdir=str(output),
     )
-    meta = dataclasses.replace(loaded.meta, step=0, stage=0, stage_start=0, task=task, experiment=experiment)
+    meta = dataclasses.replace(loaded.meta, step=0, stage=0, stage_start=0, task=task, experiment=experiment, data=data)
     write_config(half_done, experiment)
     with Checkpoints(loaded.directory) as old, Checkpoints(half_done) as new:
-        new.save(meta, params, opt_state, old.data(loaded.meta.step))
+        place = old.data(loaded.meta.step) if data == loaded.data else None
+        new.save(meta, params, opt_state, place)
     half_done.rename(output)
     return output
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxtok.data.text import TextData
-from jaxtok.lm.growth import Growth
+from jaxtok.protocols import Surgery
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
 
@@ -17,7 +17,7 @@ class TrainConfig:
     """The loop's settings."""
 
     steps: int = 1000
-    """Updates (in front of the first growth, if there is one)."""
+    """Updates (before the first of the run's stages, if it has some)."""
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = 1
     """Parts into which a batch is cut, with their gradients averaged: less memory, the same update."""
@@ -49,6 +49,7 @@ MAY_CHANGE = (
     "name",
     "workdir",
     "mesh",
+    "start",
     "train.log_every",
     "train.eval_every",
     "train.checkpoint_every",
@@ -64,6 +65,8 @@ MAY_CHANGE = (
 class Experiment:
     """One run: `jaxtok train FILE` trains it and resumes it."""
 
+    RENAMED: ClassVar[dict[str, str]] = {"growth": "stages"}
+
     task: Any
     """Fills the Task waist (`jaxtok.protocols.Task`)."""
     data: Any = TextData()
@@ -71,8 +74,11 @@ class Experiment:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     """How the devices divide the work; a run can be resumed on another mesh."""
-    growth: tuple[Growth, ...] = ()
-    """Growths of the model inside the run, one after the other."""
+    stages: tuple[Any, ...] = ()
+    """Surgeries (`jaxtok.protocols.Surgery`) on the model inside the run, one after the other."""
+    start: Any = None
+    """The surgery that makes the first parameters from another model's (`jaxtok train CONFIG --start MODEL`), where
+    that is of another kind."""
     name: str = "run"
     workdir: str = ""
     """Where checkpoints and logs go; empty: runs/NAME."""
@@ -83,11 +89,16 @@ class Experiment:
                 f"train.accumulate is {self.train.accumulate}, which does not divide "
                 f"data.batch_size = {self.data.batch_size}."
             )
-        if self.train.optimizer.ema_decay and any(growth.optimizer == "keep" for growth in self.growth):
-            raise ValueError(
-                f"train.optimizer.ema_decay is {self.train.optimizer.ema_decay}, but a growth keeps the optimizer's "
-                "state, in which an average does not grow; choose growth.optimizer = reset, or no average."
-            )
+        for name, surgery in [*((f"stages.{n}", s) for n, s in enumerate(self.stages)), ("start", self.start)]:
+            if surgery is not None and not isinstance(surgery, Surgery):
+                raise ValueError(f"{name} is {surgery!r}; it must be a surgery, such as jaxtok.transfer.growth.Growth.")
+        for number, surgery in enumerate(self.stages):
+            if self.train.optimizer.ema_decay and surgery.optimizer == "keep":
+                raise ValueError(
+                    f"train.optimizer.ema_decay is {self.train.optimizer.ema_decay}, but stages.{number} keeps the "
+                    f"optimizer's state, in which an average does not change with the model; stages.{number}.optimizer "
+                    "must be reset, or the average must be off."
+                )
 
     @property
     def directory(self) -> Path:
@@ -97,10 +108,15 @@ class Experiment:
         """With the task made to fit the data (`Task.fit`), which are opened for it.
 
         Raises:
-          ValueError: they do not fit.
+          ValueError: they do not fit, or a stage cannot change the task, now or when its turn comes.
         """
-        return dataclasses.replace(self, task=self.task.fit(self.data, self.train))
+        task, data = self.task.fit(self.data, self.train), self.data
+        fitted = dataclasses.replace(self, task=task)
+        for surgery in self.stages:
+            task, data = surgery.task(task, data)
+            task.fit(data, self.train)
+        return fitted
 
     @property
     def total_steps(self) -> int:
-        return self.train.steps + sum(g.steps for g in self.growth)
+        return self.train.steps + sum(surgery.steps for surgery in self.stages)

@@ -1,4 +1,4 @@
-"""The training loop: one for every Task, through growths of the model, interruptions and resumption."""
+"""The training loop: one for every Task, through surgeries on the model, interruptions and resumption."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -22,7 +24,8 @@ import optax
 from jax.experimental import multihost_utils
 
 from jaxtok.configuration import differences
-from jaxtok.lm.growth import Growth
+from jaxtok.model import Model
+from jaxtok.protocols import Data, Surgery, Task
 from jaxtok.training.checkpoints import (
     Checkpoints,
     Meta,
@@ -46,7 +49,7 @@ INTERRUPTED = 75
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step changes. `step` counts over the whole run, across growths."""
+    """What a step changes. `step` counts over the whole run, across its stages."""
 
     step: jax.Array
     stage_start: jax.Array
@@ -72,10 +75,15 @@ class Result:
     """Model FLOPs of all training so far, of the runs that this one was forked from too."""
 
 
-def train(experiment: Experiment, *, quiet: bool = False) -> Result:
+def train(experiment: Experiment, *, start: Callable[[], Model] | None = None, quiet: bool = False) -> Result:
     """Trains, or resumes from the newest checkpoint in the experiment's folder; a finished run is only evaluated again.
 
     Bit-exact: a run that was interrupted and resumed ends with the same parameters as one that was not.
+
+    Args:
+      experiment: what is trained.
+      start: opens the model whose parameters a new run starts with (`start_from`); a run that is resumed does not.
+      quiet: shows no progress.
 
     Raises:
       ValueError: the folder holds a run of another config; the message names the fields that differ.
@@ -90,7 +98,7 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Result:
         Checkpoints(directory, config.keep_checkpoints) as checkpoints,
         _Interrupt(config.save_deadline) as interrupt,
     ):
-        run, said = _start(experiment, checkpoints, layout)
+        run, said = _start(experiment, checkpoints, layout, start)
         if is_main():
             write_config(directory, experiment)
         log = MetricsLog(directory, run.meta.step, config.tensorboard) if is_main() else NoLog()
@@ -101,14 +109,13 @@ def train(experiment: Experiment, *, quiet: bool = False) -> Result:
                     display.say(text)
                 if run.meta.step:
                     display.say(f"resuming {directory} at step {run.meta.step} of {total}")
-                for stage, steps in enumerate([config.steps, *(g.steps for g in experiment.growth)]):
-                    if stage < run.meta.stage:
-                        continue
+                for stage in range(run.meta.stage, len(experiment.stages) + 1):
+                    surgery = experiment.stages[stage - 1] if stage else None
                     if stage > run.meta.stage:
-                        run = _grow(run, experiment.growth[stage - 1], layout)
-                        size = count(run.state.params)
-                        display.say(f"{experiment.name} {run.meta.step}/{total}: grown to {size:,} parameters")
-                    end = run.meta.stage_start + steps
+                        run = _operate(run, surgery, layout)
+                        size, what = count(run.state.params), type(surgery).__name__
+                        display.say(f"{experiment.name} {run.meta.step}/{total}: {what}, now {size:,} parameters")
+                    end = run.meta.stage_start + (surgery.steps if surgery else config.steps)
                     run = _fit(run, end, experiment, layout, checkpoints, log, display, interrupt)
                     if interrupt.received:
                         display.say(f"interrupted: saved step {run.meta.step} in {directory}; the same command resumes")
@@ -135,18 +142,21 @@ class _Run:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def initial_state(task: Any, train_config: TrainConfig, data: Any, layout: Layout | None = None) -> TrainState:
-    """Step 0: fresh parameters and optimizer state, made where they live (default: on one device)."""
+def initial_state(
+    task: Any, train_config: TrainConfig, data: Any, layout: Layout | None = None, params: Any = None
+) -> TrainState:
+    """Step 0: fresh parameters (or these) and optimizer state, made where they live (default: on one device)."""
     layout = layout or one_device()
     optimizer = make_optimizer(train_config.optimizer)
 
-    def make() -> TrainState:
+    def make(params) -> TrainState:
         rng = jax.random.key(train_config.seed)
-        params = unboxed(task.init(rng, example_batch(data)))
+        if params is None:
+            params = unboxed(task.init(rng, example_batch(data)))
         return _state(0, 0, params, optimizer.init(params), rng)
 
     with layout.active():
-        state = jax.jit(make, out_shardings=_shardings(abstract_state(task, train_config, data, layout)))()
+        state = jax.jit(make, out_shardings=_shardings(abstract_state(task, train_config, data, layout)))(params)
         params = task.load_weights(state.params)
         if params is not state.params:
             params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
@@ -172,13 +182,18 @@ def _state(step: int, stage_start: int, params: Any, opt_state: Any, rng: jax.Ar
     return TrainState(jnp.asarray(step, jnp.int32), jnp.asarray(stage_start, jnp.int32), params, opt_state, rng)
 
 
-def _start(experiment: Experiment, checkpoints: Checkpoints, layout: Layout) -> tuple[_Run, list[str]]:
+def _start(
+    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, start: Callable[[], Model] | None
+) -> tuple[_Run, list[str]]:
     """The newest whole checkpoint, or step 0; and what there is to say about it."""
     optimizer = make_optimizer(experiment.train.optimizer)
 
     def read(step: int) -> tuple[Meta, TrainState, dict[str, Any] | None]:
         stored = checkpoints.meta(step)
-        params = abstract_params(stored.task, experiment.data, layout)
+        same_data = stored.experiment.data == experiment.data
+        if not same_data:  # of a run that was forked and has made no step
+            stored = dataclasses.replace(stored, data=experiment.data)
+        params = abstract_params(stored.task, stored.data, layout)
         abstract = abstract_opt_state(optimizer, params, layout)
         old = jax.eval_shape(make_optimizer(stored.experiment.train.optimizer).init, params)
         same_kind = jax.tree.structure(abstract) == jax.tree.structure(old)
@@ -186,7 +201,6 @@ def _start(experiment: Experiment, checkpoints: Checkpoints, layout: Layout) -> 
         opt_state = checkpoints.opt_state(step, abstract) if same_kind else None
         if opt_state is None:
             opt_state = jax.jit(optimizer.init, out_shardings=_shardings(abstract))(params)
-        same_data = stored.experiment.data == experiment.data
         make = jax.jit(
             lambda: _state(step, stored.stage_start, None, None, jax.random.key(experiment.train.seed)),
             out_shardings=layout.replicated,
@@ -195,11 +209,15 @@ def _start(experiment: Experiment, checkpoints: Checkpoints, layout: Layout) -> 
         return stored, state, checkpoints.data(step) if same_data else None
 
     found, damaged = checkpoints.newest(read)
-    data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
     if found is None:
+        data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
+        said: list[str] = []
+        params = None if start is None else start_from(experiment, start(), layout, said.append)
+        state = initial_state(experiment.task, experiment.train, experiment.data, layout, params)
         meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
-        return _Run(meta, initial_state(experiment.task, experiment.train, experiment.data, layout), data), []
+        return _Run(meta, state, data), said
     stored, state, place = found
+    data = stored.data.train_batches(layout.rows(stored.data.batch_size))
     said = [
         f"checkpoint {step} is damaged: {e}; it is now {checkpoints.set_aside(step)}" for step, e in damaged.items()
     ]
@@ -208,47 +226,131 @@ def _start(experiment: Experiment, checkpoints: Checkpoints, layout: Layout) -> 
     return _Run(dataclasses.replace(stored, experiment=experiment), state, data), said
 
 
-def _grow(run: _Run, growth: Growth, layout: Layout) -> _Run:
-    """The run behind a growth: a new stage, whose learning-rate schedule starts anew."""
+def start_from(
+    experiment: Experiment,
+    source: Model,
+    layout: Layout | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Any:
+    """The first parameters of a run, made from another model's, where they live (default: on one device).
+
+    A model of the run's kind and sizes gives its parameters as they are; those of another go through the surgery
+    `experiment.start`. What is not in `source`, such as the optimizer's state, starts anew.
+
+    Args:
+      experiment: the run; its task is one that fits its data.
+      source: the model, with its parameters on this process's host or device.
+      layout: where the parameters are to live.
+      say: is told where the run's task differs from the one that the parameters are of, as with another dropout.
+
+    Raises:
+      ValueError: the models differ and there is no such surgery, or it does not lead to the run's model.
+    """
+    layout = layout or one_device()
+    task, data, own = source.task, source.data, experiment.task
+    abstract = abstract_params(own, experiment.data, layout)
+    kinds = [f"{type(t).__name__} of a {type(getattr(t, 'model', None)).__name__}" for t in (task, own)]
+    name = source.path or "the model to start from"
+    if kinds[0] == kinds[1] and not _difference(source.params, abstract):
+        afterwards = task
+
+        def change(params):
+            return params
+    else:
+        if experiment.start is None:
+            difference = _difference(source.params, abstract)
+            raise ValueError(
+                f"{name} is a {kinds[0]} and this run trains a {kinds[1]}: "
+                f"{difference or 'the kinds differ'}; give a model of the run's kind and sizes, or set `start` in the "
+                "config to the surgery that leads from one to the other."
+            )
+        surgery = experiment.start.towards(own)
+        afterwards, _ = surgery.task(task, data)
+        rng = jax.random.key(experiment.train.seed)
+
+        def change(params):
+            with nn.logical_axis_rules(()):
+                return surgery.params(task, data, params, None, rng)[0]
+
+        if difference := _difference(jax.eval_shape(change, source.params), abstract):
+            raise ValueError(
+                f"{name} is a {kinds[0]}, which {type(surgery).__name__} does not make the run's {kinds[1]}: "
+                f"{difference}; change `task` or `start` in the config."
+            )
+
+    if say and (changed := differences(own, afterwards)):
+        say(f"starts with the parameters of {name}, but with {'; '.join(changed)}")
+    places = _shardings(abstract_params(task, data, layout))
+    params = jax.tree.map(lambda x, place: jax.device_put(np.asarray(x), place), source.params, places)
+    types = jax.tree.map(lambda x: x.dtype, abstract)
+    with layout.active():
+        cast = jax.jit(lambda p: jax.tree.map(jnp.astype, change(p), types), out_shardings=_shardings(abstract))
+        return cast(params)
+
+
+def _difference(found: Any, expected: Any) -> str:
+    """What differs in the shapes of two trees of parameters; empty: nothing."""
+    trees = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, expected))
+    )
+    ours, theirs = trees
+    for path in ours | theirs:
+        if ours.get(path) != theirs.get(path):
+            here, there = (f"has the shape {x[path]}" if path in x else "is missing" for x in (ours, theirs))
+            return f"{path} {here} in the one and {there} in the other"
+    return ""
+
+
+def _operate(run: _Run, surgery: Surgery, layout: Layout) -> _Run:
+    """The run after a surgery: a new stage, whose learning-rate schedule starts anew."""
     meta, config = run.meta, run.meta.experiment.train
-    if not hasattr(meta.task, "grow"):
-        raise ValueError(f"the task {type(meta.task).__name__} cannot grow; leave `growth` empty.")
-    kept = run.state.opt_state if growth.optimizer == "keep" else None
+    kept = run.state.opt_state if surgery.optimizer == "keep" else None
     rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1 - meta.stage)
-    task, params, opt_state = grow_on(layout, meta.task, growth, run.state.params, kept, rng, meta.experiment)
+    optimizer = make_optimizer(config.optimizer)
+    task, data, program = compile_surgery(surgery, meta.task, meta.data, run.state.params, kept, rng, optimizer, layout)
+    params, opt_state = program(run.state.params, kept)
     start = jax.jit(lambda step: step + 0, out_shardings=layout.replicated)(run.state.step)
     state = run.state.replace(stage_start=start, params=params, opt_state=opt_state)
-    meta = dataclasses.replace(meta, task=task, stage=meta.stage + 1, stage_start=meta.step)
-    return _Run(meta, state, run.data)
+    batches = run.data
+    if data != meta.data:
+        batches.close()
+        batches = data.train_batches(layout.rows(data.batch_size))
+    meta = dataclasses.replace(meta, task=task, data=data, stage=meta.stage + 1, stage_start=meta.step)
+    return _Run(meta, state, batches)
 
 
-def grow_on(
-    layout: Layout, task: Any, growth: Growth, params: Any, opt_state: Any, rng: jax.Array, experiment: Experiment
-) -> tuple[Any, Any, Any]:
-    """Task, parameters and optimizer state (fresh, if None is given) behind a growth; all arrays stay on their mesh."""
-    grown, compiled = compile_growth(layout, task, growth, params, opt_state, rng, experiment)
-    return grown, *compiled(params, opt_state)
+def compile_surgery(
+    surgery: Surgery,
+    task: Task,
+    data: Data,
+    params: Any,
+    opt_state: Any,
+    rng: jax.Array,
+    optimizer: optax.GradientTransformation,
+    layout: Layout,
+) -> tuple[Task, Data, Callable[[Any, Any], tuple[Any, Any]]]:
+    """Task and data after a surgery, and the compiled program from parameters and optimizer state to those afterwards.
 
+    All arrays stay on their mesh. The optimizer's state starts anew where the surgery gives none.
 
-def compile_growth(
-    layout: Layout, task: Any, growth: Growth, params: Any, opt_state: Any, rng: jax.Array, experiment: Experiment
-) -> tuple[Any, Any]:
-    """The task behind a growth, and the compiled program for its arrays."""
-    optimizer = make_optimizer(experiment.train.optimizer)
+    Raises:
+      ValueError: the surgery cannot change the task.
+    """
+    task_after, data_after = surgery.task(task, data)
+    abstract = abstract_params(task_after, data_after, layout)
     seed = np.asarray(jax.random.key_data(rng))
-    tasks = []
 
-    def grow(params, opt_state):
-        grown, params, opt_state = task.grow(growth, params, opt_state, jax.random.wrap_key_data(seed))
-        tasks.append(grown)
+    def change(params, opt_state):
+        with nn.logical_axis_rules(()):  # new modules are made with a batch of one, which no mesh divides
+            params, opt_state = surgery.params(task, data, params, opt_state, jax.random.wrap_key_data(seed))
         return params, optimizer.init(params) if opt_state is None else opt_state
 
-    jax.eval_shape(grow, params, opt_state)
-    (grown,) = tasks
-    abstract = abstract_params(grown, experiment.data, layout)
+    if difference := _difference(jax.eval_shape(change, params, opt_state)[0], abstract):
+        raise ValueError(f"the parameters after {type(surgery).__name__} are not those of its task: {difference}.")
     out = _shardings((abstract, abstract_opt_state(optimizer, abstract, layout)))
     with layout.active():
-        return grown, jax.jit(grow, out_shardings=out).lower(params, opt_state).compile()
+        return task_after, data_after, jax.jit(change, out_shardings=out).lower(params, opt_state).compile()
 
 
 @functools.lru_cache(maxsize=16)
@@ -298,11 +400,12 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
     """Trains one stage up to step `end`, or until interrupted."""
     config, task = experiment.train, run.meta.task
     step, state = run.meta.step, run.state
-    train_step = make_train_step(task, config, end - run.meta.stage_start, experiment.data, layout)
-    flops = task.flops(example_batch(experiment.data))
+    data = run.meta.data
+    train_step = make_train_step(task, config, end - run.meta.stage_start, data, layout)
+    flops = task.flops(example_batch(data))
     peak = peak_flops()
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()  # of CPUs there is one, whatever is simulated
-    data, rows = experiment.data, layout.rows(experiment.data.batch_size)
+    rows = layout.rows(data.batch_size)
     pending: deque = deque()  # (step, batch, metrics) of updates whose numbers have not been looked at
     values: dict[str, float] = {}  # the numbers of the newest update that was looked at
     meta, evaluation, saved = run.meta, run.metrics, step if step == checkpoints.latest_step() else -1
@@ -348,7 +451,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
         """If it is interrupted, the run that is resumed does it."""
         nonlocal evaluation, meta
         look(0)
-        numbers = _evaluate(task, state.params, experiment, layout, rows, interrupt)
+        numbers = _evaluate(task, state.params, data, layout, rows, interrupt)
         if numbers is not None:
             evaluation, meta = numbers, dataclasses.replace(meta, evaluated=step)
             log.write(step, "validation", evaluation | {"train_flops": meta.flops, "train_seconds": meta.elapsed})
@@ -388,7 +491,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
     if step != saved:
         save()
     if not evaluation and not interrupt.received:
-        evaluation = _evaluate(task, state.params, experiment, layout, rows, interrupt) or {}
+        evaluation = _evaluate(task, state.params, data, layout, rows, interrupt) or {}
     return _Run(meta, state, run.data, evaluation)
 
 
@@ -396,14 +499,14 @@ class _Stop(Exception):
     """Leaves an evaluation."""
 
 
-def _evaluate(task, params, experiment, layout, rows, interrupt) -> dict[str, float] | None:
+def _evaluate(task, params, data, layout, rows, interrupt) -> dict[str, float] | None:
     """On the validation split; None if interrupted."""
 
     def batches():
-        for batch in experiment.data.eval_batches("validation", rows):
+        for batch in data.eval_batches("validation", rows):
             if interrupt.check():
                 raise _Stop
-            yield layout.put(batch, rows, experiment.data.batch_spec())
+            yield layout.put(batch, rows, data.batch_spec())
 
     try:
         return task.evaluate(params, batches())

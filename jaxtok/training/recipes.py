@@ -3,33 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any, Literal
 
-import jax
-
-from jaxtok.configuration import load_config
 from jaxtok.data.codes import CodeData
 from jaxtok.data.encoders import EncoderData
 from jaxtok.data.images import ImageData
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
 from jaxtok.data.words import WordText
-from jaxtok.interop import huggingface
 from jaxtok.lm import hat as hats
 from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.lm.electra import ReplacedTokens
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.mrt5 import PUBLISHED as MRT5_PUBLISHED
-from jaxtok.lm.mrt5 import MrT5Training, from_t5, new_controller
+from jaxtok.lm.mrt5 import MrT5Training
 from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
-from jaxtok.lm.t5 import SequenceToSequence, T5Config
+from jaxtok.lm.t5 import SequenceToSequence
 from jaxtok.tokenizers.words import WordSplitter
-from jaxtok.training.checkpoints import begin, load, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig, PartOptimizer
+from jaxtok.transfer.growth import Growth
+from jaxtok.transfer.mrt5 import T5ToMrT5
 from jaxtok.vision.autoencoding import Autoencoding, TokenizerConfig
 from jaxtok.vision.discriminator import DiscriminatorConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling, published
@@ -43,7 +38,7 @@ def gpt_neox(
     name: str,
     steps: int,
     batch_size: int,
-    growth: tuple[Growth, ...] = (),
+    stages: tuple[Growth, ...] = (),
     tokenizer: str = "data/gpt-neox-20b/tokenizer.json",
     remat: Literal["none", "full", "projections", "dots"] = "projections",
     fsdp: int = 16,
@@ -76,7 +71,7 @@ def gpt_neox(
             keep_checkpoints=3,
         ),
         mesh=MeshConfig(fsdp=fsdp),
-        growth=growth,
+        stages=stages,
     )
 
 
@@ -190,8 +185,8 @@ def byt5(size: str, *, fsdp: int = 16) -> Experiment:
 def mrt5(size: str, *, target_rate: float = 0.5, fsdp: int = 16) -> Experiment:
     """MrT5's continued pre-training of a ByT5 (section 5): 5,000 steps of 1,024 inputs of 1,024 bytes of mC4.
 
-    AdamW at 1e-4, linearly to 0, without warm-up; dropout 0.1. The paper takes 15 of mC4's languages. `start_from_byt5`
-    makes the beginning.
+    AdamW at 1e-4, linearly to 0, without warm-up; dropout 0.1. The paper takes 15 of mC4's languages. It starts from a
+    ByT5: `jaxtok train CONFIG --start BYT5`.
     """
     optimizer = OptimizerConfig(
         learning_rate=1e-4,
@@ -210,7 +205,8 @@ def mrt5(size: str, *, target_rate: float = 0.5, fsdp: int = 16) -> Experiment:
         remat="full",
     )
     task = MrT5Training(model=model, target_rate=target_rate)
-    return _span_corruption(f"mrt5_{size}", task, 5_000, optimizer, fsdp)
+    experiment = _span_corruption(f"mrt5_{size}", task, 5_000, optimizer, fsdp)
+    return dataclasses.replace(experiment, start=T5ToMrT5())
 
 
 def image_tokenizer(
@@ -324,32 +320,3 @@ def _elm(name: str, task: ElmModeling | MaskedElmModeling, model: ElmConfig, fsd
         ),
         mesh=MeshConfig(fsdp=fsdp),
     )
-
-
-def start_from_byt5(config: Experiment | Path | str, source: Path | str) -> Path:
-    """Step 0 of a run with a ByT5's weights; `jaxtok train CONFIG` goes on from there.
-
-    Args:
-      config: the run's config file, or what it holds: a MrT5, or a ByT5.
-      source: a Hugging Face folder, or a run of a ByT5 of the same size.
-
-    Raises:
-      FileExistsError: the run is there already.
-      ValueError: the source is no T5, or of another size.
-    """
-    experiment = config if isinstance(config, Experiment) else load_config(config)
-    source = Path(source)
-    must_be_free(experiment.directory)
-    if huggingface.is_folder(source):
-        model, params = huggingface.read_folder(source)
-    else:
-        loaded = load(source)
-        model, params = getattr(loaded.task, "model", None), loaded.params
-    if not isinstance(model, T5Config):
-        raise ValueError(f"{source} holds a {type(model).__name__}; give a ByT5.")
-    task = experiment.task
-    if isinstance(task, MrT5Training):
-        params = from_t5(task.model, params, jax.random.key(experiment.train.seed))
-        if task.target_rate:
-            params["controller"] = new_controller()
-    return begin(experiment, params)

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from jaxtok.lm.growth import Growth, grow_task, new_token_mask
 from jaxtok.nn.losses import cross_entropy, masked_mean
-from jaxtok.nn.parameter_attention import TokenCounts
+from jaxtok.nn.parameter_attention import TokenCounts, new_token_mask
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.vision.classes import check_classes
 from jaxtok.vision.vit import ViT, ViTConfig
@@ -37,7 +36,7 @@ class ImageClassification(Task):
     label_smoothing: float = 0.1
     """The part of the target that is uniform over the classes, in training; 0.1 in MAE's supervised recipe."""
     frozen_tokens: TokenCounts = TokenCounts()
-    """If any is positive, only the parameter tokens behind these train (growth with `train = new`)."""
+    """If any is positive, only the parameter tokens after these train."""
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
@@ -95,12 +94,6 @@ class ImageClassification(Task):
     def flops(self, batch: Batch) -> float:
         """Of one training step: three times the forward pass."""
         return 3 * len(batch["images"]) * self.model.flops()
-
-    def grow(
-        self, growth: Growth, params: Params, opt_state: Any, rng: jax.Array
-    ) -> tuple[ImageClassification, Params, Any]:
-        """The task, parameters and optimizer state after a growth of a model that is made of parameter tokens."""
-        return grow_task(self, growth, params, opt_state, rng)
 
 
 def _correct(logits, labels):

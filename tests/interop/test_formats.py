@@ -48,7 +48,7 @@ from jaxtok.nn.lora import LoraConfig
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.training.checkpoints import abstract_params, begin
 from jaxtok.training.experiment import Experiment
-from jaxtok.training.lora import Lora
+from jaxtok.transfer.lora import Lora
 from jaxtok.verbs import evaluate
 from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig

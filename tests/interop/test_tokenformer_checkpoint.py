@@ -20,8 +20,8 @@ from jaxtok.interop.tokenformer import (
     read_official,
     write_official,
 )
-from jaxtok.lm.growth import grow
 from jaxtok.lm.tokenformer import TokenCounts, TokenFormerConfig, tpu_variant, uniform_counts
+from jaxtok.transfer.growth import grow
 
 CONFIG = TokenFormerConfig(
     num_layers=2,

@@ -19,7 +19,6 @@ from jaxtok.configuration import load_config
 from jaxtok.decoding import Sampling, generate
 from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.lm.gpt2 import GPT2Config
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.lexinvariant import (
     PUBLISHED,
@@ -32,6 +31,7 @@ from jaxtok.lm.lexinvariant import (
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from jaxtok.transfer.growth import Growth
 
 
 def case(model, **options) -> Case:
@@ -278,7 +278,8 @@ def test_a_body_of_parameter_tokens_grows():
     case = text(TOKENFORMER)
     params = noisy_params(task.module())
     growth = Growth(to=uniform_counts(32, 64))
-    grown, larger, _ = task.grow(growth, params, None, jax.random.key(0))
+    grown, _ = growth.task(task, case.data)
+    larger, _ = growth.params(task, case.data, params, None, jax.random.key(0))
     assert isinstance(grown, LexinvariantModeling) and grown.model.tokens == growth.to
     one, other = (float(t.evaluate(p, [case.batch])["loss"]) for t, p in ((task, params), (grown, larger)))
     assert other == pytest.approx(one, rel=1e-5)

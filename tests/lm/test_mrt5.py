@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtok import verbs
+from jaxtok.cli import main
 from jaxtok.configuration import load_config
 from jaxtok.convert import convert
 from jaxtok.data.span_corruption import SpanCorruption
@@ -38,26 +39,27 @@ from jaxtok.lm.mrt5 import (
 )
 from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
 from jaxtok.lm.t5 import T5, SequenceToSequence, T5Config, init_params
-from jaxtok.training.checkpoints import load
+from jaxtok.model import Model
+from jaxtok.training.checkpoints import load, write_config
 from jaxtok.training.experiment import Experiment, TrainConfig
-from jaxtok.training.loop import train
+from jaxtok.training.loop import start_from, train
 from jaxtok.training.mesh import MeshConfig
-from jaxtok.training.recipes import start_from_byt5
+from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.transfer.mrt5 import T5ToMrT5
 
-TASKS = {
-    "mrt5": lambda: tiny.pairs(
-        MrT5Training(
-            model=mrt5(
-                T5Config(**tiny.SIZES, head_size=4, mlp_dim=32, gated=True, tie_embeddings=False),
-                gate_layer=1,
-                softmax1=True,
-            ),
-            target_rate=0.5,
-            score_weight=0.5,
-            hard_probability=0.5,
-        )
-    )
-}
+TINY_T5 = T5Config(**tiny.SIZES, head_size=4, mlp_dim=32, gated=True, tie_embeddings=False)
+TINY = MrT5Training(
+    model=mrt5(TINY_T5, gate_layer=1, softmax1=True), target_rate=0.5, score_weight=0.5, hard_probability=0.5
+)
+TASKS = {"mrt5": lambda: tiny.pairs(TINY)}
+
+
+def operation() -> tiny.Operation:
+    to = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vocab_size=0))  # the T5's
+    return tiny.Operation(T5ToMrT5(to=to, steps=2), tiny.pairs(SequenceToSequence(model=TINY_T5)), TINY)
+
+
+SURGERIES = {"mrt5": operation}
 
 SIZES = {"num_layers": 3, "decoder_layers": 1, "d_model": 16, "num_heads": 2, "head_size": 6, "mlp_dim": 24}
 PLAIN = T5Config(**SIZES, vocab_size=384, gated=True, activation="gelu_tanh", tie_embeddings=False, softmax1=True)
@@ -235,18 +237,41 @@ def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
     run = convert(folder, tmp_path / "run")
     assert isinstance(load(run).task, SequenceToSequence) and load(run).experiment.data == SpanCorruption(batch_size=8)
     for source in (folder, run):
-        there = dataclasses.replace(experiment, workdir=str(tmp_path / f"mrt5_{source.name}"))
-        start_from_byt5(there, source)
-        params = load(there.directory).params
+        there = dataclasses.replace(experiment, workdir=str(tmp_path / f"mrt5_{source.name}"), start=T5ToMrT5())
+        opened = verbs.open_model(source)
+        source = Model(task=opened.task, params=opened.params, data=opened.data, path=source)
+        params = start_from(there, source)
         assert float(params["controller"]["alpha"]) == 0
         for name, layers in (("stack", slice(0, 1)), ("rest", slice(1, 3))):
             ours, theirs = (tree["encoder"] for tree in (params, t5_params))
             kernels = [part["blocks"]["ffn"]["up"]["kernel"] for part in (ours[name], theirs["stack"])]
             np.testing.assert_array_equal(kernels[0], kernels[1][layers])
-    with pytest.raises(FileExistsError):
-        start_from_byt5(there, folder)
+    with pytest.raises(ValueError, match=r"SequenceToSequence of a T5Config and .* MrT5Config.*set `start`"):
+        start_from(dataclasses.replace(there, start=None), source)
+    wide = dataclasses.replace(there.task, model=dataclasses.replace(there.task.model, mlp_dim=32))
+    with pytest.raises(ValueError, match="other shapes"):
+        start_from(dataclasses.replace(there, task=wide), source)
     (text,) = verbs.generate(folder, prompt=("def f",), max_new_tokens=3, stream=False)
     assert len(text) <= 3
+
+
+def test_the_command_starts_a_run_from_a_byt5(experiment, t5_params, tmp_path):
+    """One small step away from the T5's weights; the run that is there is resumed without opening the T5 again."""
+    folder = write_folder(tmp_path / "byt5", dataclasses.replace(PLAIN, softmax1=False), t5_params)
+    run = dataclasses.replace(
+        experiment,
+        train=TrainConfig(steps=1, optimizer=OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-3, warmup=0.0)),
+        workdir=str(tmp_path / "run"),
+        start=T5ToMrT5(),
+    )
+    write_config(run.directory, run)
+    assert main(["train", run.workdir, "--start", str(folder)]) == 0
+    params = load(run.directory).params
+    np.testing.assert_allclose(params["embedding"], t5_params["embedding"], atol=2e-3)
+    assert main(["train", run.workdir, "--start", str(tmp_path / "nowhere")]) == 0
+    again = dataclasses.replace(run, workdir=str(tmp_path / "again"))
+    write_config(again.directory, again)
+    assert main(["train", again.workdir, "--start", str(tmp_path / "nowhere")]) == 1
 
 
 def test_configs_of_published_sizes():

@@ -12,10 +12,10 @@ from conftest import relative_error
 
 from jaxtok.interop.tokenformer import config_from_official, params_from_official, params_to_official
 from jaxtok.lm.decoder import Decoder
-from jaxtok.lm.growth import grow, why_not_exact
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.parameter_attention import ParameterAttention, normalize_scores
+from jaxtok.transfer.growth import grow, why_not_exact
 
 
 def load(options, tensors):

@@ -5,13 +5,13 @@ import dataclasses
 import pytest
 
 from jaxtok.data.text import TextData
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.transfer.growth import Growth
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ def tiny(corpus, workdir):
             tensorboard=False,
         ),
         mesh=MeshConfig(data=1),
-        growth=(Growth(to=uniform_counts(12, 24), steps=4, optimizer="keep"),),
+        stages=(Growth(to=uniform_counts(12, 24), steps=4, optimizer="keep"),),
         workdir=str(workdir),
     )
 
@@ -56,12 +56,12 @@ def tiny(corpus, workdir):
 @pytest.fixture
 def short(experiment):
     """The same without growth."""
-    return dataclasses.replace(experiment, growth=())
+    return dataclasses.replace(experiment, stages=())
 
 
 @pytest.fixture(scope="session")
 def finished(corpus, tmp_path_factory):
     """A run of six steps, saved at 2, 4 and 6; to be copied."""
     folder = tmp_path_factory.mktemp("finished") / "run"
-    train(dataclasses.replace(tiny(corpus, folder), growth=()), quiet=True)
+    train(dataclasses.replace(tiny(corpus, folder), stages=()), quiet=True)
     return folder

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.training.checkpoints import Checkpoints, fork, load
 from jaxtok.training.loop import train
+from jaxtok.transfer.growth import Growth
 
 
 def test_a_fork_goes_on_where_the_run_was(short, tmp_path):
@@ -49,7 +49,7 @@ def test_a_fork_may_have_other_data_and_another_optimizer_but_not_another_model(
 
 def test_a_grown_fork_has_the_same_function(short, tmp_path):
     train(short, quiet=True)
-    fork(short.workdir, tmp_path / "grown", steps=2, growth=Growth(to=uniform_counts(10, 20), steps=2))
+    fork(short.workdir, tmp_path / "grown", steps=2, surgery=Growth(to=uniform_counts(10, 20), steps=2))
     old, new = load(short.workdir), load(tmp_path / "grown")
     tokens = jnp.arange(12).reshape(2, 6)
     logits = [r.task.module().apply({"params": r.params}, tokens)[0] for r in (old, new)]

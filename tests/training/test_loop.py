@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import os
+import re
 import signal
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.lm.transformer import matched_transformer
@@ -18,6 +19,7 @@ from jaxtok.training import loop
 from jaxtok.training.checkpoints import load
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import train
+from jaxtok.transfer.growth import Growth
 
 
 def equal(a, b) -> bool:
@@ -140,7 +142,7 @@ def test_accumulation_gives_the_same_update(short, tmp_path):
 
 
 def test_training_only_new_tokens_leaves_all_else(experiment):
-    new = dataclasses.replace(experiment, growth=(Growth(to=uniform_counts(12, 24), steps=3, train="new"),))
+    new = dataclasses.replace(experiment, stages=(Growth(to=uniform_counts(12, 24), steps=3, train="new"),))
     result = train(new, quiet=True)
     before = load(f"{new.workdir}/checkpoints/6").params
     after = result.params
@@ -159,7 +161,9 @@ def test_growth_keeps_the_validation_loss(experiment):
     rows = read_metrics(experiment.workdir, "train")
     batch = next(iter(experiment.data.eval_batches("validation")))
     small = before.task.module().apply({"params": before.params}, batch["tokens"])[0]
-    task, params, _ = before.task.grow(experiment.growth[0], before.params, None, jax.random.key(0))
+    growth = experiment.stages[0]
+    task, _ = growth.task(before.task, before.data)
+    params, _ = growth.params(before.task, before.data, before.params, None, jax.random.key(0))
     large = task.module().apply({"params": params}, batch["tokens"])[0]
     np.testing.assert_allclose(small, large, atol=1e-6)
     assert rows[6]["learning_rate"] == 0.0  # the schedule starts anew
@@ -189,3 +193,10 @@ def test_metrics_go_to_jsonl_and_tensorboard(short):
     assert {"loss", "bits_per_byte", "gradient_norm", "learning_rate", "tokens_per_second"} <= set(rows[0])
     assert any((result.directory / "tensorboard").iterdir())
     assert rows[-1]["train_flops"] == 6 * result.task.flops({"tokens": np.zeros((4, 16))})
+
+
+@pytest.mark.parametrize("name", ["loop", "checkpoints", "experiment"])
+def test_training_knows_no_system_by_name(name):
+    source = Path(loop.__file__).with_name(f"{name}.py").read_text()
+    imported = re.findall(r"^\s*(?:from|import) jaxtok\.(\w+)", source, re.M)
+    assert imported and not {"lm", "vision", "multimodal", "transfer", "decoding", "interop"} & set(imported)

@@ -20,9 +20,9 @@ from jaxtok.nn.lora import LoraConfig
 from jaxtok.training.checkpoints import load
 from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.loop import initial_state, make_train_step, train
-from jaxtok.training.lora import Lora
 from jaxtok.training.mesh import MeshConfig, one_device
 from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.transfer.lora import AddLora, Lora
 from jaxtok.verbs import adapt, evaluate, generate, open_model
 
 
@@ -34,6 +34,16 @@ def case() -> tiny.Case:
 
 
 TASKS = {"lora": case}
+
+
+def operation() -> tiny.Operation:
+    """Joins an adapter to every projection and a table; it refuses what has one."""
+    there = case()
+    before = dataclasses.replace(there, task=there.task.task)
+    return tiny.Operation(AddLora(lora=there.task.lora, steps=2), before, there.task)
+
+
+SURGERIES = {"lora": operation}
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,14 @@ import pytest
 from collector import collect
 from jax.sharding import PartitionSpec as P
 
-from jaxtok.lm.growth import Growth
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.protocols import ArraySpec
 from jaxtok.training.compiled import read_program
 from jaxtok.training.experiment import TrainConfig
-from jaxtok.training.loop import abstract_state, compile_growth, initial_state, make_train_step, train
+from jaxtok.training.loop import abstract_state, compile_surgery, initial_state, make_train_step, train
 from jaxtok.training.mesh import AxisRules, MeshConfig, make_layout, one_device
+from jaxtok.training.optimizer import make_optimizer
+from jaxtok.transfer.growth import Growth
 
 TASKS = collect("TASKS")
 
@@ -140,7 +141,10 @@ def test_growth_happens_where_the_parameters_are(mesh):
     rng = jax.random.key(3)
     for layout in (one_device(), make_layout(MESHES[mesh])):
         state = started(case, layout)
-        task, program = compile_growth(layout, case.task, growth, state.params, state.opt_state, rng, case.experiment)
+        optimizer = make_optimizer(TrainConfig().optimizer)
+        task, _, program = compile_surgery(
+            growth, case.task, case.data, state.params, state.opt_state, rng, optimizer, layout
+        )
         results.append((task, program(state.params, state.opt_state)))
     (alone, expected), (task, grown) = results
     assert task == alone

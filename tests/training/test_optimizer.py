@@ -219,5 +219,5 @@ def test_optimizers_that_cannot_be():
 
 def test_an_average_does_not_grow(experiment):
     optimizer = dataclasses.replace(experiment.train.optimizer, ema_decay=0.9)
-    with pytest.raises(ValueError, match=r"ema_decay is 0\.9, but a growth keeps"):
+    with pytest.raises(ValueError, match=r"ema_decay is 0\.9, but stages\.0 keeps"):
         dataclasses.replace(experiment, train=dataclasses.replace(experiment.train, optimizer=optimizer))

@@ -12,8 +12,8 @@ from tiny import Case
 
 from jaxtok.data.images import ImageData
 from jaxtok.lm.decoder import init_params
-from jaxtok.lm.growth import Growth, grow
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts, uniform_counts
+from jaxtok.transfer.growth import Growth, grow
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.vit import PUBLISHED, LinearViTConfig, TokenFormerViTConfig, ViT, patchify
 
@@ -257,7 +257,9 @@ def test_growth_of_a_classifier(init, exact):
 def test_growth_of_the_task(train):
     task, params = ImageClassification(model=TOKENFORMER), make_params(TOKENFORMER)
     opt_state = optax.adam(1e-3).init(params)
-    bigger, grown, opt_state = task.grow(Growth(to=TWICE, train=train), params, opt_state, jax.random.key(0))
+    growth, data = Growth(to=TWICE, train=train), ImageData()
+    bigger, _ = growth.task(task, data)
+    grown, opt_state = growth.params(task, data, params, opt_state, jax.random.key(0))
     assert bigger.model.tokens == TWICE
     assert task.model.tokens == TOKENFORMER.tokens
     assert jax.tree.map(jnp.shape, opt_state) == jax.tree.map(jnp.shape, optax.adam(1e-3).init(grown))
@@ -271,7 +273,7 @@ def test_growth_of_the_task(train):
 
 def test_an_ordinary_vit_does_not_grow():
     with pytest.raises(ValueError, match="LinearViTConfig has no parameter tokens"):
-        ImageClassification(model=LINEAR).grow(Growth(to=uniform_counts(1, 1)), {}, None, jax.random.key(0))
+        Growth(to=uniform_counts(1, 1)).task(ImageClassification(model=LINEAR), ImageData())
 
 
 # ------------------------------------------------------------------------------------------------------------- learning

@@ -1,10 +1,10 @@
-"""LoRA as a Task: any other task, of whose parameters a low-rank difference trains (`jaxtok.nn.lora`)."""
+"""LoRA as a Task and as a surgery: of any task's parameters, a low-rank difference trains (`jaxtok.nn.lora`)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import jax
 
@@ -16,7 +16,7 @@ from jaxtok.protocols import Batch, Data, Params, Sums, Task
 class Lora(Task):
     """Trains an adapter of a task's model. Parameters are {"frozen": the task's, "adapter": the adapter's}.
 
-    A run starts from new parameters, or from a checkpoint that `jaxtok adapt` has made of a trained model.
+    A run starts from new parameters, or from those of a trained model by `AddLora`, as after `jaxtok adapt`.
     """
 
     task: Any
@@ -63,9 +63,47 @@ class Lora(Task):
         """The task's, with the differences merged once."""
         return self.task.evaluate(_merged(self, params), batches, rng, **options)
 
+    def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
+        """The task's, of what is frozen: a controller or a running mean of it goes on."""
+        return {**params, "frozen": self.task.after_step(params["frozen"], metrics, step)}
+
+    def load_weights(self, params: Params) -> Params:
+        frozen = self.task.load_weights(params["frozen"])
+        return params if frozen is params["frozen"] else {**params, "frozen": frozen}
+
     def flops(self, batch: Batch) -> float:
         """The task's: the gradient of the frozen parameters is not spared, as the adapter's is made of it."""
         return self.task.flops(batch)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AddLora:
+    """The surgery after which a task trains an adapter, which changes nothing yet."""
+
+    lora: LoraConfig = LoraConfig()
+    steps: int = 1000
+    """Training steps after it, with the learning-rate schedule starting anew."""
+    optimizer: ClassVar[Literal["keep", "reset"]] = "reset"
+
+    def __post_init__(self):
+        if self.steps < 1:
+            raise ValueError(f"steps after an adapter was added is {self.steps}; it must be at least 1.")
+
+    def task(self, task: Task, data: Data) -> tuple[Task, Data]:
+        """Raises ValueError: the task trains an adapter already."""
+        if isinstance(task, Lora):
+            raise ValueError(
+                f"a {type(task).__name__} trains an adapter already; merge it first (jaxtok.open does), and add the "
+                "other one to the merged model."
+            )
+        return Lora(task=task, lora=self.lora), data
+
+    def params(self, task: Task, data: Data, params: Params, opt_state: Any, rng: jax.Array) -> tuple[Params, Any]:
+        return Lora(task=task, lora=self.lora).start(params, rng), None
+
+    def towards(self, task: Task) -> AddLora:
+        """With the adapter of the task, if it is a `Lora`."""
+        return dataclasses.replace(self, lora=task.lora) if isinstance(task, Lora) else self
 
 
 _merged = jax.jit(lambda task, params: task.merged(params), static_argnums=0)

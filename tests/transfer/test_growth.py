@@ -10,14 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import TOKENFORMER, Operation, text
 
+from jaxtok.data.text import TextData
 from jaxtok.lm.decoder import Decoder, init_params
-from jaxtok.lm.growth import Growth, grow, new_token_mask, why_not_exact
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenCounts, TokenFormerConfig, uniform_counts
-from jaxtok.lm.transformer import TransformerConfig
+from jaxtok.lm.transformer import TransformerConfig, matched_transformer
+from jaxtok.model import Model
 from jaxtok.nn.losses import cross_entropy
-from jaxtok.nn.parameter_attention import GROUPS, NORMALIZATIONS
+from jaxtok.nn.parameter_attention import GROUPS, NORMALIZATIONS, new_token_mask
+from jaxtok.training.experiment import Experiment
+from jaxtok.training.loop import start_from
+from jaxtok.transfer.growth import Growth, grow, grown_config, why_not_exact
 
 COUNTS = TokenCounts(query=6, key=7, value=8, output=5, ffn=12)
 UNEVEN = TokenCounts(query=9, key=8, value=21, output=6, ffn=13)
@@ -322,23 +327,52 @@ def test_an_impossible_plan_is_refused_when_it_is_made():
         Growth(to=DOUBLE, init="zero_both")
 
 
-# As a part of the Task.
+# As a surgery.
+
+DATA = TextData(length=8, batch_size=2)
 
 
 def test_the_task_grows_with_its_model(params):
     task = LanguageModeling(model=CONFIG)
     state = optax.adam(1e-3).init(params)
-    new_only, grown, opt_state = task.grow(Growth(to=UNEVEN, train="new"), params, state, KEY)
+    surgery = Growth(to=UNEVEN, train="new")
+    new_only, data = surgery.task(task, DATA)
+    grown, opt_state = surgery.params(task, DATA, params, state, KEY)
+    assert data is DATA
     expected = grow(CONFIG, params, state, to=UNEVEN, rng=KEY)
     assert new_only == LanguageModeling(model=expected.config, frozen_tokens=COUNTS)
     jax.tree.map(np.testing.assert_array_equal, (grown, opt_state), (expected.params, expected.opt_state))
     assert new_only.trainable(grown)["embedding"] == 0
-    everything, _, none = task.grow(Growth(to=UNEVEN), params, None, KEY)
-    assert none is None
+    everything, _ = Growth(to=UNEVEN).task(task, DATA)
     assert everything.trainable(grown) is None
 
 
-def test_a_model_without_parameter_tokens_cannot_grow(params):
+def test_a_model_without_parameter_tokens_cannot_grow():
     task = LanguageModeling(model=TransformerConfig(d_model=16, num_heads=2))
     with pytest.raises(ValueError, match="TransformerConfig has no parameter tokens"):
-        task.grow(Growth(to=UNEVEN), params, None, KEY)
+        Growth(to=UNEVEN).task(task, DATA)
+
+
+def test_a_larger_run_starts_with_a_smaller_model(params):
+    """By `Experiment.start`; what would change the function is said, and without a surgery the sizes have to fit."""
+    source = Model(task=LanguageModeling(model=CONFIG), params=params, data=DATA)
+    larger = LanguageModeling(model=grown_config(CONFIG, UNEVEN))
+    run, said = Experiment(task=larger, data=DATA, start=Growth()), []
+    found = start_from(run, source, say=said.append)
+    expected, _ = Growth(to=UNEVEN).params(source.task, DATA, params, None, jax.random.key(run.train.seed))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    assert said == []
+    current = dataclasses.replace(larger, model=dataclasses.replace(larger.model, norm_tokens=TokenCounts()))
+    start_from(dataclasses.replace(run, task=current), source, say=said.append)
+    (line,) = said
+    assert "model.norm_tokens." in line
+    with pytest.raises(ValueError, match=r"has the shape .* in the one and has the shape .*set `start`"):
+        start_from(dataclasses.replace(run, start=None), source)
+
+
+def operation() -> Operation:
+    growth = Growth(to=uniform_counts(32, 64), init="random", optimizer="keep", steps=2)
+    return Operation(growth, text(TOKENFORMER), text(matched_transformer(TOKENFORMER)).task)
+
+
+SURGERIES = {"growth": operation}

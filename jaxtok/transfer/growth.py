@@ -18,7 +18,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxtok.nn.parameter_attention import GROUPS, ParameterAttentionStack, TokenCounts
+from jaxtok.nn.parameter_attention import GROUPS, ParameterAttentionStack, TokenCounts, group_of
+from jaxtok.protocols import Data, Params, Task
 
 Init = Literal["zero_keys", "copy", "random"]
 Scale = Literal["auto", "fixed", "current"]
@@ -26,9 +27,9 @@ Scale = Literal["auto", "fixed", "current"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Growth:
-    """One growth of a model, and how it is trained afterwards."""
+    """The surgery that grows a task's `model`, a stack of parameter attentions."""
 
-    to: TokenCounts
+    to: TokenCounts = TokenCounts()
     """Parameter tokens of each group afterwards; 0 leaves a group as it is."""
     steps: int = 1000
     """Training steps after it, with the learning-rate schedule starting anew."""
@@ -43,6 +44,32 @@ class Growth:
         if self.steps < 1:
             raise ValueError(f"steps after a growth is {self.steps}; it must be at least 1.")
         _check_choices(self.init, self.scale)
+
+    def task(self, task: Task, data: Data) -> tuple[Task, Data]:
+        """With the new counts, and with the old ones as the task's `frozen_tokens` where only new tokens train.
+
+        Raises:
+          ValueError: the model has no parameter tokens, or as in `grow`.
+        """
+        model = getattr(task, "model", None)
+        if not isinstance(model, ParameterAttentionStack):
+            raise ValueError(
+                f"a {type(task).__name__} with the model {type(model).__name__} has no parameter tokens, so it cannot "
+                "grow; leave out the growth."
+            )
+        changes = {"model": grown_config(model, self.to, self.init, self.scale)}
+        if hasattr(task, "frozen_tokens"):
+            changes["frozen_tokens"] = model.tokens if self.train == "new" else TokenCounts()
+        elif self.train == "new":
+            raise ValueError(f"a {type(task).__name__} trains all its parameters; growth.train must be all.")
+        return dataclasses.replace(task, **changes), data
+
+    def params(self, task: Task, data: Data, params: Params, opt_state: Any, rng: jax.Array) -> tuple[Params, Any]:
+        return grow(task.model, params, opt_state, to=self.to, rng=rng, init=self.init, scale=self.scale)[1:]
+
+    def towards(self, task: Task) -> Growth:
+        """To the tokens of the task's model."""
+        return dataclasses.replace(self, to=self.to | task.model.tokens)
 
 
 class Grown(NamedTuple):
@@ -79,21 +106,13 @@ def grow(
     Raises:
       ValueError: fewer tokens than there are, nothing to grow, no whole multiple, or not exact where that was asked.
     """
-    _check_choices(init, scale)
-    to = to | config.tokens
-    for group in GROUPS:
-        old, new = getattr(config.tokens, group), getattr(to, group)
-        if new < old:
-            raise ValueError(f"{group} has {old} parameter tokens and cannot grow to {new}; ask for {old} or more.")
-        if init == "copy" and new % old:
-            raise ValueError(f"{group} has {old} parameter tokens; copies make whole multiples of that, not {new}.")
-    if to == config.tokens:
-        raise ValueError(f"every group already has the tokens asked for ({to}); ask for more in at least one.")
+    larger = grown_config(config, to, init, scale)
+    to = larger.tokens
     if exact and (reason := why_not_exact(config, init, scale)):
         raise ValueError(f"this growth would not preserve the function: {reason}.")
 
     def grow_leaf(path, leaf, fill):
-        group = grown_group(path)
+        group = group_of(path)
         if group is None or getattr(to, group) == leaf.shape[-2]:
             return leaf
         old, new = leaf.shape[-2], getattr(to, group)
@@ -110,7 +129,7 @@ def grow(
         return (std * jax.random.normal(key, shape)).astype(leaf.dtype)
 
     def grow_moment(path, leaf):
-        group = grown_group(path)
+        group = group_of(path)
         if group is None or jnp.size(leaf) <= 1:
             return leaf
         if leaf.ndim < 2 or leaf.shape[-2] != getattr(config.tokens, group):
@@ -123,22 +142,29 @@ def grow(
     grown = jax.tree_util.tree_map_with_path(lambda p, x: grow_leaf(p, x, new_rows), params)
     if opt_state is not None:
         opt_state = jax.tree_util.tree_map_with_path(grow_moment, opt_state)
-    norm = TokenCounts(**{g: _norm_tokens(config, to, g, _resolve(init, scale)) for g in GROUPS})
-    return Grown(dataclasses.replace(config, tokens=to, norm_tokens=norm), grown, opt_state)
+    return Grown(larger, grown, opt_state)
 
 
-def grow_task(task: Any, growth: Growth, params: Any, opt_state: Any, rng: jax.Array) -> tuple[Any, Any, Any]:
-    """The task, parameters and optimizer state after a growth; the task is a dataclass with a `model` that is made of
-    parameter tokens, and `frozen_tokens`, behind which it trains.
+def grown_config(
+    config: ParameterAttentionStack, to: TokenCounts, init: Init = "zero_keys", scale: Scale = "auto"
+) -> ParameterAttentionStack:
+    """A model's config after a growth.
 
     Raises:
-      ValueError: the model has no parameter tokens, or as in `grow`.
+      ValueError: fewer tokens than there are, nothing to grow, or no whole multiple for copies.
     """
-    if not isinstance(task.model, ParameterAttentionStack):
-        raise ValueError(f"{type(task.model).__name__} has no parameter tokens, so it cannot grow.")
-    grown = grow(task.model, params, opt_state, to=growth.to, rng=rng, init=growth.init, scale=growth.scale)
-    frozen = task.model.tokens if growth.train == "new" else TokenCounts()
-    return dataclasses.replace(task, model=grown.config, frozen_tokens=frozen), grown.params, grown.opt_state
+    _check_choices(init, scale)
+    to = to | config.tokens
+    for group in GROUPS:
+        old, new = getattr(config.tokens, group), getattr(to, group)
+        if new < old:
+            raise ValueError(f"{group} has {old} parameter tokens and cannot grow to {new}; ask for {old} or more.")
+        if init == "copy" and new % old:
+            raise ValueError(f"{group} has {old} parameter tokens; copies make whole multiples of that, not {new}.")
+    if to == config.tokens:
+        raise ValueError(f"every group already has the tokens asked for ({to}); ask for more in at least one.")
+    norm = TokenCounts(**{g: _norm_tokens(config, to, g, _resolve(init, scale)) for g in GROUPS})
+    return dataclasses.replace(config, tokens=to, norm_tokens=norm)
 
 
 def why_not_exact(config: ParameterAttentionStack, init: Init, scale: Scale = "auto") -> str | None:
@@ -163,23 +189,6 @@ def why_not_exact(config: ParameterAttentionStack, init: Init, scale: Scale = "a
     if kind == "gelu":
         return None
     return None if scale == "fixed" else "tau grows with the number of tokens (scale = fixed keeps it)"
-
-
-def grown_group(path) -> str | None:
-    """The group of a parameter (or of its moment) by its path in the tree; None if it holds no parameter tokens."""
-    keys = [getattr(k, "key", None) for k in path]
-    return keys[-2] if len(keys) > 1 and keys[-1] in ("keys", "values") and keys[-2] in GROUPS else None
-
-
-def new_token_mask(params: Any, old: TokenCounts) -> Any:
-    """1 for the parameter tokens behind the first `old` of their group, 0 for all else; broadcasts against `params`."""
-
-    def mask(path, leaf):
-        if (group := grown_group(path)) is None:
-            return jnp.zeros((), jnp.float32)
-        return (jnp.arange(leaf.shape[-2]) >= getattr(old, group)).astype(jnp.float32)[:, None]
-
-    return jax.tree_util.tree_map_with_path(mask, params)
 
 
 def _resolve(init: Init, scale: Scale) -> Scale:
