@@ -1,6 +1,7 @@
 # make quickstart  trains, grows and compares a small TokenFormer on the Python standard library (about 6 minutes)
-# make test        runs the tests
-# Both make their own environment in .venv first. Another Python: make PYTHON=python3.12 ...
+# make test        runs the tests, and lists the systems that take longer than their budget of 20 s
+# make slow        runs the rest: the learning experiments, and what needs PyTorch, transformers and PEFT
+# Each makes its own environment in .venv first. Another Python: make PYTHON=python3.12 ...
 VENV := .venv
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -13,10 +14,10 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -n 2 $(PYTEST)
+	$(VENV)/bin/python -m pytest -n 2 --budget 20 $(PYTEST)
 
-slow: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest --slow -m slow $(PYTEST)
+slow: $(VENV)/installed-slow
+	$(VENV)/bin/python -m pytest --slow -m "slow or torch" $(PYTEST)
 
 bench: $(VENV)/installed
 	$(VENV)/bin/jaxtok bench
@@ -32,6 +33,10 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml
 
 $(VENV)/installed-test: $(VENV)/bin/python pyproject.toml
 	$(VENV)/bin/python -m pip install -q -e '.[test]'
+	@touch $@
+
+$(VENV)/installed-slow: $(VENV)/bin/python pyproject.toml
+	$(VENV)/bin/python -m pip install -q -e '.[test,transformers]'
 	@touch $@
 
 clean:

@@ -87,9 +87,11 @@ def from_json(value: Any) -> Any:
         return tuple(from_json(v) for v in value)
     if not isinstance(value, dict):
         return value
-    cls = _named(value["type"])
+    cls, fields = _named(value["type"]), {k: v for k, v in value.items() if k != "type"}
+    if hasattr(cls, "saved_before"):  # a class that has become several
+        cls, fields = cls.saved_before(fields)
     renamed, retired = _of_classes(cls, "RENAMED"), _of_classes(cls, "RETIRED")
-    fields = {renamed.get(k, k): from_json(v) for k, v in value.items() if k != "type"}
+    fields = {renamed.get(k, k): from_json(v) for k, v in fields.items()}
     known = {f.name for f in dataclasses.fields(cls)}
     for name in [name for name in fields if name not in known and name in retired]:
         if (stored := fields.pop(name)) != retired[name]:

@@ -9,10 +9,15 @@ def test_model(golden, parity):
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import os
+import re
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,23 +31,45 @@ os.environ.setdefault(
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
 )
 
+import jaxtyping
+
+jaxtyping.install_import_hook("jaxtok", "shapes.check")
+
 import jax
 import numpy as np
 import pytest
 from causal_lms import noisy_params
 from collector import collect
 
+IMPORTS_TORCH = re.compile(r'importorskip\("(torch|transformers|peft)"\)')
+
 
 def pytest_addoption(parser):
-    parser.addoption("--goldens", metavar="DIR", default=Path(__file__).parent / "goldens", type=Path)
+    # Written with "=", as pytest takes a path without one for a folder of tests until it has read this file.
+    goldens = Path(__file__).parent / "goldens"
+    parser.addoption("--goldens", metavar="DIR", default=goldens, type=Path, help="--goldens=DIR: other fixtures")
     parser.addoption("--slow", action="store_true", help="also run the learning experiments")
+    parser.addoption("--budget", type=float, metavar="SECONDS", help="list the systems whose tests take longer")
+
+
+def pytest_configure(config):
+    if not (folder := config.getoption("--goldens")).is_dir():
+        raise pytest.UsageError(f"--goldens is {folder}; it must be a folder of fixtures.")
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="a learning experiment; run with --slow"))
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="a learning experiment; run with --slow"))
+        if isinstance(item, pytest.Function) and imports_torch(item.function):
+            item.add_marker("torch")  # so that `make slow` finds it
+        elif item.get_closest_marker("torch") and find_spec("torch") is None:
+            item.add_marker(pytest.mark.skip(reason="needs PyTorch; `make slow` installs and runs it"))
+
+
+@functools.cache
+def imports_torch(test) -> bool:
+    return bool(IMPORTS_TORCH.search(inspect.getsource(test)))
 
 
 def pytest_generate_tests(metafunc):
@@ -106,7 +133,9 @@ def relative_error(ours, reference) -> float:
     return np.max(np.abs(ours - reference)) / (np.max(np.abs(reference)) or 1.0)
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_terminal_summary(terminalreporter, config):
+    if budget := config.getoption("--budget"):
+        beyond_budget(terminalreporter, budget)
     worst: dict[tuple[str, str], float] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -119,6 +148,22 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.line("| fixture | what | max relative error |\n|---|---|---|")
         for (name, what), error in worst.items():
             terminalreporter.line(f"| {name} | {what} | {error:.1e} |")
+
+
+def beyond_budget(terminalreporter, budget: float):
+    """A line for each system whose test files (test_NAME.py, test_NAME_parity.py, ...) took longer together."""
+    files: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                file = report.nodeid.split("::")[0]
+                system = re.sub(r"_(parity|learning|study|checkpoint)$", "", Path(file).stem.removeprefix("test_"))
+                files[system][file] += report.duration
+    terminalreporter.section(f"systems whose tests take more than {budget:g} s")
+    for system, seconds in sorted(files.items(), key=lambda item: -sum(item[1].values())):
+        if (total := sum(seconds.values())) > budget:
+            each = ", ".join(f"{file} {s:.0f}" for file, s in seconds.items())
+            terminalreporter.line(f"{system:20} {total:5.0f} s   {each}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,10 +10,9 @@ and with random deletion. (A target of 80 % made the gate delete whole batches: 
 at rows of 1,024 bytes. What to expect: the README's table.
 """
 
-import dataclasses
-
 from jaxtok.data.character_edits import CharacterEdits
 from jaxtok.lm.mrt5 import MrT5Training, mrt5
+from jaxtok.lm.mrt5_baselines import RandomDeletion
 from jaxtok.lm.t5 import SequenceToSequence, T5Config
 from jaxtok.studies.deletion import Continued, EncoderSpeed, SoftDeletion
 from jaxtok.training.experiment import Experiment, TrainConfig
@@ -55,7 +54,7 @@ def deleting(rate):
     return MrT5Training(model=reducing, target_rate=rate, k_i=1e-3, hard_probability=0.5)
 
 
-without_gate = dataclasses.replace(reducing, reduction="random", amount=0.5)
+without_gate = mrt5(reducing, RandomDeletion, amount=0.5)
 config = Continued(
     base=arm("base", SequenceToSequence(model=byt5), steps=1500, rate=2e-3),
     arms=(

@@ -11,7 +11,7 @@ import functools
 import zlib
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 
 from jaxtok.data.text import TextData, row_arrays
 from jaxtok.protocols import ArraySpec, Batch
@@ -66,7 +66,7 @@ def noise_mask(length: int, density: float, mean_span: float, rng: np.random.Gen
 
 
 def corrupt(
-    tokens: Int[np.ndarray, " length"], mask: Bool[np.ndarray, " length"], first_sentinel: int, end: int
+    tokens: Int[np.ndarray, " length"], mask: Shaped[np.ndarray, " length"], first_sentinel: int, end: int
 ) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
     """Input and target of tokens, of which those in `mask` are noise. Sentinels count down from `first_sentinel`."""
     mask = np.asarray(mask, bool)

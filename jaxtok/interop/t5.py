@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from jaxtok.interop.folders import FolderFormat, Options, read_hub_params, store
 from jaxtok.interop.tensors import Shapes, Source, shapes_of, write_params
 from jaxtok.interop.texts import Texts
 from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, new_controller
+from jaxtok.lm.mrt5_baselines import Convolution, FixedDeletion, RandomDeletion, Segments
 from jaxtok.lm.t5 import SequenceToSequence, T5Config, init_params
 from jaxtok.model import Model
 from jaxtok.protocols import Params
@@ -39,7 +41,7 @@ def sources(config: T5Config) -> dict[tuple[str, ...], Source]:
     found = {("embedding",): Source(EMBEDDING, also=also)}
     if not config.tie_embeddings:
         found[("head_matrix",)] = Source(HEAD)
-    first = config.gate_layer if isinstance(config, MrT5Config) and config.reduction != "nothing" else 0
+    first = config.gate_layer if isinstance(config, MrT5Config) else 0
     parts = {("decoder", "stack"): 0, ("encoder", "stack"): 0}
     if isinstance(config, MrT5Config):
         parts = {("decoder", "stack"): 0, ("encoder", "rest"): first} | ({("encoder", "stack"): 0} if first else {})
@@ -152,9 +154,8 @@ def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Con
     if (start := get("decoder_start_token_id", fields["pad_id"])) != fields["pad_id"]:
         raise ValueError(f"decoder_start_token_id is {start}; it must be pad_token_id = {fields['pad_id']}.")
     if "boundary_predictor_layer" in options:
-        return MrT5Config(
+        return Segments(
             **fields,
-            reduction="boundaries",
             gate_layer=options["boundary_predictor_layer"],
             temperature=float(get("temperature", 0.5)),
             prior=float(get("prior", 0.2)),
@@ -162,22 +163,21 @@ def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Con
         )
     if "downsampling_layer" in options:
         layer, stride = options["downsampling_layer"], get("downsampling_rate", 4)
-        return MrT5Config(**fields, reduction="convolution", gate_layer=layer, stride=stride)
+        return Convolution(**fields, gate_layer=layer, stride=stride)
     if "delete_gate_layer" not in options and kind != "mrt5":
         return T5Config(**fields)
     deletion = get("deletion_type", "scaled_sigmoid")
-    kinds = {
-        "scaled_sigmoid": {"gate": "sigmoid"},
-        "log_sigmoid": {"gate": "log_sigmoid"},
-        "random": {"reduction": "random", "amount": get("random_deletion_probability", 0.5)},
-        "fixed": {"reduction": "fixed", "amount": get("fixed_deletion_amount", 0.5)},
+    kinds: dict[str, functools.partial[MrT5Config]] = {
+        "scaled_sigmoid": functools.partial(MrT5Config, gate="sigmoid"),
+        "log_sigmoid": functools.partial(MrT5Config, gate="log_sigmoid"),
+        "random": functools.partial(RandomDeletion, amount=get("random_deletion_probability", 0.5)),
+        "fixed": functools.partial(FixedDeletion, amount=get("fixed_deletion_amount", 0.5)),
     }
     if deletion not in kinds:
         raise ValueError(f"deletion_type is {deletion!r}; it can be {', '.join(kinds)}.")
     scale = float(get("sigmoid_mask_scale", -10.0))
-    return MrT5Config(
+    return kinds[deletion](
         **fields,
-        **kinds[deletion],
         gate_layer=get("delete_gate_layer", 2),
         gate_scale=scale,
         threshold=float(get("deletion_threshold", -0.7 if deletion == "log_sigmoid" else scale / 2)),

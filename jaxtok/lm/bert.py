@@ -128,7 +128,7 @@ class Bert(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Bool[Array, "batch length"] | Int[Array, "batch length"] | None = None,
         types: Int[Array, "batch length"] | None = None,
         deterministic: bool = True,
         positions: Int[Array, "batch length"] | None = None,
@@ -170,7 +170,7 @@ class Bert(nn.Module):
 
     def masked_words(
         self, hidden: Float[Array, "batch length d_model"], places: Int[Array, "batch slots"] | None = None
-    ) -> Float[Array, "batch length vocab"]:
+    ) -> Float[Array, "batch slots vocab"] | Float[Array, "batch length vocab"]:
         """Logits of the word at each place, or at `places` of each row only; float32."""
         if places is not None:
             hidden = constrain(jnp.take_along_axis(hidden, places[..., None], 1), "batch", None, "d_model")

@@ -20,7 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxtok.axes import constrain, gather
 from jaxtok.lm.fitting import fit_text
@@ -148,7 +148,7 @@ class _Projection(nn.Module):
     param_dtype: Any
 
     @nn.compact
-    def __call__(self, *xs: Float[Array, "*rows d_in"]) -> tuple[Array, ...]:
+    def __call__(self, *xs: Float[Array, "... d_in"]) -> tuple[Array, ...]:
         def param(name, init, shape, axes):
             value = self.param(name, nn.with_logical_partitioning(init, axes), shape, self.param_dtype)
             return gather(value.astype(self.dtype), *axes)
@@ -171,7 +171,7 @@ class BytePooling(nn.Module):
 
     @nn.compact
     def __call__(
-        self, byte_ids: Int[Array, "batch words bytes"], byte_mask: Bool[Array, "batch words bytes"]
+        self, byte_ids: Int[Array, "batch words bytes"], byte_mask: Shaped[Array, "batch words bytes"]
     ) -> Float[Array, "batch words d_model"]:
         cfg = self.config
         d, h, m = cfg.d_model, cfg.pool_heads, byte_ids.shape[-1]
@@ -291,8 +291,8 @@ class Byte2Word(nn.Module):
     def __call__(
         self,
         byte_ids: Int[Array, "batch words bytes"],
-        byte_mask: Bool[Array, "batch words bytes"],
-        word_mask: Bool[Array, "batch words"] | None = None,
+        byte_mask: Shaped[Array, "batch words bytes"],
+        word_mask: Shaped[Array, "batch words"] | None = None,
         *,
         positions: Int[Array, "batch words"] | None = None,
         types: Int[Array, "batch words"] | None = None,

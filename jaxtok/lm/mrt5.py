@@ -1,8 +1,8 @@
-"""MrT5 (arXiv 2410.20771): a ByT5 whose encoder drops bytes behind its first blocks.
+"""MrT5 (arXiv 2410.20771): a ByT5 whose encoder drops bytes after its first blocks.
 
 A gate scores every byte. In training the score is added to what later layers attend with (soft deletion: same length,
 differentiable); in evaluation and generation bytes with low scores are taken out (hard deletion: shorter rows). The
-baselines of the paper are here too, as other values of `MrT5Config.reduction`.
+paper's baselines are in `jaxtok.lm.mrt5_baselines`: each fills the hooks of `MrT5Config` and `MrT5Encoder`.
 
 Shapes are static. A hard step of training, which need not be faster, hides deleted bytes instead of taking them out:
 as positions keep their bias, the rest sees the same. Evaluation takes them out into one of a few capacities, each of
@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import flax.struct
@@ -36,18 +36,14 @@ from jaxtok.lm.t5 import (
     position_bias,
     shift_right,
 )
-from jaxtok.nn.activations import gelu
 from jaxtok.nn.losses import cross_entropy, text_metrics, text_sums
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params, Sums
 
-REDUCTIONS = ("gate", "random", "fixed", "boundaries", "convolution", "nothing")
 GATES = ("sigmoid", "log_sigmoid")
 DELETED = -1e9
 """The bias of a deleted key, and the log-sigmoid gate of padding."""
-SEPARATORS = (1, 12, 13, *range(35, 51), *range(61, 68), *range(94, 100), *range(126, 130))
-"""Ids of ByT5 that begin a segment for `fixed`: blanks, punctuation, the end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,46 +53,27 @@ class MrT5Config(T5Config):
     Their config class has other ones (gate_layer 2, gate_scale -10).
     """
 
-    reduction: Literal["gate", "random", "fixed", "boundaries", "convolution", "nothing"] = "gate"
-    """What happens behind `gate_layer` blocks of the encoder (section 3, and the baselines of section 4.2):
-
-    gate         bytes are deleted by a learned gate
-    random       about `amount` of the places of a batch, padding or not, are deleted
-    fixed        the last `amount` of each word
-    boundaries   segments between learned boundaries are averaged (arXiv 2211.09761)
-    convolution  `stride` neighbours become one (CANINE, arXiv 2103.06874)
-    nothing      the encoder sees an end and nothing else: a decoder-only control
-    """
     gate_layer: int = 3
-    """Blocks in front of the reduction."""
+    """The number of the encoder's blocks before the gate."""
     gate: Literal["sigmoid", "log_sigmoid"] = "sigmoid"
     """gate_scale * sigmoid(-z), or log(sigmoid(z)), of the logit z."""
     gate_scale: float = -30.0
     threshold: float = -15.0
     """A byte stays if its gate is above."""
     gate_norm: bool = True
-    """An RMS norm in front of the gate."""
+    """Whether an RMS norm comes before the gate."""
     gumbel_noise: bool = False
-    """On the logits in training."""
-    amount: float = 0.5
-    """That random and fixed delete."""
-    stride: int = 4
-    temperature: float = 0.5
-    """Of the boundaries' relaxed Bernoulli."""
-    prior: float = 0.2
-    """Of a boundary."""
-    mask_surplus: bool = False
-    """Do not attend to the places of a row behind its last segment. The authors' code does, so that there a row depends
-    on the others of its batch."""
+    """Whether training adds it to the logits."""
     softmax1: bool = True
+
+    reduction: ClassVar[str] = "gate"
+    """What shortens the rows; the baselines have other ones."""
 
     def __post_init__(self):
         super().__post_init__()
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction is {self.reduction!r}; it can be {', '.join(REDUCTIONS)}.")
         if self.gate not in GATES:
             raise ValueError(f"gate is {self.gate!r}; it can be {', '.join(GATES)}.")
-        if self.reduction != "nothing" and not 0 <= self.gate_layer < max(self.num_layers, 1):
+        if not 0 <= self.gate_layer < max(self.num_layers, 1):
             raise ValueError(
                 f"gate_layer is {self.gate_layer}; it must be from 0 to {self.num_layers - 1}, as the encoder has "
                 f"{self.num_layers} layers."
@@ -105,18 +82,14 @@ class MrT5Config(T5Config):
             raise ValueError(
                 f"gate_scale is {self.gate_scale}; it must be negative, to be a bias against deleted keys."
             )
-        low = self.gate_scale if self.gate == "sigmoid" or self.reduction in ("random", "fixed") else -math.inf
-        if not low < self.threshold < 0:
-            raise ValueError(f"threshold is {self.threshold}; gates are between {low} and 0, and so must it be.")
-        if not 0 <= self.amount < 1:
-            raise ValueError(f"amount is {self.amount}; it must be in [0, 1).")
-        if self.stride < 1:
-            raise ValueError(f"stride is {self.stride}; it must be at least 1.")
-        if self.temperature <= 0 or not 0 < self.prior < 1:
+        if not self.lowest_gate < self.threshold < 0:
             raise ValueError(
-                f"temperature is {self.temperature} and prior {self.prior}; the first must be positive and the second "
-                "between 0 and 1."
+                f"threshold is {self.threshold}; it must be between {self.lowest_gate} and 0, as the gates are."
             )
+
+    @property
+    def lowest_gate(self) -> float:
+        return self.gate_scale if self.gate == "sigmoid" else -math.inf
 
     @property
     def decoder_stack(self) -> MrT5Config:
@@ -125,37 +98,60 @@ class MrT5Config(T5Config):
 
     @property
     def plain(self) -> T5Config:
-        """The model around the reduction, with softmax1 if this has it."""
+        """The model around the gate, with softmax1 if this has it."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(T5Config)}
         return T5Config(**fields)
 
     def module(self) -> MrT5:
         return MrT5(self)
 
+    def encoder(self) -> MrT5Encoder:
+        return MrT5Encoder(self.encoder_stack)
+
+    def deletion_rate(self, begun: Begun) -> Float[Array, ""]:
+        """The part of the real tokens whose gate is below the threshold, as the authors count."""
+        return (begun.mask & (begun.gate < self.threshold)).sum() / jnp.maximum(begun.mask.sum(), 1)
+
+    def own_loss(self, begun: Begun) -> Float[Array, ""] | float:
+        """What a baseline adds to the loss."""
+        return 0.0
+
+    def capacity(self, most: int, length: int) -> int:
+        """The places into which rows of this length are shortened whose longest keeps `most`; 0: no hard deletion."""
+        return next(capacity for capacity in capacities(length) if capacity >= most)
+
     def encoder_flops(self, inputs: int, slots: int = 0) -> float:
-        """With `slots` places left behind the reduction; 0: as in training."""
-        if self.reduction == "nothing":
-            return super().encoder_flops(1)
-        slots = slots or (inputs // self.stride if self.reduction == "convolution" else inputs)
+        """Forward FLOPs of the encoder and of the decoder's keys and values, for one row.
+
+        Args:
+          slots: places that are left after the gate; 0: all, as in training.
+        """
+        return self._flops(inputs, slots or inputs, 2 * self.d_model)
+
+    def _flops(self, inputs: int, slots: int, of_reduction: float) -> float:
         whole, cross = self.encoder_stack, 4 * self.d_model * self.num_heads * self.head_dim
         part = self.gate_layer / self.num_layers
         rest = (1 - part) * whole.stack_flops(slots) + self.decoder_stack.num_layers * cross
-        own = {"convolution": 2 * self.d_model**2, "boundaries": 2 * self.d_model * (self.mlp_dim + slots)}
-        return inputs * (part * whole.stack_flops(inputs) + own.get(self.reduction, 2 * self.d_model)) + slots * rest
+        return inputs * (part * whole.stack_flops(inputs) + of_reduction) + slots * rest
+
+    @classmethod
+    def saved_before(cls, fields: dict[str, Any]) -> tuple[type[MrT5Config], dict[str, Any]]:
+        """The class and the fields of a config that was saved when the baselines were values of `reduction`."""
+        from jaxtok.lm.mrt5_baselines import saved_before
+
+        return saved_before(fields) if "reduction" in fields else (cls, fields)
 
 
 @flax.struct.dataclass
 class Begun:
-    """Rows in front of the reduction, and what it is to do with them."""
+    """Rows after the first blocks, and what the gate says of them."""
 
     states: Float[Array, "batch length d_model"]
     mask: Bool[Array, "batch length"]
     kept: Bool[Array, "batch length"]
-    """Places that hard deletion leaves, of real tokens only (`boundaries`: where a segment begins)."""
+    """The places that hard deletion leaves, of real tokens only."""
     gate: Float[Array, "batch length"] | None = None
     logits: Float[Array, "batch length"] | None = None
-    boundaries: Float[Array, "batch length"] | None = None
-    """1 where a segment ends, with the gradient of the probability."""
 
     @property
     def counts(self) -> Int[Array, " batch"]:
@@ -184,136 +180,56 @@ class DeleteGate(nn.Module):
         return jnp.einsum("bld,dk->blk", x, gather(kernel.astype(jnp.float32), "d_model", None))[..., 0] + bias
 
 
-class BoundaryPredictor(nn.Module):
-    """The logit of a segment's end at each state: an MLP on its norm."""
-
-    config: MrT5Config
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch length"]:
-        cfg = self.config
-
-        def dense(x, features, axes, bias, name):
-            init = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), axes)
-            kernel = self.param(f"{name}_kernel", init, (x.shape[-1], features), cfg.param_dtype)
-            init = nn.with_logical_partitioning(nn.initializers.constant(bias), (axes[1],))
-            return x @ gather(kernel.astype(x.dtype), *axes) + self.param(f"{name}_bias", init, (features,))
-
-        x = Norm("rms", eps=cfg.norm_eps, param_dtype=cfg.param_dtype, name="norm")(x.astype(jnp.float32))
-        x = gelu(dense(x, cfg.mlp_dim, ("d_model", "mlp"), 0.0, "up"))
-        return dense(x, 1, ("mlp", None), -1.0, "down")[..., 0]
-
-
-class StridedConvolution(nn.Module):
-    """gelu of a convolution of the norm, whose kernel is as long as its stride; a remainder is dropped."""
-
-    config: MrT5Config
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "batch length d_model"]) -> Float[Array, "batch slots d_model"]:
-        cfg = self.config
-        width, stride = x.shape[-1], cfg.stride
-
-        def uniform(rng, shape, dtype=jnp.float32):  # PyTorch's
-            bound = (width * stride) ** -0.5
-            return jax.random.uniform(rng, shape, dtype, -bound, bound)
-
-        axes = (None, "d_model", "channels")
-        kernel = self.param(
-            "kernel", nn.with_logical_partitioning(uniform, axes), (stride, width, width), cfg.param_dtype
-        )
-        bias = self.param("bias", nn.with_logical_partitioning(uniform, ("channels",)), (width,), cfg.param_dtype)
-        x = Norm("rms", eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype, name="norm")(x)
-        slots = x.shape[1] // stride
-        x = x[:, : slots * stride].reshape(x.shape[0], slots, stride, width)
-        return gelu(jnp.einsum("bskd,kde->bse", x, gather(kernel.astype(x.dtype), *axes)) + bias.astype(x.dtype))
-
-
-def random_gate(rng: jax.Array, shape: tuple[int, int], amount: float, scale: float) -> Float[Array, "batch length"]:
-    """`scale` at N(amount, 0.05) of all the places of a batch, 0 elsewhere."""
-    of_count, of_places = jax.random.split(rng)
-    places = math.prod(shape)
-    count = ((amount + 0.05 * jax.random.normal(of_count)) * places).astype(jnp.int32)
-    rank = jnp.argsort(jnp.argsort(jax.random.uniform(of_places, (places,))))
-    return jnp.where(rank < count, scale, 0.0).reshape(shape)
-
-
-def fixed_gate(
-    tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"], amount: float, scale: float
-) -> Float[Array, "batch length"]:
-    """0 at the first ceil((1 - amount) n) of the n real tokens from one separator to the next, `scale` elsewhere.
-
-    Each row has segments of its own; in the authors' code those of a batch are mixed up.
-    """
-    rows, length = tokens.shape
-    places = jnp.arange(length)
-    separator = jnp.isin(tokens, jnp.array(SEPARATORS))
-    segment = jnp.cumsum(separator, axis=1)
-    sizes = jnp.zeros((rows, length + 1), jnp.int32).at[jnp.arange(rows)[:, None], segment].add(mask)
-    start = jax.lax.cummax(jnp.where(separator, places, 0), axis=1)
-    allowed = np.ceil((1 - amount) * np.arange(length + 1)).astype(np.int32)
-    allowed = jnp.take(jnp.asarray(allowed), jnp.take_along_axis(sizes, segment, axis=1))
-    return jnp.where((places - start < allowed) & mask, 0.0, scale)
-
-
 class MrT5Encoder(nn.Module):
-    """T5's encoder in two parts, `begin` and `finish`, with the reduction between them."""
+    """T5's encoder in two parts, `begin` and `finish`, with the gate between them."""
 
     config: MrT5Config
 
     def setup(self):
         cfg = self.config
-        first = cfg.gate_layer if cfg.reduction != "nothing" else 0
-        if first:
-            self.stack = Stack(dataclasses.replace(cfg, num_layers=first, gate_layer=0))
-        self.rest = Stack(dataclasses.replace(cfg, num_layers=cfg.num_layers - first, gate_layer=0))
+        if cfg.gate_layer:
+            self.stack = Stack(dataclasses.replace(cfg, num_layers=cfg.gate_layer, gate_layer=0))
+        self.rest = Stack(dataclasses.replace(cfg, num_layers=cfg.num_layers - cfg.gate_layer, gate_layer=0))
         self.relative_bias = position_bias(cfg)
         self.final_norm = cfg.norm_module()
         self.drop = nn.Dropout(cfg.dropout)
-        if cfg.reduction == "gate":
-            self.delete_gate = DeleteGate(cfg)
-        if cfg.reduction == "boundaries":
-            self.boundary_predictor = BoundaryPredictor(cfg)
-        if cfg.reduction == "convolution":
-            self.convolution = StridedConvolution(cfg)
+        self.add_reduction()
 
-    def begin(self, x, tokens, mask, threshold=None, uniform=None, deterministic: bool = True) -> Begun:
+    def add_reduction(self):
+        self.delete_gate = DeleteGate(self.config)
+
+    def begin(
+        self,
+        x: Float[Array, "batch length d_model"],
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"],
+        threshold: float | Float[Array, ""] | None = None,
+        deterministic: bool = True,
+    ) -> Begun:
         cfg = self.config
         x = self.drop(x, deterministic)
-        if cfg.gate_layer and cfg.reduction != "nothing":
+        if cfg.gate_layer:
             places = jnp.arange(x.shape[1])[None]
             bias = (self.relative_bias(places, places),)
             x, _ = self.stack(x, places, mask.astype(jnp.int32), deterministic=deterministic, bias=bias)
-        begun = Begun(x, mask, mask)
-        if cfg.reduction == "boundaries":
-            return self._boundaries(begun, uniform)
-        if cfg.reduction not in ("gate", "random", "fixed"):
-            return begun
-        scale, z = cfg.gate_scale, None
-        if cfg.reduction == "gate":
-            z = self.delete_gate(x)
-            if cfg.gumbel_noise and not deterministic:
-                z = z + jax.random.gumbel(self.make_rng("gate"), z.shape)
-            values = scale * jax.nn.sigmoid(-z) if cfg.gate == "sigmoid" else jax.nn.log_sigmoid(z)
-            values = jnp.where(mask, values, scale if cfg.gate == "sigmoid" else DELETED)
-        elif cfg.reduction == "random":
-            values = random_gate(self.make_rng("gate"), mask.shape, cfg.amount, scale)
-        else:
-            values = fixed_gate(tokens, mask, cfg.amount, scale)
-        kept = (values > (cfg.threshold if threshold is None else threshold)) & mask
-        return begun.replace(gate=values, logits=z, kept=kept)
+        return self.scored(x, tokens, mask, cfg.threshold if threshold is None else threshold, deterministic)
 
-    def _boundaries(self, begun: Begun, uniform) -> Begun:
-        mask, length = begun.mask, begun.mask.shape[1]
-        z = self.boundary_predictor(begun.states)
-        if uniform is None:
-            uniform = jax.random.uniform(self.make_rng("gate"), z.shape, minval=1e-6, maxval=1 - 1e-6)
-        soft = jax.nn.sigmoid((jnp.log(uniform) - jnp.log1p(-uniform) + z) / self.config.temperature)
-        ends = (soft > 0.5) - jax.lax.stop_gradient(soft) + soft
-        last = mask & (jnp.arange(length) == jnp.max(jnp.where(mask, jnp.arange(length), -1), -1, keepdims=True))
-        ends = jnp.where(last, 1.0, ends * mask)
-        before = jnp.pad(ends[:, :-1] > 0.5, ((0, 0), (1, 0)), constant_values=True)
-        return begun.replace(logits=z, boundaries=ends, kept=before & mask)
+    def scored(self, x, tokens, mask, threshold, deterministic: bool) -> Begun:
+        """The gates, and which bytes are kept (section 3.1)."""
+        gate, z = self.gates(x, tokens, mask, deterministic)
+        return Begun(x, mask, (gate > threshold) & mask, gate, z)
+
+    def gates(
+        self, x, tokens, mask, deterministic: bool
+    ) -> tuple[Float[Array, "batch length"], Float[Array, "batch length"] | None]:
+        """G = gate_scale sigmoid(-z), or log(sigmoid(z)), with the lowest value at padding; and the logits z."""
+        cfg = self.config
+        z = self.delete_gate(x)
+        if cfg.gumbel_noise and not deterministic:
+            z = z + jax.random.gumbel(self.make_rng("gate"), z.shape)
+        if cfg.gate == "sigmoid":
+            return jnp.where(mask, cfg.gate_scale * jax.nn.sigmoid(-z), cfg.gate_scale), z
+        return jnp.where(mask, jax.nn.log_sigmoid(z), DELETED), z
 
     def finish(
         self, begun: Begun, hard: bool | Bool[Array, ""] = False, capacity: int = 0, deterministic: bool = True
@@ -324,53 +240,29 @@ class MrT5Encoder(nn.Module):
           hard: whether deleted bytes are hidden, where they are not taken out.
           capacity: take them out, into so many places; of a row that needs more, those with the highest gates stay
             (`Begun.truncated` says how many do not; `MrT5Training` never asks for fewer than are needed). 0: leave
-            them. `boundaries` takes it as the number of segments, 0 as the length.
+            them.
         """
-        cfg = self.config
-        x, mask = begun.states, begun.mask
-        rows, length = mask.shape
-        places = jnp.arange(length)[None]
-        keys, cross = (), (hide(mask),)
-        if cfg.reduction == "boundaries":
-            x, places, mask, cross = self._segments(begun, capacity or length)
-        elif cfg.reduction == "convolution":
-            if length < cfg.stride:
-                raise ValueError(f"rows have {length} places, fewer than stride = {cfg.stride}; give longer ones.")
-            x, slots = self.convolution(x), length // cfg.stride
-            windows = mask[:, : slots * cfg.stride].reshape(rows, slots, cfg.stride)
-            places, mask, cross = places[:, :: cfg.stride][:, :slots], windows[..., 0], (hide(windows.any(-1)),)
-        elif cfg.reduction != "nothing" and capacity:
-            places, filled = compact(begun, capacity)
-            x, mask = jnp.take_along_axis(x, places[..., None], 1), jnp.take_along_axis(mask, places, 1)
-            keys = (hide(filled, DELETED),)
-            cross = (hide(mask), *keys)
-        elif cfg.reduction != "nothing":
-            kept = begun.kept.at[:, 0].set(begun.kept[:, 0] | ~begun.kept.any(-1))
-            keys = (jnp.where(hard, hide(kept, DELETED), begun.gate[:, None, None, :]),)
-            cross = (*cross, *keys)
+        x, places, mask, keys, cross = self.reduced(begun, hard, capacity)
         bias = self.relative_bias(places, places)
         self.sow("intermediates", "bias", bias)
         x, _ = self.rest(x, places, mask.astype(jnp.int32), deterministic=deterministic, bias=(bias, *keys))
         return Encoded(self.drop(self.final_norm(x), deterministic), cross)
 
-    def _segments(self, begun: Begun, slots: int):
-        """The mean of each segment, where it begins, what the encoder is to see of it, and what the decoder."""
-        ends, states = begun.boundaries, begun.states
-        rows, length = ends.shape
-        number = jnp.cumsum(ends, axis=1) - ends  # of the segment that a place is in, with a gradient
-        which = jnp.round(jax.lax.stop_gradient(number)).astype(jnp.int32)
-        slot = jnp.arange(slots)
-        inside = which[..., None] == slot
-        weights = jnp.where(inside, 1 - (slot - number[..., None]), 0.0)  # 1, with the gradient of the number
-        total = jnp.einsum("bls,bld->bsd", weights, states.astype(jnp.float32))
-        x = (total / (weights.sum(1)[..., None] + 1e-9)).astype(states.dtype)
-        counts = begun.kept.sum(-1, keepdims=True)
-        target = jnp.where(begun.kept, which, slots)
-        places = jnp.zeros((rows, slots), jnp.int32).at[jnp.arange(rows)[:, None], target]
-        places = places.set(jnp.broadcast_to(jnp.arange(length), ends.shape), mode="drop")
-        mine = slot < counts
-        seen = mine if self.config.mask_surplus else jnp.broadcast_to(slot < counts.max(), mine.shape)
-        return x, places, seen & jnp.take_along_axis(begun.mask, places, 1), (hide(mine),)
+    def reduced(self, begun: Begun, hard: bool | Bool[Array, ""], capacity: int) -> tuple[Any, ...]:
+        """Deletion (section 3.1): soft, hard but hidden, or hard.
+
+        Returns the states of the slots that are left, their places [batch or 1, slots], the mask of the real ones, and
+        the biases on the scores of the blocks to come and of cross-attention, each a tuple.
+        """
+        x, mask = begun.states, begun.mask
+        if capacity:
+            places, filled = compact(begun, capacity)
+            x, mask = jnp.take_along_axis(x, places[..., None], 1), jnp.take_along_axis(mask, places, 1)
+            keys = (hide(filled, DELETED),)
+            return x, places, mask, keys, (hide(mask), *keys)
+        kept = begun.kept.at[:, 0].set(begun.kept[:, 0] | ~begun.kept.any(-1))
+        keys = (jnp.where(hard, hide(kept, DELETED), begun.gate[:, None, None, :]),)
+        return x, jnp.arange(mask.shape[1])[None], mask, keys, (hide(mask), *keys)
 
 
 def compact(begun: Begun, capacity: int) -> tuple[Int[Array, "batch slots"], Bool[Array, "batch slots"]]:
@@ -389,39 +281,35 @@ def compact(begun: Begun, capacity: int) -> tuple[Int[Array, "batch slots"], Boo
 
 
 class MrT5(T5):
-    """As `T5`; `encode` and its halves take the options of the reduction.
+    """As `T5`; `encode` and its halves take the options of deletion.
 
-    Keys come from the collections "gate" (random deletion, boundaries, Gumbel noise) and "dropout".
+    Keys come from the collections "gate" (Gumbel noise, and what the baselines draw) and "dropout".
     """
 
     config: MrT5Config
 
     def make_encoder(self) -> nn.Module:
-        return MrT5Encoder(self.config.encoder_stack)
+        return self.config.encoder()
 
     def encode(
         self,
         inputs: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Bool[Array, "batch length"] | Int[Array, "batch length"] | None = None,
         deterministic: bool = True,
         hard: bool | Bool[Array, ""] = False,
         capacity: int = 0,
-        threshold: float | None = None,
-        uniform: Float[Array, "batch length"] | None = None,
+        threshold: float | Float[Array, ""] | None = None,
     ) -> Encoded:
-        return self.finish(self.begin(inputs, mask, threshold, uniform, deterministic), hard, capacity, deterministic)
+        return self.finish(self.begin(inputs, mask, threshold, deterministic), hard, capacity, deterministic)
 
-    def begin(self, inputs, mask=None, threshold=None, uniform=None, deterministic: bool = True) -> Begun:
+    def begin(self, inputs, mask=None, threshold=None, deterministic: bool = True) -> Begun:
         """The first blocks and the gate.
 
         Args:
           threshold: instead of the config's.
-          uniform: the noise of `boundaries`; default: drawn.
         """
-        if self.config.reduction == "nothing":
-            inputs, mask = jnp.full_like(inputs[:, :1], self.config.eos_id), None
         mask = (inputs != self.config.pad_id) if mask is None else mask.astype(bool)
-        return self.encoder.begin(self.embed(inputs), inputs, mask, threshold, uniform, deterministic)
+        return self.encoder.begin(self.embed(inputs), inputs, mask, threshold, deterministic)
 
     def finish(self, begun: Begun, hard=False, capacity: int = 0, deterministic: bool = True) -> Encoded:
         return self.encoder.finish(begun, hard, capacity, deterministic)
@@ -438,7 +326,7 @@ def from_t5(config: MrT5Config, params: Params, rng: jax.Array) -> Params:
     Raises:
       ValueError: the T5 has other sizes.
     """
-    first = config.gate_layer if config.reduction != "nothing" else 0
+    first = config.gate_layer
     known = ("stack", "rest", "relative_bias", "final_norm")
 
     def new(rng):
@@ -514,15 +402,6 @@ def score_excess(intermediates: Any, mask: Bool[Array, "batch length"], limit: f
     own = layers(encoder["rest"]["blocks"]["attention"], encoder["bias"][0])
     cross = layers(intermediates["decoder"]["stack"]["blocks"]["cross"], 0.0)
     return jnp.concatenate([own, cross]).mean()
-
-
-def boundary_loss(begun: Begun, prior: float) -> Float[Array, ""]:
-    """-log Binomial(N, prior)(number of boundaries) / N, with the padded length N, averaged over rows."""
-    length = begun.mask.shape[1]
-    n = begun.boundaries.sum(-1)
-    log = jax.scipy.special.gammaln
-    choose = math.lgamma(length + 1) - log(n + 1) - log(length - n + 1)
-    return -jnp.mean(choose + n * math.log(prior) + (length - n) * math.log1p(-prior)) / length
 
 
 def new_controller() -> dict[str, Array]:
@@ -626,9 +505,8 @@ class MrT5Training(SequenceToSequence):
         metrics["cross_entropy"] = loss
         if self.score_weight:
             loss += self.score_weight * score_excess({**seen["intermediates"], **seen_too["intermediates"]}, begun.mask)
-        metrics["deletion_rate"] = deletion_rate(begun, self.model)
-        if self.model.reduction == "boundaries":
-            loss += boundary_loss(begun, self.model.prior)
+        metrics["deletion_rate"] = self.model.deletion_rate(begun)
+        loss += self.model.own_loss(begun)
         if self.model.reduction == "gate" and (self.target_rate or self.alpha):
             alpha = jax.lax.stop_gradient(params["controller"]["alpha"]) if self.target_rate else self.alpha
             extra = self.regularisation(begun)
@@ -689,29 +567,17 @@ class MrT5Training(SequenceToSequence):
     def _capacity(self, counts: dict[str, Any], length: int) -> int:
         """The smallest in which all rows of a batch find room."""
         counts.update(jax.device_get(counts))
-        if self.model.reduction in ("convolution", "nothing"):
-            return 0
         if counts["nothing_left"]:
             raise ValueError(
                 f"the gate deletes every byte of a batch, as all are below threshold = {self.model.threshold}; train "
                 "with a lower alpha or target_rate, or choose a lower threshold."
             )
-        return next(c for c in capacities(length) if c >= counts["most"])
-
-
-def deletion_rate(begun: Begun, config: MrT5Config) -> Float[Array, ""]:
-    """The part of real tokens that is deleted (or of places that are merged into others)."""
-    real = jnp.maximum(begun.mask.sum(), 1)
-    if config.reduction in ("gate", "random", "fixed"):  # as the authors count: below the threshold
-        return (begun.mask & (begun.gate < config.threshold)).sum() / real
-    if config.reduction == "convolution":
-        return jnp.asarray(1 - 1 / config.stride, jnp.float32)
-    return 1 - (begun.kept & begun.mask).sum() / real
+        return self.model.capacity(int(counts["most"]), length)
 
 
 @functools.partial(jax.jit, static_argnames="task")
 def begin(task: MrT5Training, params: Params, tokens, rng) -> tuple[Begun, dict[str, Array]]:
-    """Rows in front of the reduction, and what it will do, in numbers."""
+    """Rows after the first blocks, and what deletion will do with them, in numbers."""
     params = {name: part for name, part in params.items() if name != "controller"}
     begun = task.module().apply({"params": params}, tokens, method="begin", rngs={"gate": rng})
     real = begun.mask.sum()
@@ -719,7 +585,7 @@ def begin(task: MrT5Training, params: Params, tokens, rng) -> tuple[Begun, dict[
     return begun, {
         "most": begun.counts.max(),
         "real": real,
-        "deleted": deletion_rate(begun, task.model) * real,
+        "deleted": task.model.deletion_rate(begun) * real,
         "emptied": (begun.mask.any(-1) & ~begun.kept.any(-1)).sum(),
         "nothing_left": nothing_left,
     }
@@ -740,9 +606,12 @@ def finish_sums(task: MrT5Training, capacity: int, params: Params, begun: Begun,
     return text_sums(cross_entropy(logits, batch["targets"]), batch["mask"], batch["bytes"])
 
 
-def mrt5(base: T5Config, **options: Any) -> MrT5Config:
-    """A MrT5 around a T5."""
-    return MrT5Config(**{field.name: getattr(base, field.name) for field in dataclasses.fields(T5Config)} | options)
+def mrt5(base: T5Config, kind: type[MrT5Config] | None = None, **options: Any) -> MrT5Config:
+    """A MrT5 around a T5, or one of the baselines (`kind`); of another MrT5, it also takes what they share."""
+    kind = kind or MrT5Config
+    known = {field.name for field in dataclasses.fields(kind)}
+    shared = {field.name: getattr(base, field.name) for field in dataclasses.fields(base) if field.name in known}
+    return kind(**shared | options)
 
 
 PUBLISHED = {

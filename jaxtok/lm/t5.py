@@ -277,7 +277,7 @@ class T5(nn.Module):
         self,
         inputs: Int[Array, "batch length"],
         outputs: Int[Array, "batch outputs"],
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Bool[Array, "batch length"] | Int[Array, "batch length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch outputs vocab"]:
         """Logits (float32) of the token at each place of the output, from the input and those before (teacher forcing).
@@ -297,7 +297,7 @@ class T5(nn.Module):
     def encode(
         self,
         inputs: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length"] | None = None,
+        mask: Bool[Array, "batch length"] | Int[Array, "batch length"] | None = None,
         deterministic: bool = True,
     ) -> Encoded:
         mask = (inputs != self.config.pad_id) if mask is None else mask.astype(bool)

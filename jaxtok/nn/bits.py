@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 MAX_BITS = 31
 """Of a code, which is an int32."""
 
 
-def pack_bits(bits: Int[Array, "*shape bits"], sub_codes: int = 1) -> Int[Array, "*shape sub_codes"]:
+def pack_bits(bits: Shaped[Array, "*shape bits"], sub_codes: int = 1) -> Int[Array, "*shape sub_codes"]:
     """Cuts the bits into `sub_codes` runs, each a number whose first bit is the most significant.
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 
 def cross_entropy(
@@ -48,7 +48,7 @@ def by_parts(function: Callable[..., Array], part: int, *arrays: Array) -> Array
     return jnp.moveaxis(y, 0, 2).reshape(batch, length, *y.shape[3:])
 
 
-def masked_mean(values: Float[Array, "*shape"], mask: Float[Array, "*shape"]) -> Float[Array, ""]:
+def masked_mean(values: Shaped[Array, "*shape"], mask: Shaped[Array, "*shape"]) -> Float[Array, ""]:
     """The mean over the positions where the mask is 1; 0 where it is nowhere 1."""
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 

@@ -300,7 +300,7 @@ class Stack(nn.Module):
     def __call__(
         self,
         x: Float[Array, "batch length d_model"],
-        positions: Int[Array, "batch length"] | None,
+        positions: Int[Array, "#batch length"] | None,
         segments: Int[Array, "batch length"] | None = None,
         cache: KVCache | None = None,
         deterministic: bool = True,

@@ -70,7 +70,7 @@ class PackageOfWords:
                 found.append(np.asarray(_features(task, params, part))[: size - pad])
             return np.concatenate(found), labels
 
-        judge = linear_probe(*features("train", self.rows, 0.0), len(self.packages))
+        judge = linear_probe(*features("train", self.rows, 0.0))
         found = {"package_accuracy": judge(*features("test", self.test_rows, 0.0))}
         for rate in self.rates:
             found[f"package_accuracy_{percent(rate)}"] = judge(*features("test", self.test_rows, rate))

@@ -173,6 +173,7 @@ def _direction(config: Rule) -> optax.GradientTransformation:
 
 def _in_parts(rest: optax.GradientTransformation, parts: tuple[PartOptimizer, ...]) -> Any:
     """Each part with its own optimizer, and all else with `rest`. The state is that of the rest, and theirs by name."""
+    # Not optax.partition: its state is another tree, in which runs of today do not open, and it has no late start.
     own = {part.part: _direction(part) for part in parts}
 
     def cut(tree):

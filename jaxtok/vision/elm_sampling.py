@@ -126,7 +126,7 @@ def generate(
     new: int | None = None,
     uniforms: Float[np.ndarray, "new sub_codes batch"] | None = None,
     on_progress: OnProgress | None = None,
-) -> Int[Array, "batch given+new sub_codes"]:
+) -> Int[Array, "batch positions sub_codes"]:
     """Codes of images of these classes. A row depends on its class, `rng` and its place in the batch, not on others.
 
     Args:
@@ -174,7 +174,7 @@ def draw(
     uniforms: Float[np.ndarray, "new sub_codes batch"] | None = None,
     fixed: tuple[Int[np.ndarray, "batch new sub_codes"], Bool[np.ndarray, " new"]] | None = None,
     on_progress: OnProgress | None = None,
-) -> tuple[Int[Array, "batch given+new sub_codes"], Float[Array, "batch sub_codes vocab"]]:
+) -> tuple[Int[Array, "batch positions sub_codes"], Float[Array, "batch sub_codes vocab"]]:
     """As `generate`, from guidance weights; also returns the last position's logits as they were drawn from.
 
     Args:
@@ -341,7 +341,7 @@ def extend(
     keep: int,
     sampling: ElmSampling = ElmSampling(),
     rng: jax.Array | None = None,
-    uniforms: Float[np.ndarray, "positions sub_codes batch"] | None = None,
+    uniforms: Float[np.ndarray, "draws sub_codes batch"] | None = None,
 ) -> Int[Array, "batch positions sub_codes"]:
     """The codes of the next image, which has the last `keep` rows or columns of the one before as its first.
 
@@ -378,8 +378,8 @@ def extend(
 
 
 def blend(
-    first: Float[Array, "batch height width channels"],
-    second: Float[Array, "batch height width channels"],
+    first: Float[Array, "batch first_height first_width channels"],
+    second: Float[Array, "batch second_height second_width channels"],
     overlap: int,
     direction: Literal["down", "right"],
 ) -> Float[Array, "batch height width channels"]:

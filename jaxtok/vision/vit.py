@@ -22,7 +22,7 @@ from typing import Literal
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from jaxtok.nn.linear import Linear, LinearStack
 from jaxtok.nn.norms import NORMS, Norm
@@ -141,8 +141,8 @@ class ViT(nn.Module):
 
 
 def patchify(
-    images: Float[Array, "batch height width channels"], patch_size: int
-) -> Float[Array, "batch patches patch"]:
+    images: Shaped[Array, "batch height width channels"], patch_size: int
+) -> Shaped[Array, "batch patches patch"]:
     """Square patches, row by row, each with its pixels row by row (channels last)."""
     batch, height, width, channels = images.shape
     rows, columns, p = height // patch_size, width // patch_size, patch_size

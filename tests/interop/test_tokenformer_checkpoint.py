@@ -32,9 +32,7 @@ CONFIG = TokenFormerConfig(
     vocab_size=24,
     max_length=32,
 )
-torch_needed = pytest.mark.skipif(
-    importlib.util.find_spec("torch") is None, reason="needs PyTorch: pip install torch==2.13.0"
-)
+torch_needed = pytest.mark.torch
 
 
 def random_params(config, seed=0):

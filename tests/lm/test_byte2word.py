@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -393,8 +394,7 @@ def test_a_bert_lends_its_body(tmp_path):
     assert params["position_embedding"] is noisy_params()["position_embedding"]
     folder = write_folder(tmp_path / "bert", theirs, body)
     for ours in (params, read_bert_body(TINY, noisy_params(), folder)):
-        for a, b in zip(jax.tree.leaves(ours["stack"]), jax.tree.leaves(body["stack"]), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(ours["stack"], body["stack"])
         assert jax.tree.structure(ours) == jax.tree.structure(noisy_params())
     # the same layers: from equal embeddings, equal states
     x = np.random.default_rng(0).normal(size=(1, 4, 32)).astype(np.float32)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -405,7 +406,7 @@ def test_hugging_face_folders(head, changed, tmp_path):
     write_folder(tmp_path / "folder", config, params)
     again, tree = read_folder(tmp_path / "folder")
     assert again == dataclasses.replace(config, embedding_size=config.embedding_width)
-    assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    chex.assert_trees_all_equal(tree, params)
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     theirs = getattr(transformers, f"ElectraFor{head}").from_pretrained(tmp_path / "folder").eval()
     tokens = np.random.default_rng(1).integers(4, config.vocab_size, (2, 12))
@@ -420,7 +421,8 @@ def test_hugging_face_folders(head, changed, tmp_path):
     np.testing.assert_allclose(ours[real], output[real], atol=1e-4 * np.abs(output).max())
     theirs.save_pretrained(tmp_path / "theirs")
     back, tree = read_folder(tmp_path / "theirs")
-    assert back == again and jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    assert back == again
+    chex.assert_trees_all_equal(tree, params)
 
 
 @pytest.mark.slow
@@ -443,7 +445,7 @@ def test_a_run_is_evaluated_and_becomes_a_folder(tmp_path):
     assert evaluate(tmp_path / "run", batches=2)["auc"] == pytest.approx(result.metrics["auc"], abs=1e-6)
     config, params = read_folder(convert(tmp_path / "run", tmp_path / "folder"))
     assert config == result.task.export(result.params)[0]
-    assert jax.tree.all(jax.tree.map(np.array_equal, params, result.params["discriminator"]))
+    chex.assert_trees_all_equal(params, result.params["discriminator"])
 
 
 @pytest.mark.parametrize("size", PUBLISHED)
@@ -462,7 +464,7 @@ def test_the_authors_variables_there_and_back(name, batch):
     params = parameters(task, batch)
     theirs = to_official(task, params)
     again = from_official(task, theirs | {"global_step": np.zeros(()), "electra/x/adam_m": np.zeros(3)})
-    assert jax.tree.all(jax.tree.map(np.array_equal, again, jax.tree.map(np.asarray, params)))
+    chex.assert_trees_all_equal(again, jax.tree.map(np.asarray, params))
     assert len({source.name for source in variables(task).values()}) == len(variables(task))
     with pytest.raises(ValueError, match="electra/odd is unknown"):
         from_official(task, theirs | {"electra/odd": np.zeros(3)})

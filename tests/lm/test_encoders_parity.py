@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,7 +140,7 @@ def test_written_then_read_is_the_same(name, tmp_path):
     write_folder(tmp_path / "folder", config, params)
     again, tree = read_folder(tmp_path / "folder")
     assert again == config
-    assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    chex.assert_trees_all_equal(tree, params)
 
 
 def test_with_the_library_itself(tmp_path):

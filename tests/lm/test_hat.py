@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -493,11 +494,12 @@ def test_a_written_folder_is_read_again(qk_norm, tmp_path):
     again, tree = read_folder(tmp_path)
     assert again == config
     assert jax.tree.structure(tree) == jax.tree.structure(params)
-    assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    chex.assert_trees_all_equal(tree, params)
     if not qk_norm:  # and by the command line's verbs
         run = convert(tmp_path, tmp_path / "run")
         again, tree = read_folder(convert(run, tmp_path / "back"))
-        assert again == config and jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+        assert again == config
+        chex.assert_trees_all_equal(tree, params)
     with pytest.raises(ValueError, match=r"backbone_config.is_neox_style is false"):
         options = config_json(config)
         options["backbone_config"]["is_neox_style"] = False

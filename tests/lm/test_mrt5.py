@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import chex
 import flax.linen as nn
 import jax
 import jax.flatten_util
@@ -17,14 +18,13 @@ from hypothesis import strategies as st
 
 from jaxtok import verbs
 from jaxtok.cli import main
-from jaxtok.configuration import load_config
+from jaxtok.configuration import from_json, load_config, to_json
 from jaxtok.convert import convert
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.huggingface import read_folder, write_folder
 from jaxtok.lm.mrt5 import (
     PUBLISHED,
-    SEPARATORS,
     Begun,
     MrT5,
     MrT5Config,
@@ -32,9 +32,17 @@ from jaxtok.lm.mrt5 import (
     capacities,
     compact,
     control,
-    fixed_gate,
     from_t5,
     mrt5,
+)
+from jaxtok.lm.mrt5_baselines import (
+    BASELINES,
+    SEPARATORS,
+    Convolution,
+    NoInput,
+    RandomDeletion,
+    Segments,
+    fixed_gate,
     random_gate,
 )
 from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
@@ -343,32 +351,38 @@ def test_random_and_fixed_deletion():
     assert {bytes([i - 3]) for i in SEPARATORS if i > 2} >= {b" ", b"\t", b"\n", b",", b".", b"!"}
 
 
-@pytest.mark.parametrize("reduction", ["boundaries", "convolution", "nothing"])
-def test_baselines(reduction, arrays, tmp_path):
+@pytest.mark.parametrize(("kind", "options"), [(Segments, {"mask_surplus": True}), (Convolution, {}), (NoInput, {})])
+def test_baselines(kind, options, arrays, tmp_path):
     """Each forgets what it should, and is written and read as it is."""
-    config = dataclasses.replace(CONFIG, reduction=reduction, mask_surplus=True, stride=4)
+    config = mrt5(PLAIN, kind, gate_layer=0 if kind is NoInput else 1, **options)
     params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
     tokens, _ = arrays
     uniform = np.random.default_rng(1).uniform(0.01, 0.99, tokens.shape).astype(np.float32)
-    apply = jax.jit(lambda t, u: MrT5(config).apply({"params": params}, t, uniform=u, method="encode"))
+
+    @jax.jit
+    def apply(tokens, uniform):
+        variables = {"params": params, "noise": {"encoder": {"uniform": uniform}}}
+        return config.module().apply(variables, tokens, method="encode")
+
     encoded = apply(tokens, uniform)
-    slots = {"boundaries": LENGTH, "convolution": LENGTH // 4, "nothing": 1}[reduction]
+    slots = {Segments: LENGTH, Convolution: LENGTH // 4, NoInput: 1}[kind]
     assert encoded.states.shape == (3, slots, 16)
-    if reduction == "nothing":
+    if kind is NoInput:
         np.testing.assert_array_equal(encoded.states, apply(tokens[::-1], uniform).states)
         return
-    if reduction == "boundaries":  # no row sees the others
+    if kind is Segments:  # no row sees the others
         alone = apply(np.stack([tokens[1]] * 3), np.stack([uniform[1]] * 3))
         seen = np.asarray(encoded.bias[0][1, 0, 0] == 0)
         close(alone.states[0][seen], encoded.states[1][seen])
     again, tree = read_folder(write_folder(tmp_path / "folder", config, params))
-    assert again.reduction == reduction and jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    assert type(again) is kind
+    chex.assert_trees_all_equal(tree, params)
 
 
 def test_written_then_read_is_the_same(params, t5_params, tmp_path):
     again, tree = read_folder(write_folder(tmp_path / "folder", CONFIG, params))
     assert again == dataclasses.replace(CONFIG, activation=again.activation)
-    assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    chex.assert_trees_all_equal(tree, params)
     with pytest.raises(ValueError, match="other shapes"):
         from_t5(dataclasses.replace(CONFIG, mlp_dim=32), t5_params, jax.random.key(0))
 
@@ -382,12 +396,12 @@ def test_published_sizes_have_a_gate_more():
         assert config.plain == dataclasses.replace(base, softmax1=True)
 
 
-@pytest.mark.parametrize("reduction", ["gate", "random", "fixed", "boundaries", "convolution", "nothing"])
-def test_every_reduction_trains_in_bfloat16(reduction, arrays):
+@pytest.mark.parametrize("kind", [MrT5Config, *BASELINES.values()], ids=["gate", *BASELINES])
+def test_every_reduction_trains_in_bfloat16(kind, arrays):
     """Shapes and types only; parameters and loss stay float32."""
     options = {"dtype": "bfloat16", "remat": "full", "dropout": 0.1, "attention_dropout": 0.1, "mlp_dropout": 0.1}
-    config = dataclasses.replace(CONFIG, reduction=reduction, gumbel_noise=True, gate_layer=0, **options)
-    gated = {"target_rate": 0.5, "score_weight": 0.5} if reduction == "gate" else {}
+    config = mrt5(CONFIG, kind, gumbel_noise=True, gate_layer=0, **options)
+    gated = {"target_rate": 0.5, "score_weight": 0.5} if kind is MrT5Config else {}
     task = MrT5Training(model=config, hard_probability=0.5, **gated)
     batch = {"tokens": arrays[0], "targets": arrays[1], "mask": np.ones((3, 5), np.float32), "bytes": np.ones((3, 5))}
 
@@ -414,17 +428,12 @@ def test_shorter_rows_cost_less():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reduction": "half"}, "reduction is 'half'"),
         ({"gate": "relu"}, "gate is 'relu'"),
         ({"gate_layer": 3}, "gate_layer is 3; it must be from 0 to 2"),
         ({"gate_layer": -1}, "gate_layer is -1"),
         ({"gate_scale": 0.0}, "gate_scale is 0.0"),
         ({"threshold": 0.0}, "threshold is 0.0"),
-        ({"threshold": -30.0}, r"threshold is -30\.0; gates are between -30\.0 and 0"),
-        ({"amount": 1.0}, "amount is 1.0"),
-        ({"stride": 0}, "stride is 0"),
-        ({"temperature": 0.0}, "temperature is 0.0"),
-        ({"prior": 1.0}, "prior 1.0"),
+        ({"threshold": -30.0}, r"threshold is -30\.0; it must be between -30\.0 and 0"),
         ({"relative_buckets": 3}, "relative_buckets is 3"),
         ({"relative_distance": 16}, "relative_distance is 16"),
     ],
@@ -432,6 +441,34 @@ def test_shorter_rows_cost_less():
 def test_configs_that_cannot_be(options, message):
     with pytest.raises(ValueError, match=message):
         MrT5Config(**SIZES | {"gate_layer": 1} | options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        (RandomDeletion, {"amount": 1.0}, "amount is 1.0"),
+        (Convolution, {"stride": 0}, "stride is 0"),
+        (Segments, {"temperature": 0.0}, "temperature is 0.0"),
+        (Segments, {"prior": 1.0}, "prior 1.0"),
+    ],
+)
+def test_baselines_that_cannot_be(kind, options, message):
+    with pytest.raises(ValueError, match=message):
+        mrt5(CONFIG, kind, **options)
+
+
+@pytest.mark.parametrize("name", ["gate", *BASELINES])
+def test_configs_saved_when_reduction_was_a_field(name):
+    """Runs of that time have all options of all reductions; those of other reductions had no effect."""
+    kind = BASELINES.get(name, MrT5Config)
+    own = {"random": {"amount": 0.3}, "convolution": {"stride": 2}, "boundaries": {"prior": 0.3}}.get(name, {})
+    now = mrt5(CONFIG, kind, **own)
+    every = {"reduction": name, "amount": 0.5, "stride": 4, "temperature": 0.5, "prior": 0.2, "mask_surplus": False}
+    saved = every | to_json(now) | {"type": "jaxtok.lm.mrt5:MrT5Config"}
+    again = from_json(saved)
+    assert type(again) is kind and again == (dataclasses.replace(now, gate_layer=0) if kind is NoInput else now)
+    with pytest.raises(ValueError, match="reduction is 'half'; it can be gate, random"):
+        from_json(saved | {"reduction": "half"})
 
 
 @pytest.mark.parametrize(
@@ -451,4 +488,4 @@ def test_tasks_that_cannot_be(options, message):
 
 def test_only_a_gate_has_a_target():
     with pytest.raises(ValueError, match="reduction random has no gate"):
-        MrT5Training(model=dataclasses.replace(CONFIG, reduction="random"), target_rate=0.5)
+        MrT5Training(model=mrt5(CONFIG, RandomDeletion), target_rate=0.5)

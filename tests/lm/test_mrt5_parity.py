@@ -14,17 +14,15 @@ from jaxtok.data.span_corruption import corrupt, raw_length
 from jaxtok.interop.huggingface import params_from, params_to
 from jaxtok.interop.t5 import read_config
 from jaxtok.lm.mrt5 import (
-    MrT5,
     MrT5Training,
-    boundary_loss,
     compact,
     control,
     entropies,
-    fixed_gate,
     new_controller,
     regulariser,
     score_excess,
 )
+from jaxtok.lm.mrt5_baselines import boundary_loss, fixed_gate
 from jaxtok.lm.t5 import shift_right, softmax1
 from jaxtok.nn.attention import attend
 from jaxtok.nn.losses import cross_entropy, masked_mean
@@ -47,10 +45,11 @@ def nats(logits, labels):
 
 
 def apply_all(config, params, arrays, hard=False, capacity=0, threshold=None):
-    """What is in front of the reduction, what the decoder gets, its logits, and everything that was sown."""
-    apply = functools.partial(MrT5(config).apply, {"params": params}, mutable="intermediates")
-    noise = arrays.get("uniform_u")
-    begun, first = apply(arrays["input_ids"], arrays["attention_mask"], threshold, noise, method="begin")
+    """What is before the reduction, what the decoder gets, its logits, and everything that was sown."""
+    noise = {"encoder": {"uniform": arrays["uniform_u"]}} if "uniform_u" in arrays else {}
+    variables = {"params": params, "noise": noise}
+    apply = functools.partial(config.module().apply, variables, mutable="intermediates")
+    begun, first = apply(arrays["input_ids"], arrays["attention_mask"], threshold, method="begin")
     encoded, second = apply(begun, hard, capacity, method="finish")
     (logits, _), third = apply(shift_right(jnp.maximum(arrays["labels"], 0)), encoded, method="decode")
     blocks = [part["intermediates"]["encoder"].get(name) for part, name in ((first, "stack"), (second, "rest"))]

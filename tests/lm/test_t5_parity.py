@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import chex
 import jax
 import jax.flatten_util
 import jax.numpy as jnp
@@ -159,7 +160,7 @@ def test_written_then_read_is_the_same(name, tmp_path):
     params = loud_params(config)
     again, tree = read_folder(write_folder(tmp_path / "folder", config, params))
     assert again == config
-    assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+    chex.assert_trees_all_equal(tree, params)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

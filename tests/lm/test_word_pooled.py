@@ -7,6 +7,7 @@ import functools
 from pathlib import Path
 
 import causal_lms
+import chex
 import jax
 import jax.flatten_util
 import numpy as np
@@ -394,7 +395,7 @@ def test_written_then_read_is_the_same(tmp_path):
         params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
         again, tree = read_folder(write_folder(tmp_path / name, config, params))
         assert again == config
-        assert jax.tree.all(jax.tree.map(np.array_equal, tree, params))
+        chex.assert_trees_all_equal(tree, params)
     with pytest.raises(ValueError, match="encoder_mlp_dim is 24"):
         write_folder(tmp_path / "other", CLEAN, params)
     assert not (tmp_path / "other").exists()

@@ -58,9 +58,9 @@ def test_a_linear_probe_finds_what_is_linear():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 300)
     states = rng.normal(size=(300, 8)) + 3 * np.eye(3, 8)[labels]
-    assert linear_probe(states[:200], labels[:200], 3)(states[200:], labels[200:]) > 0.9
+    assert linear_probe(states[:200], labels[:200])(states[200:], labels[200:]) > 0.9
     noise = rng.normal(size=(300, 8))
-    assert linear_probe(noise[:200], labels[:200], 3)(noise[200:], labels[200:]) < 0.55
+    assert linear_probe(noise[:200], labels[:200])(noise[200:], labels[200:]) < 0.55
 
 
 def test_a_probe_of_packages_that_differ(data):

@@ -1,6 +1,6 @@
 import dataclasses
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ def test_a_fork_goes_on_where_the_run_was(short, tmp_path):
     train(short, quiet=True)
     fork(short.workdir, tmp_path / "fork", steps=3)
     old, new = load(short.workdir), load(tmp_path / "fork")
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, old.params, new.params))
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, old.opt_state(), new.opt_state()))
+    chex.assert_trees_all_equal(old.params, new.params)
+    chex.assert_trees_all_equal(old.opt_state(), new.opt_state())
     assert (new.meta.step, new.meta.flops) == (0, old.meta.flops)
     batches = short.data.train_batches()
     seen = [next(batches) for _ in range(7)]

@@ -7,6 +7,7 @@ import re
 import signal
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -135,8 +136,7 @@ def test_accumulation_gives_the_same_update(short, tmp_path):
         short, train=dataclasses.replace(short.train, accumulate=2), workdir=str(tmp_path / "parts")
     )
     a, b = train(short, quiet=True), train(parts, quiet=True)
-    for x, y in zip(jax.tree.leaves(a.params), jax.tree.leaves(b.params)):
-        np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-5)
+    chex.assert_trees_all_close(a.params, b.params, rtol=2e-4, atol=2e-5)
     with pytest.raises(ValueError, match="accumulate"):
         dataclasses.replace(short, train=dataclasses.replace(short.train, accumulate=3))
 

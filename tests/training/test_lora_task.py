@@ -6,6 +6,7 @@ import dataclasses
 import sysconfig
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,8 +85,7 @@ def test_an_adapted_run_is_the_model_with_its_adapter(folders):
     source, run, peft, _, _ = folders
     ours, theirs = open_model(run), open_model(source, peft)
     assert ours.task == theirs.task
-    for a, b in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-6)
+    chex.assert_trees_all_close(ours.params, theirs.params, rtol=1e-7, atol=1e-6)
     options = {"prompt": ("The quick",), "max_new_tokens": 8, "temperature": 0.0, "stream": False}
     assert generate(source, adapter=peft, **options) != generate(source, **options)
     corpus = str(run.parent / "texts")

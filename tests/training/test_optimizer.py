@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,8 +58,7 @@ def test_adamw_is_optax_adamw():
     for _ in range(3):
         u, a = ours.update(grads, a, params)
         v, b = theirs.update(grads, b, params)
-        for x, y in zip(jax.tree.leaves(u), jax.tree.leaves(v)):
-            np.testing.assert_allclose(-0.1 * x, y, rtol=1e-6, atol=1e-8)
+        chex.assert_trees_all_close(jax.tree.map(lambda x: -0.1 * x, u), v, rtol=1e-6, atol=1e-8)
 
 
 def test_adam_without_bias_correction():

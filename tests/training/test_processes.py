@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
-import numpy as np
 import pytest
 
 from jaxtok.training import distributed
@@ -54,8 +54,7 @@ def assert_same(run, reference):
     assert ours.keys() == theirs.keys()
     for key, loss in theirs.items():
         assert ours[key] == pytest.approx(loss, rel=1e-5), key
-    for a, b in zip(jax.tree.leaves(load(run).params), jax.tree.leaves(load(reference).params)):
-        np.testing.assert_allclose(a, b, atol=5e-5)
+    chex.assert_trees_all_close(load(run).params, load(reference).params, rtol=1e-7, atol=5e-5)
 
 
 def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_path):
