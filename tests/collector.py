@@ -2,12 +2,12 @@
 
 A test file adds its systems to the contract tests by defining, next to its own tests, one of
 
-    TASKS = {name: function that makes a tiny.Case}           a task with its data
-    SURGERIES = {name: function that makes a tiny.Operation}  a surgery with a task
-    CAUSAL_LMS = {name: function}                             a causal language model, as a Linen module
-    IMAGE_TOKENIZERS = {name: function}                       an image tokenizer
-    IMAGE_GENERATORS = {name: function}                       a model that draws codes of images, of four classes
-    DATASETS = {name: function}                               data; the function gets a file of texts and a new folder
+    TASKS = {name: function that makes a tiny.Case}    a task with its data
+    CAUSAL_LMS = {name: function}                      a causal language model, as a Linen module
+    IMAGE_TOKENIZERS = {name: function}                an image tokenizer
+    IMAGE_GENERATORS = {name: function}                a model that draws codes of images, of four classes
+    DATASETS = {name: function}                        data; the function gets a file of texts and an empty folder
+    SURGERIES = {name: function}                       a surgery with a task, as a tiny.Operation
 
 as a literal dictionary at the top level of the file.
 """

@@ -81,12 +81,7 @@ def visible_slots(
     *,
     mask: Bool[Array, "#batch new new"] | None = None,
     window: int | Int[Array, ""] | None = None,
-) -> Bool[
-    Array,
-    (
-        batch  # heads new slots
-    ),
-]:
+) -> Bool[Array, "#batch #heads new slots"]:
     """The slots that the newest tokens of a cache see in a layer: filled ones, at their positions or before.
 
     Args:
