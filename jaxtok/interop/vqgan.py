@@ -245,7 +245,7 @@ class AutoencoderFile:
         return has_tensors(path, lambda names: any(name.removeprefix("ae.") == _FIRST for name in names))
 
     def read(self, path: Path, like: Any = None, *, which: str = "") -> Model:
-        """The model in a file. Without its discriminator or LPIPS, it is enough to encode and decode, not to train.
+        """The model in a file. If the file has no discriminator or no LPIPS, neither has the task that comes back.
 
         Args:
           path: .safetensors, .npz, or PyTorch's (needs PyTorch).
@@ -259,9 +259,10 @@ class AutoencoderFile:
         if like is None:
             raise ValueError(f"{path} holds bare tensors; give the config of the model (--config).")
         params, _ = from_official(like, read_weights(path, which))
-        if not {"discriminator", "frozen"} <= params.keys():
-            like = dataclasses.replace(like, discriminator=None, perceptual="none")
-            params = {"autoencoder": params["autoencoder"]}
+        if "discriminator" not in params:
+            like = dataclasses.replace(like, discriminator=None)
+        if like.uses_lpips and "frozen" not in params:
+            like = dataclasses.replace(like, perceptual="none")
         return Model(task=like, params=params, data=None, path=Path(path))
 
     def write(self, path: Path, model: Model, **_: Any) -> Path:
