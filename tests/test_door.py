@@ -125,6 +125,10 @@ def test_what_another_kind_of_model_cannot_do_is_said():
     ("path", "message"),
     [
         ("rnu", "there is no rnu; did you mean run?"),
+        (
+            "openai-community/gpt2",
+            "there is no folder openai-community/gpt2, and nothing is downloaded; give the folder",
+        ),
         ("no/such/run", "there is no no/such/run; give a run's folder, or a folder or file of a model."),
         ("hat_1b", "hat_1b has not been trained here: there is no runs/hat_1b; run `jaxtok train hat_1b`."),
         ("hat_study", "hat_study is a study, and has several models"),
@@ -144,6 +148,7 @@ def test_what_is_no_model_is_said(path, message, folder, monkeypatch):
     [
         ({"train__step": 3}, "train.step is no field: a TrainConfig has no 'step'; did you mean steps?"),
         ({"stages__0__init": "copy"}, "stages.0.init is no field"),
+        ({"train__steps": "3"}, "train.steps is '3'; it must be of type int."),
         ({"train__steps": 0}, "train.steps is 0; it must be at least 1."),
     ],
 )

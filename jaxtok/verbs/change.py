@@ -76,7 +76,7 @@ def adapt(
     """Makes a new run that trains a LoRA adapter of a model: `jaxtok train OUTPUT`, then `jaxtok convert` writes it.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok list`).
+      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok convert --help`).
       output: The new run's folder; by default it is CHECKPOINT-adapted.
       lora: Which matrices have a difference, and of which rank.
       adapter: A PEFT folder of LoRA, whose differences are added to the model first.

@@ -25,7 +25,7 @@ def evaluate(
     """Measures a model on a corpus: loss, perplexity and bits per byte of text; of images, what its task measures.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok list`).
+      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok convert --help`).
       corpus: The name python, a file or folder, tfds:NAME or arrayrecord:PATTERN (of images: emoji, sprites, digits,
         folder:PATH, tfds:NAME or arrayrecord:PATTERN). By default it is what the run was trained on.
       split: The part of the corpus; files are split by a hash of their path.
@@ -61,7 +61,7 @@ def generate(
     """Continues prompts: a single one token by token on the terminal, several as a batch.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok list`).
+      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok convert --help`).
       prompt: One or several texts to continue; an empty one begins a new document.
       prompt_file: A file with one prompt a line, which is read instead.
       max_new_tokens: At most so many tokens for each prompt (bytes, for models that generate words); 0 is for 200, or
