@@ -467,13 +467,13 @@ def test_the_format_can_be_chosen(tmp_path, capsys):
         assert main(["convert", str(run), str(tmp_path / name), "--format", form]) == 0
         assert recognised(tmp_path / name) == [format_named(form)]
     assert main(["convert", str(run), str(tmp_path / "b"), "--format", "elm"]) == 1
-    assert "format is elm, which does not hold a ReplacedTokens" in said(capsys)
+    assert "format is elm, which cannot hold a ReplacedTokens" in said(capsys)
     assert main(["convert", str(run), str(tmp_path / "b"), "--format", "onnx"]) == 1
     assert "the format is 'onnx'; it must be one of huggingface, bert" in said(capsys)
     assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b")]) == 1
     assert "holds bare tensors; give the config of the model (--config)" in said(capsys)
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--which", "ema"]) == 1
-    assert "the format electra has no use for which; leave it out" in said(capsys)
+    assert "the format electra does not take which; leave it out" in said(capsys)
     assert not (tmp_path / "b").exists()
 
 

@@ -65,7 +65,7 @@ def test_options(case):
     assert not np.array_equal(
         task.draw(params, range(4), KEY), task.draw(params, range(4), KEY, sampling=kind(temperature=50.0))
     )
-    with pytest.raises(ValueError, match=f"noise is no option of {kind.__name__}; it can be .*temperature"):
+    with pytest.raises(ValueError, match=f"noise is not an option of {kind.__name__}; it must be one of .*temperature"):
         make_sampling(task, {"noise": 1.0})
     with pytest.raises(ValueError, match=f"sampling is of int; {type(task).__name__} takes {kind.__name__}"):
         make_sampling(task, 3)
