@@ -115,9 +115,9 @@ def test_what_another_kind_of_model_cannot_do_is_said():
     for one in (t5, encoder):
         with pytest.raises(ValueError, match="which has no logits of next tokens; give a causal language model"):
             one.logits(jnp.array([1, 2]))
-    with pytest.raises(ValueError, match="this is a model of Autoencoding, which does not read text; give a model of text"):
+    with pytest.raises(ValueError, match="a model of Autoencoding, which does not read text; give a model of text"):
         tokenizer.generate("a")
-    with pytest.raises(ValueError, match="this is a model of SequenceToSequence, which is not an image tokenizer; give a run of one"):
+    with pytest.raises(ValueError, match="of SequenceToSequence, which is not an image tokenizer; give a run of one"):
         t5.decode(np.zeros((1, 4, 1), int))
 
 

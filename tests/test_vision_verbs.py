@@ -212,8 +212,8 @@ def test_volumes(wide, tmp_path):
 
 def test_a_tokenizer_of_other_codes(wide, folder, tmp_path):
     for model, tokenizer, message in [
-        (wide / "volumes" / "model", wide / "ordered" / "tokenizer", "shape 2 x 4 x 3, but the tokenizer's 15"),
-        (folder / "ar", wide / "volumes" / "tokenizer", "shape 4 x 4, but the tokenizer's 2 x 4 x 3"),
+        (wide / "volumes" / "model", wide / "ordered" / "tokenizer", "shape 2 x 4 x 3, but the tokenizer's have 15"),
+        (folder / "ar", wide / "volumes" / "tokenizer", "shape 4 x 4, but the tokenizer's have 2 x 4 x 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             generate(model, tmp_path / "x.png", tokenizer=tokenizer)
@@ -232,7 +232,7 @@ def test_analyses(folder, tmp_path, capsys):
     command = ["vision", "statistics", str(folder / "codes"), "--output", str(plots[0])]
     (tmp_path / "text.txt").write_text("words " * 5000)
     assert main([*command, "--corpus", str(tmp_path / "text.txt")]) == 1, "bytes are more than 64 values"
-    assert "has 257 ids, but the images 64 values" in " ".join(capsys.readouterr().err.split())
+    assert "has 257 ids, but the images have 64 values" in " ".join(capsys.readouterr().err.split())
     assert main(command) == 0
     assert "codes: kl unigram" in capsys.readouterr().out
     assert main(["vision", "attention", str(folder / "ar"), str(folder / "masked"), "--output", str(plots[1])]) == 0
