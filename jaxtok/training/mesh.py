@@ -36,7 +36,7 @@ class AxisRules:
     mlp: tuple[str, ...] = ("tensor",)
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ()
-    """Heads of keys that several queries share; there are often fewer of them than devices."""
+    """The mesh axes for heads of keys that several queries share; there are often fewer of them than devices."""
     d_model: tuple[str, ...] = ("fsdp",)
 
     def __post_init__(self):
@@ -47,7 +47,7 @@ class AxisRules:
                     f"rules.{field.name} has {unknown[0]!r}, which is not a mesh axis; use {', '.join(MESH_AXES)}."
                 )
             if len(set(axes)) < len(axes):
-                raise ValueError(f"rules.{field.name} is {', '.join(axes)}; it must have each mesh axis once.")
+                raise ValueError(f"rules.{field.name} is {', '.join(axes)}; it must have each mesh axis at most once.")
 
     def pairs(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
         """Returns `jaxtok.axes.Rules`: for (a, b), the rules a and b together, a alone, and b alone."""
@@ -64,14 +64,14 @@ class MeshConfig:
     """How the devices divide the work; one of the numbers may be -1, which means the rest of the devices."""
 
     data: int = -1
-    """The number of parts of a batch; each device has all parameters."""
+    """The number of ways to divide batches, with all parameters on each device."""
     fsdp: int = 1
-    """The number of parts of a batch, of the parameters and of the optimizer's state; each layer's parameters are
-    gathered when they are used."""
+    """The number of ways to divide batches further, and with them parameters and optimizer state; the parameters of a
+    layer are gathered when they are used."""
     sequence: int = 1
-    """The number of parts of each row, for long contexts; keys and values are gathered."""
+    """The number of ways to divide the length of rows, for long contexts; keys and values are gathered."""
     tensor: int = 1
-    """The number of parts of the parameter tokens, hidden units, heads and vocabulary; results are summed."""
+    """The number of ways to divide parameter tokens, hidden units, heads and vocabulary; results are summed."""
     rules: AxisRules = AxisRules()
 
     def __post_init__(self):
