@@ -236,7 +236,7 @@ def test_logs_and_config_are_whole_or_as_before(run, monkeypatch):
         train(run, quiet=True)
     assert ((directory / "metrics.jsonl").read_bytes(), (directory / "config.json").read_bytes()) == before
     (directory / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         train(run, quiet=True)
 
 
