@@ -98,7 +98,7 @@ def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[
     generation, settings = _json(folder / "generation_config.json"), _json(folder / "tokenizer_config.json")
 
     def of_role(role: str) -> Any:
-        """Returns a role's ids from generation_config.json, config.json or tokenizer_config.json: the first that has them."""
+        """Returns a role's ids from the first of generation_config, config and tokenizer_config.json that has them."""
         for file in (generation, options):
             if (ids := file.get(f"{role}_token_id")) is not None:
                 return ids
