@@ -355,7 +355,7 @@ class AdapterFolder:
         folder = next((place for place in (Path(named), Path(path) / named) if named and place.is_dir()), None)
         if folder is None:
             raise FileNotFoundError(
-                f"{path} is an adapter of the model {named!r}, which is not a folder here; give the model's folder as base."
+                f"{path} is an adapter of the model {named!r}, which is not a folder here; give its folder as base."
             )
         options = read_options(folder)
         form = next((form for form in HUB if form.has(options)), None)

@@ -1,9 +1,9 @@
 """Checkpoints of VQGAN and BAE as the authors of ELM and of binary latent diffusion write them.
 
 Names are `ae.encoder.blocks.3.conv1.weight`, `ae.quantize...`, `ae.generator...`, `disc.main.2.weight` and
-`perceptual...`, in .th or .pt (PyTorch, tensors only) or .safetensors. What their classes hold but nothing here uses (a 1 x 1
-convolution in residual blocks that keep their width, the bias of attention's keys, the `logsigma` of the generator) is
-kept aside, or written as zeros.
+`perceptual...`, in .th or .pt (PyTorch, tensors only) or .safetensors. What their classes hold but nothing here uses (a
+1 x 1 convolution in residual blocks that keep their width, the bias of attention's keys, the `logsigma` of the
+generator) is kept aside, or written as zeros.
 """
 
 from __future__ import annotations

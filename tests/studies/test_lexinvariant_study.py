@@ -136,7 +136,7 @@ def test_tasks_that_do_not_fit_are_refused():
         lookup(jax.random.key(0), 1, 5, VOCAB)
     with pytest.raises(ValueError, match="has 14 different symbols"):
         permutation(jax.random.key(0), 1, 3, 3, VOCAB)
-    with pytest.raises(ValueError, match="pairs is less than 1"):
+    with pytest.raises(ValueError, match="pairs is 0; it must be at least 1"):
         lookup(jax.random.key(0), 1, 0, VOCAB)
     with pytest.raises(ValueError, match=r"target is 'next'"):
         train_probe(TASK, {}, iter([]), target="next")

@@ -249,7 +249,7 @@ def test_comparing_runs_finds_what_differs(run, finished):
     (directory / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     shutil.rmtree(directory / "checkpoints" / "6")
     different = compare(directory, finished)
-    assert different == ["steps (4 and 6)", "parameters", "optimizer state", "place in the data", "logged numbers"]
+    assert different == ["steps (4 and 6)", "parameters", "optimizer state", "position in the data", "logged numbers"]
     assert np.isfinite(row["loss"])
 
 
