@@ -391,13 +391,13 @@ def matrix_products(function: Callable, *args: Any) -> Counter:
 
     A key is (shapes and dtypes of both operands, dimension numbers of `jax.lax.dot_general`).
     """
-    found: Counter = Counter()
+    counts: Counter = Counter()
 
     def walk(jaxpr, times):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
                 operands = tuple((x.aval.shape, x.aval.dtype) for x in equation.invars)
-                found[operands, equation.params["dimension_numbers"]] += times
+                counts[operands, equation.params["dimension_numbers"]] += times
             repeat = equation.params["length"] if equation.primitive.name == "scan" else 1
             for value in equation.params.values():
                 for item in value if isinstance(value, tuple | list) else [value]:
@@ -406,7 +406,7 @@ def matrix_products(function: Callable, *args: Any) -> Counter:
                         walk(inner, times * repeat)
 
     walk(jax.make_jaxpr(function)(*args).jaxpr, 1)
-    return found
+    return counts
 
 
 def product_flops(operands: Any, dimension_numbers: Any) -> int:

@@ -363,9 +363,9 @@ def part_of(source: str) -> str:
     direction = (
         "recomputed" if "rematted_computation" in source else "backward" if "transpose(" in source else "forward"
     )
-    found = re.findall(r"blocks/(attention/(?:query|key|value|output)|attention|\w+)", source)
-    if found:
-        part = "attention between tokens" if found[-1] == "attention" else found[-1]
+    names = re.findall(r"blocks/(attention/(?:query|key|value|output)|attention|\w+)", source)
+    if names:
+        part = "attention between tokens" if names[-1] == "attention" else names[-1]
     elif "jvp" in source:
         match = re.search(r"Decoder\.(\w+)", source)
         part = match[1] if match else "loss"
@@ -376,9 +376,9 @@ def part_of(source: str) -> str:
 
 def collectives(program: Program, chip: Chip) -> list[Row]:
     """Returns, by kind, group and overlap, their number, the bytes that a device sends and, on TPUs, their time."""
-    found: dict[tuple, Row] = {}
+    rows: dict[tuple, Row] = {}
     for c in program.collectives:
-        row = found.setdefault(
+        row = rows.setdefault(
             (c.kind, c.group, c.overlapped),
             {
                 "kind": c.kind,
@@ -392,7 +392,7 @@ def collectives(program: Program, chip: Chip) -> list[Row]:
         row["gigabytes"] += c.sent / 1e9
         if chip.links:
             row["seconds"] = row.get("seconds", 0.0) + chip.collective_seconds(c)
-    return sorted(found.values(), key=lambda row: -row["gigabytes"])
+    return sorted(rows.values(), key=lambda row: -row["gigabytes"])
 
 
 def advice(experiment: Experiment, layout: Layout, chip: Chip) -> list[str]:

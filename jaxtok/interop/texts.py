@@ -155,7 +155,7 @@ def write_texts(folder: Path, model: Model) -> dict[str, Any]:
 def copy_tokenizer(spec: str, folder: Path) -> str:
     """Copies a tokenizer's file, and what is beside a tokenizer.json, into a folder; returns its name there.
 
-    The name of a tokenizer that is no file is returned as it is.
+    A tokenizer that is not a file keeps its name.
     """
     path = Path(spec)
     if path.is_dir():

@@ -50,7 +50,7 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What was found in a program's text."""
+    """What a program's text tells."""
 
     collectives: list[Collective]
     operations: list[Operation]
@@ -108,18 +108,18 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
     """Returns the name of the entry, and the lines of each computation by its name."""
-    entry, name, found = "", "", {}
+    entry, name, computations = "", "", {}
     for line in text.splitlines():
         if match := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name, found[match[2]] = match[2], []
+            name, computations[match[2]] = match[2], []
             entry = name if match[1] else entry
         elif line == "}":
             name = ""
         elif line.startswith("  ") and name:
-            found[name].append(line)
-        elif name and found[name]:
-            found[name][-1] += line  # an attribute with a line break in it
-    return entry, found
+            computations[name].append(line)
+        elif name and computations[name]:
+            computations[name][-1] += line  # an attribute with a line break in it
+    return entry, computations
 
 
 def _called(line: str) -> list[str]:

@@ -288,10 +288,10 @@ def statistics(
     vocabulary = max(sizes.values())
     if corpus:
         sources["text"] = _text_rows(corpus, tokenizer, *next(iter(sources.values())).shape, vocabulary)
-    found = compare_tokens(sources, vocabulary)
-    plot_statistics(found, output)
+    measured = compare_tokens(sources, vocabulary)
+    plot_statistics(measured, output)
     rows = {
-        f"{name}: {field}": value for name, row in found.items() for field, value in dataclasses.asdict(row).items()
+        f"{name}: {field}": value for name, row in measured.items() for field, value in dataclasses.asdict(row).items()
     }
     return {"plot": str(output), "vocabulary": vocabulary} | rows
 
