@@ -127,7 +127,7 @@ def test_what_another_kind_of_model_cannot_do_is_said():
         ("rnu", "there is nothing at rnu; did you mean run?"),
         ("no/such/run", "there is nothing at no/such/run; give a run's folder, or a folder or file of a model."),
         ("hat_1b", "hat_1b has not been trained here: there is no runs/hat_1b; run `jaxtok train hat_1b`."),
-        ("hat_study", "hat_study is a study, and has several models"),
+        ("hat_study", "hat_study is a study, which has several models"),
         ("run/checkpoints/7", "there is nothing at run/checkpoints/7; did you mean run/checkpoints/4?"),
         ("corpus", "which is in none of the formats here"),
     ],

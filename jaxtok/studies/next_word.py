@@ -57,7 +57,7 @@ class NextWordAccuracy:
     def __post_init__(self):
         if self.context < 0 or not self.edges or list(self.edges) != sorted(set(self.edges)) or self.edges[0] < 0:
             raise ValueError(
-                f"context is {self.context} and edges {self.edges}; both must be at least 0, and the edges must rise."
+                f"context is {self.context} and edges are {self.edges}; both must be 0 or more, and edges must rise."
             )
 
     def __call__(self, task: Any, params: Params, data: Any) -> dict[str, float]:

@@ -235,7 +235,7 @@ def make_sampling(generator: ImageGenerator, options: Any = None) -> Any:
         return options
     if options is not None and not isinstance(options, Mapping):
         raise ValueError(
-            f"sampling is a {type(options).__name__}; for {type(generator).__name__} it must be a {kind.__name__}."
+            f"sampling is of type {type(options).__name__}; for {type(generator).__name__} it must be a {kind.__name__}."
         )
     known = [field.name for field in dataclasses.fields(kind)]
     if unknown := [name for name in options or {} if name not in known]:

@@ -204,7 +204,7 @@ def put(**changes):
         (put(norm_activation_type="l1"), None, "normalization is 'l1'"),
         (put(pos_emb="alibi"), None, "pos_emb is 'alibi'; it must be rotary or none"),
         (put(layernorm_epsilon=1e-6), None, "layernorm_epsilon is 1e-06; it must be 1e-05"),
-        (put(gpt_j_residual=True), None, "gpt_j_residual is True; only False"),
+        (put(gpt_j_residual=True), None, "gpt_j_residual is True; it must be False"),
         (pop("num_layers"), None, "no num_layers"),
         (pop("proj_slot_num"), None, "no proj_slot_num"),
         (None, pop("sequential.0.word_embeddings.weight"), "no tensor sequential.0.word_embeddings.weight"),

@@ -132,7 +132,7 @@ def test_permutation_can_be_solved_by_its_rule():
 
 
 def test_tasks_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="has 12 different symbols, but the vocabulary only 11"):
+    with pytest.raises(ValueError, match="has 12 different symbols, but the vocabulary has 11"):
         lookup(jax.random.key(0), 1, 5, VOCAB)
     with pytest.raises(ValueError, match="has 14 different symbols"):
         permutation(jax.random.key(0), 1, 3, 3, VOCAB)

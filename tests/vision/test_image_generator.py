@@ -67,7 +67,9 @@ def test_options(case):
     )
     with pytest.raises(ValueError, match=f"noise is not an option of {kind.__name__}; it must be one of .*temperature"):
         make_sampling(task, {"noise": 1.0})
-    with pytest.raises(ValueError, match=f"sampling is of int; {type(task).__name__} takes {kind.__name__}"):
+    with pytest.raises(
+        ValueError, match=f"sampling is of type int; for {type(task).__name__} it must be a {kind.__name__}"
+    ):
         make_sampling(task, 3)
 
 
