@@ -234,9 +234,8 @@ def make_sampling(generator: ImageGenerator, options: Any = None) -> Any:
     if isinstance(options, kind):
         return options
     if options is not None and not isinstance(options, Mapping):
-        raise ValueError(
-            f"sampling is of type {type(options).__name__}; for {type(generator).__name__} it must be a {kind.__name__}."
-        )
+        given, owner = type(options).__name__, type(generator).__name__
+        raise ValueError(f"sampling is of type {given}; for {owner} it must be a {kind.__name__}.")
     known = [field.name for field in dataclasses.fields(kind)]
     if unknown := [name for name in options or {} if name not in known]:
         raise ValueError(f"{unknown[0]} is not an option of {kind.__name__}; it must be one of {', '.join(known)}.")
