@@ -412,7 +412,7 @@ class ByteWords(WordModeling):
         return self.model.input_params()
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        """FLOPs of a training step: three times the forward pass, with attention counted over whole rows."""
         rows, length = batch["words"].shape[:2]
         pieces = self.masking.slots(length) * self.model.max_pieces
         return 3 * rows * (length * self.model.flops(length) + pieces * self.model.head_flops())
@@ -470,7 +470,7 @@ class ByteWordsClassification(Task):
         return {"loss": sums["nats"] / texts, "accuracy": sums["right"] / texts, "texts": texts}
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass."""
+        """FLOPs of a training step: three times the forward pass."""
         rows, length = batch["words"].shape[:2]
         return 3 * rows * length * self.model.flops(length)
 

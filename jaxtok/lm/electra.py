@@ -394,7 +394,7 @@ class ReplacedTokens(Task):
         return metrics
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        """FLOPs of a training step: three times the forward pass, with attention counted over whole rows."""
         rows, length = batch["tokens"].shape
         slots = self.masking.slots(length)
         model, theirs = self.discriminator_config, self.generator_config

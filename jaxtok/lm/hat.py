@@ -272,7 +272,7 @@ class HATModeling(Task):
         }
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, with padding counted."""
+        """FLOPs of a training step: three times the forward pass, with padding counted."""
         rows, words = batch["lengths"].shape
         return 3 * rows * words * self.model.flops(words)
 

@@ -421,7 +421,7 @@ class ReleasedModeling(Task):
         }
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, with padding counted."""
+        """FLOPs of a training step: three times the forward pass, with padding counted."""
         rows, words, units = batch["words"].shape
         letters = self.row_bytes or (words + 1) * units
         byte, word = self.model.flops(letters, words)

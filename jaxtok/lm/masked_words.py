@@ -183,7 +183,7 @@ class MaskedWords(Task):
         }
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        """FLOPs of a training step: three times the forward pass, with attention counted over whole rows."""
         rows, length = batch["tokens"].shape
         slots = self.masking.slots(length)
         return 3 * rows * (length * self.model.flops(length) + slots * self.model.mask_head_flops())

@@ -476,7 +476,7 @@ class SequenceToSequence(Task):
         return text_metrics(sums)
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass."""
+        """FLOPs of a training step: three times the forward pass."""
         rows, inputs = batch["tokens"].shape
         targets = batch["targets"].shape[1]
         return 3 * rows * (self.model.encoder_flops(inputs) + self.model.decoder_flops(inputs, targets))

@@ -200,7 +200,7 @@ class SubwordWords(WordModeling):
         return self.model.vocab_size * self.model.embedding_width
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        """FLOPs of a training step: three times the forward pass, with attention counted over whole rows."""
         rows, length = batch["words"].shape[:2]
         tokens = self.max_tokens or 2 * length
         pieces = self.masking.slots(length) * batch["pieces"].shape[-1]

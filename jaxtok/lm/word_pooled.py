@@ -661,7 +661,7 @@ class WordPooling(Task):
         }
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted over whole rows and canvases."""
+        """FLOPs of a training step: three times the forward pass, attention counted over whole rows and canvases."""
         return 3 * math.prod(batch["lengths"].shape) * self.model.flops()
 
     def continue_text(
