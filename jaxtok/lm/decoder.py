@@ -95,7 +95,7 @@ class Backbone(nn.Module):
         cfg, (batch, length) = self.config, x.shape[:2]
         check_row(length, cfg.max_length, segments, cache)
         first, end = layer_range(layers, cfg.num_layers)
-        # The bias takes indices in the row for positions: distances within a segment are the same, and all rows share it.
+        # The bias takes indices in the row for positions: within a segment distances are the same, and rows share it.
         places, known = entered(x, None if segments is not None else positions, cache, first)
         positions = jnp.broadcast_to(places if positions is None else positions, (batch, length))
         if first == 0:

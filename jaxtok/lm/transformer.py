@@ -18,7 +18,7 @@ def matched_transformer(config: TokenFormerConfig) -> TransformerConfig:
     """The Transformer of the same depth, width and number of projection parameters; like TokenFormer, without biases.
 
     Raises:
-      ValueError: there are fewer parameter tokens than the four d x d projections of attention need.
+      ValueError: there are too few parameter tokens for the four d x d projections of attention.
     """
     mlp_dim = config.tokens.total() - 2 * config.d_model
     if mlp_dim < 1:
