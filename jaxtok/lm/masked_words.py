@@ -38,7 +38,7 @@ class Masking:
     """The part of the chosen places that becomes any word of the vocabulary; BERT: 0.1. The rest stays as it is."""
     mask_id: int = 103
     kept_ids: tuple[int, ...] = (101, 102)
-    """Ids that are never chosen, as the mask is not; by default [CLS] and [SEP]."""
+    """Ids that are never chosen, besides the mask itself; by default [CLS] and [SEP]."""
     with_replacement: bool = False
     """Whether a place may be chosen more than once (the authors' code); otherwise all are distinct (the paper)."""
 

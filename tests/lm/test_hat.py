@@ -524,17 +524,17 @@ def test_what_cannot_be():
         LlamaStack(num_layers=1, d_model=8, num_heads=1, causal=False),
     )
     for options, message in [
-        ({"encoder": causal}, "encoder.causal has to be False"),
+        ({"encoder": causal}, "encoder.causal must be False"),
         ({"encoder": both}, "decoder.d_model is 64, but encoder.d_model = 8"),
         ({"max_units": 0}, "max_units is 0"),
         ({"w_id": 256}, "w_id is 256; it must be below alphabet = 256"),
         ({"w_id": 254}, "the ids must differ"),
-        ({"alphabet": 255, "w_id": 3, "s_id": 4}, "have the 256 bytes"),
+        ({"alphabet": 255, "w_id": 3, "s_id": 4}, "alphabet must be at least 256"),
     ]:
         with pytest.raises(ValueError, match=message):
             HATConfig(**options)
     for options, message in [
-        ({"encoder": both}, "have to be True"),
+        ({"encoder": both}, "must be True"),
         ({"encoder": causal}, "decoder.d_model is 64, but encoder.d_model = 8"),
         ({"connector_heads": 4, "connector_kv_heads": 3}, "connector_heads is 4 and connector_kv_heads 3"),
         ({"max_word_size": 0}, "max_word_size is 0"),
