@@ -122,7 +122,7 @@ class Autoencoding(Task):
     """Trains an image tokenizer, and is one (`jaxtok.protocols.ImageTokenizer`).
 
     The discriminator is to have an optimizer of its own that starts at `discriminator.start_step + 1`
-    (`jaxtok.training.recipes.image_tokenizer`). Where a batch is accumulated in parts, batch norms and the adaptive
+    (configs/vision/bae.py). Where a batch is accumulated in parts, batch norms and the adaptive
     weight are of each part. Batches have
 
     images  uint8, or float32 in [0, 1]  [batch, height, width, channels]

@@ -14,7 +14,7 @@ from collector import collect
 from image_generators import TEST_ONLY, random_params
 
 from jaxtok.protocols import ImageGenerator
-from jaxtok.vision_verbs import make_sampling
+from jaxtok.verbs.vision import make_sampling
 
 IMAGE_GENERATORS = collect("IMAGE_GENERATORS") | TEST_ONLY
 """All know four classes."""
