@@ -258,7 +258,7 @@ class HATModeling(Task):
         """Returns loss (nats a target), bits_per_byte (with the bits of the words' ends), words, bytes, and
 
         word_accuracy           the share of the words of which each byte is the likeliest one after the true ones
-        word_accuracy_with_end  the share of those whose end is the likeliest too
+        word_accuracy_with_end  the share of the words of which the end is the likeliest too
         """
         words = max(sums["words"], 1.0)
         return {

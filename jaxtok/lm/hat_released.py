@@ -179,9 +179,8 @@ class Connector(nn.Module):
             )
             return pooled / jnp.where(total > 0, total, 1)[..., None]
 
-        pool = jax.checkpoint(
-            jax.vmap(pool), prevent_cse=False
-        )  # what it makes on the way is wide, and cheap to compute again
+        # What it makes on the way is wide, and cheap to compute again.
+        pool = jax.checkpoint(jax.vmap(pool), prevent_cse=False)
         pooled = pool(query, key, value, jnp.where(word < 0, words, word))
         pooled = constrain(pooled.reshape(*word_positions.shape, heads * dim), "heads")
         return constrain(_linear(char, d_model, ("heads", "d_model"), "output")(pooled), "d_model")
@@ -199,9 +198,7 @@ class GuidedBlock(nn.Module):
         dim, width = stack.head_dim, stack.d_model
         source = stack.norm_module("kv_norm")(guides)
         value = _linear(stack, width, ("d_model", "heads"), "value")(source)
-        guide = _linear(stack, width, ("heads", "d_model"), "output")(
-            value
-        )  # computed by word, as words are fewer than bytes
+        guide = _linear(stack, width, ("heads", "d_model"), "output")(value)  # by word, as they are fewer than bytes
         x = x + constrain(jnp.take_along_axis(guide, word[..., None], axis=1), "d_model")
         # The softmax over a single key is 1: query and key change nothing, but checkpoints have them.
         _linear(stack, cfg.guide_heads * dim, ("d_model", "heads"), "query")(stack.norm_module("query_norm")(x[:, :1]))
@@ -345,9 +342,7 @@ def byte_stream(batch: Batch, length: int, eot: int) -> dict[str, jax.Array]:
     ends = jnp.cumsum(sizes, 1)
     starts = ends - sizes
     real = places < ends[:, -1:]
-    word = jax.vmap(lambda row: jnp.searchsorted(row, places, side="right"))(
-        ends
-    )  # the first word that ends after the byte
+    word = jax.vmap(lambda row: jnp.searchsorted(row, places, side="right"))(ends)  # the first that ends after the byte
     word = jnp.minimum(word, words).astype(jnp.int32)
 
     def of_word(values):

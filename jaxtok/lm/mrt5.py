@@ -322,7 +322,7 @@ def capacities(length: int) -> list[int]:
 
 
 def from_t5(config: MrT5Config, params: Params, rng: jax.Array) -> Params:
-    """The parameters of a MrT5 that starts from a T5: the T5's, and those of a new gate.
+    """The parameters of an MrT5 that starts from a T5: the T5's, and those of a new gate.
 
     Raises:
       ValueError: the T5 has other sizes.
@@ -428,7 +428,7 @@ def control(state: dict[str, Array], rate: Array, target: float, k_p: float, k_i
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MrT5Training(SequenceToSequence):
-    """Trains a MrT5, or a baseline, on pairs of texts; batches are those of `SequenceToSequence`.
+    """Trains an MrT5, or a baseline, on pairs of texts; batches are those of `SequenceToSequence`.
 
     The loss is cross entropy + alpha * regulariser (+ score_weight * `score_excess`) with soft deletion. With a target
     rate, a controller sets alpha. Its state is a part of the parameters (`controller`) that no gradient moves:
@@ -444,10 +444,10 @@ class MrT5Training(SequenceToSequence):
     k_i: float = 1e-5
     regulariser: Literal["gate_mean", "logits_mean", "clamped_logits_mean", "gate_var"] = "gate_mean"
     entropy_weights: tuple[float, float] = (0.0, 0.0)
-    """The weights (c1, c2) of a further regulariser, c1 * mean entropy of gates - c2 * entropy of the mean gate; only
-    for log_sigmoid gates."""
+    """The weights (c1, c2) in c1 * mean entropy of gates - c2 * entropy of the mean gate, which is added to the
+    regulariser; only for log_sigmoid gates."""
     regulariser_delay: int = 0
-    """The number of first steps without regulariser, in which the controller stands still."""
+    """The number of first steps without the regulariser, in which the controller stands still."""
     score_weight: float = 0.0
     """The weight of `score_excess`; the authors recommend 0.5 for training from scratch."""
     hard_probability: float = 0.0
@@ -621,7 +621,7 @@ def finish_sums(task: MrT5Training, capacity: int, params: Params, begun: Begun,
 
 
 def mrt5(base: T5Config, kind: type[MrT5Config] | None = None, **options: Any) -> MrT5Config:
-    """A MrT5, or the baseline `kind`, around a T5. From another MrT5 it also takes the options that both have."""
+    """An MrT5, or the baseline `kind`, around a T5. From another MrT5 it also takes the options that both have."""
     kind = kind or MrT5Config
     known = {field.name for field in dataclasses.fields(kind)}
     shared = {field.name: getattr(base, field.name) for field in dataclasses.fields(base) if field.name in known}

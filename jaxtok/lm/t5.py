@@ -236,7 +236,7 @@ class Decoder(BiasedStack):
         cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
-        """Does what `hidden` of a `jaxtok.protocols.CausalLM` does, for what is encoded."""
+        """The decoder's `hidden`, given what is encoded; see `jaxtok.protocols.CausalLM`."""
         first, end = layer_range(layers, self.config.num_layers)
         positions, known = entered(x, positions, cache, first)
         x, cache = self.stack(
@@ -376,8 +376,8 @@ def initial(config: T5Config, rng: jax.Array, inputs: Int[Array, "batch length"]
 class Conditioned:
     """The decoder as a CausalLM, whose parameters also hold the input: `condition` makes them.
 
-    So everything written against CausalLM (`jaxtok.decoding`) can generate outputs. Prompts begin with the start id, and
-    rows are those of the input.
+    So everything written against CausalLM (`jaxtok.decoding`) can generate outputs. Prompts begin with the start id,
+    and rows are those of the input.
     """
 
     module: T5

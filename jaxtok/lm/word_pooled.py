@@ -286,7 +286,7 @@ class WordPooled(nn.Module):
     ) -> Float[Array, "batch words units vocab"]:
         """Logits of the units of each target, from the decoder's output z for the word before it.
 
-        z takes the prefixes' places in the target's canvas. The positions of units are added twice, as the authors do.
+        z takes the prefixes' places in the target's canvas. The positions of units are added twice, as by the authors.
         """
         self._check(targets)
         batch, words, p, d = z.shape
@@ -698,7 +698,7 @@ class WordPooling(Task):
         allowed = np.zeros((1, cfg.vocab_size), bool)
         allowed[0, : units.size] = units.allowed[: cfg.vocab_size]
         new = max(1, min(_CHUNK, cfg.max_words // 2))
-        found, over, part = [Continued(b"", [], []) for _ in prompts], np.zeros(len(prompts), bool), 0
+        continued, over, part = [Continued(b"", [], []) for _ in prompts], np.zeros(len(prompts), bool), 0
 
         def read(row: int, units: list[int]) -> bytes:
             return data.join(prompts[row], [*rows[row][starts[row] :], *split_words(cfg, units)])
@@ -726,11 +726,11 @@ class WordPooling(Task):
             for row, more in enumerate(continue_texts(engine, params, state, read, max_bytes, on_text)):
                 if over[row]:
                     continue
-                before, whole = found[row], split_words(cfg, more.tokens)
-                found[row] = Continued(more.text, before.tokens + more.tokens, before.logprobs + more.logprobs)
+                before, whole = continued[row], split_words(cfg, more.tokens)
+                continued[row] = Continued(more.text, before.tokens + more.tokens, before.logprobs + more.logprobs)
                 over[row] = len(more.text) >= max_bytes or len(whole) < new
                 rows[row] += whole
-        return texts_and_logprobs(found, logprobs)
+        return texts_and_logprobs(continued, logprobs)
 
     def _nats(self, params, batch, rng=None):
         """Nats of each unit, and whether it is the likeliest."""
