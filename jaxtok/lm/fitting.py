@@ -28,7 +28,7 @@ def fit_text(task: T, data: Any) -> T:
         )
     if data.length > model.max_length:
         raise ValueError(
-            f"data.length is {data.length}; it must be at most task.model.max_length = {model.max_length}: lower the "
-            "first or raise the second."
+            f"data.length is {data.length}, more than task.model.max_length = {model.max_length}; "
+            "lower the first or raise the second."
         )
     return task if model is task.model else dataclasses.replace(task, model=model)

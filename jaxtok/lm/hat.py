@@ -231,7 +231,7 @@ class HATModeling(Task):
         """Returns the task itself. Raises a ValueError if the data's max_units is not the model's."""
         if isinstance(data, WordText) and data.max_units != self.model.max_units:
             raise ValueError(
-                f"data.max_units is {data.max_units}, but task.model.max_units is {self.model.max_units}; they must be "
+                f"data.max_units is {data.max_units}, but task.model.max_units is {self.model.max_units}; make them "
                 "equal."
             )
         return self

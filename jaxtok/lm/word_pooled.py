@@ -608,7 +608,7 @@ class WordPooling(Task):
         """
         if isinstance(data, WordText) and data.max_units != self.model.max_units:  # texts are continued on the model's
             raise ValueError(
-                f"data.max_units is {data.max_units}, but task.model.max_units is {self.model.max_units}; they must be "
+                f"data.max_units is {data.max_units}, but task.model.max_units is {self.model.max_units}; make them "
                 "equal."
             )
         task = fit_text(self, data)
