@@ -640,7 +640,7 @@ def test_experiments_take_image_data(folder, tmp_path):
     assert changed.data == dataclasses.replace(
         run.data, images="digits", crop_area=(0.5, 1.0), flip=False, crop="centre"
     )
-    with pytest.raises(ValueError, match="num_classes is 3, but the data have 10 classes"):
+    with pytest.raises(ValueError, match="num_classes is 3; it must be at least 10"):
         changed.fitted()
 
 
