@@ -448,7 +448,7 @@ def test_a_recurrent_model():
     drafted = run(model, params, drafter=Told(), drafter_state=(texts_of(PROMPTS, plain.tokens), 0), **options)
     assert_same(drafted, plain, "")
     assert drafted.steps == [-(-len(row) // 5) for row in plain.tokens]
-    with pytest.raises(ValueError, match="must propose chains, as tokens cannot be .* the cache of Recurrent"):
+    with pytest.raises(ValueError, match=r"must propose chains, as tokens cannot be .* the cache of Recurrent"):
         greedy(model, params, drafter=RandomTree())
     with pytest.raises(ValueError, match="it must be None, as tokens"):
         greedy(model, params, evictor=SinksAndRecent())
