@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14; 
 .PHONY: quickstart test slow lint bench clean
 
 quickstart: $(VENV)/installed
-	$(VENV)/bin/jaxtok study configs/lm/quickstart.py
+	$(VENV)/bin/jaxtok study quickstart
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

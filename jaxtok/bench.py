@@ -95,17 +95,19 @@ def bench(
     """Measures speed and prints tables.
 
     Args:
-      what: train: a step of each model and of the Transformer of its size; compile: a step of 4 and of 24 layers;
-        decode: tokens with the cache; loader: batches, against the first model's steps; profile: where the time of
-        each model's step goes; deletion: the encoder of ByT5-small and of MrT5 that deletes 50 and 80 % of 1,024 bytes
-        (2.5 GB; whatever the models); tokenizer: images of 256 x 256 encoded and decoded by ELM's binary autoencoder
-        of 16 bits; generation: images drawn by ELM-B, with the key-value cache and without (both whatever the models).
-      models: small and grown are the quickstart's; 124m is the published size, on one row of 512 tokens.
-      output: also write the rows and the machine's description into this JSON file.
-      seconds: for each measurement (at least three samples are taken).
-      dtype: of activations; auto: float32 on a CPU, else bfloat16.
-      batch_size: rows of a training batch; 0: as each model has it (16, and 1 for 124m).
-      quiet: no tables and no progress bar.
+      what: The parts to measure. train takes a step of each model and of the Transformer of its size; compile compiles
+        a step of 4 and of 24 layers; decode generates tokens with the cache; loader makes batches, against the first
+        model's steps; profile shows where the time of each model's step goes. The others do not depend on the models:
+        deletion runs the encoder of ByT5-small, and of MrT5 that deletes 50 and 80 % of 1,024 bytes (2.5 GB);
+        tokenizer encodes and decodes images of 256 x 256 by ELM's binary autoencoder of 16 bits; generation draws
+        images by ELM-B, with the key-value cache and without.
+      models: The models to measure; small and grown are the quickstart's, and 124m is the published size, on one row of
+        512 tokens.
+      output: The rows and the machine's description are also written into this JSON file.
+      seconds: How long each measurement takes (at least three samples are taken).
+      dtype: The dtype of activations; auto is float32 on a CPU, else bfloat16.
+      batch_size: How many rows a training batch has; 0 is for as many as each model has (16, and 1 for 124m).
+      quiet: Whether tables and the progress bar are left out.
     """
     if seconds <= 0 or batch_size < 0 or not what or not models:
         raise ValueError(f"seconds is {seconds}; give a positive number of them, a part to measure and a model.")

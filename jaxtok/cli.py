@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import argparse
-import difflib
+import functools
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import rich.console
-import rich.markup
-import rich.table
-
 import jaxtok
+from jaxtok import systems
 
 HELP = """\
 jaxtok {version}: systems about tokens, in JAX
 
-  jaxtok train CONFIG|RUN     train what a config file describes, or resume it
-  jaxtok eval RUN             loss, perplexity and bits per byte on any corpus
-  jaxtok generate RUN         continue prompts
-  jaxtok grow RUN             a new run whose model has more parameter tokens
-  jaxtok adapt RUN            a new run that trains a LoRA adapter of a model
-  jaxtok convert FROM TO      models from and to the formats of others
-  jaxtok tokenizer FILE       train a SentencePiece tokenizer on a corpus
-  jaxtok vision VERB          tokenize, reconstruct and generate images; statistics of their tokens
-  jaxtok study CONFIG         an experiment with its baselines: table and plot
-  jaxtok plan CONFIG          memory and time on a TPU slice (memory on GPUs), without one
-  jaxtok recovery             does a run survive being killed? 50 times, and compared bit for bit
-  jaxtok bench                speed, as a fraction of this machine's own matmul rate
+  jaxtok train CONFIG|RUN     trains what a config describes, or resumes a run
+  jaxtok eval MODEL           measures loss, perplexity and bits per byte on any corpus
+  jaxtok generate MODEL       continues prompts
+  jaxtok grow RUN             makes a new run whose model has more parameter tokens
+  jaxtok adapt MODEL          makes a new run that trains a LoRA adapter of a model
+  jaxtok convert FROM TO      reads and writes the formats of others
+  jaxtok tokenizer FILE       trains a SentencePiece tokenizer on a corpus
+  jaxtok vision VERB          tokenizes, reconstructs and generates images, and measures their tokens
+  jaxtok study CONFIG         runs an experiment with its baselines: table and plot
+  jaxtok plan CONFIG          says memory and time on a TPU slice (memory on GPUs), without one
+  jaxtok recovery             kills a run 50 times, and compares it with one left in peace, bit for bit
+  jaxtok bench                measures speed as a fraction of this machine's own matmul rate
+  jaxtok list [PATTERN]       shows systems, configs and published sizes
 
 `jaxtok VERB --help` tells the rest. Fields of a config are set by their dotted names:
-  jaxtok train configs/lm/tokenformer_small.py --train.steps 100 --task.model.d-model 256
+  jaxtok train tokenformer_small --train.steps 100 --task.model.d-model 256
 """
 
 TRAINING = """
 A new run starts with new parameters, or with those of another model:
-  --start MODEL     a run, RUN/checkpoints/STEP or a Hugging Face folder. Where the model is of another kind, `start` in
+  --start MODEL     a run, RUN/checkpoints/STEP or a Hugging Face folder; where the model is of another kind, `start` in
                     the config is the surgery that leads to the run's. A run that is resumed does not open it again.
 
 Of a run of several processes, each is started with the same command. They find each other by what Slurm or a TPU pod
@@ -75,13 +74,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     verb, *rest = arguments
     if verb not in VERBS:
-        near = difflib.get_close_matches(verb, VERBS, n=1)
-        return _fail(
-            f"there is no verb {verb!r}; " + (f"did you mean {near[0]}?" if near else f"use {', '.join(VERBS)}.")
-        )
+        hint = systems.nearest(verb, VERBS, f"; use one of {', '.join(VERBS)}")
+        return _fail(f"there is no verb {verb!r}{hint}")
     _cache_compilations()
     try:
         return VERBS[verb](rest)
+    except BrokenPipeError:  # the reader of the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("JAXTOK_TRACEBACK"):
             raise
@@ -98,6 +98,9 @@ def _cache_compilations() -> None:
 
 
 def _fail(message: str) -> int:
+    import rich.console
+    import rich.markup
+
     rich.console.Console(stderr=True).print(f"[red]error:[/] {rich.markup.escape(message)}", highlight=False)
     return 1
 
@@ -109,17 +112,11 @@ def _train(arguments: list[str]) -> int:
     experiment = _config(arguments, "train")
     if experiment is None:
         return 0
+    from jaxtok.door import open_model
     from jaxtok.training.distributed import is_main
     from jaxtok.training.loop import INTERRUPTED, count, train
 
-    def start():
-        from jaxtok.model import Model
-        from jaxtok.verbs import open_model
-
-        opened = open_model(ours.start)
-        return Model(task=opened.task, params=opened.params, data=opened.data, path=ours.start)
-
-    result = train(experiment, start=start if ours.start else None)
+    result = train(experiment, start=functools.partial(open_model, ours.start) if ours.start else None)
     if not is_main():
         return INTERRUPTED if result.interrupted else 0
     _show({"run": result.directory, "step": result.step, "parameters": count(result.params)} | result.metrics)
@@ -134,7 +131,7 @@ def _join_processes(arguments: list[str]) -> list[str]:
     parser.add_argument("--num-processes", type=int)
     parser.add_argument("--process-id", type=int)
     ours, rest = parser.parse_known_args(arguments)
-    if not {"-h", "--help"} & set(rest):
+    if rest and not {"-h", "--help"} & set(rest):
         from jaxtok.training.distributed import initialize
 
         initialize(ours.coordinator, ours.num_processes, ours.process_id, ours.distributed)
@@ -148,13 +145,6 @@ def _study(arguments: list[str]) -> int:
     from jaxtok.training.loop import INTERRUPTED
 
     return 0 if study.run() else INTERRUPTED
-
-
-def _recovery(arguments: list[str]) -> int:
-    from jaxtok.studies.recovery import recovery
-
-    _show(_call(recovery, "recovery", arguments))
-    return 0
 
 
 def _plan(arguments: list[str]) -> int:
@@ -174,110 +164,77 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _config(arguments: list[str], verb: str) -> Any:
-    """The config named first on the command line, with the overrides behind it; None if help was asked for."""
+    """The config named first on the command line, with the overrides after it; None if help was asked for."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        known = "".join(f"\n  {path}" for path in sorted(Path("configs").rglob("*.py")))
-        print(f"usage: jaxtok {verb} CONFIG|RUN [--FIELD VALUE ...]\n\nConfigs here:{known or ' none'}\n")
+        print(f"usage: jaxtok {verb} CONFIG|RUN [--FIELD VALUE ...]\n")
+        print("CONFIG is one of these names, a Python file that defines one, or FILE:NAME where it defines several.\n")
+        print(systems.configs_text("study" if verb == "study" else "train"))
         print(f"`jaxtok {verb} CONFIG --help` lists the fields of one and their values.")
         if verb == "train":
             print(TRAINING, end="")
         return None
-    from jaxtok.configuration import load_config, override
-    from jaxtok.training.checkpoints import read_config
+    from jaxtok.configuration import override
+    from jaxtok.door import experiment_of, study_of
 
-    path = Path(arguments[0])
-    config = read_config(path) if path.is_dir() else load_config(path)
-    return override(config, arguments[1:], prog=f"jaxtok {verb} {path}")
-
-
-def _eval(arguments: list[str]) -> int:
-    from jaxtok import verbs
-
-    _show(_call(verbs.evaluate, "eval", arguments))
-    return 0
-
-
-def _generate(arguments: list[str]) -> int:
-    from jaxtok import verbs
-
-    _call(verbs.generate, "generate", arguments)
-    return 0
-
-
-def _grow(arguments: list[str]) -> int:
-    from jaxtok import verbs
-
-    run = _call(verbs.grow, "grow", arguments)
-    print(f"jaxtok train {run}")
-    return 0
-
-
-def _adapt(arguments: list[str]) -> int:
-    from jaxtok import verbs
-
-    run = _call(verbs.adapt, "adapt", arguments)
-    print(f"{run}\ntrain it with: jaxtok train {run}")
-    return 0
-
-
-def _convert(arguments: list[str]) -> int:
-    from jaxtok.convert import convert
-
-    print(_call(convert, "convert", arguments))
-    return 0
-
-
-def _tokenizer(arguments: list[str]) -> int:
-    from jaxtok import verbs
-
-    _show(_call(verbs.tokenizer, "tokenizer", arguments))
-    return 0
+    name = arguments[0]
+    config = study_of(name) if verb == "study" else experiment_of(name, verb)
+    return override(config, arguments[1:], prog=f"jaxtok {verb} {name}")
 
 
 def _vision(arguments: list[str]) -> int:
-    from jaxtok import vision_verbs
-
-    known = {
-        "tokenize": vision_verbs.tokenize,
-        "reconstruct": vision_verbs.reconstruct,
-        "generate": vision_verbs.generate,
-        "statistics": vision_verbs.statistics,
-        "attention": vision_verbs.attention,
-    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: jaxtok vision VERB ...\n")
-        for name, function in known.items():
-            print(f"  {name:<12} {(function.__doc__ or '').splitlines()[0]}")
+        for name, place in VISION.items():
+            print(f"  {name:<12} {(_function(place).__doc__ or '').splitlines()[0]}")
         print("\n`jaxtok vision VERB --help` tells the rest.")
         return 0
-    if arguments[0] not in known:
-        return _fail(f"there is no verb {arguments[0]!r} of vision; use {', '.join(known)}.")
-    if arguments[0] == "generate":  # whose options are also those of the run
-        result = vision_verbs.generate_from_arguments(arguments[1:])
-    else:
-        result = _call(known[arguments[0]], f"vision {arguments[0]}", arguments[1:])
-    if isinstance(result, dict):
-        _show(result)
-    else:
-        print(result)
+    verb, *rest = arguments
+    if verb not in VISION:
+        hint = systems.nearest(verb, VISION, f"; use {', '.join(VISION)}")
+        return _fail(f"there is no verb {verb!r} of vision{hint}")
+    if verb == "generate":  # whose options are also those of the run
+        _print(_function("jaxtok.verbs.vision:generate_from_arguments")(rest))
+        return 0
+    return _call(VISION[verb], f"vision {verb}", rest)
+
+
+def _list(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("jaxtok list", description="Shows systems, configs and published sizes.")
+    parser.add_argument("pattern", nargs="?", default="*", help='Only names that match it are shown, such as "*byte*".')
+    pattern = parser.parse_args(arguments).pattern
+    found = systems.find(pattern)
+    if not found:
+        return _fail(f"nothing has a name like {pattern!r}; `jaxtok list` shows all there is.")
+    print(found)
     return 0
 
 
-def _bench(arguments: list[str]) -> int:
-    from jaxtok.bench import bench
-
-    _call(bench, "bench", arguments)
-    return 0
+def _function(place: str) -> Callable[..., Any]:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
-def _call(function: Callable, verb: str, arguments: list[str]) -> Any:
-    """Calls the function with a command line, of which its signature and docstring make the options and the help."""
+def _call(place: str, verb: str, arguments: list[str]) -> int:
+    """Calls a function with a command line, of which its signature and docstring make the options and the help."""
     import tyro
 
-    return tyro.cli(function, args=arguments, prog=f"jaxtok {verb}")
+    result = tyro.cli(_function(place), args=arguments, prog=f"jaxtok {verb}")
+    _print(f"jaxtok train {result}" if verb in ("grow", "adapt") else result)
+    return 0
+
+
+def _print(result: Any) -> None:
+    """Numbers as a table, and a folder or file as its path; what else there is was shown as it came."""
+    if isinstance(result, dict):
+        _show(result)
+    elif isinstance(result, str | Path):
+        print(result)
 
 
 def _show(values: dict[str, Any]) -> None:
+    import rich.console
+    import rich.table
+
     table = rich.table.Table(show_header=False, box=None)
     for name, value in values.items():
         if isinstance(value, int | float):
@@ -286,19 +243,34 @@ def _show(values: dict[str, Any]) -> None:
     rich.console.Console().print(table)
 
 
+FUNCTIONS = {
+    "eval": "jaxtok.verbs.text:evaluate",
+    "generate": "jaxtok.verbs.text:generate",
+    "grow": "jaxtok.verbs.change:grow",
+    "adapt": "jaxtok.verbs.change:adapt",
+    "convert": "jaxtok.verbs.convert:convert",
+    "tokenizer": "jaxtok.verbs.tokenizers:tokenizer",
+    "recovery": "jaxtok.studies.recovery:recovery",
+    "bench": "jaxtok.bench:bench",
+}
+"""Verbs that are a function, by its module and name; they are imported when they are called."""
+
+VISION = {
+    "tokenize": "jaxtok.verbs.vision:tokenize",
+    "reconstruct": "jaxtok.verbs.vision:reconstruct",
+    "generate": "jaxtok.verbs.vision:generate",
+    "statistics": "jaxtok.verbs.vision:statistics",
+    "attention": "jaxtok.verbs.vision:attention",
+}
+"""The verbs of `jaxtok vision`."""
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
-    "eval": _eval,
-    "generate": _generate,
-    "grow": _grow,
-    "adapt": _adapt,
-    "convert": _convert,
-    "tokenizer": _tokenizer,
+    **{verb: functools.partial(_call, place, verb) for verb, place in FUNCTIONS.items()},
     "vision": _vision,
     "study": _study,
     "plan": _plan,
-    "recovery": _recovery,
-    "bench": _bench,
+    "list": _list,
 }
 
 

@@ -1,20 +1,24 @@
 """Configs as files: typed frozen dataclasses that are read from Python files, written to JSON, and compared.
 
-A config file is a Python file that defines `config`. Only its owner's code runs: what is read back from a checkpoint
-is JSON, and names classes of the jaxtok package (or of modules that are already imported) only.
+A config file is a Python file that defines `config` or `configs`. Only its owner's code runs: what is read back from a
+checkpoint is JSON, and names classes of the jaxtok package (or of modules that are already imported) only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import runpy
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+
+from jaxtok import systems
 
 T = TypeVar("T")
 
@@ -31,21 +35,90 @@ What has changed in a dataclass, it says itself, in class variables that its sub
 """
 
 
-def load_config(path: str | Path) -> Any:
-    """The `config` that a Python file defines.
+def load_config(config: str | Path) -> Any:
+    """The config of a name (`jaxtok train --help` lists them), of a Python file, or of FILE:NAME.
+
+    A file defines `config`; or `configs`, a dictionary of names to configs, or to functions that make them.
 
     Raises:
-      FileNotFoundError, ValueError: there is no such file, or it defines no `config`.
+      FileNotFoundError: there is no such file, and no config of such a name.
+      ValueError: the file is no Python file, has an error, or defines no config of that name.
     """
-    path = Path(path)
-    if not path.is_file():
-        known = sorted(str(p) for p in Path("configs").rglob("*.py"))
-        hint = f" Configs here: {', '.join(known)}." if known else ""
-        raise FileNotFoundError(f"there is no config file {path}.{hint}")
-    namespace = runpy.run_path(str(path))
-    if "config" not in namespace:
-        raise ValueError(f"{path} defines no `config`; it has to assign one, such as `config = Experiment(...)`.")
-    return namespace["config"]
+    text = str(config)
+    file, _, name = text.rpartition(":")
+    path, name = (Path(file), name) if file.endswith(".py") else (Path(text), "")
+    known = systems.configs()
+    if text in known:
+        path, name = known[text].file, text
+    elif not path.is_file():
+        places = [*known, *(str(p) for p in path.parent.glob("*.py"))]
+        hint = systems.nearest(path.stem, places, "; `jaxtok train --help` lists those there are")
+        raise FileNotFoundError(f"there is no config {text!r}{hint}")
+    elif path.suffix != ".py":
+        raise ValueError(f"{path} is no config; it must be a Python file that defines one, or the name of a config.")
+    return _config_of(path, name)
+
+
+def _config_of(path: Path, name: str) -> Any:
+    with _errors_of(path):
+        namespace = runpy.run_path(str(path))
+    configs = dict(namespace.get("configs", {}))
+    if "config" in namespace:
+        configs[path.stem] = namespace["config"]
+    if not configs:
+        raise ValueError(f"{path} defines no `config`; it must assign one, such as `config = Experiment(...)`.")
+    if not name and len(configs) > 1:
+        names = ", ".join(configs)
+        raise ValueError(f"{path} defines {names}; name one of them, as {path}:{next(iter(configs))}.")
+    name = name or next(iter(configs))
+    if name not in configs:
+        hint = systems.nearest(name, configs, f"; it defines {', '.join(configs)}")
+        raise ValueError(f"{path} defines no {name!r}{hint}")
+    with _errors_of(path):
+        return configs[name]() if callable(configs[name]) else configs[name]
+
+
+@contextlib.contextmanager
+def _errors_of(path: Path) -> Iterator[None]:
+    """Whatever a user's file does wrong, as a ValueError of one sentence."""
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} cannot be used{_line_of(error, path)}: {kind}{error}") from error
+
+
+def _line_of(error: BaseException, path: Path) -> str:
+    """`, line N` of the file, where the error came from one."""
+    if isinstance(error, SyntaxError):
+        return f", line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def replaced(config: T, changes: Mapping[str, Any]) -> T:
+    """The config with fields replaced by their dotted names: `{"train.steps": 100}`; `stages.0.init` is of the first.
+
+    Raises:
+      ValueError: there is no such field, or its value is impossible.
+    """
+    for name, value in changes.items():
+        config = _replaced(config, name.split("."), value, name)
+    return config
+
+
+def _replaced(config: Any, path: Sequence[str], value: Any, name: str) -> Any:
+    if not path:
+        return value
+    first, *rest = path
+    if isinstance(config, tuple) and first.isdigit() and int(first) < len(config):
+        place = int(first)
+        return (*config[:place], _replaced(config[place], rest, value, name), *config[place + 1 :])
+    fields = [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
+    if first not in fields:
+        hint = systems.nearest(first, fields, f"; it must be one of {', '.join(fields)}" if fields else "")
+        raise ValueError(f"{name} is no field: a {type(config).__name__} has no {first!r}{hint}")
+    return dataclasses.replace(config, **{first: _replaced(getattr(config, first), rest, value, name)})
 
 
 def override(config: T, arguments: Sequence[str], prog: str) -> T:

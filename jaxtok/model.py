@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
-from jaxtok.protocols import Params, Tokenizer
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from jaxtok.decoding import Piece, Sampling, generate
+from jaxtok.protocols import ImageTokenizer, Params, TextGenerator, Tokenizer
+from jaxtok.training.mesh import make_layout
+from jaxtok.vision.images import as_float
+
+Split = Literal["train", "validation", "test", "all"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What every verb, notebook and study holds in its hand; `jaxtok.open` makes it, from a run or from a `Format`."""
+    """What every verb, notebook and study holds in its hand; `jaxtok.open` makes it, from a run or from a `Format`.
+
+    >>> model = jaxtok.open(run)
+    >>> model
+    Model(LanguageModeling of TokenFormerConfig, 3,472 parameters, step 4, from run)
+    >>> logits, _ = model.module.apply({"params": model.params}, model.ids("number 1")[None])
+    >>> logits.shape
+    (1, 9, 384)
+    """
 
     task: Any
     """Fills the Task waist."""
@@ -30,3 +52,265 @@ class Model:
     """Where it was read from."""
     step: int = 0
     """Updates so far."""
+
+    def __repr__(self) -> str:
+        kind = type(self.task).__name__
+        if hasattr(self.task, "model"):
+            kind += f" of {type(self.task.model).__name__}"
+        count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        place = f", from {self.path.name}" if self.path else ""
+        return f"Model({kind}, {count:,} parameters, step {self.step}{place})"
+
+    @property
+    def module(self) -> nn.Module:
+        """The Linen module, which is used with `params`.
+
+        Raises:
+          ValueError: the task has several modules, or none.
+        """
+        if not hasattr(self.task, "module"):
+            raise ValueError(f"{self._it()} has not one module; use the methods of its task with model.params.")
+        return self.task.module()
+
+    def ids(self, text: str | bytes) -> Int[Array, " length"]:
+        """The ids of a text, with those that begin every text.
+
+        >>> jaxtok.open(run).ids("ab").tolist()
+        [256, 97, 98]
+
+        Raises:
+          ValueError: the model is not of text.
+        """
+        return jnp.array([*self.begin, *self._text_tokenizer().encode(text)], jnp.int32)
+
+    def logits(
+        self, inputs: str | bytes | Int[Array, " length"] | Int[Array, "batch length"]
+    ) -> Float[Array, "*batch length vocab"]:
+        """Logits of the token after each place, of a causal language model.
+
+        >>> jaxtok.open(run).logits("number 1").shape
+        (9, 384)
+
+        Args:
+          inputs: a text, before which come the ids that begin every text; or ids, which are taken as they are.
+
+        Raises:
+          ValueError: the model is no causal language model.
+        """
+        if not self._is_causal:
+            raise ValueError(f"{self._it()} has no logits of next tokens; give a causal language model.")
+        ids = self.ids(inputs) if isinstance(inputs, str | bytes) else jnp.asarray(inputs, jnp.int32)
+        logits = _logits(self.module, self.params, ids[None] if ids.ndim == 1 else ids)
+        return logits[0] if ids.ndim == 1 else logits
+
+    @overload
+    def generate(self, prompt: str | bytes = "", max_new_tokens: int = 0, **options: Any) -> str: ...
+    @overload
+    def generate(self, prompt: Sequence[str | bytes], max_new_tokens: int = 0, **options: Any) -> list[str]: ...
+    def generate(self, prompt="", max_new_tokens=0, *, on_text=None, stream=False, **options):
+        """Continues a prompt, or several as a batch; returns what is new.
+
+        >>> model = jaxtok.open(run)
+        >>> len(model.generate("number ", max_new_tokens=5, stop_at_end=False)) <= 5
+        True
+        >>> len(model.generate(["number ", "twice "], max_new_tokens=5, temperature=0.0))
+        2
+
+        Args:
+          prompt: a text, or several; an empty one begins a new document.
+          max_new_tokens: at most so many for each prompt (bytes, for models that generate words); 0: 200, or what the
+            model's context has room for.
+          on_text: called with the number of a prompt and its new text, as it comes.
+          stream: write a single prompt and its text to the standard output, as it comes.
+          options: of `generate_bytes`. Bytes that are no UTF-8 become U+FFFD.
+
+        Raises:
+          ValueError: as `generate_bytes`.
+        """
+        single = isinstance(prompt, str | bytes)
+        prompts = [prompt] if single else list(prompt)
+        if stream and not single:
+            raise ValueError("stream is for a single prompt; use on_text for several.")
+        decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in prompts]
+
+        def say(row: int, new: bytes, final: bool = False) -> None:
+            if text := decoders[row].decode(new, final):
+                if on_text:
+                    on_text(row, text)
+                if stream:
+                    print(text, end="", flush=True, file=sys.stdout)
+
+        if stream:
+            print(prompt if isinstance(prompt, str) else prompt.decode(errors="replace"), end="", flush=True)
+        texts = self.generate_bytes(prompts, max_new_tokens, on_bytes=say if on_text or stream else None, **options)
+        if on_text or stream:
+            for row in range(len(prompts)):
+                say(row, b"", final=True)
+        if stream:
+            print()
+        decoded = [text.decode(errors="replace") for text in texts]
+        return decoded[0] if single else decoded
+
+    def generate_bytes(
+        self,
+        prompts: Sequence[str | bytes],
+        max_new_tokens: int = 0,
+        *,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 0.95,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        stop_at_end: bool = True,
+        on_bytes: Callable[[int, bytes], None] | None = None,
+    ) -> list[bytes]:
+        """The exact bytes after each prompt.
+
+        Args:
+          prompts: texts to continue.
+          max_new_tokens: as of `generate`.
+          temperature: below 1 is safer, above is wilder; 0: always the most likely token.
+          top_k: only the k most likely tokens; 0: all.
+          top_p: only the most likely tokens that together have this probability; 1: all.
+          seed: another seed, another text.
+          stop: also stop after these texts, each of a single token (with bytes: a single character).
+          stop_at_end: stop where the model ends the document.
+          on_bytes: called with the number of a prompt and its new bytes, every few tokens.
+
+        Raises:
+          ValueError: the model generates no text, or a text of `stop` is not a single token.
+        """
+        tokenizer = self._text_tokenizer()
+        sampling, rng = Sampling(temperature=temperature, top_k=top_k, top_p=top_p), jax.random.key(seed)
+
+        def report(texts: Sequence[bytes]) -> None:
+            for row, new in enumerate(texts):
+                on_bytes(row, new)
+
+        if isinstance(self.task, TextGenerator):
+            if stop:
+                raise ValueError(f"{self._it()} does not stop at texts; leave out stop.")
+            given = [text.encode() if isinstance(text, str) else text for text in prompts]
+            return self.task.continue_text(
+                self.params,
+                given,
+                max_bytes=max_new_tokens or 200,
+                sampling=sampling,
+                rng=rng,
+                on_text=report if on_bytes else None,
+            )
+        if not self._is_causal:
+            raise ValueError(f"{self._it()} does not generate text; give a language model.")
+        stops = [tokenizer.encode(text) for text in stop]
+        if long := [text for text, tokens in zip(stop, stops) if len(tokens) != 1]:
+            raise ValueError(f"stop has {long[0]!r}, which is not a single token; choose texts that are.")
+
+        def bytes_of(tokens: Sequence[int]) -> bytes:
+            return b"".join(tokenizer.token_bytes(token) for token in tokens)
+
+        def report_tokens(new: Piece) -> None:
+            report([bytes_of(tokens) for tokens in new.tokens])
+
+        ids = [[*self.begin, *tokenizer.encode(text)] for text in prompts]
+        room = self.task.model.max_length - max(map(len, ids), default=0)
+        rows = generate(
+            self.module,
+            self.params,
+            ids,
+            max_new_tokens=max_new_tokens or max(1, min(200, room)),
+            chooser=sampling,
+            rng=rng,
+            stop_tokens=[*(token for (token,) in stops), *(self.ends if stop_at_end else ())],
+            num_ids=tokenizer.vocab_size,
+            on_tokens=report_tokens if on_bytes else None,
+            chunk=4,
+        ).tokens
+        return [bytes_of(row) for row in rows]
+
+    def evaluate(self, corpus: str = "", split: Split = "validation", batches: int = 0) -> dict[str, float]:
+        """The numbers of the model on a split: loss and bits per byte of text, or what its task measures.
+
+        >>> numbers = jaxtok.open(run).evaluate(split="test", batches=1)
+        >>> 0 < numbers["bits_per_byte"] < 12
+        True
+
+        Args:
+          corpus: another one than the model's own, of the same kind: python, a file or folder, tfds:NAME or
+            arrayrecord:PATTERN (of images: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN).
+          split: which part; files are split by a hash of their path.
+          batches: evaluate only so many; 0: all.
+        """
+        data = self.on(corpus, batches)
+        return self.task.evaluate(self.params, data.eval_batches(split))
+
+    def encode(
+        self, images: UInt8[np.ndarray, "batch ..."] | Float[np.ndarray, "batch ..."], rng: jax.Array | None = None
+    ) -> Int[np.ndarray, "batch positions sub_codes"]:
+        """Codes of images, by all devices of this process.
+
+        Args:
+          images: of the tokenizer's `image_shape`, as bytes, or as floats in [0, 1].
+          rng: a key, which is used where the tokenizer draws its codes.
+
+        Raises:
+          ValueError: the model is no image tokenizer.
+        """
+        task = self._image_tokenizer()
+        key = rng if task.draws_codes else None
+        return _on_devices(lambda params, x: task.encode(params, as_float(x), key), self.params, images)
+
+    def decode(
+        self, codes: Int[np.ndarray, "batch positions sub_codes"], rng: jax.Array | None = None
+    ) -> Float[np.ndarray, "batch ..."]:
+        """Images of codes, not limited to [0, 1], by all devices of this process.
+
+        Args:
+          codes: of whole images, or of a prefix that the tokenizer can decode.
+          rng: a key, which is used where the tokenizer draws its images.
+
+        Raises:
+          ValueError: the model is no image tokenizer.
+        """
+        task = self._image_tokenizer()
+        key = rng if task.draws_images else None
+        return _on_devices(lambda params, x: task.decode(params, x, key), self.params, codes)
+
+    def on(self, corpus: str = "", batches: int = 0) -> Any:
+        """The model's data, of another corpus (if one is named) and of so many batches of an evaluation (0: all)."""
+        source = {self.data.source: corpus} if corpus else {}
+        return dataclasses.replace(self.data, eval_limit=batches, **source)
+
+    def _it(self) -> str:
+        what = f"{self.path} is" if self.path else "this is"
+        return f"{what} of {type(self.task).__name__}, which"
+
+    def _text_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise ValueError(f"{self._it()} has no text; give a model of text.")
+        return self.tokenizer
+
+    def _image_tokenizer(self) -> Any:
+        if not isinstance(self.task, ImageTokenizer):
+            raise ValueError(f"{self._it()} is no image tokenizer; give one.")
+        return self.task
+
+    @property
+    def _is_causal(self) -> bool:
+        own = isinstance(self.task, TextGenerator) or not hasattr(self.task, "module")
+        return not own and hasattr(self.task.module(), "init_cache")
+
+
+@jax.jit(static_argnums=0)
+def _logits(module: nn.Module, params: Params, ids: Int[Array, "batch length"]) -> Float[Array, "batch length vocab"]:
+    return module.apply({"params": params}, ids)[0].astype(jnp.float32)
+
+
+def _on_devices(function: Callable[[Params, jax.Array], jax.Array], params: Params, array: np.ndarray) -> np.ndarray:
+    """The function of the rows of an array, to which rows are added until the devices divide them."""
+    layout = make_layout()
+    count, more = len(array), -len(array) % layout.mesh.size
+    whole = np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
+    with layout.active():
+        axes = ("batch", *[None] * (whole.ndim - 1))
+        rows = jax.device_put(whole, layout.sharding(axes, whole.shape, "the batch"))
+        return np.asarray(function(jax.device_put(params, layout.replicated), rows))[:count]

@@ -54,14 +54,34 @@ class ArraySpec:
     """The logical axis of each dimension (`batch`, `length`, ...); None: a dimension that no mesh divides."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Special:
+    """A tokenizer's special tokens by their roles."""
+
+    bos: int | None = None
+    """Begins a text."""
+    eos: tuple[int, ...] = ()
+    """Each of them ends a text; the first one ends a document."""
+    pad: int | None = None
+    """Fills rows up."""
+    unk: int | None = None
+    """Stands for what the vocabulary has not; no text is encoded to it here, as that would lose the text."""
+
+
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to ids and back. Lossless: `decode(encode(x)) == x` for every byte string x."""
+    """Text to ids and back. Lossless: `decode(encode(x)) == x` for every byte string x.
+
+    Where there is a vocabulary beyond single bytes, `vocabulary() -> list[bytes]` gives the bytes of each id (none for
+    special tokens); where it was made by merges and the file has them, `merges() -> list[tuple[bytes, bytes]]` gives
+    these in their order.
+    """
 
     name: str
     vocab_size: int
     eod_id: int
-    """Ends a document; also the first input, from which a document's first token is predicted."""
+    """Ends a document; also the first input, from which a document's first token is predicted. It is special.eos[0]."""
+    special: Special
 
     def encode(self, text: str | bytes) -> list[int]: ...
     def decode(self, ids: Iterable[int]) -> bytes: ...

@@ -1,12 +1,22 @@
 """The command line, as a user calls it: one run goes through every verb."""
 
+import dataclasses
+import importlib
+import inspect
 import json
+import re
+import subprocess
+import sys
 
+import flax.linen as nn
+import jax
 import pytest
+from collector import collect
 
 from jaxtok import __version__
-from jaxtok.cli import VERBS, main
+from jaxtok.cli import FUNCTIONS, VERBS, VISION, main
 from jaxtok.tokenizers import load_tokenizer
+from jaxtok.training.checkpoints import begin
 
 CONFIG = """
 from jaxtok.data.text import TextData
@@ -69,8 +79,9 @@ def test_generate_streams_one_and_batches_several(run, capfdbinary):
     assert one.startswith(b"number ")
     assert main(["generate", str(run), "--prompt", "number ", "--max-new-tokens", "12"]) == 0
     assert capfdbinary.readouterr().out == one  # the same seed, the same text
-    assert main(["generate", str(run), "--prompt", "number ", "--stop", one.decode(errors="replace")[7]]) == 0
-    assert capfdbinary.readouterr().out == one[:8] + b"\n"
+    place = next(n for n, byte in enumerate(one) if n > 6 and byte < 128)  # a character of one byte, and so a token
+    assert main(["generate", str(run), "--prompt", "number ", "--stop", chr(one[place])]) == 0
+    assert capfdbinary.readouterr().out == one[: place + 1] + b"\n"
     assert main(["generate", str(run), "--prompt", "a", "--stop", "two"]) == 1  # not a single token
     capfdbinary.readouterr()
     assert main(["generate", str(run), "--prompt", "a", "twice", "--max-new-tokens", "5", "--temperature", "0"]) == 0
@@ -105,18 +116,62 @@ def test_tokenizer_trains_on_the_corpus_and_a_model_on_the_tokenizer(run, folder
     assert main(["train", str(folder / "config.py"), *arguments]) == 0
 
 
+@pytest.fixture(scope="module")
+def places(folder, run):
+    """Things that are no model for generating text."""
+    (folder / "README.md").write_text("# A page\n")
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{")
+    (folder / "other").mkdir()
+    (folder / "other" / "config.json").write_text('{"model_type": "whisper"}')
+    case = collect("TASKS")["masked_words"]()
+    encoder = dataclasses.replace(case.experiment, workdir=str(folder / "encoder"))
+    begin(encoder, nn.meta.unbox(case.task.init(jax.random.key(0), case.batch)))
+    return folder
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian", "x"], "did you mean train?"),
-        (["train", "no/such/config.py"], "there is no config file no/such/config.py"),
-        (["eval", "no/such/run"], "is not a run"),
-        (["convert", "no/such/folder", "target"], "no/such/folder"),
-        (["tokenizer", "t.model", "--corpus", "no/such/corpus"], "no/such/corpus"),
+        ("trian x", "there is no verb 'trian'; did you mean train?"),
+        ("train no/such/config.py", "there is no config 'no/such/config.py'; `jaxtok train --help` lists those"),
+        ("train tokenformer_smal", "there is no config 'tokenformer_smal'; did you mean tokenformer_small?"),
+        ("train README.md", "README.md is no config; it must be a Python file that defines one, or the name"),
+        ("train broken", "config.json is no JSON"),
+        ("train other", "config.json is no config of a run; give what `jaxtok train` made."),
+        ("train corpus", "corpus is no run: it has no config.json; give what `jaxtok train` made."),
+        (
+            "train growth_study",
+            "growth_study is a study, which `jaxtok train` does not take; run it with `jaxtok study",
+        ),
+        ("plan growth_study", "growth_study is a study, which `jaxtok plan` does not take"),
+        ("recovery growth_study --workdir nowhere", "growth_study is a study, which `jaxtok recovery` does not take"),
+        ("study hat_1b", "hat_1b is an experiment, not a study; run it with `jaxtok train hat_1b`."),
+        ("eval no/such/run", "there is no no/such/run; give a run's folder, or a folder or file of a model."),
+        ("eval rnu", "there is no rnu; did you mean run?"),
+        ("eval README.md", "README.md is a file .md, which is in none of the formats here"),
+        ("eval broken", "broken/config.json is no JSON"),
+        ("eval other", "other has the model_type 'whisper' in its config.json, which is in none of the formats here"),
+        ("generate broken", "broken/config.json is no JSON"),
+        ("generate README.md", "README.md is a file .md"),
+        ("generate encoder", "is of MaskedWords, which does not generate text; give a language model."),
+        ("generate run --ema", "the run kept no moving average of its parameters"),
+        ("grow no/such/run --times 2", "no/such/run"),
+        ("grow encoder --times 2", "encoder"),
+        ("adapt no/such/run", "there is no no/such/run"),
+        ("convert no/such/folder target", "no/such/folder"),
+        ("convert broken target", "broken/config.json is no JSON"),
+        ("tokenizer t.model --corpus no/such/corpus", "no/such/corpus"),
+        ("vision genrate x", "there is no verb 'genrate' of vision; did you mean generate?"),
+        ("vision reconstruct run", "give a run of an image tokenizer"),
+        ("vision generate README.md", "README.md is a file .md, which is in none of the formats here"),
+        ("vision generate run", "give a run of a model of image codes"),
+        ("list nothing*", "nothing has a name like 'nothing*'; `jaxtok list` shows all there is."),
     ],
 )
-def test_mistakes_end_with_one_clear_sentence(arguments, message, capsys):
-    assert main(arguments) == 1
+def test_mistakes_end_with_one_clear_sentence(arguments, message, places, monkeypatch, capsys):
+    monkeypatch.chdir(places)
+    assert main(arguments.split()) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert error.startswith("error:") and message in error and "Traceback" not in error
 
@@ -126,9 +181,32 @@ def test_help(capsys):
     text = capsys.readouterr().out
     assert all(f"jaxtok {verb} " in text or f"jaxtok {verb}\n" in text for verb in VERBS)
     assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == __version__
-    for verb in set(VERBS) - {"train", "study", "plan", "vision"}:
+    own = {"train", "study", "plan", "vision"}
+    for verb in set(VERBS) - own:
         with pytest.raises(SystemExit) as end:
             main([verb, "--help"])
         assert end.value.code == 0 and f"usage: jaxtok {verb}" in capsys.readouterr().out
-    for verb in ("train", "study", "plan", "vision"):
+    for verb in own:
         assert main([verb, "--help"]) == 0
+    assert "recovery" in capsys.readouterr().out
+
+
+def test_every_verb_says_what_each_of_its_options_is():
+    """In whole sentences; `Literal` choices and defaults are added by tyro."""
+    for place in (*FUNCTIONS.values(), *VISION.values()):
+        module, _, name = place.partition(":")
+        function = getattr(importlib.import_module(module), name)
+        described = inspect.getdoc(function)
+        for parameter in inspect.signature(function).parameters:
+            assert re.search(rf"^\s+{parameter}: \S", described, re.M), f"{place} does not say what {parameter} is"
+
+
+def test_lists_need_no_jax():
+    code = (
+        "import sys; from jaxtok.cli import main; main(['train', '--help']); main(['study', '--help']); "
+        "main(['list', '*byte*']); print({'jax', 'flax', 'tyro'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nset()\n")
+    for name in ("mrt5_xxl", "elm_masked_b", "quickstart", "byte2word-base"):
+        assert name in done.stdout

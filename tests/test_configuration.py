@@ -1,30 +1,43 @@
+import ast
 import dataclasses
 import importlib
-from pathlib import Path
+import re
 from typing import Any, ClassVar
 
 import pytest
 
-from jaxtok import configuration
+from jaxtok import configuration, systems
 from jaxtok.configuration import differences, from_json, load_config, override, to_json
 from jaxtok.studies.comparison import Comparison
 from jaxtok.studies.elm import ElmStudy
 from jaxtok.studies.growth import GrowthStudy
 from jaxtok.training.experiment import Experiment
 
-CONFIGS = sorted(Path(__file__).parents[1].glob("configs/**/*.py"))
+CONFIGS = systems.configs()
+STUDIES = (GrowthStudy, Comparison, ElmStudy)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
-def test_every_config_file_says_how_to_run_it_and_survives_json(path):
-    config = load_config(path)
-    assert isinstance(config, Experiment | GrowthStudy | Comparison | ElmStudy)
+@pytest.mark.parametrize("entry", CONFIGS.values(), ids=CONFIGS)
+def test_every_config_says_how_to_run_it_and_survives_json(entry):
+    config = load_config(entry.name)
+    assert isinstance(config, STUDIES if entry.verb == "study" else Experiment)
     assert from_json(to_json(config)) == config
-    assert f"configs/{path.parent.name}/{path.name}" in path.read_text().split('"""')[1]
+    assert isinstance(config, STUDIES) or config.name == entry.name
+    assert entry.about, f"{entry.file} should say in a line of its docstring what {entry.name} is"
+    named = "|".join(e.name for e in systems.config_entries(entry.file))
+    docstring = ast.get_docstring(ast.parse(entry.file.read_text()), clean=False)
+    assert re.search(rf"^    jaxtok \w+ ({named})\b", docstring, re.M)
+
+
+def test_every_file_is_found_by_names_of_which_no_two_are_the_same():
+    files = sorted(systems.configs_folder().rglob("*.py"))
+    names = [entry.name for file in files for entry in systems.config_entries(file)]
+    assert {entry.file for entry in CONFIGS.values()} == set(files)
+    assert sorted(names) == sorted(CONFIGS) and len(files) > 20
 
 
 def small():
-    return load_config(CONFIGS[0].parent / "tokenformer_small.py")
+    return load_config("tokenformer_small")
 
 
 def test_dotted_overrides_reach_every_depth():
@@ -76,6 +89,38 @@ def test_stored_configs_name_only_known_classes_and_fields():
         to_json(dataclasses.replace(small(), task=object()))
 
 
+def test_one_config_of_a_file_with_several(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text('configs = {"one": 1, "two": lambda: 2}\n')
+    assert (load_config(f"{file}:one"), load_config(f"{file}:two")) == (1, 2)
+    assert load_config(f"{CONFIGS['hat_3b'].file}:hat_3b") == load_config("hat_3b")
+    with pytest.raises(ValueError, match=r"mine\.py defines one, two; name one of them, as .*mine\.py:one\."):
+        load_config(file)
+    with pytest.raises(ValueError, match=r"mine\.py defines no 'tow'; did you mean two\?"):
+        load_config(f"{file}:tow")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("nothing.py", None, r"there is no config '.*nothing\.py'; `jaxtok train --help` lists those there are\."),
+        ("tokenformer_smal", None, r"there is no config '.*tokenformer_smal'; did you mean tokenformer_small\?"),
+        ("mrt5_small.py", None, r"did you mean mrt5_small\?"),
+        ("empty.py", "x = 1\n", "defines no `config`"),
+        ("README.md", "# jaxtok\n", "it must be a Python file that defines one, or the name of a config"),
+        ("syntax.py", "config = (\n", r"syntax\.py cannot be used, line 1: SyntaxError: "),
+        ("wrong.py", "\nconfig = nothing\n", r"wrong\.py cannot be used, line 2: NameError: "),
+        ("late.py", "configs = {'a': lambda: nothing}\n", r"late\.py cannot be used, line 1: NameError: "),
+    ],
+)
+def test_what_is_no_config_is_answered_in_a_sentence(tmp_path, name, content, message):
+    if content:
+        (tmp_path / name).write_text(content)
+    with pytest.raises((FileNotFoundError, ValueError), match=message) as error:
+        load_config(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
     RENAMED: ClassVar[dict[str, str]] = {"breadth": "width"}
@@ -112,11 +157,3 @@ def test_types_that_have_moved_are_there():
         module, _, name = new.partition(":")
         assert dataclasses.is_dataclass(getattr(importlib.import_module(module), name, None)), old
         assert new not in configuration.MOVED, f"{old} -> {new} has moved on"
-
-
-def test_missing_config_files_and_files_without_config(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nothing\.py"):
-        load_config(tmp_path / "nothing.py")
-    (tmp_path / "empty.py").write_text("x = 1\n")
-    with pytest.raises(ValueError, match="defines no `config`"):
-        load_config(tmp_path / "empty.py")

@@ -61,3 +61,11 @@ def test_what_is_imported_is_declared():
 
 def test_what_is_declared_is_imported():
     assert sorted(DEPENDENCIES - set(imported(at_once=False))) == sorted(NEEDED_BY_OTHERS)
+
+
+def test_every_folder_is_installed():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {file.parent.relative_to(ROOT) for top in ("jaxtok", "configs") for file in (ROOT / top).rglob("*.py")}
+    folders.add(Path("configs"))  # has the page of all families
+    names = {".".join(folder.parts) for folder in folders}
+    assert set(setuptools["packages"]) == {n if n.startswith("jaxtok") else f"jaxtok.{n}" for n in names}

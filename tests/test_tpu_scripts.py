@@ -18,7 +18,7 @@ import yaml
 SCRIPTS = Path(__file__).parents[1] / "tpu_scripts"
 RUNNABLE = sorted(path.name for path in SCRIPTS.glob("*.sh") if path.name != "common.sh")
 ALL = sorted(path.name for path in SCRIPTS.glob("*.sh"))
-CONFIG = ["configs/lm/tokenformer_small.py", "--workdir", "/data/my run", "--name", "it's $HOME"]
+CONFIG = ["tokenformer_small", "--workdir", "/data/my run", "--name", "it's $HOME"]
 
 
 @pytest.fixture

@@ -19,19 +19,18 @@ from jaxtok.training.checkpoints import begin
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
-from jaxtok.vision.autoencoding import Autoencoding
-from jaxtok.vision.binary_autoencoder import BAEConfig
-from jaxtok.vision.elm import ElmConfig, ElmModeling
-from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
-from jaxtok.vision_verbs import (
+from jaxtok.verbs.vision import (
     attention,
-    decode_codes,
     generate,
     open_tokenizer,
     reconstruct,
     statistics,
     tokenize,
 )
+from jaxtok.vision.autoencoding import Autoencoding
+from jaxtok.vision.binary_autoencoder import BAEConfig
+from jaxtok.vision.elm import ElmConfig, ElmModeling
+from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 
 IMAGES = ImageData(images="digits", size=8, batch_size=64, eval_limit=1)
 BODY = {"width": 32, "multipliers": (1, 1), "res_blocks": 1, "attention_resolutions": (), "embed_dim": 32}
@@ -122,7 +121,7 @@ def test_codes_come_back(folder):
     tokenizer = open_tokenizer(folder / "tokenizer")
     codes = np.asarray(open_codes(folder / "codes" / "test").codes[:3, 0]).astype(np.int32)
     again = tokenizer.task.decode(tokenizer.params, codes)
-    np.testing.assert_allclose(decode_codes(tokenizer, codes), again, atol=1e-5)
+    np.testing.assert_allclose(tokenizer.decode(codes), again, atol=1e-5)
 
 
 def test_options_of_a_runs_own_sampling(folder, tmp_path, capsys):

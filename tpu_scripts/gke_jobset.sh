@@ -3,7 +3,7 @@
 #
 #   tpu_scripts/gke_jobset.sh NAME --image I --accelerator A --topology T [OPTIONS] CONFIG [ARGUMENTS ...]
 #   tpu_scripts/gke_jobset.sh run1 --image IMAGE --accelerator tpu-v6e-slice --topology 4x4 --claim data \
-#       configs/lm/tokenformer_small.py --workdir /data/run1 --train.save-deadline 100
+#       tokenformer_small --workdir /data/run1 --train.save-deadline 100
 #
 #   --image I           with `jaxtok` and jax[tpu] installed
 #   --accelerator A     the node pool's cloud.google.com/gke-tpu-accelerator, such as tpu-v5-lite-podslice

@@ -2,7 +2,7 @@
 # Starts N processes of one run on this machine.
 #
 #   tpu_scripts/local.sh [OPTIONS] N ARGUMENTS OF jaxtok ...
-#   tpu_scripts/local.sh --devices 2 2 train configs/lm/tokenformer_small.py --workdir runs/two --train.steps 20
+#   tpu_scripts/local.sh --devices 2 2 train tokenformer_small --workdir runs/two --train.steps 20
 #
 #   --devices D     D simulated CPU devices in each process
 #   --port PORT     where process 0 listens for the others (a free one)

@@ -6,7 +6,7 @@
 #
 #   tpu_scripts/queued_resource.sh train run1 --zone us-east5-b --accelerator-type v6e-16 --spot \
 #       --prepare 'sudo mkdir -p /data && sudo mount SERVER:/share /data' \
-#       configs/lm/tokenformer_small.py --workdir /data/run1
+#       tokenformer_small --workdir /data/run1
 #
 #   --version V                 software of the VM (that for JAX on this accelerator)
 #   --spot                      cheaper, and can be preempted

@@ -2,7 +2,7 @@
 # Trains in a Slurm job, one process a GPU; when interrupted, saves and queues itself again.
 #
 #   sbatch [OPTIONS OF sbatch] tpu_scripts/slurm.sh CONFIG [ARGUMENTS OF jaxtok train ...]
-#   sbatch --nodes=2 --gpus-per-node=8 tpu_scripts/slurm.sh configs/lm/tokenformer_pile_150m.py --workdir runs/150m \
+#   sbatch --nodes=2 --gpus-per-node=8 tpu_scripts/slurm.sh tokenformer_pile_150m --workdir runs/150m \
 #       --train.save-deadline 100
 #
 # Machines with another number of GPUs: --gpus-per-node=4 --ntasks-per-node=4, always both. Without GPUs:

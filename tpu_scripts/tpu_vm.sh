@@ -10,7 +10,7 @@
 #
 #   tpu_scripts/tpu_vm.sh create run1 --zone us-east5-b --accelerator-type v6e-16 --spot
 #   tpu_scripts/tpu_vm.sh setup run1 --zone us-east5-b --prepare 'sudo mkdir -p /data && sudo mount SERVER:/share /data'
-#   tpu_scripts/tpu_vm.sh train run1 --zone us-east5-b configs/lm/tokenformer_small.py --workdir /data/run1
+#   tpu_scripts/tpu_vm.sh train run1 --zone us-east5-b tokenformer_small --workdir /data/run1
 #
 #   --version V          software of the VM (that for JAX on this accelerator)
 #   --prepare COMMAND    run on all workers too, in front of the installation

@@ -1,7 +1,7 @@
 """Byte2Word's claim on Python's standard library: words from bytes against BERT's table of subwords, same body.
 
     jaxtok tokenizer runs/words_2k.model --vocab-size 2000 --model-type bpe --words
-    jaxtok study configs/lm/byte2word_study.py
+    jaxtok study byte2word_study
 
 Encoders of 3 layers of width 96 on rows of 48 words; both predict the pieces of the same masked words. The measures
 are the loss of a word, its rise where words have errors, and from which package of the library a row is.

@@ -1,6 +1,6 @@
 """ELECTRA's claim on Python's standard library: replaced tokens against masked words at the same compute.
 
-    jaxtok study configs/lm/electra_study.py
+    jaxtok study electra_study
 
 Encoders of bytes, of 2 layers of width 64, on rows of 64. Masked words train for more steps than ELECTRA, so that both
 spend the same FLOPs. ELECTRA 15% has its loss at the chosen places only. The probes say from which package of the

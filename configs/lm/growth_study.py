@@ -1,18 +1,17 @@
 """TokenFormer's claim on Python's standard library: a grown model against models from scratch, 12 arms, 3 seeds.
 
-    jaxtok study configs/lm/growth_study.py
+    jaxtok study growth_study
 
 About an hour on two cores. The README has the table and the plot that it makes. The models and the training are
-those of configs/lm/quickstart.py, which compares one growth with scratch.
+those of quickstart, which compares one growth with scratch.
 """
 
 import dataclasses
-from pathlib import Path
 
 from jaxtok.configuration import load_config
 from jaxtok.studies.growth import ARMS
 
-quickstart = load_config(Path(__file__).with_name("quickstart.py"))
+quickstart = load_config("quickstart")
 left_out = ("zero_keys_keep", "scratch_short")  # of little interest: --arms takes them
 config = dataclasses.replace(
     quickstart,

@@ -1,7 +1,7 @@
 """HAT against Transformers on bytes and on subwords, at equal training compute, on Python's own sources.
 
     jaxtok tokenizer runs/hat_study/python.model --vocab-size 2048
-    jaxtok study configs/lm/hat_study.py
+    jaxtok study hat_study
 
 All have a body of 4 layers of width 128. Compute is counted with the padding of HAT's words. Expect HAT to be ahead of
 the model of bytes (2.8 bits per byte to 3.4 with one seed), and behind that of subwords, whose start is better.

@@ -1,6 +1,6 @@
 """A lexinvariant, a semi-lexinvariant and a standard language model with the same body, on the letters of a library.
 
-    jaxtok study configs/lm/lexinvariant_study.py
+    jaxtok study lexinvariant_study
 
 Python's standard library, reduced to a-z and space; 2 layers of width 32, rows of 128 letters. Expect: the lexinvariant
 model's loss falls along the context and is the same on text with renamed letters, where the standard model's, far lower

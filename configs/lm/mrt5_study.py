@@ -1,6 +1,6 @@
 """MrT5 (arXiv 2410.20771) against a ByT5 and against random deletion, on Python's standard library.
 
-    jaxtok study configs/lm/mrt5_study.py
+    jaxtok study mrt5_study
 
 The task is to write 63 bytes of a text again without their vowels, the paper's first diagnostic: unlike span
 corruption, it makes models of minutes look at their inputs. As in the paper's pre-training, one ByT5 is trained first,

@@ -1,19 +1,18 @@
 """The main job in small: train a TokenFormer on Python's standard library, grow it, train on, compare with scratch.
 
-    jaxtok study configs/lm/quickstart.py
+    jaxtok study quickstart
 
 About seven minutes on two cores. Expect about 3.0 bits per byte before the growth, exactly the same right after it, and
 less than from-scratch training of the final size reaches with the compute spent so far;
-runs/quickstart/loss_vs_compute.png shows it. configs/lm/growth_study.py has more arms and seeds.
+runs/quickstart/loss_vs_compute.png shows it. growth_study has more arms and seeds.
 """
 
 import dataclasses
-from pathlib import Path
 
 from jaxtok.configuration import load_config
 from jaxtok.studies.growth import GrowthStudy
 
-small = load_config(Path(__file__).with_name("tokenformer_small.py"))
+small = load_config("tokenformer_small")
 (growth,) = small.stages
 base = dataclasses.replace(
     small,

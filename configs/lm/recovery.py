@@ -1,7 +1,7 @@
 """A tiny run with a growth that logs every step and saves every fourth, for `jaxtok recovery` to kill.
 
-    jaxtok recovery configs/lm/recovery.py --kills 50
-    jaxtok recovery configs/lm/recovery.py --kills 20 --processes 2 --workdir runs/recovery2
+    jaxtok recovery recovery --kills 50
+    jaxtok recovery recovery --kills 20 --processes 2 --workdir runs/recovery2
 
 Four minutes each on two cores. Expect `lost 0`: the killed run ends with the same bits as the undisturbed one.
 """

@@ -1,6 +1,6 @@
 """A TokenFormer on the Python standard library, grown inside the run: the smallest complete example.
 
-    jaxtok train configs/lm/tokenformer_small.py
+    jaxtok train tokenformer_small
     jaxtok generate runs/tokenformer_small --prompt "def "
 
 Trains 393,000 parameters for 400 steps, grows to 1.4 million without changing the function, trains 200 steps more.

@@ -1,11 +1,11 @@
 """Word pooling against plain models of the same body, on the words of Python's standard library.
 
-    jaxtok study configs/lm/word_pooled_study.py
+    jaxtok study word_pooled_study
 
 The text is its runs of a to z, in lower case, so that a byte is a character. All arms have a decoder of 3 layers of
 width 96, and about the same training compute. A word-pooled model has one layer more in the word encoder and in the
 speller, and the authors' three peculiarities mended. As released, the plain model has no positions; `plain_positions`
-has learned ones. configs/lm/word_pooled_subword_study.py is about subwords.
+has learned ones. word_pooled_subword_study is about subwords.
 
 Less training than this shows no advantage: with 200 steps of `pooled` and 300 of the plain models (seed 0, rows of one
 stream), test bits a character were 3.68, against 3.59 (`plain`) and 3.60 (`plain_positions`), and 0.0 % of the next

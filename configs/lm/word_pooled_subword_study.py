@@ -1,16 +1,17 @@
-"""Word pooling of subwords against a plain model of subwords, otherwise as configs/lm/word_pooled_study.py.
+"""Word pooling of subwords against a plain model of subwords, on the words of Python's standard library.
 
-jaxtok tokenizer runs/python_1024.model --corpus python --vocab-size 1024 --model-type bpe
-jaxtok study configs/lm/word_pooled_subword_study.py
+    jaxtok tokenizer runs/python_1024.model --corpus python --vocab-size 1024 --model-type bpe
+    jaxtok study word_pooled_subword_study
+
+All else is as in word_pooled_study.
 """
 
 import dataclasses
-from pathlib import Path
 
 from jaxtok.configuration import load_config
 
 TOKENIZER = "runs/python_1024.model"
-study = load_config(Path(__file__).with_name("word_pooled_study.py"))
+study = load_config("word_pooled_study")
 arms = {arm.name: arm for arm in study.arms}
 
 

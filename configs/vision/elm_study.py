@@ -1,6 +1,6 @@
 """ELM in small: BAE against VQ at equal bits on emoji and on digits, then models of the digits' codes.
 
-    jaxtok study configs/vision/elm_study.py
+    jaxtok study elm_study
 
 Tokenizers: 1,911 emoji of 16 x 16 pixels as 8 x 8 positions of 10 bits, and 1,797 digits of 8 x 8 pixels as 4 x 4
 positions of 8 bits. Models of the digits' codes: autoregressive ones of 1 code of 8 bits, of 2 of 4 bits and of VQ

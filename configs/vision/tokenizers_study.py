@@ -1,6 +1,6 @@
 """BAE against VQ at 10 bits a position, on 1,911 emoji of 16 x 16 pixels: ELM's claim that BAE uses its codes.
 
-    jaxtok study configs/vision/tokenizers_study.py
+    jaxtok study tokenizers_study
 
 Each image is 4 x 4 positions. The loss is L1 and the squared error, with neither LPIPS nor a discriminator. Counted are
 the codes of all images; L1 is of the test split. Expect, of 1,024 codes, 906 used by BAE (L1 0.123), 717 where its bits

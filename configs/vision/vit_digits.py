@@ -1,6 +1,6 @@
 """A small Vision Transformer (arXiv 2010.11929) on scikit-learn's handwritten digits, enlarged to 16 x 16 pixels.
 
-    jaxtok train configs/vision/vit_digits.py
+    jaxtok train vit_digits
 
 About half a minute on two cores; expect an accuracy of about 0.97 on the validation split (measured: 0.976 of 210
 images; 0.973 of the 183 of the test split, `jaxtok eval runs/vit_digits --split test`). With --data.images folder:PATH

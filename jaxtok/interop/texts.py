@@ -76,13 +76,12 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
     if not spec:
         raise FileNotFoundError(f"{folder} holds no tokenizer.json; put the model's there, or name its tokenizer.")
     loaded = load_tokenizer(spec)
-    end = (loaded.eod_id,)
-    begin = () if default else end
+    begin = () if default else (loaded.eod_id,)
     return Texts(
         spec,
         loaded,
         begin=tuple(own.get("begin", begin)),
-        ends=tuple(own.get("ends", end)),
+        ends=tuple(own.get("ends", loaded.special.eos)),
         pad=own.get("pad") if own else options.get("pad_token_id"),
     )
 
@@ -90,7 +89,7 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
 def named_texts(spec: str) -> Texts:
     """How texts become ids for a run with this tokenizer: its end of a document begins a text, too."""
     tokenizer = load_tokenizer(spec)
-    return Texts(spec, tokenizer, begin=(tokenizer.eod_id,), ends=(tokenizer.eod_id,))
+    return Texts(spec, tokenizer, begin=(tokenizer.eod_id,), ends=tokenizer.special.eos, pad=tokenizer.special.pad)
 
 
 def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[str, Any]) -> Texts:

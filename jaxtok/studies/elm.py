@@ -18,11 +18,9 @@ from jaxtok.protocols import ImageGenerator, Params
 from jaxtok.studies.comparison import Comparison
 from jaxtok.studies.proxy_features import train_proxy
 from jaxtok.tokenizers.sentencepiece import train_sentencepiece
-from jaxtok.vision_verbs import (
+from jaxtok.verbs.vision import (
     attention,
-    decode_codes,
     draw_images,
-    encode_images,
     generate,
     make_sampling,
     open_tokenizer,
@@ -56,7 +54,7 @@ class SampleQuality:
         drawn = draw_images(task, params, tokenizer, labels.tolist(), sampling, jax.random.key(data.seed))
         keys = map(jax.random.key, range(len(real)))
         again = [
-            decode_codes(tokenizer, encode_images(tokenizer, batch["images"], key), key)[batch["mask"] > 0]
+            tokenizer.decode(tokenizer.encode(batch["images"], key), key)[batch["mask"] > 0]
             for batch, key in zip(real, keys)
         ]
         reference = list(self.images.eval_batches("train"))

@@ -24,7 +24,7 @@ import rich.console
 import rich.progress
 from tyro.conf import Positional
 
-from jaxtok.configuration import load_config
+from jaxtok.door import experiment_of
 from jaxtok.training.checkpoints import Checkpoints, load, must_be_free
 from jaxtok.training.logs import read_metrics
 
@@ -40,29 +40,29 @@ CLOCK = (
 
 
 def recovery(
-    config: Positional[Path] = Path("configs/lm/recovery.py"),
+    config: Positional[str] = "recovery",
     kills: int = 50,
     processes: int = 1,
     workdir: Path = Path("runs/recovery"),
     seed: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Kills a run so many times, lets it end, and compares it with an undisturbed one.
+    """Kills a run many times, lets it end, and compares it with an undisturbed one, bit for bit.
 
     Args:
-      config: of the run; it should log every step and save often.
-      kills: how many times; each time the run is started again.
-      processes: of the run. One of them is killed, and then the others, as a launcher does.
-      workdir: an empty place for both runs.
-      seed: of the moments.
-      quiet: no progress bar.
+      config: The name or file of the run's config; it should log every step and save often.
+      kills: How often the run is killed; each time it is started again.
+      processes: How many processes the run has. One of them is killed, and then the others, as a launcher does.
+      workdir: A new folder for both runs.
+      seed: The seed of the moments.
+      quiet: Whether the progress bar is left out.
 
     Raises:
       ValueError: a run could not be started again, or ended differently; the message says in what.
     """
     must_be_free(workdir)
+    total = experiment_of(config, "recovery").total_steps
     workdir.mkdir(parents=True, exist_ok=True)
-    total = load_config(config).total_steps
     peace, war = workdir / "undisturbed", workdir / "killed"
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, disable=quiet or not console.is_terminal) as progress:
@@ -130,10 +130,10 @@ def _same_bits(x: Any, y: Any) -> bool:
 class _Job:
     """A run in processes of its own."""
 
-    def __init__(self, config: Path, workdir: Path, processes: int):
+    def __init__(self, config: str, workdir: Path, processes: int):
         self.workdir = workdir
         self._log = (workdir.parent / f"{workdir.name}.log").open("ab")
-        command = [sys.executable, "-m", "jaxtok.cli", "train", str(config), "--workdir", str(workdir)]
+        command = [sys.executable, "-m", "jaxtok.cli", "train", config, "--workdir", str(workdir)]
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
+from jaxtok.protocols import Special
+
 PAD, EOS, UNKNOWN = 0, 1, 2
 FIRST_BYTE = 3
 EXTRA_IDS = 125
@@ -29,6 +31,7 @@ class ByT5Tokenizer:
     name = "byt5"
     vocab_size = _FIRST_EXTRA + EXTRA_IDS
     eod_id = EOS
+    special = Special(eos=(EOS,), pad=PAD, unk=UNKNOWN)
 
     def __init__(self, special: Literal["bytes", "ids"] = "bytes"):
         if special not in ("bytes", "ids"):

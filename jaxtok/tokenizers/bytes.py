@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from jaxtok.protocols import Special
+
 
 class ByteTokenizer:
     """Ids 0 to 255 are the bytes; 256 ends a document."""
@@ -11,6 +13,7 @@ class ByteTokenizer:
     name = "bytes"
     vocab_size = 257
     eod_id = 256
+    special = Special(eos=(256,))
 
     def encode(self, text: str | bytes) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)

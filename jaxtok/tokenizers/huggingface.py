@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
+from jaxtok.protocols import Special
 from jaxtok.tokenizers.lossless import LosslessTokenizer
 
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>")
+TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
+"""End a part of a chat, and so a text, beside the end of a document."""
+BEGINNINGS = ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]")
+PADS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -23,7 +29,8 @@ class HuggingFaceTokenizer(LosslessTokenizer):
 
     Args:
         path: the file or folder.
-        eod: the token that ends a document; by default the first of `EOD_NAMES` in the vocabulary.
+        eod: the token that ends a document; by default the first of `EOD_NAMES` in the vocabulary. The roles of other
+            special tokens follow from their names.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -53,15 +60,27 @@ class HuggingFaceTokenizer(LosslessTokenizer):
         if eod_id is None:
             raise ValueError(f"{path} has none of the tokens {', '.join(names)}: name its end-of-document token as eod")
         byte_ids = {int(match[1], 16): i for name, i in vocab.items() if (match := _BYTE.fullmatch(name))}
-        pieces = _pieces(config, vocab)
+        self._merges, self._spell = config["model"].get("merges") or [], _speller(config)
+        pieces = _pieces(config, vocab, self._spell)
         for byte, i in byte_ids.items():
             pieces[i] = bytes([byte])
         pieces[eod_id] = b""
         name = file.parent.name if file.name == "tokenizer.json" else file.stem
-        super().__init__(name, pieces, byte_ids, eod_id, b" " if bare != steps else b"")
+        special = Special(
+            bos=next((vocab[name] for name in BEGINNINGS if name in vocab), None),
+            eos=(eod_id, *(vocab[name] for name in TURN_ENDS if name in vocab and vocab[name] != eod_id)),
+            pad=next((vocab[name] for name in PADS if name in vocab), None),
+            unk=_unknown(config["model"], vocab),
+        )
+        super().__init__(name, pieces, byte_ids, eod_id, b" " if bare != steps else b"", special)
 
     def __reduce__(self):
         return type(self), self._args
+
+    def merges(self) -> list[tuple[bytes, bytes]]:
+        """The pairs of a BPE in the order in which they are merged; none for other models."""
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in self._merges)
+        return [(self._spell(first), self._spell(second)) for first, second in pairs]
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
@@ -79,8 +98,8 @@ def _without_prefix(step: Any) -> Any:
     return {key: off[key] if key in off else _without_prefix(value) for key, value in step.items()}
 
 
-def _pieces(config: dict[str, Any], vocab: dict[str, int]) -> list[bytes]:
-    """The bytes of each token by id, read off the names of the tokens and the steps that made them."""
+def _speller(config: dict[str, Any]) -> Callable[[str], bytes]:
+    """From the name of a token to its bytes, by the steps that made them."""
     model = config["model"]
     steps = json.dumps([config.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     before, after = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
@@ -92,14 +111,24 @@ def _pieces(config: dict[str, Any], vocab: dict[str, int]) -> list[bytes]:
             return bytes(alphabet[char] for char in name)
         return (name.replace("▁", " ") if "▁" in steps else name).encode()
 
+    return spell
+
+
+def _unknown(model: dict[str, Any], vocab: dict[str, int]) -> int | None:
+    if (i := model.get("unk_id")) is not None:
+        return i
+    name = model.get("unk_token")
+    return vocab.get(name) if isinstance(name, str) else None
+
+
+def _pieces(config: dict[str, Any], vocab: dict[str, int], spell: Callable[[str], bytes]) -> list[bytes]:
+    """The bytes of each token by id."""
     pieces = [b""] * (max(vocab.values()) + 1)
     for name, i in vocab.items():
         pieces[i] = spell(name)
     for token in config.get("added_tokens", []):
         pieces[token["id"]] = b"" if token["special"] else token["content"].encode()
-    if isinstance(unknown := model.get("unk_token"), str) and unknown in vocab:
-        pieces[vocab[unknown]] = b""
-    if (unknown := model.get("unk_id")) is not None:
+    if (unknown := _unknown(config["model"], vocab)) is not None:
         pieces[unknown] = b""
     return pieces
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from jaxtok.protocols import Special
+
 _INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are not UTF-8, as `surrogateescape` decodes them
 
 
@@ -20,16 +22,30 @@ class LosslessTokenizer:
         pieces: the bytes that each token stands for, by id; none for special and unknown tokens.
         byte_ids: tokens that stand for single bytes, by byte value; can be incomplete or empty.
         eod_id: the token that ends a document.
-        prefix: what the published tokenizer writes in front of every text, b" " or b"". `decode` drops it.
+        prefix: what the published tokenizer writes before every text, b" " or b"". `decode` drops it.
+        special: the special tokens, of which the first `eos` is `eod_id`; default: there is no other.
     """
 
-    def __init__(self, name: str, pieces: list[bytes], byte_ids: dict[int, int], eod_id: int, prefix: bytes = b""):
+    def __init__(
+        self,
+        name: str,
+        pieces: list[bytes],
+        byte_ids: dict[int, int],
+        eod_id: int,
+        prefix: bytes = b"",
+        special: Special | None = None,
+    ):
         self.name = name
         self.vocab_size = len(pieces)
         self.eod_id = eod_id
+        self.special = special or Special(eos=(eod_id,))
         self._pieces = pieces
         self._byte_ids = {piece[0]: i for i, piece in enumerate(pieces) if len(piece) == 1} | byte_ids
         self._prefix = prefix
+
+    def vocabulary(self) -> list[bytes]:
+        """The bytes that each id stands for; none for special tokens."""
+        return list(self._pieces)
 
     def _encode_text(self, text: str) -> list[int]:
         """The library's own ids for valid text, with nothing written in front of it."""

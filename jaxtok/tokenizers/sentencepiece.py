@@ -11,6 +11,7 @@ from typing import Literal
 import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
+from jaxtok.protocols import Special
 from jaxtok.tokenizers.lossless import LosslessTokenizer
 
 EOD = "<|endoftext|>"
@@ -56,7 +57,11 @@ class SentencePieceTokenizer(LosslessTokenizer):
         for i, piece in enumerate(model.pieces):
             if i == eod or piece.type in (kind.CONTROL, kind.UNKNOWN):
                 pieces[i] = b""
-        super().__init__(self._path.stem, pieces, byte_ids, eod, prefix)
+        bos, pad, unk = (
+            None if i < 0 else i for i in (self._processor.bos_id(), self._processor.pad_id(), self._processor.unk_id())
+        )
+        special = Special(bos=bos, eos=(eod,), pad=pad, unk=unk)
+        super().__init__(self._path.stem, pieces, byte_ids, eod, prefix, special)
 
     def __reduce__(self):
         return type(self), (self._path,)

@@ -122,8 +122,8 @@ class Autoencoding(Task):
     """Trains an image tokenizer, and is one (`jaxtok.protocols.ImageTokenizer`).
 
     The discriminator should have an optimizer of its own that starts at `discriminator.start_step + 1`
-    (`jaxtok.training.recipes.image_tokenizer`). If a batch is accumulated in parts, batch norms and the adaptive weight
-    are computed for each part. Batches have
+    (configs/vision/bae.py). If a batch is accumulated in parts, batch norms and the adaptive weight are computed for
+    each part. Batches have
 
     images  uint8, or float32 in [0, 1]  [batch, height, width, channels]
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch

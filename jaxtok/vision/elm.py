@@ -562,3 +562,17 @@ def published(size: str, decomposition: str, **options: Any) -> ElmConfig:
             raise ValueError(f"the {what} is {name!r}; it can be {', '.join(known)}.")
     sub_codes, bits = DECOMPOSITIONS[decomposition]
     return ElmConfig(**SIZES[size] | {"sub_codes": sub_codes, "code_bits": bits} | options)
+
+
+PUBLISHED = {
+    f"elm-{size}": published(size, decomposition)
+    for size, decomposition in {
+        "b": "2-10",
+        "l": "2-10",
+        "xl": "2-10",
+        "xxl": "2-12",
+        "2b": "2-12",
+        "xxxl": "2-12",
+    }.items()
+}
+"""The published sizes, each with the sub-codes of its published results."""

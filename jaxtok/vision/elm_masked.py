@@ -462,3 +462,7 @@ def published_masked(size: str, **options: Any) -> MaskedElmConfig:
     model = published(size, "1-16", **options)
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     return MaskedElmConfig(**fields | {"causal": False})
+
+
+PUBLISHED = {f"elm-masked-{size}": published_masked(size) for size in ("b", "l", "xl", "xxl")}
+"""The published sizes; the authors released weights of all but the first."""

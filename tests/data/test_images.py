@@ -22,13 +22,13 @@ from tiny import check_spec
 
 from jaxtok import verbs
 from jaxtok.configuration import from_json, load_config, override, to_json
-from jaxtok.convert import convert
 from jaxtok.data import pictures as pictures_module
 from jaxtok.data.images import ImageData, centre_crop, random_crop
 from jaxtok.data.pictures import Picture, decode, open_pictures, write_array_record
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
+from jaxtok.verbs.convert import convert
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.vit import LinearViTConfig
 
@@ -693,7 +693,7 @@ def test_bad_sources(tmp_path):
 
 @pytest.mark.slow
 def test_vit_learns_digits(tmp_path):
-    config = load_config(f"{__file__.rsplit('/tests/', 1)[0]}/configs/vision/vit_digits.py")
+    config = load_config("vit_digits")
     run = dataclasses.replace(config, workdir=str(tmp_path), mesh=MeshConfig(data=1))
     result = train(run, quiet=True)
     numbers = result.task.evaluate(result.params, run.data.eval_batches("test"))

@@ -18,7 +18,6 @@ import safetensors.numpy
 import tokenizers
 
 from jaxtok.cli import main
-from jaxtok.convert import open_run
 from jaxtok.data.codes import CodeData
 from jaxtok.data.encoders import EncoderData
 from jaxtok.data.images import ImageData
@@ -45,6 +44,7 @@ from jaxtok.lm.word_pooled import PlainConfig, WordPooledConfig, WordPooling
 from jaxtok.model import Model
 from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.lora import LoraConfig
+from jaxtok.runs import open_run
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.training.checkpoints import abstract_params, begin
 from jaxtok.training.experiment import Experiment
@@ -361,7 +361,7 @@ def test_there_and_back_by_the_verb(case, tmp_path, corpus):
 
 def code_loss(model: Model) -> float:
     rng = np.random.default_rng(0)
-    batch = {name: np.zeros(shape, dtype) for name, (shape, dtype) in model.data.batch_spec().items()}
+    batch = {name: np.zeros(spec.shape, spec.dtype) for name, spec in model.data.batch_spec().items()}
     batch["codes"] = rng.integers(0, model.task.model.codebook, batch["codes"].shape).astype(np.int32)
     batch["mask"] = np.ones_like(batch["mask"])
     return float(jax.jit(model.task.loss)(model.params, batch, jax.random.key(0), 0)[0])

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxtok.convert import convert
 from jaxtok.interop.huggingface import (
     config_json,
     is_folder,
@@ -27,6 +26,7 @@ from jaxtok.lm import gpt2, llama
 from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.nn.rotary import RopeScaling, rotary_frequencies
 from jaxtok.verbs import evaluate, generate
+from jaxtok.verbs.convert import convert
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "llama_gpt2_bricks" / "hf_folder_llama"
 TINY = {"num_layers": 2, "d_model": 16, "num_heads": 4, "mlp_dim": 24, "vocab_size": 40, "max_length": 32}

@@ -407,7 +407,7 @@ def test_a_bert_lends_its_body(tmp_path):
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_configs_of_published_sizes(name):
-    experiment = load_config(f"configs/lm/byte2word_{name}.py")
+    experiment = load_config(f"byte2word_{name}")
     model = experiment.task.model
     assert dataclasses.replace(model, dtype="float32", remat="none") == PUBLISHED[name]
     assert experiment.data.max_bytes == model.max_bytes and experiment.data.max_pieces == model.max_pieces

@@ -17,7 +17,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtok.configuration import load_config
-from jaxtok.convert import convert
 from jaxtok.data.encoders import EncoderData
 from jaxtok.interop.electra import from_official, to_official, variables
 from jaxtok.interop.encoders import read_encoder_config
@@ -39,6 +38,7 @@ from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig, unboxed
 from jaxtok.verbs import evaluate
+from jaxtok.verbs.convert import convert
 
 CLS, SEP, MASK = 1, 2, 3
 MASKING = Masking(rate=0.25, mask_id=MASK, kept_ids=(CLS, SEP))
@@ -450,7 +450,7 @@ def test_a_run_is_evaluated_and_becomes_a_folder(tmp_path):
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_configs_have_the_published_sizes(size):
-    config = load_config(f"configs/lm/electra_{size}.py")
+    config = load_config(f"electra_{size}")
     task, model = PUBLISHED[size], config.task.model
     assert (model.dtype, config.train.optimizer.bias_correction) == ("bfloat16", False)
     assert count(config.task.discriminator_config) == count(task.discriminator_config)

@@ -15,7 +15,6 @@ from flax import linen as nn
 from tiny import Case
 
 from jaxtok.configuration import load_config
-from jaxtok.convert import convert
 from jaxtok.data.words import WordText
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.hat import config_json, read_config, read_folder, write_folder
@@ -28,6 +27,7 @@ from jaxtok.nn.rotary import RopeScaling
 from jaxtok.protocols import TextGenerator
 from jaxtok.tokenizers.words import WordSplitter
 from jaxtok.training.checkpoints import example_batch
+from jaxtok.verbs.convert import convert
 
 GREEDY = Sampling(temperature=0)
 
@@ -508,7 +508,7 @@ def test_a_written_folder_is_read_again(qk_norm, tmp_path):
 
 @pytest.mark.parametrize("name", ["hat_1b", "hat_3b", "hat_7b", "hat_released_7b"])
 def test_configs(name):
-    config = load_config(f"configs/lm/{name}.py")
+    config = load_config(name)
     batch = example_batch(dataclasses.replace(config.data, batch_size=1, streams=1))
     params = jax.eval_shape(lambda: config.task.init(jax.random.key(0), batch))
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) > 1e9

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from pathlib import Path
 
 import causal_lms
 import jax
@@ -52,7 +51,6 @@ CAUSAL_LMS = {
     ),
 }
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "lm"
 VOCAB, BATCH, LENGTH = 29, 3, 12  # no other axis is 29
 CONFIG = LexinvariantConfig(num_layers=2, d_model=16, num_heads=2, mlp_dim=24, vocab_size=VOCAB, max_length=32)
 PURE = Lexinvariant(CONFIG)
@@ -317,7 +315,7 @@ def test_published_sizes(name, vocab):
 
 @pytest.mark.parametrize("name", ["characters", "subwords"])
 def test_published_configs(name):
-    experiment = load_config(CONFIGS / f"lexinvariant_pile_150m_{name}.py")
+    experiment = load_config(f"lexinvariant_pile_150m_{name}")
     assert dataclasses.replace(experiment.task.model, dtype="float32", remat="none") == PUBLISHED[f"150m-{name}"]
     assert experiment.task.random_symbols == 1 and experiment.data.length == 512
 

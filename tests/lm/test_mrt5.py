@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from jaxtok import verbs
 from jaxtok.cli import main
 from jaxtok.configuration import from_json, load_config, to_json
-from jaxtok.convert import convert
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.decoding.sampling import Sampling
+from jaxtok.door import open_model
 from jaxtok.interop.huggingface import read_folder, write_folder
 from jaxtok.lm.mrt5 import (
     PUBLISHED,
@@ -47,13 +47,13 @@ from jaxtok.lm.mrt5_baselines import (
 )
 from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
 from jaxtok.lm.t5 import T5, SequenceToSequence, T5Config, init_params
-from jaxtok.model import Model
 from jaxtok.training.checkpoints import load, write_config
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import start_from, train
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.transfer.mrt5 import T5ToMrT5
+from jaxtok.verbs.convert import convert
 
 TINY_T5 = T5Config(**tiny.SIZES, head_size=4, mlp_dim=32, gated=True, tie_embeddings=False)
 TINY = MrT5Training(
@@ -246,19 +246,18 @@ def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
     assert isinstance(load(run).task, SequenceToSequence) and load(run).experiment.data == SpanCorruption(batch_size=8)
     for source in (folder, run):
         there = dataclasses.replace(experiment, workdir=str(tmp_path / f"mrt5_{source.name}"), start=T5ToMrT5())
-        opened = verbs.open_model(source)
-        source = Model(task=opened.task, params=opened.params, data=opened.data, path=source)
-        params = start_from(there, source)
+        opened = open_model(source)
+        params = start_from(there, opened)
         assert float(params["controller"]["alpha"]) == 0
         for name, layers in (("stack", slice(0, 1)), ("rest", slice(1, 3))):
             ours, theirs = (tree["encoder"] for tree in (params, t5_params))
             kernels = [part["blocks"]["ffn"]["up"]["kernel"] for part in (ours[name], theirs["stack"])]
             np.testing.assert_array_equal(kernels[0], kernels[1][layers])
     with pytest.raises(ValueError, match=r"SequenceToSequence of a T5Config and .* MrT5Config.*set `start`"):
-        start_from(dataclasses.replace(there, start=None), source)
+        start_from(dataclasses.replace(there, start=None), opened)
     wide = dataclasses.replace(there.task, model=dataclasses.replace(there.task.model, mlp_dim=32))
     with pytest.raises(ValueError, match="other shapes"):
-        start_from(dataclasses.replace(there, task=wide), source)
+        start_from(dataclasses.replace(there, task=wide), opened)
     (text,) = verbs.generate(folder, prompt=("def f",), max_new_tokens=3, stream=False)
     assert len(text) <= 3
 
@@ -285,7 +284,7 @@ def test_the_command_starts_a_run_from_a_byt5(experiment, t5_params, tmp_path):
 def test_configs_of_published_sizes():
     for kind, sizes in (("byt5", T5_PUBLISHED), ("mrt5", PUBLISHED)):
         for size in ("small", "base", "large", "xl", "xxl"):
-            config = load_config(f"configs/lm/{kind}_{size}.py")
+            config = load_config(f"{kind}_{size}")
             plain = {"dtype": "float32", "remat": "none", "dropout": 0.0, "attention_dropout": 0.0, "mlp_dropout": 0.0}
             assert dataclasses.replace(config.task.model, **plain) == sizes[f"{kind}-{size}"]
             assert config.data.row_items == 1193 and config.data.batch_spec()["targets"].shape == (1024, 189)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,13 +14,11 @@ from jaxtok.data.character_edits import VOWELS
 from jaxtok.lm.mrt5 import begin
 from jaxtok.training.checkpoints import load
 
-STUDY = Path(__file__).parents[2] / "configs" / "lm" / "mrt5_study.py"
-
 
 @pytest.mark.slow
 def test_a_gate_finds_the_vowels(tmp_path):
     """Texts without their vowels: the study's gate, against random deletion of a fifth of the bytes, from one ByT5."""
-    study = load_config(STUDY)
+    study = load_config("mrt5_study")
     gate, random = (next(arm for arm in study.arms if name in arm.name) for name in ("25 %", "random"))
     model = dataclasses.replace(random.task.model, amount=0.2)
     random = dataclasses.replace(random, task=dataclasses.replace(random.task, model=model))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import causal_lms
 import chex
@@ -252,7 +251,7 @@ def test_numbers_of_parameters():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_configs(name):
-    experiment = load_config(Path(__file__).parents[2] / f"configs/lm/word_pooled_{name}.py")
+    experiment = load_config(f"word_pooled_{name}")
     params = jax.eval_shape(lambda: experiment.task.init(jax.random.key(0), zeros(experiment.data)))
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)) == formula(PUBLISHED[name])
     assert experiment.task.tokenizer == experiment.data.tokenizer and experiment.task.rule == experiment.data.rule

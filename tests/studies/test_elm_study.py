@@ -18,7 +18,7 @@ def few_steps(arm):
 @pytest.mark.slow
 def test_the_study_of_digits_runs_to_its_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    config = load_config(Path(__file__).parents[2] / "configs" / "vision" / "elm_study.py")
+    config = load_config("elm_study")
 
     def part(comparison, *names):
         arms = tuple(few_steps(arm) for arm in comparison.arms if arm.name in names)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
 
@@ -76,7 +75,7 @@ def test_unknown_arms_are_named(study):
 @pytest.mark.slow
 def test_growing_takes_less_compute_than_scratch(tmp_path):
     """The paper's claim at the quickstart's size, on Python's standard library (about seven minutes)."""
-    study = load_config(Path(__file__).parents[2] / "configs" / "lm" / "quickstart.py")
+    study = load_config("quickstart")
     study = dataclasses.replace(study, arms=("base", "copy", "random", "scratch"), workdir=str(tmp_path))
     assert study.run()
     results = json.loads((tmp_path / "results.json").read_text())

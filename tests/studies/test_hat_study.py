@@ -10,7 +10,7 @@ from jaxtok.configuration import load_config
 
 
 def test_arms_have_the_same_compute():
-    study = load_config("configs/lm/hat_study.py")
+    study = load_config("hat_study")
     flops = []
     for arm in study.arms:
         flops.append(arm.train.steps * arm.task.flops(zeros(arm.data)))
@@ -19,7 +19,7 @@ def test_arms_have_the_same_compute():
 
 @pytest.mark.slow
 def test_words_beat_bytes(tmp_path):
-    study = load_config("configs/lm/hat_study.py")
+    study = load_config("hat_study")
     arms = study.arms[:2]  # the third needs a tokenizer of its own
     study = dataclasses.replace(study, arms=arms, workdir=str(tmp_path))
     assert study.run()

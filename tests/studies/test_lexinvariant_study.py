@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +205,7 @@ def test_a_plot_is_written(tmp_path):
 
 
 def small_study(tmp_path, steps, **options):
-    study = load_config(Path(__file__).parents[2] / "configs" / "lm" / "lexinvariant_study.py")
+    study = load_config("lexinvariant_study")
     arms = tuple(
         dataclasses.replace(
             arm,

@@ -89,7 +89,7 @@ def test_classification_starts_from_an_encoder():
 
 @functools.cache
 def study():
-    return load_config("configs/lm/electra_study.py")
+    return load_config("electra_study")
 
 
 def test_the_study_compares_at_equal_compute():

@@ -133,6 +133,38 @@ def test_fills_the_waist(loaded, kind):
     assert copy.encode(hostile) == tokenizer.encode(hostile) and copy.eod_id == tokenizer.eod_id
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_have_roles_and_stand_for_no_bytes(loaded, kind):
+    tokenizer = loaded[kind]
+    special = tokenizer.special
+    assert special.eos[0] == tokenizer.eod_id
+    for i in (special.bos, *special.eos, special.pad, special.unk):
+        assert i is None or (0 <= i < tokenizer.vocab_size and tokenizer.token_bytes(i) == b"")
+    if kind in LIBRARIES:
+        assert special.unk == 0 and special.bos == (
+            1 if kind not in ("sentencepiece_unigram", "sentencepiece_bpe") else None
+        )
+        spelled = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+        assert tokenizer.vocabulary() == spelled
+    if kind in ("byte_level", "metaspace"):
+        vocabulary = set(tokenizer.vocabulary())
+        merges = tokenizer.merges()
+        assert len(merges) > 100 and all(first + second in vocabulary for first, second in merges)
+
+
+def test_a_turn_of_a_chat_ends_a_text_too(paths, tmp_path):
+    config = json.loads((paths["byte_level"] / "tokenizer.json").read_text())
+    like = config["added_tokens"][0]
+    for name in ("<|im_end|>", "<pad>"):
+        config["added_tokens"].append(like | {"id": len(config["model"]["vocab"]) + 50, "content": name})
+        config["model"]["vocab"][name] = config["added_tokens"][-1]["id"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    vocab = config["model"]["vocab"]
+    assert tokenizer.special.eos == (vocab["<|endoftext|>"], vocab["<|im_end|>"])
+    assert tokenizer.special.pad == vocab["<pad>"]
+
+
 def library_ids(path, text):
     if path.suffix == ".model":
         return sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(text)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtok.convert import convert
 from jaxtok.data.text import TextData
+from jaxtok.door import open_model
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.nn.lora import LoraConfig
@@ -24,7 +24,8 @@ from jaxtok.training.loop import initial_state, make_train_step, train
 from jaxtok.training.mesh import MeshConfig, one_device
 from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.transfer.lora import AddLora, Lora
-from jaxtok.verbs import adapt, evaluate, generate, open_model
+from jaxtok.verbs import adapt, evaluate, generate
+from jaxtok.verbs.convert import convert
 
 
 def case() -> tiny.Case:

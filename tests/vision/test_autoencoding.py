@@ -549,8 +549,8 @@ def test_lpips_of_a_task(lpips_file, tmp_path):
 
 @pytest.mark.slow
 def test_bae_uses_its_codes_and_vq_does_not(tmp_path):
-    """ELM's claim, on emoji: the study of configs/vision/tokenizers_study.py."""
-    study = load_config(Path(__file__).parents[2] / "configs" / "vision" / "tokenizers_study.py")
+    """ELM's claim, on emoji: the study of tokenizers_study."""
+    study = load_config("tokenizers_study")
     assert dataclasses.replace(study, workdir=str(tmp_path)).run()
     found = {row["arm"]: row["test"] for row in json.loads((tmp_path / "results.json").read_text()).values()}
     drawn, compared, vq = (found[arm.name] for arm in study.arms)

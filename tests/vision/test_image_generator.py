@@ -14,8 +14,8 @@ from collector import collect
 from image_generators import TEST_ONLY, random_params
 
 from jaxtok.protocols import ImageGenerator
+from jaxtok.verbs.vision import make_sampling
 from jaxtok.vision.elm_masked import MaskedSampling
-from jaxtok.vision_verbs import make_sampling
 
 IMAGE_GENERATORS = collect("IMAGE_GENERATORS") | TEST_ONLY
 """All know four classes."""

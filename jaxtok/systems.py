@@ -1,0 +1,549 @@
+"""The catalogue: one row a system, and what can be found by name (configs, published sizes). It needs no JAX."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import fnmatch
+import functools
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+Column = Literal["train", "evaluate", "generate, cached", "grow", "shard", "import", "export"]
+
+COLUMNS: tuple[Column, ...] = ("train", "evaluate", "generate, cached", "grow", "shard", "import", "export")
+"""What a system can be used for."""
+
+REASONS = {
+    "a": "an encoder: it does not generate",
+    "b": "growth appends parameter tokens, and it has none",
+    "c": "no weights were released, so there is no layout to read or write; runs are saved and restored as all are",
+    "d": "it generates in rounds over all positions, for which there is nothing to cache",
+    "e": "it decodes the codes that others generate",
+    "f": "it classifies images: it does not generate",
+    "g": "weights in the layout of others are neither read nor written here",
+}
+"""Why a system cannot be used for something."""
+
+_NO_GROWTH: dict[Column, str] = {"grow": "b"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """A row of the catalogue."""
+
+    name: str
+    """A short one, unique in the catalogue."""
+    title: str
+    does: str
+    """What it does to tokens."""
+    paper: str = ""
+    """Address of the paper, or of the code where there is no paper."""
+    modules: tuple[str, ...]
+    """Files below jaxtok/, the system's own first; this one has the table PUBLISHED, if there is one."""
+    configs: tuple[str, ...] = ()
+    """Files below configs/, the published sizes first."""
+    checked: str
+    """What its numbers are compared with."""
+    cannot: dict[Column, str] = dataclasses.field(default_factory=dict)
+    """What it cannot be used for, with the letter of the reason in `REASONS`."""
+    formats: tuple[str, ...] = ()
+    """Names of the formats that it is read from or written to."""
+    published: tuple[str, ...] = ()
+    """Names of the published sizes, as `jaxtok.published` takes them."""
+    prefix: str = ""
+    """What these names have before the names of the table PUBLISHED."""
+    page: str
+    """The README of its family."""
+
+
+LM = "configs/lm/README.md"
+VISION = "configs/vision/README.md"
+
+SYSTEMS: tuple[System, ...] = (
+    System(
+        name="tokenformer",
+        title="TokenFormer",
+        does="parameters become key-value tokens; the model grows by appending them",
+        paper="https://arxiv.org/abs/2410.23168",
+        modules=("lm/tokenformer.py", "transfer/growth.py", "nn/parameter_attention.py"),
+        configs=(
+            "lm/tokenformer.py",
+            "lm/tokenformer_small.py",
+            "lm/quickstart.py",
+            "lm/growth_study.py",
+            "lm/recovery.py",
+        ),
+        checked="the authors' PyTorch and TPU code",
+        formats=("tokenformer",),
+        published=(
+            "tokenformer-150m",
+            "tokenformer-450m",
+            "tokenformer-900m",
+            "tokenformer-1.5b",
+            "tokenformer-owt-354m",
+            "tokenformer-owt-757m",
+            "tokenformer-124m",
+            "tokenformer-354m",
+            "tokenformer-757m",
+            "tokenformer-1.4b",
+        ),
+        prefix="tokenformer-",
+        page=LM,
+    ),
+    System(
+        name="vit",
+        title="ViT, TokenFormer's ViT",
+        does="patches of an image are tokens",
+        paper="https://arxiv.org/abs/2010.11929",
+        modules=("vision/vit.py", "vision/classification.py"),
+        configs=("vision/vit_digits.py",),
+        checked="contract tests",
+        cannot={"generate, cached": "f", "import": "g", "export": "g"},
+        published=("tokenformer-vit-b16", "tokenformer-vit-l16", "vit-b16", "vit-l16"),
+        page=VISION,
+    ),
+    System(
+        name="transformer",
+        title="Transformer (TokenFormer's baseline)",
+        does="the same stack with ordinary projections",
+        modules=("lm/transformer.py",),
+        checked="contract tests",
+        cannot={**_NO_GROWTH, "import": "c", "export": "c"},
+        page=LM,
+    ),
+    System(
+        name="mrt5",
+        title="MrT5",
+        does="a gate deletes bytes after the encoder's first blocks",
+        paper="https://arxiv.org/abs/2410.20771",
+        modules=("lm/mrt5.py", "lm/mrt5_baselines.py", "transfer/mrt5.py"),
+        configs=("lm/mrt5.py", "lm/mrt5_study.py"),
+        checked="the authors' PyTorch code",
+        cannot=_NO_GROWTH,
+        formats=("t5",),
+        published=("mrt5-small", "mrt5-base", "mrt5-large", "mrt5-xl", "mrt5-xxl"),
+        page=LM,
+    ),
+    System(
+        name="hat",
+        title="HAT (paper)",
+        does="bytes become words, a backbone runs over words, a decoder spells the next",
+        paper="https://arxiv.org/abs/2501.10322",
+        modules=("lm/hat.py", "tokenizers/words.py", "data/words.py"),
+        configs=("lm/hat.py", "lm/hat_study.py"),
+        checked="float64 numpy",
+        cannot={**_NO_GROWTH, "import": "c", "export": "c"},
+        published=("hat-1b", "hat-3b", "hat-7b"),
+        prefix="hat-",
+        page=LM,
+    ),
+    System(
+        name="hat_released",
+        title="HAT (released)",
+        does="the same idea as the released models have it: bytes are pooled into words by attention",
+        paper="https://arxiv.org/abs/2603.15953",
+        modules=("lm/hat_released.py",),
+        configs=("lm/hat_released.py",),
+        checked="the released modules",
+        cannot=_NO_GROWTH,
+        formats=("hat",),
+        published=("llama-3.1-8b-tfree-hat", "tfree-hat-pretrained-7b"),
+        page=LM,
+    ),
+    System(
+        name="word_pooled",
+        title="Learn Your Tokens",
+        does="a word's bytes, characters or subwords are pooled; words are spelled in parallel",
+        paper="https://arxiv.org/abs/2310.11628",
+        modules=("lm/word_pooled.py", "data/word_units.py"),
+        configs=("lm/word_pooled.py", "lm/word_pooled_study.py", "lm/word_pooled_subword_study.py"),
+        checked="the authors' PyTorch code",
+        cannot=_NO_GROWTH,
+        formats=("word_pooled",),
+        published=("word-pooled-ebyte", "word-pooled-echar", "word-pooled-esub"),
+        prefix="word-pooled-",
+        page=LM,
+    ),
+    System(
+        name="byte2word",
+        title="Byte2Word",
+        does="word vectors from bytes by one attention layer, instead of an embedding table",
+        paper="https://arxiv.org/abs/2211.12677",
+        modules=("lm/byte2word.py", "lm/whole_words.py", "data/word_pieces.py"),
+        configs=("lm/byte2word.py", "lm/byte2word_study.py"),
+        checked="float64 numpy (no code was released)",
+        cannot={**_NO_GROWTH, "generate, cached": "a"},
+        formats=("byte2word",),
+        published=("byte2word-base",),
+        prefix="byte2word-",
+        page=LM,
+    ),
+    System(
+        name="lexinvariant",
+        title="Lexinvariant LM",
+        does="no embeddings: each sequence draws random vectors for its symbols",
+        paper="https://arxiv.org/abs/2305.16349",
+        modules=("lm/lexinvariant.py", "data/reduced.py"),
+        configs=("lm/lexinvariant.py", "lm/lexinvariant_study.py"),
+        checked="float64 numpy (no code was released)",
+        cannot={"import": "c", "export": "c"},
+        published=("lexinvariant-150m-characters", "lexinvariant-150m-subwords"),
+        prefix="lexinvariant-",
+        page=LM,
+    ),
+    System(
+        name="electra",
+        title="ELECTRA",
+        does="finds the tokens that a small generator has replaced",
+        paper="https://arxiv.org/abs/2003.10555",
+        modules=("lm/electra.py", "lm/masked_words.py", "data/encoders.py"),
+        configs=("lm/electra.py", "lm/electra_study.py"),
+        checked="the authors' TensorFlow code, `transformers`",
+        cannot={**_NO_GROWTH, "generate, cached": "a"},
+        formats=("electra", "electra_tensorflow"),
+        published=("electra-small", "electra-base", "electra-large"),
+        prefix="electra-",
+        page=LM,
+    ),
+    System(
+        name="elm",
+        title="ELM",
+        does="images as language: a Llama on the sub-codes of an image tokenizer",
+        paper="https://arxiv.org/abs/2410.16257",
+        modules=("vision/elm.py", "vision/elm_sampling.py", "vision/token_statistics.py", "data/codes.py"),
+        configs=("vision/elm.py", "vision/elm_study.py"),
+        checked="the authors' code",
+        cannot=_NO_GROWTH,
+        formats=("elm",),
+        published=("elm-b", "elm-l", "elm-xl", "elm-xxl", "elm-2b", "elm-xxxl"),
+        page=VISION,
+    ),
+    System(
+        name="elm_masked",
+        title="ELM (masked)",
+        does="the same codes, drawn in rounds by a masked model",
+        paper="https://arxiv.org/abs/2410.16257",
+        modules=("vision/elm_masked.py",),
+        configs=("vision/elm_masked.py",),
+        checked="the authors' code",
+        cannot={**_NO_GROWTH, "generate, cached": "d"},
+        formats=("elm",),
+        published=("elm-masked-b", "elm-masked-l", "elm-masked-xl", "elm-masked-xxl"),
+        page=VISION,
+    ),
+    System(
+        name="bae",
+        title="BAE (ELM's tokenizer)",
+        does="images become grids of codes of independent bits",
+        paper="https://arxiv.org/abs/2410.16257",
+        modules=("vision/binary_autoencoder.py", "vision/autoencoding.py", "nn/quantizers.py", "nn/convolution.py"),
+        configs=("vision/bae.py", "vision/tokenizers_study.py"),
+        checked="the authors' code",
+        cannot={**_NO_GROWTH, "generate, cached": "e"},
+        formats=("vqgan",),
+        published=("bae-16", "bae-16-deterministic", "bae-20", "bae-24"),
+        page=VISION,
+    ),
+    System(
+        name="vqgan",
+        title="VQGAN",
+        does="images become grids of codes of a learned codebook",
+        paper="https://arxiv.org/abs/2012.09841",
+        modules=("vision/vqgan.py", "vision/discriminator.py", "vision/perceptual.py"),
+        configs=("vision/vqgan.py",),
+        checked="the authors' code",
+        cannot={**_NO_GROWTH, "generate, cached": "e"},
+        formats=("vqgan",),
+        published=("vqgan-1024",),
+        page=VISION,
+    ),
+    System(
+        name="gpt2",
+        title="GPT-2",
+        does="an ordinary decoder that other systems change",
+        paper="https://github.com/openai/gpt-2",
+        modules=("lm/gpt2.py", "lm/decoder.py"),
+        checked="`transformers`",
+        cannot=_NO_GROWTH,
+        formats=("huggingface",),
+        published=("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+        page=LM,
+    ),
+    System(
+        name="llama",
+        title="Llama 2 and 3, Mistral, Qwen2, Gemma",
+        does="ordinary decoders that other systems change",
+        paper="https://arxiv.org/abs/2307.09288",
+        modules=("lm/llama.py", "lm/decoder.py"),
+        checked="`transformers`",
+        cannot=_NO_GROWTH,
+        formats=("huggingface",),
+        published=(
+            "llama-2-7b",
+            "llama-2-13b",
+            "llama-2-70b",
+            "llama-3-8b",
+            "llama-3-70b",
+            "llama-3.1-8b",
+            "llama-3.2-1b",
+            "llama-3.2-3b",
+            "mistral-7b-v0.1",
+            "qwen2.5-0.5b",
+            "qwen2.5-1.5b",
+            "qwen2.5-7b",
+            "gemma-2b",
+        ),
+        page=LM,
+    ),
+    System(
+        name="bert",
+        title="BERT, RoBERTa, XLM-R",
+        does="encoders, with their heads",
+        paper="https://arxiv.org/abs/1810.04805",
+        modules=("lm/bert.py", "lm/text_classification.py"),
+        checked="`transformers`",
+        cannot={**_NO_GROWTH, "generate, cached": "a"},
+        formats=("bert",),
+        published=(
+            "bert-base-uncased",
+            "bert-base-cased",
+            "bert-base-multilingual-cased",
+            "bert-large-uncased",
+            "roberta-base",
+            "roberta-large",
+            "xlm-roberta-base",
+            "xlm-roberta-large",
+        ),
+        page=LM,
+    ),
+    System(
+        name="t5",
+        title="T5, mT5, ByT5",
+        does="encoder and decoder; ByT5 reads and writes bytes",
+        paper="https://arxiv.org/abs/2105.13626",
+        modules=("lm/t5.py", "data/span_corruption.py", "tokenizers/byt5.py"),
+        configs=("lm/byt5.py",),
+        checked="`transformers`",
+        cannot=_NO_GROWTH,
+        formats=("t5",),
+        published=(
+            "t5-small",
+            "t5-base",
+            "t5-large",
+            "t5-3b",
+            "t5-11b",
+            "t5-v1_1-small",
+            "t5-v1_1-base",
+            "t5-v1_1-large",
+            "t5-v1_1-xl",
+            "t5-v1_1-xxl",
+            "mt5-small",
+            "mt5-base",
+            "mt5-large",
+            "mt5-xl",
+            "mt5-xxl",
+            "byt5-small",
+            "byt5-base",
+            "byt5-large",
+            "byt5-xl",
+            "byt5-xxl",
+        ),
+        page=LM,
+    ),
+    System(
+        name="lora",
+        title="LoRA",
+        does="low-rank differences of any model's matrices",
+        paper="https://arxiv.org/abs/2106.09685",
+        modules=("transfer/lora.py", "nn/lora.py"),
+        checked="PEFT",
+        cannot=_NO_GROWTH,
+        formats=("peft",),
+        page=LM,
+    ),
+)
+
+
+def system(name: str) -> System:
+    """The row of a name.
+
+    Raises:
+      ValueError: there is none.
+    """
+    by_name = {row.name: row for row in SYSTEMS}
+    if name not in by_name:
+        raise ValueError(f"there is no system {name!r}{nearest(name, by_name)}")
+    return by_name[name]
+
+
+def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """How a sentence about a misspelt name ends: "; did you mean X?", or if nothing is near, `otherwise` and a stop."""
+    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)
+    return f"; did you mean {found[0]}?" if found else f"{otherwise}."
+
+
+# Configs: files below configs/, in a checkout beside the package and in an installed package inside of it.
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigEntry:
+    """A config that a name finds."""
+
+    name: str
+    file: Path
+    about: str
+    """One line."""
+    verb: str
+    """The one that runs it: train, or study."""
+    title: str = ""
+    """What all configs of its file are, where it has several."""
+
+    @property
+    def family(self) -> str:
+        return self.file.parent.name
+
+
+def configs_folder() -> Path:
+    """Where the package's own config files are."""
+    package = Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+@functools.cache
+def configs() -> dict[str, ConfigEntry]:
+    """The package's own configs by name, family by family; their files are parsed, not run."""
+    return {entry.name: entry for file in sorted(configs_folder().rglob("*.py")) for entry in config_entries(file)}
+
+
+def config_entries(file: Path) -> Iterator[ConfigEntry]:
+    """The configs of a file: those of its dictionary `configs`, or the one named `config`, by the file's own name.
+
+    Of a dictionary, each name begins a line of the file's docstring, which goes on with what it is.
+    """
+    tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
+    text = ast.get_docstring(tree, clean=False) or ""
+    title = text.partition("\n")[0]
+    verb = "study" if re.search(r"^ +jaxtok study ", text, re.M) else "train"
+    for node in tree.body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            continue
+        if node.targets[0].id == "config":
+            yield ConfigEntry(file.stem, file, title, verb)
+        elif node.targets[0].id == "configs" and isinstance(node.value, ast.Dict):
+            for key in node.value.keys:
+                if isinstance(key, ast.Constant):
+                    line = re.search(rf"^{re.escape(str(key.value))}  +(.*)$", text, re.M)
+                    yield ConfigEntry(str(key.value), file, line[1] if line else "", verb, title)
+
+
+def configs_text(verb: Literal["train", "study"]) -> str:
+    """A list of the configs for a verb, a line each, by family and file."""
+    lines: list[str] = []
+    shown = [entry for entry in configs().values() if entry.verb == verb]
+    for entry in shown:
+        if f"{entry.family}:" not in lines:
+            lines += ["", f"{entry.family}:"]
+        if entry.title and f"  {entry.title}" not in lines:
+            lines.append(f"  {entry.title}")
+        indent = "    " if entry.title else "  "
+        lines.append(f"{indent + entry.name:<38}  {entry.about}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+# What a pattern finds.
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Systems, configs and published sizes; printed as a table."""
+
+    systems: tuple[System, ...]
+    configs: tuple[ConfigEntry, ...]
+    published: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return bool(self.systems or self.configs or self.published)
+
+    def __repr__(self) -> str:
+        parts = []
+        if self.systems:
+            width = max(len(row.name) for row in self.systems)
+            parts.append(["systems", *(f"  {row.name:<{width}}  {row.title}: {row.does}" for row in self.systems)])
+        if self.configs:
+            width = max(len(entry.name) for entry in self.configs)
+            lines = (f"  {entry.name:<{width}}  {entry.about}" for entry in self.configs)
+            parts.append(["configs (jaxtok train or study NAME)", *lines])
+        if self.published:
+            parts.append(["published sizes (jaxtok.published)", *(f"  {name}" for name in self.published)])
+        return "\n\n".join("\n".join(part) for part in parts) or "nothing of that name"
+
+
+def find(pattern: str = "*") -> Listing:
+    """The systems, configs and published sizes whose name matches.
+
+    >>> jaxtok.list("mrt5*small")
+    configs (jaxtok train or study NAME)
+      mrt5_small  300M parameters. The paper: half of the bytes deleted, and a batch in 29.99 ms instead of 44.29
+    <BLANKLINE>
+    published sizes (jaxtok.published)
+      mrt5-small
+
+    Args:
+      pattern: as of files, such as "*byte*"; capitals and small letters are the same.
+    """
+
+    def matches(*names: str) -> bool:
+        return any(fnmatch.fnmatchcase(name.lower(), pattern.lower()) for name in names)
+
+    return Listing(
+        tuple(row for row in SYSTEMS if matches(row.name, row.title)),
+        tuple(entry for entry in configs().values() if matches(entry.name)),
+        tuple(name for row in SYSTEMS for name in row.published if matches(name)),
+    )
+
+
+# README's tables.
+
+
+def systems_table() -> str:
+    """README's table of the systems."""
+    rows = [["system", "what it does to tokens", "code", "config", "checked against"], ["---"] * 5]
+    for row in SYSTEMS:
+        title = f"[{row.title}]({row.paper})" if row.paper else row.title
+        code = f"[`{row.modules[0]}`](jaxtok/{row.modules[0]})"
+        config = f"[`{Path(row.configs[0]).stem}`](configs/{row.configs[0]})" if row.configs else ""
+        rows.append([title, row.does, code, config, row.checked])
+    return _markdown(rows)
+
+
+def grid() -> str:
+    """README's grid of systems and what can be done with them, with the reasons of its gaps."""
+    rows = [["model", *COLUMNS], ["---"] + [":-:"] * len(COLUMNS)]
+    rows += [[row.title, *(row.cannot.get(column, "✓") for column in COLUMNS)] for row in SYSTEMS]
+    used = {letter for row in SYSTEMS for letter in row.cannot.values()}
+    reasons = "; ".join(f"{letter}: {reason}" for letter, reason in REASONS.items() if letter in used)
+    return f"{_markdown(rows)}\n{reasons}\n"
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def with_tables(readme: str) -> str:
+    """README.md's text with the table and the grid written between their marks."""
+    for mark, text in (("systems", systems_table()), ("grid", grid())):
+        begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
+        if readme.count(begin) != 1 or readme.count(end) != 1:
+            raise ValueError(f"README.md has {begin} or {end} not exactly once; it must.")
+        before, _, rest = readme.partition(begin)
+        readme = f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}"
+    return readme
+
+
+if __name__ == "__main__":  # python -m jaxtok.systems writes them
+    README = Path(__file__).parent.parent / "README.md"
+    README.write_text(with_tables(README.read_text()))

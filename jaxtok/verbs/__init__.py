@@ -1,0 +1,8 @@
+"""What the `jaxtok` command does, as functions: each verb of the command line is one of these, and can be imported."""
+
+from jaxtok.verbs.change import adapt, grow
+from jaxtok.verbs.convert import convert
+from jaxtok.verbs.text import evaluate, generate
+from jaxtok.verbs.tokenizers import tokenizer
+
+__all__ = ["adapt", "convert", "evaluate", "generate", "grow", "tokenizer"]

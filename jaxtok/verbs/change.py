@@ -1,0 +1,107 @@
+"""New runs from a model that is changed: grown, or with an adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+from tyro.conf import Positional
+
+from jaxtok.door import open_model
+from jaxtok.nn.lora import LoraConfig
+from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
+from jaxtok.training.checkpoints import begin, fork, must_be_free
+from jaxtok.training.experiment import Experiment, TrainConfig
+from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.transfer.growth import Growth
+from jaxtok.transfer.lora import AddLora
+
+
+def grow(
+    checkpoint: Positional[Path],
+    to: TokenCounts = TokenCounts(),
+    output: Path | None = None,
+    times: float = 0.0,
+    init: Literal["zero_keys", "copy", "random"] = "zero_keys",
+    scale: Literal["auto", "fixed", "current"] = "auto",
+    optimizer: Literal["keep", "reset"] = "reset",
+    train: Literal["all", "new"] = "all",
+    steps: int = 0,
+    seed: int = 0,
+) -> Path:
+    """Makes a new run whose model has more parameter tokens; `jaxtok train OUTPUT` goes on training it.
+
+    Args:
+      checkpoint: A run's folder, or RUN/checkpoints/STEP.
+      to: How many parameter tokens each group has afterwards; 0 leaves a group as it is.
+      output: The new run's folder; by default it is CHECKPOINT-grown.
+      times: Every group grows by this factor, instead of `to`.
+      init: What the new rows are. zero_keys preserves the function (with all normalisations but softmax and
+        gelu_layer_norm), copy preserves it for whole multiples, and random is the authors' released recipe, which
+        perturbs the model.
+      scale: Whether the normalisation is fixed at the old number of tokens or follows the current one; auto takes what
+        preserves the function.
+      optimizer: Whether the moments of the old tokens are kept (those of new ones are 0), or all are reset.
+      train: Whether all parameters are trained afterwards, or the new tokens only.
+      steps: How many steps the new run trains; 0 is for as many as the old run.
+      seed: The seed of the new rows.
+    """
+    if times:
+        if times <= 1:
+            raise ValueError(f"times is {times}; it must be above 1.")
+        model = getattr(open_model(checkpoint).task, "model", None)
+        if not hasattr(model, "tokens"):
+            raise ValueError(f"{checkpoint} has no parameter tokens, so it cannot grow; give a run of a TokenFormer.")
+        to = TokenCounts(**{g: round(getattr(model.tokens, g) * times) for g in GROUPS})
+    growth = Growth(to=to, init=init, scale=scale, optimizer=optimizer, train=train, steps=steps or 1)
+    return fork(
+        checkpoint, output or Path(f"{str(checkpoint).rstrip('/')}-grown"), steps=steps, surgery=growth, seed=seed
+    )
+
+
+def adapt(
+    checkpoint: Positional[Path],
+    output: Path | None = None,
+    lora: LoraConfig = LoraConfig(),
+    adapter: Path | None = None,
+    corpus: str = "",
+    steps: int = 1000,
+    learning_rate: float = 2e-4,
+    batch_size: int = 0,
+    length: int = 0,
+    seed: int = 0,
+) -> Path:
+    """Makes a new run that trains a LoRA adapter of a model: `jaxtok train OUTPUT`, then `jaxtok convert` writes it.
+
+    Args:
+      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok list`).
+      output: The new run's folder; by default it is CHECKPOINT-adapted.
+      lora: Which matrices have a difference, and of which rank.
+      adapter: A PEFT folder of LoRA, whose differences are added to the model first.
+      corpus: The name python, a file or folder, tfds:NAME or arrayrecord:PATTERN. By default it is what the run was
+        trained on.
+      steps: How many steps the adapter is trained.
+      learning_rate: The highest learning rate; it ends at a tenth of it.
+      batch_size: How many rows a batch has; 0 is for as many as in the run (8 for a Hugging Face folder).
+      length: How many tokens a row has; 0 is for as many as in the run (for a Hugging Face folder, those of the model's
+        context, 1024 at most).
+      seed: The seed of the adapter and the data.
+    """
+    output = output or Path(f"{str(checkpoint).rstrip('/')}-adapted")
+    must_be_free(output)
+    opened = open_model(checkpoint, adapter)
+    if opened.tokenizer is None:
+        raise ValueError(f"{checkpoint} is of {type(opened.task).__name__}, and adapters are for models of text.")
+    changes = {"corpus": corpus, "batch_size": batch_size, "length": length}
+    data = dataclasses.replace(opened.data, seed=seed, **{name: new for name, new in changes.items() if new})
+    surgery = AddLora(lora=lora)
+    task, data = surgery.task(opened.task, data)
+    params, _ = surgery.params(opened.task, data, opened.params, None, jax.random.key(seed))
+    optimizer = OptimizerConfig(
+        learning_rate=learning_rate, min_learning_rate=learning_rate / 10, warmup=0.03, weight_decay=0.0
+    )
+    train = TrainConfig(steps=steps, optimizer=optimizer, seed=seed)
+    experiment = Experiment(task=task, data=data, name=output.name, workdir=str(output), train=train)
+    return begin(experiment, params)

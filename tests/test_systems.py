@@ -1,0 +1,176 @@
+"""The catalogue: nothing in it is missing or untrue, and README's table and grid come from it.
+
+Each tick of the grid has its evidence here: a task that the contract tests train, or a test.
+"""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from collector import collect
+
+import jaxtok
+from jaxtok.interop.formats import FORMATS
+from jaxtok.systems import COLUMNS, REASONS, SYSTEMS, configs, configs_folder, find, system, with_tables
+
+TASKS, CAUSAL_LMS = collect("TASKS"), collect("CAUSAL_LMS")
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+sys.path.insert(0, str(TESTS / "interop"))
+from test_formats import CASES as FORMAT_CASES  # noqa: E402
+
+BY_TASK = ("train", "evaluate", "shard")
+"""Every entry of `TASKS` is trained on one device and on every mesh (tests/training/test_mesh.py) and evaluated
+(test_tasks.py)."""
+
+EVIDENCE = {
+    "tokenformer": {
+        "task": "tokenformer",
+        "generate, cached": "tokenformer",
+        "grow": "training/test_mesh.py::test_growth_happens_where_the_parameters_are",
+        "formats": ("tokenformer",),
+    },
+    "transformer": {"task": "transformer", "generate, cached": "transformer"},
+    "vit": {"task": "tokenformer_vit", "grow": "vision/test_vit.py::test_growth_of_the_task"},
+    "lora": {
+        "task": "lora",
+        "generate, cached": "training/test_lora_task.py::test_an_adapted_run_is_the_model_with_its_adapter",
+        "import": "interop/test_peft.py::test_folders",
+        "export": "interop/test_peft.py::test_trained_here_then_written_is_the_same",
+    },
+    "gpt2": {
+        "task": "gpt2",
+        "generate, cached": "gpt2",
+        "formats": ("gpt2",),
+    },
+    "llama": {
+        "task": "llama",
+        "generate, cached": "llama",
+        "formats": ("llama, a tokenizer.json", "mistral", "qwen2", "gemma"),
+    },
+    "bert": {
+        "task": "masked_words",
+        "formats": ("bert", "roberta, classes"),
+    },
+    "t5": {
+        "task": "t5",
+        "generate, cached": "lm/test_t5_parity.py::test_generation",
+        "formats": ("t5",),
+    },
+    "mrt5": {
+        "task": "mrt5",
+        "generate, cached": "lm/test_mrt5.py::test_evaluation_and_generation",
+        "formats": ("mrt5",),
+    },
+    "hat": {
+        "task": "hat",
+        "generate, cached": "lm/test_hat.py::test_generation_is_what_a_full_pass_says",
+    },
+    "hat_released": {
+        "task": "hat_released",
+        "generate, cached": "lm/test_hat.py::test_released_generation_is_what_a_full_pass_says",
+        "formats": ("hat",),
+    },
+    "word_pooled": {
+        "task": "word_pooled",
+        "generate, cached": "lm/test_word_pooled.py::test_cached_generation_is_recomputation",
+        "formats": ("word_pooled", "word_pooled, plain"),
+    },
+    "byte2word": {
+        "task": "byte2word",
+        "formats": ("byte2word",),
+    },
+    "lexinvariant": {
+        "task": "lexinvariant",
+        "generate, cached": "lexinvariant",
+        "grow": "lm/test_lexinvariant.py::test_a_body_of_parameter_tokens_grows",
+    },
+    "electra": {
+        "task": "electra",
+        "formats": ("electra, discriminator", "electra, generator", "electra, variables"),
+    },
+    "vqgan": {
+        "task": "vqgan",
+        "formats": ("vqgan",),
+    },
+    "bae": {
+        "task": "bae",
+        "formats": ("bae",),
+    },
+    "elm": {
+        "task": "elm",
+        "generate, cached": "vision/test_elm.py::test_cached_is_recomputed",
+        "formats": ("elm",),
+    },
+    "elm_masked": {
+        "task": "elm_masked",
+        "formats": ("elm, masked",),
+    },
+}
+"""By system: its entry in `TASKS`; for other columns an entry of `CAUSAL_LMS`, or a test; and its cases of
+tests/interop/test_formats.py, which are imported and exported by the verb that a user types."""
+
+each = pytest.mark.parametrize("row", SYSTEMS, ids=lambda row: row.name)
+
+
+@each
+def test_every_tick_has_its_evidence_and_every_gap_its_reason(row):
+    evidence = dict(EVIDENCE[row.name])
+    assert evidence.pop("task") in TASKS
+    if cases := evidence.pop("formats", ()):
+        assert {FORMAT_CASES[case]().format for case in cases} == set(row.formats)
+        evidence |= dict.fromkeys(("import", "export"), "interop/test_formats.py::test_there_and_back_by_the_verb")
+    assert set(row.cannot) <= set(COLUMNS) and set(row.cannot.values()) <= set(REASONS)
+    assert set(evidence) == set(COLUMNS) - set(BY_TASK) - set(row.cannot)
+    for column, place in evidence.items():
+        if "::" in place:
+            file, test = place.split("::")
+            assert re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.M), place
+        else:
+            assert column == "generate, cached" and place in CAUSAL_LMS, place
+
+
+@each
+def test_what_a_row_names_is_there(row):
+    for file in (*row.modules, *row.configs):
+        folder = configs_folder() if file in row.configs else ROOT / "jaxtok"
+        assert (folder / file).is_file(), file
+    assert (ROOT / row.page).is_file()
+    assert set(row.formats) <= {form.name for form in FORMATS}
+    assert bool(row.formats) == ("import" not in row.cannot or "export" not in row.cannot)
+    assert not row.paper or re.fullmatch(r"https://(arxiv\.org/abs/\d{4}\.\d{5}|github\.com/[\w-]+/[\w-]+)", row.paper)
+
+
+@each
+def test_published_names_are_those_of_the_table(row):
+    module = importlib.import_module("jaxtok." + row.modules[0].removesuffix(".py").replace("/", "."))
+    assert row.published == tuple(row.prefix + name for name in getattr(module, "PUBLISHED", ()))
+    for name in row.published:
+        assert jaxtok.published(name) is module.PUBLISHED[name.removeprefix(row.prefix)]
+
+
+def test_names_are_unique_and_everything_belongs_to_a_row():
+    names = [row.name for row in SYSTEMS]
+    assert sorted(EVIDENCE) == sorted(set(names)) and len(set(names)) == len(names)
+    sizes = [name for row in SYSTEMS for name in row.published]
+    assert len(set(sizes)) == len(sizes)
+    files = [file for row in SYSTEMS for file in row.configs]
+    assert sorted(files) == sorted(str(path.relative_to(configs_folder())) for path in configs_folder().rglob("*.py"))
+    assert {name for row in SYSTEMS for name in row.formats} == {form.name for form in FORMATS}
+
+
+def test_patterns_find_systems_configs_and_sizes():
+    found = find("*BYTE*")
+    assert [row.name for row in found.systems] == ["byte2word"]
+    assert {"byte2word_base", "word_pooled_ebyte"} <= {entry.name for entry in found.configs}
+    assert found.published == ("word-pooled-ebyte", "byte2word-base")
+    assert not find("nothing") and len(find().configs) == len(configs())
+    with pytest.raises(ValueError, match=r"there is no system 'tokenfromer'; did you mean tokenformer\?"):
+        system("tokenfromer")
+
+
+def test_the_readme_has_the_table_and_the_grid():
+    readme = (ROOT / "README.md").read_text()
+    assert with_tables(readme) == readme, "write them with: python -m jaxtok.systems"
