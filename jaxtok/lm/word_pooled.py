@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
-from jaxtok.data.word_units import BYTE_OFFSET, RULES, Rule, WordUnitText, load_units
+from jaxtok.data.word_units import BYTE_OFFSET, RULES, WordRule, WordUnitText, load_units
 from jaxtok.data.words import WordText
 from jaxtok.decoding.engine import Engine, State, new_tokens
 from jaxtok.decoding.protocols import Chooser
@@ -586,7 +586,7 @@ class WordPooling(Task):
     model: WordPooledConfig
     tokenizer: str = "bytes"
     """As in the data: whose ids are the units."""
-    rule: Rule = "paper"
+    rule: WordRule = "paper"
     """As in the data: what words are."""
 
     def module(self) -> WordPooled:
