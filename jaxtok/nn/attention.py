@@ -23,7 +23,7 @@ def attend(
     causal: bool = True,
     window: int | Int[Array, ""] | None = None,
     segments: Segments | None = None,
-    visible: Bool[Array, "#batch #heads length slots"] | None = None,
+    visible: Bool[Array, "#batch visible_heads length slots"] | None = None,
     bias: tuple[Array, ...] = (),
     softmax: Callable[[Array], Array] | None = None,
     dropout: float = 0.0,

@@ -167,7 +167,7 @@ def _opens(rule: str, data: bytes) -> int:
 
 
 def limited(word: bytes, limit: int) -> Iterator[bytes]:
-    """The parts of a word, each of at most `limit` bytes. It is cut between characters, or inside a longer character."""
+    """The parts of a word, each of at most `limit` bytes. It is cut between characters, or within a longer one."""
     while len(word) > limit:
         cut = limit
         while cut and word[cut] & 0xC0 == 0x80:

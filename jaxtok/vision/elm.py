@@ -99,7 +99,7 @@ class ElmConfig(LlamaStack):
                 "channels; for the rotation by row and column it must be a multiple of 4."
             )
         if self.modulation and self.post_norm:
-            raise ValueError("modulation and post_norm are True; one of them must be False.")
+            raise ValueError("modulation is True and post_norm is True; one of them must be False.")
         if self.loss_chunk < 0 or (self.loss_chunk and self.positions % self.loss_chunk):
             raise ValueError(
                 f"loss_chunk is {self.loss_chunk}; it must divide grid x grid = {self.positions}, or be 0."

@@ -111,7 +111,7 @@ def test_what_span_corruption_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             SpanCorruption(**options)
-    with pytest.raises(ValueError, match="the length is 1"):
+    with pytest.raises(ValueError, match="length is 1; it must be"):
         noise_mask(1, 0.15, 3.0, np.random.default_rng(0))
 
 

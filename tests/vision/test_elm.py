@@ -277,7 +277,7 @@ def test_the_loss_by_parts_is_the_loss():
         np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
     x = jnp.arange(24.0).reshape(2, 12)
     np.testing.assert_array_equal(by_parts(lambda a, b: a - 2 * b, 4, x, x), -x)
-    with pytest.raises(ValueError, match="5 places"):
+    with pytest.raises(ValueError, match="part is 5; it must divide"):
         by_parts(lambda a: a, 5, x)
 
 
