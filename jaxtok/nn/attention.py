@@ -144,7 +144,7 @@ def _biased_attention(
     q: Array,
     k: Array,
     v: Array,
-    visible: Bool[Array, "batch heads length slots"],
+    visible: Bool[Array, "#batch #heads length slots"],
     bias: tuple[Array, ...],
     rng: jax.Array | None,
     *,
