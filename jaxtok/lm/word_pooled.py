@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
-from jaxtok.data.word_units import BYTE_OFFSET, RULES, Rule, WordUnitText, load_units
+from jaxtok.data.word_units import BYTE_OFFSET, RULES, WordRule, WordUnitText, load_units
 from jaxtok.data.words import WordText
 from jaxtok.decoding.engine import Engine, State, new_tokens
 from jaxtok.decoding.protocols import Chooser
@@ -590,7 +590,7 @@ class WordPooling(Task):
     model: WordPooledConfig
     tokenizer: str = "bytes"
     """The tokenizer whose ids are the units; it should be the data's."""
-    rule: Rule = "paper"
+    rule: WordRule = "paper"
     """The rule for what words are; it should be the data's."""
 
     def module(self) -> WordPooled:

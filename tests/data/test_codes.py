@@ -187,9 +187,9 @@ def test_files_are_not_written_over(stored, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("codes.json", b"{", "no whole file of codes"),
+        ("codes.json", b"{", "are damaged"),
         ("codes.json", b'{"format": 3}', "its format is 3"),
-        ("codes.npy", b"\x93NUMPY", "no whole file of codes"),
+        ("codes.npy", b"\x93NUMPY", "are damaged"),
         ("labels.npy", None, r"labels\.npy does not exist"),
     ],
 )
@@ -204,7 +204,7 @@ def test_damaged_files(stored, tmp_path, name, content, message):
 def test_a_file_that_was_cut(stored, tmp_path):
     path = tmp_path / "train" / "codes.npy"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="no whole file of codes"):
+    with pytest.raises(ValueError, match="are damaged"):
         stored.train_batches()
 
 
@@ -285,7 +285,7 @@ def test_codes_that_cannot_be_regrouped():
 )
 def test_impossible_options(options):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=re.escape(f"{name}={value}")):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value}")):
         CodeData(**options)
     with pytest.raises(ValueError, match="shape is"):
         Header(shape=(0, 2), values=(2,), classes=("a",))

@@ -233,15 +233,15 @@ def test_workers_do_not_change_the_batches(data):
 
 def test_errors_say_what_to_change(data, tmp_path):
     for options, message in [
-        ({"length": 0}, "length=0: choose at least 1"),
-        ({"batch_size": -1}, "batch_size=-1"),
-        ({"seed": 2**32}, "seed=4294967296"),
-        ({"workers": -1}, "workers=-1"),
-        ({"eval_limit": -1}, "eval_limit=-1"),
+        ({"length": 0}, "length is 0; it must be at least 1"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"workers": -1}, "workers is -1"),
+        ({"eval_limit": -1}, "eval_limit is -1"),
     ]:
         with pytest.raises(ValueError, match=message):
             data(**options)
-    with pytest.raises(ValueError, match="streams=3 does not divide batch_size=4"):
+    with pytest.raises(ValueError, match="streams is 3; it must divide batch_size = 4"):
         data(streams=3)
     with pytest.raises(ValueError, match=r"fewer documents .* than data.streams = 128"):
         data(batch_size=128, streams=128).train_batches()

@@ -83,9 +83,9 @@ def test_each_word_has_one_error():
 
 
 def test_numbers_out_of_range():
-    with pytest.raises(ValueError, match="length=2: choose at least 3"):
+    with pytest.raises(ValueError, match="length is 2; it must be at least 3"):
         WordPieceText(length=2)
-    with pytest.raises(ValueError, match="max_pieces=0: choose at least 1"):
+    with pytest.raises(ValueError, match="max_pieces is 0; it must be at least 1"):
         WordPieceText(max_pieces=0)
-    with pytest.raises(ValueError, match=r"noise=1\.5: choose a part"):
+    with pytest.raises(ValueError, match=r"noise is 1\.5; it must be in"):
         WordPieceText(noise=1.5)

@@ -113,7 +113,7 @@ def test_bytes_that_are_not_text(tmp_path):
 
 
 def test_what_cannot_be():
-    with pytest.raises(ValueError, match="max_units=0: choose at least 1"):
+    with pytest.raises(ValueError, match="max_units is 0; it must be at least 1"):
         WordText(max_units=0)
-    with pytest.raises(ValueError, match="rows of tokens"):
+    with pytest.raises(ValueError, match="mask_eod is True; in rows of words they must be"):
         WordText(mask_eod=True)

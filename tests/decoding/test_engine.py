@@ -448,9 +448,9 @@ def test_a_recurrent_model():
     drafted = run(model, params, drafter=Told(), drafter_state=(texts_of(PROMPTS, plain.tokens), 0), **options)
     assert_same(drafted, plain, "")
     assert drafted.steps == [-(-len(row) // 5) for row in plain.tokens]
-    with pytest.raises(ValueError, match="cache of Recurrent, so it takes drafts that are chains"):
+    with pytest.raises(ValueError, match=r"must propose chains, as tokens cannot be .* the cache of Recurrent"):
         greedy(model, params, drafter=RandomTree())
-    with pytest.raises(ValueError, match="so it takes no evictor"):
+    with pytest.raises(ValueError, match="it must be None, as tokens"):
         greedy(model, params, evictor=SinksAndRecent())
 
 
@@ -461,7 +461,7 @@ def test_logits_that_are_no_numbers_are_refused(llama):
 
 
 def test_what_is_no_causal_model_takes_no_drafts():
-    with pytest.raises(ValueError, match="it needs a CausalLM"):
+    with pytest.raises(ValueError, match="must then be a CausalLM"):
         Engine(model=object(), drafter=PromptLookup())
 
 

@@ -115,7 +115,9 @@ def test_dropout_is_of_input_channels():
 def test_what_cannot_be():
     sites, adapter = made(CONFIGS["every projection"])
     wide = PARAMS | {"head": {"kernel": jnp.zeros((7, 5))}}
-    with pytest.raises(ValueError, match=r"'in' of head/kernel has shape \(6, 2\), but .* needs \(7, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"'in' of head/kernel has shape \(6, 2\); for this model it must have \(7, 2\)"
+    ):
         merge(wide, sites, adapter)
     with pytest.raises(ValueError, match="for head/kernel, which the model does not have"):
         merge({name: part for name, part in PARAMS.items() if name != "head"}, sites, adapter)

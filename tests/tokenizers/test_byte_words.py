@@ -61,7 +61,7 @@ def test_arrays_of_words():
         [255, PAD, PAD, PAD],
         [SEP, PAD, PAD, PAD],
     ]
-    with pytest.raises(ValueError, match="a word is the number 3; a number stands for a symbol, 256 to 260"):
+    with pytest.raises(ValueError, match="a word is the number 3; numbers must be symbols, 256 to 260"):
         word_array([3], 4)
 
 
@@ -71,7 +71,7 @@ def test_rows_of_words():
     assert real.tolist() == [[True, True, False], [True, False, False]]
     assert symbols[0].tolist() == [[True, False, False], [True, True, True], [True, False, False]]
     np.testing.assert_array_equal(symbols, symbol_mask(ids))
-    with pytest.raises(ValueError, match="a text has 2 words, but there is room for 1"):
+    with pytest.raises(ValueError, match="length is 1; it must be at least 2"):
         collate([[CLS, b"a"]], max_bytes=3, length=1)
 
 

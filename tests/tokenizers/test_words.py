@@ -125,9 +125,9 @@ def test_the_string_of_a_special_token_is_text_unless_asked():
 
 
 def test_what_cannot_be():
-    with pytest.raises(ValueError, match="max_word_size=0: choose at least 1"):
+    with pytest.raises(ValueError, match="max_word_size is 0; it must be at least 1"):
         WordSplitter(max_word_size=0)
-    with pytest.raises(ValueError, match="rule='bpe'"):
+    with pytest.raises(ValueError, match="rule is 'bpe'"):
         WordSplitter("bpe")
     assert WordSplitter().split("") == WordSplitter("unicode").split(b"") == []
     assert WordSplitter("unicode").split("a\udc80") == [b"a", b"\x80"]

@@ -277,7 +277,7 @@ def test_the_loss_by_parts_is_the_loss():
         np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
     x = jnp.arange(24.0).reshape(2, 12)
     np.testing.assert_array_equal(by_parts(lambda a, b: a - 2 * b, 4, x, x), -x)
-    with pytest.raises(ValueError, match="5 places"):
+    with pytest.raises(ValueError, match="part is 5; it must divide"):
         by_parts(lambda a: a, 5, x)
 
 
@@ -603,7 +603,7 @@ def test_rounds():
     "options",
     [
         {"rounds": 4},
-        {"rounds": 1, "temperature": 0.0, "guidance": 1.0},
+        {"rounds": 1, "noise": 0.0, "guidance": 1.0},
         {"rounds": 5, "remask": True, "schedule": "powercos", "mask_schedule": "linear"},
     ],
 )
@@ -622,7 +622,7 @@ def test_masked_generation(options):
 def test_one_round_draws_every_code_once():
     params = noisy_params(MASKED)
     uniforms = np.random.default_rng(0).random((1, 2, 18)).astype(np.float32)
-    sampling = MaskedSampling(rounds=1, temperature=0.0, guidance=1.0)
+    sampling = MaskedSampling(rounds=1, noise=0.0, guidance=1.0)
     codes = elm_masked.generate(MASKED, params, LABELS, sampling=sampling, draws=(uniforms, np.zeros((1, 2, 9, 2))))
     logits = masked_logits(MASKED, params, np.zeros((2, 9, 2), np.int32), LABELS, np.ones((2, 9), bool))
     chances = np.cumsum(jax.nn.softmax(logits), -1)
@@ -664,7 +664,7 @@ def test_impossible_models(options, message):
         (lambda: MaskedElmModeling(model=MASKED, hamming=-1), "hamming is -1"),
         (lambda: MaskedElmModeling(model=MASKED, mask_schedule="square"), "mask_schedule is 'square'"),
         (lambda: MaskedSampling(rounds=0), "rounds is 0"),
-        (lambda: MaskedSampling(temperature=-1.0), "temperature is -1.0"),
+        (lambda: MaskedSampling(noise=-1.0), "noise is -1.0"),
         (lambda: MaskedSampling(schedule="cos"), "schedule is 'cos'"),
         (lambda: MaskedSampling(mask_schedule="cosine"), "mask_schedule is 'cosine'"),
         (lambda: ElmSampling(schedule="cubic"), "schedule is 'cubic'"),
@@ -700,9 +700,9 @@ def test_a_schedule_that_falls_is_warned_of():
         ([0, 1], {"prefix": np.full((2, 4, 2), 8)}, "the code 8"),
         ([0, 1], {"prefix": np.full((2, 4, 2), -1)}, "the code -1"),
         ([0, 1], {"prefix": np.zeros((3, 4, 2), int)}, "3 images"),
-        ([0, 1], {"prefix": np.zeros((2, 9, 2), int)}, "0 new positions"),
+        ([0, 1], {"prefix": np.zeros((2, 9, 2), int)}, "new is 0 after"),
         ([0, 1], {"uniforms": np.zeros((9, 1, 2))}, "9 positions, 2 sub-codes, 2 images"),
-        ([0, 1], {"prefix": np.zeros((2, 4, 2), int), "new": 6}, "6 new positions behind a prefix of 4"),
+        ([0, 1], {"prefix": np.zeros((2, 4, 2), int), "new": 6}, "new is 6 after a prefix of 4 positions"),
     ],
 )
 def test_impossible_generation(labels, options, message):

@@ -140,7 +140,7 @@ def check_masked_generation(golden, parity, config, params):
         guidance=options["cfg_scale"],
         schedule=options["cfg_schedule"],
         power=options.get("scale_pow", 1.0),
-        temperature=options["temperature"],
+        noise=options["temperature"],
         mask_schedule=options["mask_schedule"],
     )
     labels = golden.arrays.get("in/gen_labels", golden["in/labels"])

@@ -133,7 +133,7 @@ def test_what_is_refused(case):
         (images[:, 1:], rf"shape \(2, {first - 1}, {', '.join(map(str, others))}\)"),
         (np.concatenate([images] * 2, -1), rf"\[batch, {sizes}\]"),
         (images[0], "batch"),
-        ((255 * images).astype(np.uint8), "uint8; divide them by 255"),
+        ((255 * images).astype(np.uint8), "uint8; they must be floats"),
         (np.where(images > 0.5, np.nan, images), "not finite"),
     ):
         with pytest.raises(ValueError, match=message):

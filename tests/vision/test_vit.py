@@ -169,7 +169,7 @@ def test_dropout_is_for_training():
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 8, 12, 3), (2, 16, 16, 3)])
 def test_images_of_another_size(shape):
-    with pytest.raises(ValueError, match="the model's are 8 x 8 x 3"):
+    with pytest.raises(ValueError, match="must be 8 x 8 x 3"):
         ViT(LINEAR).init(jax.random.key(0), jnp.zeros(shape))
 
 
