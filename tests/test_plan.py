@@ -14,7 +14,7 @@ import pytest
 from jaxtok.data.text import TextData
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
-from jaxtok.plan import SLICES, advice, place, plan, remat_of, topology_devices, variants
+from jaxtok.plan import SLICES, advice, part_of, plan, remat_of, topology_devices, variants
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.mesh import MeshConfig, make_layout
 
@@ -154,7 +154,7 @@ def test_without_the_compiler(monkeypatch):
     ],
 )
 def test_places(source, expected):
-    assert place(source) == expected
+    assert part_of(source) == expected
 
 
 @pytest.mark.skipif(find_spec("jax_cuda12_plugin") is None, reason="needs the GPU compiler, jax-cuda12-plugin")
@@ -162,7 +162,7 @@ def test_gpus_that_are_not_there(capsys):
     (row,) = plan(EXPERIMENT, "h100:2x2")
     assert row["fits"] and row["devices"] == 4 and "H100" in row["chip"] and "step_seconds" not in row
     assert row["temporaries_gigabytes"] > 0 and {c["kind"] for c in row["collectives"]} >= {"all-gather"}
-    assert "nothing of time" in capsys.readouterr().out
+    assert "it tells no times" in capsys.readouterr().out
 
 
 def test_gpus_by_another_name_or_without_their_compiler(monkeypatch):

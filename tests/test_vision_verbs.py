@@ -179,7 +179,7 @@ def test_ordered_codes_with_a_decoder_that_draws(wide, tmp_path, capsys):
     errors = [np.square(row - rows[0]).mean() for row in rows[1:]]
     assert errors[0] > errors[1] > errors[2] > 0, "more codes are nearer"
     assert main([*command, "--prefixes", "2"]) == 1
-    assert "prefixes has 2, but this tokenizer decodes the first 1, 3, 6, 15 codes" in _line(capsys)
+    assert "prefixes has 2; this tokenizer decodes the first 1, 3, 6, 15 codes" in _line(capsys)
     assert main(["vision", "generate", str(place / "model"), str(tmp_path / "a.npz"), "--temperature", "0.5"]) == 0
     with np.load(tmp_path / "a.npz") as file:
         assert file["arr_0"].shape == (40, 8, 8, 3) and file["arr_1"].tolist() == [n for n in range(10) for _ in "1234"]
@@ -212,12 +212,12 @@ def test_volumes(wide, tmp_path):
 
 def test_a_tokenizer_of_other_codes(wide, folder, tmp_path):
     for model, tokenizer, message in [
-        (wide / "volumes" / "model", wide / "ordered" / "tokenizer", "shape 2 x 4 x 3, but the tokenizer's 15"),
-        (folder / "ar", wide / "volumes" / "tokenizer", "shape 4 x 4, but the tokenizer's 2 x 4 x 3"),
+        (wide / "volumes" / "model", wide / "ordered" / "tokenizer", "shape 2 x 4 x 3, but the tokenizer's have 15"),
+        (folder / "ar", wide / "volumes" / "tokenizer", "shape 4 x 4, but the tokenizer's have 2 x 4 x 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             generate(model, tmp_path / "x.png", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="Ramps, take no other images"):
+    with pytest.raises(ValueError, match="Ramps takes no other images"):
         reconstruct(wide / "volumes" / "tokenizer", tmp_path / "x.png", images="emoji")
     with pytest.raises(ValueError, match="Histograms, which shows no attention"):
         attention((wide / "volumes" / "model",), tmp_path / "x.png")
@@ -232,7 +232,7 @@ def test_analyses(folder, tmp_path, capsys):
     command = ["vision", "statistics", str(folder / "codes"), "--output", str(plots[0])]
     (tmp_path / "text.txt").write_text("words " * 5000)
     assert main([*command, "--corpus", str(tmp_path / "text.txt")]) == 1, "bytes are more than 64 values"
-    assert "has 257 ids, but the images 64 values" in " ".join(capsys.readouterr().err.split())
+    assert "has 257 ids, but the images have 64 values" in " ".join(capsys.readouterr().err.split())
     assert main(command) == 0
     assert "codes: kl unigram" in capsys.readouterr().out
     assert main(["vision", "attention", str(folder / "ar"), str(folder / "masked"), "--output", str(plots[1])]) == 0

@@ -125,7 +125,7 @@ def test_tensors_that_do_not_fit():
         params_from(CONFIG, tensors | {"surprise": np.zeros(2)})
     with pytest.raises(ValueError, match=r"proj\.weight has shape \(16, 16\) instead of \(16, 32\)"):
         params_from(CONFIG, tensors | {"proj.weight": np.zeros((16, 16))})
-    with pytest.raises(ValueError, match=r"no cls_embedding\.embedding_table\.weight, so it is no ELM"):
+    with pytest.raises(ValueError, match=r"no cls_embedding\.embedding_table\.weight, so it is not an ELM"):
         config_from({})
     with pytest.raises(ValueError, match="head_size is 5"):
         config_from(tensors, head_size=5)

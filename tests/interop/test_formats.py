@@ -396,7 +396,7 @@ def test_an_adapter_there_and_back(adapter, tmp_path):
     (tmp_path / "peft" / "adapter_config.json").write_text(
         json.dumps(options | {"base_model_name_or_path": "some/model"})
     )
-    with pytest.raises(FileNotFoundError, match="adapter of the model 'some/model', which is no folder here"):
+    with pytest.raises(FileNotFoundError, match="adapter of the model 'some/model', which is not a folder here"):
         form.read(tmp_path / "peft")
     assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "other"), "--base", str(base)]) == 0
 
@@ -439,7 +439,7 @@ def test_a_config_says_how_a_folder_is_trained_on(name, changed, tmp_path):
     assert format_for(new.task).model_of(new.task, new.params)[0] == case.task.model
     again = format_for(new.task).write(tmp_path / "again", new)
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="the config must be of one, too"):
+    with pytest.raises(ValueError, match="the config must be that of one too"):
         format_named(case.format).read(folder, CASES["hat"]().task)
 
 
@@ -467,13 +467,13 @@ def test_the_format_can_be_chosen(tmp_path, capsys):
         assert main(["convert", str(run), str(tmp_path / name), "--format", form]) == 0
         assert recognised(tmp_path / name) == [format_named(form)]
     assert main(["convert", str(run), str(tmp_path / "b"), "--format", "elm"]) == 1
-    assert "format is elm, which does not hold a ReplacedTokens" in said(capsys)
+    assert "format is elm, which cannot hold a ReplacedTokens" in said(capsys)
     assert main(["convert", str(run), str(tmp_path / "b"), "--format", "onnx"]) == 1
     assert "the format is 'onnx'; it must be one of huggingface, bert" in said(capsys)
     assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b")]) == 1
     assert "holds bare tensors; give the config of the model (--config)" in said(capsys)
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--which", "ema"]) == 1
-    assert "the format electra has no use for which; leave it out" in said(capsys)
+    assert "the format electra does not take which; leave it out" in said(capsys)
     assert not (tmp_path / "b").exists()
 
 
@@ -486,7 +486,7 @@ def test_what_is_in_no_format(tmp_path, capsys):
         None: "does not exist; give a folder or file of a model",
         "": "is empty, which is in none of the formats here (huggingface: GPT-2, Llama",
         '{"model_type": "rwkv"}': "has the model_type 'rwkv' in its config.json",
-        "{": "config.json is no JSON",
+        "{": "config.json is not JSON",
         "[1]": "holds a list; it must be a JSON object",
     }.items():
         shutil.rmtree(tmp_path / "odd", ignore_errors=True)
@@ -627,7 +627,7 @@ def test_weights_that_are_no_weights(hub):
     tensors = safetensors.numpy.load_file(file)
     name = next(name for name in tensors if "proj" in name)
     safetensors.numpy.save_file(tensors | {name: tensors[name].astype(np.int8)}, file)
-    with pytest.raises(ValueError, match=f"{name} holds int8, which is no weight without its scales"):
+    with pytest.raises(ValueError, match=f"{name} holds int8, which are not weights without their scales"):
         format_of(hub).read(hub)
     edit(hub / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(ValueError, match=r"is quantised \(gptq in its config\.json\)"):

@@ -191,9 +191,9 @@ def with_options(folder, **changed):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "rwkv"}, "model_type is 'rwkv'; the kinds that can be read are gpt2, llama"),
+        ({"model_type": "rwkv"}, "model_type is 'rwkv'; it must be one of gpt2, llama"),
         ({"hidden_act": "mish"}, "the activation is 'mish'"),
-        ({"rope_scaling": {"rope_type": "odd"}}, "rope_type is 'odd'; it can be default, linear"),
+        ({"rope_scaling": {"rope_type": "odd"}}, "rope_type is 'odd'; it must be one of default, linear"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
         ({"num_key_value_heads": 3}, "num_kv_heads is 3, which does not divide num_heads = 4"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

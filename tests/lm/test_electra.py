@@ -399,7 +399,7 @@ def test_hugging_face_folders(head, changed, tmp_path):
     """What is written is read, and `transformers` computes the same from it."""
     config = dataclasses.replace(HEADS[head], **changed)
     if changed and head != "PreTraining":
-        with pytest.raises(ValueError, match="heads of Hugging Face's ELECTRA are of gelu"):
+        with pytest.raises(ValueError, match="it must be gelu, as in Hugging Face's ELECTRA"):
             write_folder(tmp_path / "refused", config, {})
     config = dataclasses.replace(config, head_activation="gelu" if changed else "")
     params = random_like(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))

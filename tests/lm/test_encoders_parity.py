@@ -196,7 +196,7 @@ def test_verbs_for_language_models_refuse_an_encoder(tmp_path):
     data = EncoderData(cls_id=258, sep_id=259)
     model = Model(task=task, params=init_params(config, jax.random.key(0)), data=data)
     format_named("bert").write(tmp_path / "bert", model)
-    with pytest.raises(ValueError, match="is of MaskedWords, which does not generate text"):
+    with pytest.raises(ValueError, match="is a model of MaskedWords, which does not generate text"):
         verbs.generate(tmp_path / "bert")
 
 

@@ -132,11 +132,11 @@ def test_permutation_can_be_solved_by_its_rule():
 
 
 def test_tasks_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="has 12 different symbols, but the vocabulary only 11"):
+    with pytest.raises(ValueError, match="has 12 different symbols, but the vocabulary has 11"):
         lookup(jax.random.key(0), 1, 5, VOCAB)
     with pytest.raises(ValueError, match="has 14 different symbols"):
         permutation(jax.random.key(0), 1, 3, 3, VOCAB)
-    with pytest.raises(ValueError, match="pairs is less than 1"):
+    with pytest.raises(ValueError, match="pairs is 0; it must be at least 1"):
         lookup(jax.random.key(0), 1, 0, VOCAB)
     with pytest.raises(ValueError, match=r"target is 'next'"):
         train_probe(TASK, {}, iter([]), target="next")

@@ -267,9 +267,9 @@ def test_meshes_and_rules_that_cannot_be():
         MeshConfig(tensor=0)
     with pytest.raises(ValueError, match="two mesh axes are -1"):
         MeshConfig(fsdp=-1)
-    with pytest.raises(ValueError, match=r"rules\.mlp names 'model'"):
+    with pytest.raises(ValueError, match=r"rules\.mlp has 'model'"):
         AxisRules(mlp=("model",))
-    with pytest.raises(ValueError, match=r"rules\.vocab names a mesh axis twice"):
+    with pytest.raises(ValueError, match=r"rules\.vocab is tensor, tensor; it must have each mesh axis at most once"):
         AxisRules(vocab=("tensor", "tensor"))
     assert MeshConfig(data=-1, tensor=4).shape(8) == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 4}
 

@@ -211,7 +211,7 @@ def test_optimizers_that_cannot_be():
     ):
         with pytest.raises(ValueError, match=said):
             OptimizerConfig(**options)
-    with pytest.raises(ValueError, match="has no name"):
+    with pytest.raises(ValueError, match="part is empty"):
         PartOptimizer()
     with pytest.raises(ValueError, match="start is -1"):
         PartOptimizer(part="a", start=-1)

@@ -236,7 +236,7 @@ def test_logs_and_config_are_whole_or_as_before(run, monkeypatch):
         train(run, quiet=True)
     assert ((directory / "metrics.jsonl").read_bytes(), (directory / "config.json").read_bytes()) == before
     (directory / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         train(run, quiet=True)
 
 
@@ -249,7 +249,7 @@ def test_comparing_runs_finds_what_differs(run, finished):
     (directory / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     shutil.rmtree(directory / "checkpoints" / "6")
     different = compare(directory, finished)
-    assert different == ["steps (4 and 6)", "parameters", "optimizer state", "place in the data", "logged numbers"]
+    assert different == ["steps (4 and 6)", "parameters", "optimizer state", "position in the data", "logged numbers"]
     assert np.isfinite(row["loss"])
 
 

@@ -366,7 +366,7 @@ def test_a_larger_run_starts_with_a_smaller_model(params):
     start_from(dataclasses.replace(run, task=current), source, say=said.append)
     (line,) = said
     assert "model.norm_tokens." in line
-    with pytest.raises(ValueError, match=r"has the shape .* in the one and has the shape .*set `start`"):
+    with pytest.raises(ValueError, match=r"has the shape .* in the first and has the shape .*set `start`"):
         start_from(dataclasses.replace(run, start=None), source)
 
 

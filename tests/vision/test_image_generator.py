@@ -67,9 +67,11 @@ def test_options(case):
     assert not np.array_equal(
         task.draw(params, range(4), KEY), task.draw(params, range(4), KEY, sampling=kind(**{option: 50.0}))
     )
-    with pytest.raises(ValueError, match=f"luck is no option of {kind.__name__}; it can be .*{option}"):
+    with pytest.raises(ValueError, match=f"luck is not an option of {kind.__name__}; it must be one of .*{option}"):
         make_sampling(task, {"luck": 1.0})
-    with pytest.raises(ValueError, match=f"sampling is of int; {type(task).__name__} takes {kind.__name__}"):
+    with pytest.raises(
+        ValueError, match=f"sampling is of type int; for {type(task).__name__} it must be a {kind.__name__}"
+    ):
         make_sampling(task, 3)
 
 
