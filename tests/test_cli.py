@@ -118,7 +118,7 @@ def test_tokenizer_trains_on_the_corpus_and_a_model_on_the_tokenizer(run, folder
 
 @pytest.fixture(scope="module")
 def places(folder, run):
-    """Things that are no model for generating text."""
+    """Paths that hold no model for generating text."""
     (folder / "README.md").write_text("# A page\n")
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{")

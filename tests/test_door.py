@@ -1,4 +1,4 @@
-"""`import jaxtok`: quick, without JAX, and a model in three lines."""
+"""`import jaxtok` is quick and does not import JAX, and a model takes three lines."""
 
 import doctest
 import subprocess

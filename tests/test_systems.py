@@ -22,8 +22,8 @@ sys.path.insert(0, str(TESTS / "interop"))
 from test_formats import CASES as FORMAT_CASES  # noqa: E402
 
 BY_TASK = ("train", "evaluate", "shard")
-"""Every entry of `TASKS` is trained on one device and on every mesh (tests/training/test_mesh.py) and evaluated
-(test_tasks.py)."""
+"""Each entry of `TASKS` is trained on one device and on every mesh (tests/training/test_mesh.py) and evaluated
+(tests/training/test_tasks.py)."""
 
 EVIDENCE = {
     "tokenformer": {
@@ -109,7 +109,7 @@ EVIDENCE = {
         "formats": ("elm, masked",),
     },
 }
-"""By system: its entry in `TASKS`; for other columns an entry of `CAUSAL_LMS`, or a test; and its cases of
+"""For each system: its entry in `TASKS`; for other columns, an entry of `CAUSAL_LMS` or a test; and its cases in
 tests/interop/test_formats.py, which are imported and exported by the verb that a user types."""
 
 each = pytest.mark.parametrize("row", SYSTEMS, ids=lambda row: row.name)

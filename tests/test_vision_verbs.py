@@ -117,7 +117,7 @@ def test_pictures_of_classes(folder, tmp_path):
 
 
 def test_codes_come_back(folder):
-    """What the stored codes decode to is what the tokenizer makes of the image."""
+    """The stored codes decode to the tokenizer's reconstruction of the image."""
     tokenizer = open_tokenizer(folder / "tokenizer")
     codes = np.asarray(open_codes(folder / "codes" / "test").codes[:3, 0]).astype(np.int32)
     again = tokenizer.task.decode(tokenizer.params, codes)
@@ -125,7 +125,7 @@ def test_codes_come_back(folder):
 
 
 def test_options_of_a_runs_own_sampling(folder, tmp_path, capsys):
-    """The command line has those of the run that is named, and no others."""
+    """The command line has the options of the run that is named, and no others."""
     command = ["vision", "generate", str(folder / "masked"), str(tmp_path / "x.npz"), "--per-class", "1"]
     assert main([*command, "--rounds", "2", "--labels", "3"]) == 0
     for arguments, message in {

@@ -1,4 +1,4 @@
-"""What all data promise, whatever they are of. A test file of data adds its own as `DATASETS` (tests/collector.py)."""
+"""What all data promise. A test file of data adds its own as `DATASETS` (tests/collector.py)."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def first(iterator, count=2):
 
 
 def test_batches_are_what_the_data_say(data):
-    """Of training and of an evaluation, and the empty one that programs are compiled with."""
+    """Batches of training and of an evaluation, and the empty one that programs are compiled with."""
     for batch in (*first(data.train_batches()), *data.eval_batches("validation"), example_batch(data)):
         check_spec(batch, data)
 
 
 def test_axes_are_known(data):
-    """Each dimension has a name that rules of a mesh can divide, or none; the first is that of rows."""
+    """Each dimension has a name that the rules of a mesh can divide, or none; the first is that of rows."""
     known = {field.name for field in dataclasses.fields(AxisRules)}
     for array in data.batch_spec().values():
         assert len(array.axes) == len(array.shape) and array.axes[0] == "batch" and array.shape[0] == data.batch_size

@@ -60,7 +60,7 @@ def take(iterator, count):
 
 
 def stream(batches, name):
-    """The values of all places that are not padding, in order."""
+    """The values at all positions that are not padding, in order."""
     return np.concatenate([batch[name][batch["segments"] > 0] for batch in batches])
 
 

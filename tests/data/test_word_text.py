@@ -51,11 +51,11 @@ def test_rows_hold_the_documents(corpus):
     assert [b"".join(words).decode() for words in documents[:-1]] == DOCUMENTS
     splitter = WordSplitter("whitespace", 6)
     assert documents[:-1] == [[*splitter.split(text), b""] for text in DOCUMENTS]
-    assert words[0] == () and words[1:] == targets[:-1]  # also across rows; an end is followed by a start
+    assert words[0] == () and words[1:] == targets[:-1]  # also across rows; a start follows each end
     np.testing.assert_array_equal(rows["bytes"][real], [len(word) for word in targets])
     np.testing.assert_array_equal(rows["mask"], real)
-    behind = np.arange(data.max_units) >= rows["lengths"][..., None]
-    assert not rows["words"][behind].any()
+    after_word = np.arange(data.max_units) >= rows["lengths"][..., None]
+    assert not rows["words"][after_word].any()
     for row in range(len(real)):
         segment, position = 1, -1
         for place in np.flatnonzero(real[row]):

@@ -1,4 +1,4 @@
-"""What is exactly so in HATs: what depends on what, caches, padding, the stream of bytes; and what is refused."""
+"""Exact statements about HATs: what depends on what, caches, padding, the stream of bytes; and what is refused."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def spell(model, params, words, lengths, targets, positions, segments):
 
 
 def one_row(text, words=8, **options):
-    """A batch of one row, from one document, and eight rows of padding behind it."""
+    """A batch of one row, from one document, and seven rows of padding after it."""
     data = WordText(length=words, batch_size=8, **options)
     items = data.items(text)
     rows = np.zeros((8, words, items.shape[1]), np.int32)
@@ -124,11 +124,11 @@ def one_row(text, words=8, **options):
 INPUTS = ("words", "lengths", "targets", "positions", "segments")
 
 
-def test_a_byte_changes_only_what_is_behind_it(paper):
+def test_a_byte_changes_only_what_comes_after_it(paper):
     case, params = paper
     batch = one_row(b"abcd bcda cdab dabc acbd", max_units=5)
     before = spell(case.task.module(), params, *(batch[name] for name in INPUTS))
-    place, byte = 2, 1  # of the third word, which is the input of the slot behind it
+    place, byte = 2, 1  # a byte of the third word, which is the input of the next slot
     changed = {name: array.copy() for name, array in batch.items()}
     changed["targets"][0, place, byte] = changed["words"][0, place + 1, byte] = ord("x")
     after = spell(case.task.module(), params, *(changed[name] for name in INPUTS))
@@ -209,7 +209,7 @@ PROMPTS = [b"abcd ab", b"", b"dd\nca ", b"\xff\xc3"]
 
 @pytest.fixture(scope="module")
 def spoken(paper):
-    """Greedy words behind PROMPTS, of a model whose special ids are no bytes."""
+    """Greedy words after PROMPTS, of a model whose special ids are no bytes."""
     case, _ = paper
     model = dataclasses.replace(case.task.model, alphabet=258, w_id=256, s_id=257)
     one = np.zeros((1, 1, 5), np.int32)
@@ -239,11 +239,11 @@ def test_generation_is_what_a_full_pass_says(spoken):
     for row, (first, begun, full) in enumerate(starts):
         for place in range(first, len(full)):
             word, last = full[place], place + 1 == len(full)
-            said = choice[row, place, begun if place == first else 0 : len(word)]
-            assert bytes(said.tolist()) == word[begun if place == first else 0 :]
+            spelled = choice[row, place, begun if place == first else 0 : len(word)]
+            assert bytes(spelled.tolist()) == word[begun if place == first else 0 :]
             if not last and len(word) < cfg.max_units:
                 assert choice[row, place, len(word)] == cfg.w_id
-            checked += len(said)
+            checked += len(spelled)
     assert checked == sum(len(b"".join(row)) for row in rows) and checked > 20
 
 
@@ -260,7 +260,7 @@ def test_a_whole_last_word_can_be_asked_for(paper):
     assert task._prompt(b"ab cd", True) == ([b"ab "], b"cd")
     assert task._prompt(b"ab cd", False) == ([b"ab ", b"cd"], b"")
     bare = HATModeling(model=dataclasses.replace(task.model, start=False))
-    assert bare._prompt(b"ab", True) == ([b"ab"], b"")  # else there would be nothing to go on from
+    assert bare._prompt(b"ab", True) == ([b"ab"], b"")  # otherwise there would be nothing to continue
     with pytest.raises(ValueError, match="a prompt is empty"):
         bare.continue_text({}, [b""], max_bytes=4, sampling=GREEDY)
     with pytest.raises(ValueError, match="holds the byte 255"):
@@ -313,7 +313,7 @@ def test_the_stream_of_bytes_is_that_of_the_words():
         assert (following > 0).all()
     short = {name: np.asarray(array) for name, array in byte_stream(batch, 10, 192).items()}
     for name in ("tokens", "word", "segments", "targets"):
-        np.testing.assert_array_equal(short[name][:, :9], stream[name][:, :9])  # what fits in stays
+        np.testing.assert_array_equal(short[name][:, :9], stream[name][:, :9])  # what fits is kept
     assert not short["mask"][:, 9][stream["targets"][:, 9] != 192].any()
 
 
@@ -348,7 +348,7 @@ def test_documents_in_a_row_are_as_if_alone(released):
 
 
 def released_inputs(rows, length, most):
-    """Texts as words: what the model takes."""
+    """Texts as words, as the model takes them."""
     tokens, word = np.zeros((len(rows), length), np.int32), np.full((len(rows), length), most, np.int32)
     for row, words in enumerate(rows):
         text = b"".join(words)
@@ -410,7 +410,7 @@ def test_released_generation_is_what_a_full_pass_says(released):
         for step in range(len(new)):
             closed, open_word = split[row][:-1], split[row][-1]
             now = list(closed)
-            for byte in new[:step]:  # as the stream goes
+            for byte in new[:step]:  # in the order of the stream
                 opened, open_word = splitter.opens(open_word, byte), open_word + bytes([byte])
                 if opened:
                     now.append(open_word[:-opened])

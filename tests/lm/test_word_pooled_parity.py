@@ -55,7 +55,7 @@ def test_model(golden, parity):
     ours, theirs = params_to(config, gradient), golden.under("grad")
     assert theirs.keys() <= ours.keys()
     for name in [name for name, expected in theirs.items() if np.abs(expected).max() < 1e-6]:
-        expected = theirs.pop(name)  # the bias of keys, which softmax does not see: theirs is rounding
+        expected = theirs.pop(name)  # the bias of keys, on which softmax does not depend, so theirs is rounding
         assert np.abs(ours[name] - expected).max() < 1e-6, name
     if theirs:
         parity("gradient", {name: ours[name] for name in theirs}, theirs, rtol=1e-3)

@@ -51,7 +51,7 @@ def some_params(task):
 
 
 def by_hand(batch, probability):
-    """-log p of each target, from the tokens of its document up to there."""
+    """-log p of each target, from the tokens of its document before it."""
     nats = np.zeros(batch["tokens"].shape)
     for row, place in np.ndindex(nats.shape):
         start = place - batch["positions"][row, place] if batch["segments"][row, place] else place
@@ -146,7 +146,7 @@ def test_tasks_that_do_not_fit_are_refused():
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """A task whose model knows the text: its likeliest next token is the one that stands `ahead` places on."""
+    """A task whose model knows the text: its likeliest next token is the one `ahead` positions later."""
 
     ahead: int
 

@@ -204,12 +204,12 @@ def test_moving_average():
 
 
 def test_optimizers_that_cannot_be():
-    for options, said in (
+    for options, message in (
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"ema_every": 0}, "ema_every is 0"),
         ({"parts": (PartOptimizer(part="a"), PartOptimizer(part="a"))}, "each part can have one"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             OptimizerConfig(**options)
     with pytest.raises(ValueError, match="has no name"):
         PartOptimizer()

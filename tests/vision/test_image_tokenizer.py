@@ -29,7 +29,7 @@ def case(request):
 
 
 def decode(task, params, codes, key=5):
-    """With a key where the tokenizer needs one."""
+    """Encodes, with a key where the tokenizer needs one."""
     return task.decode(params, codes, jax.random.key(key) if task.draws_images else None)
 
 
@@ -57,7 +57,7 @@ def test_images(case):
     chex.assert_shape(decoded, images.shape)
     chex.assert_type(decoded, jnp.float32)
     chex.assert_tree_all_finite(decoded)
-    # an image depends on its own codes, its place and the key only
+    # an image depends only on its own codes, its index in the batch and the key
     chex.assert_trees_all_close(decode(task, params, codes[:1]), decoded[:1], atol=1e-5)
     chex.assert_trees_all_close(decode(task, params, codes.at[1].set(0))[:1], decoded[:1], atol=1e-5)
     if task.draws_images:
@@ -71,7 +71,7 @@ def test_images(case):
 
 
 def test_prefixes(case):
-    """Each that is named is decoded, with a key to something else where there is a choice; others are refused."""
+    """Each prefix that is named is decoded, with a key to other images where they are drawn; others are refused."""
     _, task, params, images, codes = case
     positions = math.prod(task.code_shape)
     assert tuple(sorted(set(task.prefixes))) == task.prefixes

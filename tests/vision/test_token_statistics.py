@@ -1,4 +1,4 @@
-"""Statistics of tokens and the reach of attention (their numbers: test_elm_parity.py)."""
+"""Statistics of tokens and the reach of attention (numbers: test_elm_parity.py)."""
 
 from __future__ import annotations
 
