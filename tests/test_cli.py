@@ -192,7 +192,7 @@ def test_help(capsys):
 
 
 def test_every_verb_says_what_each_of_its_options_is():
-    """In whole sentences; `Literal` choices and defaults are added by tyro."""
+    """Each option has whole sentences; tyro adds `Literal` choices and defaults."""
     for place in (*FUNCTIONS.values(), *VISION.values()):
         module, _, name = place.partition(":")
         function = getattr(importlib.import_module(module), name)

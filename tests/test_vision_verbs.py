@@ -244,7 +244,7 @@ def test_analyses(folder, tmp_path, capsys):
         assert np.asarray(Image.open(plot).convert("L")).std() > 5
 
 
-def test_what_is_wrong_is_said(folder, tmp_path, capsys):
+def test_mistakes_are_named(folder, tmp_path, capsys):
     assert main(["vision"]) == 0 and "reconstruct" in capsys.readouterr().out
     assert main(["vision", "paint"]) == 1
     assert main(["vision", "statistics"]) == main(["vision", "attention"]) == 1

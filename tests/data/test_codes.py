@@ -251,7 +251,7 @@ def test_the_first_codes_of_ordered_ones(tmp_path):
 
 @given(st.permutations([2, 3, 5, 8, 1, 16]), st.integers(0, 2**32 - 1))
 def test_regrouped_codes_come_back(values, seed):
-    """For any bases of the digits; and joined codes are numbers in that order."""
+    """They do for any bases of the digits, and joined codes are numbers in that order."""
     values = tuple(values)
     codes = np.random.default_rng(seed).integers(0, values, (4, 6))
     joined = regroup(codes, values, (math.prod(values),))

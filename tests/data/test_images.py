@@ -341,8 +341,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_told_once_and_their_place_is_filled(folder, data, tmp_path, name):
-    """In training, the next good picture replaces it; in an evaluation, it does not count."""
+def test_bad_files_are_named_once_and_replaced(folder, data, tmp_path, name):
+    """In training, the next good picture replaces a bad one; in an evaluation, a bad one does not count."""
     root = tmp_path / "pictures"
     (root / "only").mkdir(parents=True)
     for number in range(6):

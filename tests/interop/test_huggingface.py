@@ -145,7 +145,7 @@ def test_folder_to_run_and_back(tmp_path):
 
 
 def test_a_head_that_is_the_embedding_is_found_in_the_tensors(tmp_path):
-    """Whatever config.json says."""
+    """This holds whatever config.json has."""
     config = dataclasses.replace(LLAMA, tie_embeddings=True)
     folder = write_folder(tmp_path / "f", config, random_params(config))
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")

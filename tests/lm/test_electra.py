@@ -283,7 +283,7 @@ def test_a_uniform_generator(batch):
     assert metrics["generator_loss"] == pytest.approx(math.log(40), rel=1e-5) and metrics["auc"] > 0
 
 
-def test_a_loss_at_the_chosen_places_only(batch, case):
+def test_a_loss_at_the_chosen_positions_only(batch, case):
     """In ELECTRA 15%, other logits do not matter, and the mean is over the chosen positions."""
     params, choices, result = case
     chosen = np.asarray(put(jnp.zeros((4, 16), jnp.int32), *choices.slots, jnp.ones_like(choices.slots.places)))

@@ -21,7 +21,7 @@ THEIR_NAMES = {"gelu": "gelu", "relu": "relu", "swish": "silu", "gelu_new": "gel
 
 
 def task_of(options):
-    """The authors' options (`configure_pretraining.py`) as a Task; options that a file does not have are the default."""
+    """The authors' options (`configure_pretraining.py`) as a Task; options that a file lacks have their default."""
     sizes = options["model_hparam_overrides"]
     names = {
         "hidden_size": "d_model",

@@ -357,7 +357,7 @@ def released_inputs(rows, length, most):
     return tokens, word, np.tile(np.arange(most), (len(rows), 1))
 
 
-def test_a_byte_changes_no_logits_in_front_of_it(released):
+def test_a_byte_changes_no_logits_before_it(released):
     case, params = released
     inputs = released_inputs([WordSplitter("unicode").split("Hello, world! FooBar x+y")] * 2, 32, 12)
     inputs[0][1, 9] = ord("q")

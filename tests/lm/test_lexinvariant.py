@@ -346,7 +346,7 @@ def test_what_cannot_be_is_refused():
 @pytest.mark.parametrize("block", [0, 8])
 @pytest.mark.parametrize("model", [PURE, SEMI], ids=["pure", "semi"])
 def test_an_unknown_symbol_makes_no_number(model, block):
-    """As with other models, the loop then stops and the error says where."""
+    """As with other models, the loop stops and the error says where."""
     params, tokens = noisy_params(model), some_tokens()
     fine = call(model.clone(block=block), params, tokens, tokens, method="nats")
     assert jnp.isfinite(fine).all()

@@ -315,7 +315,7 @@ def test_evaluation_and_generation(params, experiment):
         task.generate(params, [], max_new_tokens=2)
 
 
-def test_a_gate_that_deletes_everything_is_said(params, experiment):
+def test_a_gate_that_deletes_everything_is_an_error(params, experiment):
     closed = with_gate(params, kernel=jnp.zeros((16, 1)), bias=jnp.full(1, -40.0))
     batch = next(iter(experiment.data.eval_batches("train")))
     with pytest.raises(ValueError, match=r"deletes every byte of a batch.*threshold = -15\.0"):
@@ -397,7 +397,7 @@ def test_published_sizes_have_a_gate_more():
 
 @pytest.mark.parametrize("kind", [MrT5Config, *BASELINES.values()], ids=["gate", *BASELINES])
 def test_every_reduction_trains_in_bfloat16(kind, arrays):
-    """By shapes and types only; parameters and loss stay float32."""
+    """Only shapes and types are computed; parameters and loss stay float32."""
     options = {"dtype": "bfloat16", "remat": "full", "dropout": 0.1, "attention_dropout": 0.1, "mlp_dropout": 0.1}
     config = mrt5(CONFIG, kind, gumbel_noise=True, gate_layer=0, **options)
     gated = {"target_rate": 0.5, "score_weight": 0.5} if kind is MrT5Config else {}

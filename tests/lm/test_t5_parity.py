@@ -81,7 +81,7 @@ def encode(config, params, inputs, mask):
 
 @pytest.mark.parity(*FILES)
 def test_generation(golden, parity):
-    """With a cache, in steps of one and more tokens, and greedy, from an input that is encoded once."""
+    """Decoding with a cache, in steps of one and of more tokens, and greedily, from an input that is encoded once."""
     config, params = load(golden)
     inputs = golden["in/input_ids"]
     encoded = encode(config, params, inputs, golden["in/attention_mask"])

@@ -232,7 +232,7 @@ def test_matched_transformer_has_the_same_size_but_for_the_norms(name):
     config = PUBLISHED[name]
     transformer = matched_transformer(config)
     assert isinstance(transformer, TransformerConfig)
-    norms = 4 * config.d_model * config.num_layers  # TokenFormer has no scale and bias in norms
+    norms = 4 * config.d_model * config.num_layers  # scale and bias of two norms; TokenFormer's have none
     assert count(transformer) == config.num_params() + norms
     assert transformer.flops(1024) == config.flops(1024)
 

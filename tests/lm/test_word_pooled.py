@@ -130,7 +130,7 @@ def logits_of(config, words, lengths, **kwargs):
 
 
 @pytest.mark.parametrize("config", [CLEAN, OFFICIAL], ids=["clean", "official"])
-def test_a_unit_changes_nothing_in_front_of_it(config):
+def test_a_unit_changes_nothing_before_it(config):
     words, lengths = random_words(config, 2, 6)
     lengths[:, 3], words[:, 3] = 4, np.array([3, 4, 5, 6, END])
     changed = words.copy()

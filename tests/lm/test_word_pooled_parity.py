@@ -63,7 +63,7 @@ def test_model(golden, parity):
 
 @pytest.mark.parity("word_pooled/e2e*.npz")
 def test_pooled_vectors_and_the_last_word(golden, parity):
-    """As in the authors' validation, with arg-max in place of sampling: spelled to the end of the canvas."""
+    """Words are spelled to the end of the canvas, as in the authors' validation, but by arg-max instead of sampling."""
     config, params = load(golden)
     units, lengths = golden["in/x"], golden["in/x_len"]
     if "mid/pooled" in golden.arrays:

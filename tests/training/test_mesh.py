@@ -276,7 +276,7 @@ def test_meshes_and_rules_that_cannot_be():
 
 @needs_eight
 def test_rules_are_chosen_in_the_config():
-    """With `heads` whole, attention is computed on each device, and only sums are left between them."""
+    """If `heads` is not divided, each device computes attention by itself, and only sums cross devices."""
     rules = AxisRules(heads=())
     layout = make_layout(dataclasses.replace(MESHES["tensor 8"], rules=rules))
     assert layout.sharding(("batch", "length", "heads", None), (8, 8, 8, 2)).spec == P(

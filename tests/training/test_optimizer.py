@@ -144,7 +144,7 @@ ADAM = {"learning_rate": 0.1, "min_learning_rate": 0.0, "schedule": "constant", 
 
 
 def test_parts_have_optimizers_of_their_own():
-    """Each is what it would be alone: its rate, clipping and state, from its own first step on."""
+    """Each part's rate, clipping and state are what they would be alone, from its own first step on."""
     config = OptimizerConfig(**ADAM, parts=(PartOptimizer(**ADAM | {"learning_rate": 0.3}, part="b", start=2),))
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(3)}, "frozen": {"kernel": jnp.ones(1)}}
     rng = np.random.default_rng(0)

@@ -58,7 +58,7 @@ def assert_same(run, reference):
 
 
 def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_path):
-    """With a growth, on three meshes, and with a preemption of one process of two."""
+    """The run has a growth, three meshes, and a preemption of one process of two."""
     model = dataclasses.replace(experiment.task.model, num_heads=4)
     experiment = dataclasses.replace(
         experiment,

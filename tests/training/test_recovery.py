@@ -136,7 +136,7 @@ def full_at(step, patch):
 
 
 @pytest.mark.parametrize("keep", [1, 20])
-def test_a_full_disk_is_said_and_the_last_whole_checkpoint_stays(short, finished, monkeypatch, keep):
+def test_a_full_disk_is_reported_and_the_last_whole_checkpoint_stays(short, finished, monkeypatch, keep):
     short = dataclasses.replace(short, train=dataclasses.replace(short.train, keep_checkpoints=keep))
     with monkeypatch.context() as patch:
         full_at(4, patch)

@@ -214,7 +214,7 @@ def test_two_growths_are_one(params):
     )
 
 
-def test_copies_behind_a_fixed_tau(params):
+def test_copies_after_a_fixed_tau(params):
     """tau^2 of 12 for 13 tokens becomes 24 for 26."""
     first = grow(CONFIG, params, to=UNEVEN, rng=KEY)
     to = TokenCounts(**{g: 2 * n for g, n in vars(UNEVEN).items()})

@@ -230,7 +230,7 @@ def test_files_of_weights(tmp_path):
 @pytest.mark.parametrize("kind", ["bae", "nearest", "gumbel"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".th"])
 def test_official_checkpoints_both_ways(kind, suffix, lpips_file, tmp_path):
-    """Every tensor comes back as it was, those that nothing here uses too."""
+    """Every tensor comes back as it was, even those that nothing here uses."""
     if suffix == ".th":
         pytest.importorskip("torch")
     sizes = SIZES | {"image_size": 16, "multipliers": (1, 2), "attention_resolutions": (8,)}

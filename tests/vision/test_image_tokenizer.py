@@ -89,7 +89,7 @@ def test_prefixes(case):
 
 
 def test_more_codes_are_nearer_to_the_image():
-    """Of codes that are ordered."""
+    """This holds for codes that are ordered."""
     task = FrequencyTokenizer()
     params = task.init(jax.random.key(0), {})
     ramp = np.linspace(0, 1, 8)
@@ -150,7 +150,7 @@ def test_what_is_refused(case):
 
 
 def test_inside_a_compiled_function(case):
-    """As a language model of codes calls it."""
+    """A language model of codes calls the tokenizer in this way."""
     _, task, params, images, _ = case
     rng = jax.random.key(1)
     found = jax.jit(lambda p, x: task.decode(p, task.encode(p, x, rng), rng))(params, images)
