@@ -79,9 +79,9 @@ def test_generate_streams_one_and_batches_several(run, capfdbinary):
     assert one.startswith(b"number ")
     assert main(["generate", str(run), "--prompt", "number ", "--max-new-tokens", "12"]) == 0
     assert capfdbinary.readouterr().out == one  # the same seed, the same text
-    place = next(n for n, byte in enumerate(one) if n > 6 and byte < 128)  # a character of one byte, and so a token
-    assert main(["generate", str(run), "--prompt", "number ", "--stop", chr(one[place])]) == 0
-    assert capfdbinary.readouterr().out == one[: place + 1] + b"\n"
+    index = next(n for n, byte in enumerate(one) if n > 6 and byte < 128)  # a character of one byte, and so a token
+    assert main(["generate", str(run), "--prompt", "number ", "--stop", chr(one[index])]) == 0
+    assert capfdbinary.readouterr().out == one[: index + 1] + b"\n"
     assert main(["generate", str(run), "--prompt", "a", "--stop", "two"]) == 1  # not a single token
     capfdbinary.readouterr()
     assert main(["generate", str(run), "--prompt", "a", "twice", "--max-new-tokens", "5", "--temperature", "0"]) == 0
@@ -193,8 +193,8 @@ def test_help(capsys):
 
 def test_every_verb_says_what_each_of_its_options_is():
     """Each option has whole sentences; tyro adds `Literal` choices and defaults."""
-    for place in (*FUNCTIONS.values(), *VISION.values()):
-        module, _, name = place.partition(":")
+    for entry in (*FUNCTIONS.values(), *VISION.values()):
+        module, _, name = entry.partition(":")
         function = getattr(importlib.import_module(module), name)
         described = inspect.getdoc(function)
         for parameter in inspect.signature(function).parameters:

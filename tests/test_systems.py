@@ -124,12 +124,12 @@ def test_every_tick_has_its_evidence_and_every_gap_its_reason(row):
         evidence |= dict.fromkeys(("import", "export"), "interop/test_formats.py::test_there_and_back_by_the_verb")
     assert set(row.cannot) <= set(COLUMNS) and set(row.cannot.values()) <= set(REASONS)
     assert set(evidence) == set(COLUMNS) - set(BY_TASK) - set(row.cannot)
-    for column, place in evidence.items():
-        if "::" in place:
-            file, test = place.split("::")
-            assert re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.M), place
+    for column, entry in evidence.items():
+        if "::" in entry:
+            file, test = entry.split("::")
+            assert re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.M), entry
         else:
-            assert column == "generate, cached" and place in CAUSAL_LMS, place
+            assert column == "generate, cached" and entry in CAUSAL_LMS, entry
 
 
 @each

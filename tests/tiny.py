@@ -81,12 +81,12 @@ def text(model: Any) -> Case:
     rng = np.random.default_rng(0)
     shape = (data.batch_size, data.length)
     ends = rng.integers(3, 20, (data.batch_size, 1))
-    place = np.broadcast_to(np.arange(data.length), shape)
-    segments = np.where(place < ends, 1, 2) * (place < ends + 10)
+    index = np.broadcast_to(np.arange(data.length), shape)
+    segments = np.where(index < ends, 1, 2) * (index < ends + 10)
     batch = {
         "tokens": rng.integers(0, model.vocab_size, shape),
         "targets": rng.integers(0, model.vocab_size, shape),
-        "positions": np.where(place < ends, place, place - ends),
+        "positions": np.where(index < ends, index, index - ends),
         "segments": segments,
         "mask": segments > 0,
         "bytes": np.ones(shape),
@@ -118,12 +118,12 @@ def encoder(task: Any, unfit: Mapping[str, str] | None = None) -> Case:
     """Rows of [CLS] a [SEP] b [SEP] and padding."""
     data = EncoderData(length=16, batch_size=8)
     rng = np.random.default_rng(0)
-    place, ends = np.arange(data.length), rng.integers(7, 16, (data.batch_size, 1))
-    special = (place == 0) | (place == 5) | (place == ends)
+    index, ends = np.arange(data.length), rng.integers(7, 16, (data.batch_size, 1))
+    special = (index == 0) | (index == 5) | (index == ends)
     batch = {
         "tokens": np.where(special, 1, rng.integers(4, 64, (data.batch_size, data.length))),
-        "types": place + 0 * ends > 5,
-        "mask": place <= ends,
+        "types": index + 0 * ends > 5,
+        "mask": index <= ends,
         "bytes": ~special,
     }
     return Case(task, data, typed(data, batch), dict(unfit or {}), drawn=True)

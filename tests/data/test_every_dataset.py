@@ -66,11 +66,11 @@ def test_rows_of_a_process_are_those_of_the_whole(data):
 def test_training_goes_on_where_it_was(data):
     batches = data.train_batches()
     next(batches)
-    place = json.loads(json.dumps(batches.get_state()))
+    state = json.loads(json.dumps(batches.get_state()))
     expected = next(batches)
     batches.close()
     resumed = data.train_batches()
-    resumed.set_state(place)
+    resumed.set_state(state)
     chex.assert_trees_all_equal(next(resumed), expected)
     resumed.close()
 

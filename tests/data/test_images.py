@@ -141,11 +141,11 @@ def test_training_resumes_at_every_place(data, options):
     total = 2 * len(images.pictures("train")) // 4 + 3
     reference = take(images.train_batches(), total)
     running = images.train_batches()
-    for place in range(total - 1):
+    for number in range(total - 1):
         state = json.loads(json.dumps(running.get_state()))
         resumed = images.train_batches()
         resumed.set_state(state)
-        assert_equal(take(resumed, 1), reference[place : place + 1])
+        assert_equal(take(resumed, 1), reference[number : number + 1])
         next(running)
     running.set_state({"next_index": 2})  # back, in an iterator that was in use
     assert_equal(take(running, 2), reference[2:4])

@@ -58,10 +58,10 @@ def test_rows_hold_the_documents(corpus):
     assert not rows["words"][after_word].any()
     for row in range(len(real)):
         segment, position = 1, -1
-        for place in np.flatnonzero(real[row]):
-            starts = rows["lengths"][row, place] == 0 and place > 0
+        for index in np.flatnonzero(real[row]):
+            starts = rows["lengths"][row, index] == 0 and index > 0
             segment, position = (segment + 1, 0) if starts else (segment, position + 1)
-            assert (rows["segments"][row, place], rows["positions"][row, place]) == (segment, position)
+            assert (rows["segments"][row, index], rows["positions"][row, index]) == (segment, position)
 
 
 @pytest.mark.parametrize(("start", "end"), [(False, False), (True, False), (False, True)])

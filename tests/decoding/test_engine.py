@@ -292,7 +292,7 @@ def test_a_constraint_and_a_drafter(llama):
     model, params = llama
     options = {"chooser": Alternating(), "rng": KEY}
     plain = run(model, params, **options)
-    assert all(token % 2 == place % 2 for row in plain.tokens for place, token in enumerate(row))
+    assert all(token % 2 == index % 2 for row in plain.tokens for index, token in enumerate(row))
     start = texts_of(PROMPTS, plain.tokens), jax.random.key(3)
     found = run(model, params, drafter=RandomTree(), drafter_state=start, **options)
     assert_same(found, plain, "")

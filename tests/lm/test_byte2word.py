@@ -239,14 +239,14 @@ def test_a_masked_word_does_not_see_its_own_bytes():
     """Their embeddings have no gradient, and other bytes give the same loss; the bytes of other words count."""
     rows, rng = batch((TEXT,)), jax.random.key(4)
     _, slots = jax.jit(task().predict)(noisy_params(), rows, rng)
-    (place,) = np.asarray(slots.places)[np.asarray(slots.weights) > 0][:1]
+    (position,) = np.asarray(slots.places)[np.asarray(slots.weights) > 0][:1]
     words = rows["words"].copy()
-    words[0, place, :4] = [250, 251, 252, 253]  # in no other word
-    words[0, place, 4:] = PAD
+    words[0, position, :4] = [250, 251, 252, 253]  # in no other word
+    words[0, position, 4:] = PAD
     (loss, _), gradient = loss_and_gradient(task(), noisy_params(), rows | {"words": words}, rng)
     assert not np.any(gradient["pool"]["byte_embedding"][250:254])
     assert np.any(gradient["pool"]["byte_embedding"][MASK])
-    words[0, place, :4] = 249
+    words[0, position, :4] = 249
     assert loss_and_gradient(task(), noisy_params(), rows | {"words": words}, rng)[0][0] == loss
     unmasked = next(i for i in range(1, 9) if i not in np.asarray(slots.places))
     words[0, unmasked, :4] = 249
@@ -270,8 +270,8 @@ def test_words_are_chosen_as_bert_does():
     for row, places, weights in zip(range(64), np.asarray(slots.places), np.asarray(slots.weights)):
         untouched = np.setdiff1d(np.arange(42), places[weights > 0])
         np.testing.assert_array_equal(read[row, untouched], rows["words"][row, untouched])
-        for place in places[weights > 0]:
-            word, was = read[row, place], rows["words"][row, place]
+        for position in places[weights > 0]:
+            word, was = read[row, position], rows["words"][row, position]
             kind = "mask" if word[0] == MASK else "same" if (word == was).all() else "other"
             kinds[kind] += 1
             if kind == "mask":
@@ -399,8 +399,8 @@ def test_a_bert_lends_its_body(tmp_path):
         assert jax.tree.structure(ours) == jax.tree.structure(noisy_params())
     # the same layers: from equal embeddings, equal states
     x = np.random.default_rng(0).normal(size=(1, 4, 32)).astype(np.float32)
-    place = jnp.arange(4)[None]
-    states = [Stack(c).apply({"params": p["stack"]}, x, place)[0] for c, p in ((theirs, body), (TINY, params))]
+    position = jnp.arange(4)[None]
+    states = [Stack(c).apply({"params": p["stack"]}, x, position)[0] for c, p in ((theirs, body), (TINY, params))]
     np.testing.assert_array_equal(*states)
     with pytest.raises(ValueError, match="num_layers is 2, but the BERT's is 3"):
         with_bert_body(TINY, noisy_params(), dataclasses.replace(theirs, num_layers=3), body)

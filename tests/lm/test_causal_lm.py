@@ -139,10 +139,10 @@ def test_a_token_changes_nothing_before_it(causal_lm):
     model, params = causal_lm
     tokens = some_tokens(model)
     before, _ = apply(model, params, tokens)
-    for place in (1, LENGTH - 1):
-        after, _ = apply(model, params, tokens.at[:, place].add(1) % model.config.vocab_size)
-        np.testing.assert_array_equal(after[:, :place], before[:, :place])
-        assert (jnp.abs(after[:, place:] - before[:, place:]).max((0, 2)) > 1e-4).all()
+    for position in (1, LENGTH - 1):
+        after, _ = apply(model, params, tokens.at[:, position].add(1) % model.config.vocab_size)
+        np.testing.assert_array_equal(after[:, :position], before[:, :position])
+        assert (jnp.abs(after[:, position:] - before[:, position:]).max((0, 2)) > 1e-4).all()
 
 
 def test_parts_compose_to_the_whole(causal_lm):
@@ -175,8 +175,8 @@ def test_layer_ranges_compose_with_a_cache(causal_lm):
     x = apply(model, params, tokens[:, 6:], method="embed")
     # A draft of the first layer, token by token; then the others, all tokens at once.
     drafted, states = cache, []
-    for place in range(4):
-        y, drafted = hidden(model, params, x[:, place : place + 1], layers=(0, 1), cache=drafted)
+    for position in range(4):
+        y, drafted = hidden(model, params, x[:, position : position + 1], layers=(0, 1), cache=drafted)
         states.append(y)
     chex.assert_trees_all_equal(drafted.length, expected.length)
     for after, before in zip(arrays(drafted), arrays(cache), strict=True):
@@ -384,32 +384,32 @@ def test_a_dropped_slot_is_a_hidden_one(causal_lm):
 
 def test_slots_are_dropped_by_layer_and_by_head(causal_lm):
     model, params = causal_lm
-    tokens, place = some_tokens(model), 6
-    cache = filled(model, params, tokens[:, :place], [place] * 3)
+    tokens, position = some_tokens(model), 6
+    cache = filled(model, params, tokens[:, :position], [position] * 3)
     layers, _, _, heads, _ = cache.keys.shape
     rest = np.array([slot for slot in range(LENGTH) if slot != 2])
     index = np.broadcast_to(np.arange(LENGTH - 1), (layers, BATCH, heads, LENGTH - 1)).copy()
-    count = np.full((layers, BATCH, heads), place)
-    index[1], count[1] = rest, place - 1
+    count = np.full((layers, BATCH, heads), position)
+    index[1], count[1] = rest, position - 1
     expected, _ = hidden(model, params, apply(model, params, tokens, method="embed"), layers=(0, 1))
     mask = np.tril(np.ones((LENGTH, LENGTH), bool))
-    mask[place:, 2] = False
+    mask[position:, 2] = False
     expected, _ = hidden(model, params, expected, mask=jnp.asarray(mask)[None], layers=(1, layers))
-    expected = apply(model, params, expected, method="head")[:, place]
+    expected = apply(model, params, expected, method="head")[:, position]
     for given in ((index[:, :, 0], count[:, :, 0]), (index, count)):  # of the second layer; of all its heads
         kept = cache.gather(*map(jnp.asarray, given))
-        np.testing.assert_array_equal(kept.next_position, place)
-        logits, after = apply(model, params, tokens[:, place : place + 1], cache=kept)
+        np.testing.assert_array_equal(kept.next_position, position)
+        logits, after = apply(model, params, tokens[:, position : position + 1], cache=kept)
         assert_close(logits[:, 0], expected)
-        np.testing.assert_array_equal(after.next_position, place + 1)
+        np.testing.assert_array_equal(after.next_position, position + 1)
     # In one head, it is as if only that slot of this head were empty.
-    index[1, :, 1:], count[1, :, 1:] = np.arange(LENGTH - 1), place
+    index[1, :, 1:], count[1, :, 1:] = np.arange(LENGTH - 1), position
     kept = cache.gather(jnp.asarray(index), jnp.asarray(count))
-    logits, _ = apply(model, params, tokens[:, place : place + 1], cache=kept)
+    logits, _ = apply(model, params, tokens[:, position : position + 1], cache=kept)
     positions = np.broadcast_to(cache.positions, (layers, BATCH, LENGTH, heads)).copy()
     positions[1, :, 2, 0] = -1
     hollow = cache.replace(positions=jnp.asarray(positions))
-    assert_close(logits, apply(model, params, tokens[:, place : place + 1], cache=hollow)[0])
+    assert_close(logits, apply(model, params, tokens[:, position : position + 1], cache=hollow)[0])
     if heads > 1:
         assert jnp.abs(logits[:, 0] - expected).max() > 1e-4
 
@@ -425,8 +425,8 @@ def test_a_step_compiles_once(causal_lm):
     def step(params, token, cache):
         return model.apply({"params": params}, token, cache=cache)
 
-    for place in range(3):
-        _, cache = step(params, tokens[:, place : place + 1], cache)
+    for position in range(3):
+        _, cache = step(params, tokens[:, position : position + 1], cache)
     if cache.rewindable:
         step(params, tokens[:, :1], cache.truncate(jnp.array([0, 1, 2])))
 

@@ -76,12 +76,12 @@ def batch():
     rng = np.random.default_rng(0)
     tokens = rng.integers(4, 40, (4, 16)).astype(np.int32)
     ends = np.array([15, 12, 9, 4])[:, None]
-    place = np.arange(16)[None]
-    tokens = np.where(place == 0, CLS, np.where((place == ends) | (place == 6), SEP, tokens))
-    mask = place <= ends
+    position = np.arange(16)[None]
+    tokens = np.where(position == 0, CLS, np.where((position == ends) | (position == 6), SEP, tokens))
+    mask = position <= ends
     return {
         "tokens": np.where(mask, tokens, 0).astype(np.int32),
-        "types": (mask & (place > 6)).astype(np.int32),
+        "types": (mask & (position > 6)).astype(np.int32),
         "mask": mask.astype(np.float32),
         "bytes": np.where(mask & (tokens > 3), 2, 0).astype(np.int32),
     }

@@ -55,14 +55,14 @@ def case() -> Case:
     lengths = rng.integers(0, data.max_units + 1, (data.batch_size, data.length + 1))
     units = rng.integers(1, model.vocab_size, (*lengths.shape, data.max_units))
     units *= np.arange(data.max_units) < lengths[..., None]
-    place = np.broadcast_to(np.arange(data.length), (data.batch_size, data.length))
-    segments = (1 + (place >= 7)) * (place < rng.integers(9, 17, (data.batch_size, 1)))
+    index = np.broadcast_to(np.arange(data.length), (data.batch_size, data.length))
+    segments = (1 + (index >= 7)) * (index < rng.integers(9, 17, (data.batch_size, 1)))
     batch = {
         "words": units[:, :-1],
         "lengths": lengths[:, :-1],
         "targets": units[:, 1:],
         "target_lengths": lengths[:, 1:],
-        "positions": np.where(place < 7, place, place - 7),
+        "positions": np.where(index < 7, index, index - 7),
         "segments": segments,
         "mask": segments > 0,
         "bytes": lengths[:, 1:] + 1,
@@ -176,13 +176,13 @@ def test_documents_in_a_row_do_not_see_each_other():
     words, lengths = random_words(CLEAN, 1, 7)
     others, other_lengths = random_words(CLEAN, 1, 7, seed=1)
     others[:, 3:], other_lengths[:, 3:] = words[:, 3:], lengths[:, 3:]
-    places = {"segments": np.array([[1, 1, 1, 2, 2, 2]]), "positions": np.array([[0, 1, 2, 0, 1, 2]])}
-    packed = logits_of(CLEAN, words, lengths, **places)[:, 3:]
-    assert np.array_equal(packed, logits_of(CLEAN, others, other_lengths, **places)[:, 3:])
-    one = places | {"segments": np.ones((1, 6), np.int32)}
+    context = {"segments": np.array([[1, 1, 1, 2, 2, 2]]), "positions": np.array([[0, 1, 2, 0, 1, 2]])}
+    packed = logits_of(CLEAN, words, lengths, **context)[:, 3:]
+    assert np.array_equal(packed, logits_of(CLEAN, others, other_lengths, **context)[:, 3:])
+    one = context | {"segments": np.ones((1, 6), np.int32)}
     assert np.abs(logits_of(CLEAN, words, lengths, **one)[:, 3:] - packed).max() > 1e-2
     first = [np.roll(a, -3, 1) for a in (words, lengths)]  # the second document first
-    np.testing.assert_allclose(logits_of(CLEAN, *first, **places)[:, :3], packed, atol=1e-5)
+    np.testing.assert_allclose(logits_of(CLEAN, *first, **context)[:, :3], packed, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [CLEAN, OFFICIAL], ids=["clean", "official"])

@@ -204,12 +204,12 @@ def test_nothing_is_seen_ahead(config):
     """A position's codes change no bit of the logits up to its own, and some of all those after it."""
     params, codes = noisy_params(config), some_codes(config)
     before = logits_of(config, params, codes, LABELS)
-    for place in (0, 4, config.positions - 1):
+    for position in (0, 4, config.positions - 1):
         other = codes.copy()
-        other[:, place] = (other[:, place] + 1) % config.codebook
+        other[:, position] = (other[:, position] + 1) % config.codebook
         after = logits_of(config, params, other, LABELS)
-        np.testing.assert_array_equal(after[:, : place + 1], before[:, : place + 1])
-        assert (jnp.abs(after - before)[:, place + 1 :].max((0, 2, 3)) > 1e-5).all()
+        np.testing.assert_array_equal(after[:, : position + 1], before[:, : position + 1])
+        assert (jnp.abs(after - before)[:, position + 1 :].max((0, 2, 3)) > 1e-5).all()
     assert jnp.abs(logits_of(config, params, codes, LABELS[::-1]) - before).min((2, 3)).max() > 1e-5
 
 
@@ -340,14 +340,14 @@ def recomputed(config, params, labels, prefix, sampling, uniforms):
     codes[:, :given] = prefix
     nothing = np.full(images, config.num_classes, np.int32)
     weights = sampling.weights(len(uniforms))
-    for step, place in enumerate(range(given, given + len(uniforms))):
-        with_class, without = (np.asarray(logits_of(config, params, codes, y))[:, place] for y in (labels, nothing))
+    for step, position in enumerate(range(given, given + len(uniforms))):
+        with_class, without = (np.asarray(logits_of(config, params, codes, y))[:, position] for y in (labels, nothing))
         logits = (without + weights[step] * (with_class - without)) / np.float32(sampling.temperature)
         if sampling.top_k:
             logits = np.where(logits >= np.sort(logits, -1)[..., -sampling.top_k, None], logits, -np.inf)
         p = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
-        codes[:, place] = (np.cumsum(p, -1) <= uniforms[step].T[..., None]).sum(-1)
+        codes[:, position] = (np.cumsum(p, -1) <= uniforms[step].T[..., None]).sum(-1)
     return codes[:, : given + len(uniforms)], logits
 
 
