@@ -372,7 +372,7 @@ def test_words_beyond_the_row_of_pieces_do_not_count():
     assert found.weights.sum() == 3  # those of the first word
 
 
-# --- Beside it ---
+# --- Other tasks and models ---
 
 
 def test_classes():
