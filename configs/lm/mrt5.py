@@ -6,7 +6,7 @@
 it, training starts from scratch. Without --data.corpus, mC4 is read from TensorFlow Datasets; the paper takes 15 of its
 languages. The paper trained only small and large.
 
-mrt5_small  300M parameters; in the paper, half of the bytes are deleted and a batch takes 29.99 ms instead of 44.29
+mrt5_small  300M parameters; in the paper, half of the bytes are deleted and a batch takes 29.99 ms, not 44.29
 mrt5_base  582M parameters
 mrt5_large  1.23B parameters; in the paper, 49.5 % of the bytes are deleted and a batch takes 98.21 ms, not 177.27
     The loss is 0.74 bits a byte (loss / ln 2) instead of ByT5's 0.70.
