@@ -39,7 +39,7 @@ def write_files(path, documents=DOCUMENTS):
 
 
 class TinyTexts(tfds.core.GeneratorBasedBuilder):
-    """Has splits of its own for training and test, none for validation."""
+    """A data set that has splits for training and test, and none for validation."""
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -1,4 +1,4 @@
-"""Errors are where, and as many as, they should be; and the same in every run."""
+"""Noise makes as many errors as it should, where it should, and the same ones in every run."""
 
 import unicodedata
 

@@ -48,7 +48,7 @@ def test_spans_go_back_to_where_they_were(raw, density, mean_span):
 
 
 def test_all_ways_to_cut_are_equally_likely():
-    """Of 6 tokens, 2 and 4 in two spans each: 1 x 3 ways."""
+    """6 tokens are divided into two spans of noise (2 tokens) and two of text (4 tokens) in 1 x 3 ways."""
     rng = np.random.default_rng(0)
     masks = [tuple(noise_mask(6, 0.4, 1.0, rng)) for _ in range(3000)]
     counts = [masks.count(mask) for mask in set(masks)]
@@ -64,7 +64,7 @@ def test_raw_length_is_the_longest_that_fits():
 
 
 def test_rows_hold_the_corpus(corpus):
-    """In order, with nothing between documents; sentinels stand for no bytes."""
+    """The bytes are in order, with nothing between documents; sentinels have no bytes."""
     data = SpanCorruption(corpus=corpus, length=40, batch_size=3, mean_span=3.0)
     batches = list(data.eval_batches("all"))
     for batch in batches:

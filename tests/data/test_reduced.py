@@ -1,4 +1,4 @@
-"""Text in small alphabets: nothing is lost behind the reduction, and other text is refused."""
+"""Text in small alphabets: nothing is lost after the reduction, and other text is refused."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def take(iterator, count):
 
 
 def stream(batches, name):
-    """The values of all places that are not padding, in order."""
+    """The values at all positions that are not padding, in order."""
     return np.concatenate([batch[name][batch["segments"] > 0] for batch in batches])
 
 
@@ -109,10 +109,10 @@ def test_segments_and_positions_follow_the_documents(data):
     assert 0 < padding.sum() < 64 and not np.concatenate([b["mask"] for b in batches])[padding].any()
     for row in range(len(tokens)):
         segment, position = 1, -1
-        for place in np.flatnonzero(~padding[row]):
-            starts = tokens[row, place] == 256 and place > 0
+        for index in np.flatnonzero(~padding[row]):
+            starts = tokens[row, index] == 256 and index > 0
             segment, position = (segment + 1, 0) if starts else (segment, position + 1)
-            assert (segments[row, place], positions[row, place]) == (segment, position)
+            assert (segments[row, index], positions[row, index]) == (segment, position)
 
 
 def test_documents_need_not_be_isolated(data):

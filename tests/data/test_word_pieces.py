@@ -18,7 +18,7 @@ DATASETS = {
 }
 
 DATA = WordPieceText(length=6, batch_size=2, max_bytes=4, max_pieces=3, shuffle_window=1)
-"""Pieces are bytes."""
+"""A tokenizer whose pieces are bytes."""
 
 
 def test_rows():
@@ -45,7 +45,7 @@ def test_rows():
 
 
 def test_rows_of_a_corpus_begin_and_end(tmp_path):
-    """Each is a part of one document, and padded places are those that packing left too."""
+    """Each row is a part of one document, and only what packing leaves empty is padded."""
     for name in "abcdefgh":
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 9)
     (tmp_path / "no_word.txt").write_text(" \n")

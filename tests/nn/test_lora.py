@@ -47,7 +47,7 @@ def close(ours, theirs, atol):
 def test_a_new_adapter_changes_nothing(name):
     sites, adapter = made(CONFIGS[name], noise=False)
     jax.tree.map(np.testing.assert_array_equal, merge(PARAMS, sites, adapter), PARAMS)
-    assert any(np.any(leaf) for leaf in jax.tree.leaves(adapter))  # and can learn: one of the two is not zero
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(adapter))  # and it can learn, as one of the two is not zero
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -84,7 +84,7 @@ def test_tables():
 
 
 def test_several_adapters():
-    """They add up in any order, with weights; and what one of them saved is taken as it is."""
+    """They add up in any order, with weights; what one of them saved is taken as it is."""
     config = dataclasses.replace(CONFIGS["every projection"], saved=("stack/query/bias",))
     (sites, first), (others, second) = made(CONFIGS["joint"]), made(config, seed=5)
     one = merge(merge(PARAMS, sites, first, weight=0.5), others, second)

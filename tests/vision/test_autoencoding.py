@@ -48,7 +48,7 @@ def case(model, **options) -> Case:
         "labels": np.zeros(8, np.int32),
         "mask": (np.arange(8) < 7).astype(np.float32),
     }
-    # Of so many kernels' gradients some are next to nothing, which Adam with a small epsilon makes large.
+    # Some of the many kernels have gradients near zero, which Adam with a small epsilon would make large.
     optimizer = OptimizerConfig(eps=1e-5)
     if options["discriminator"]:
         part = PartOptimizer(eps=1e-5, part="discriminator", start=1)
@@ -96,7 +96,7 @@ def size(tree):
 
 @pytest.mark.parametrize("name", binary_autoencoder.PUBLISHED)
 def test_published_sizes(name):
-    """The counts of the authors' classes; what these hold and ours do not is counted too."""
+    """The counts of the authors' classes, including what only these hold."""
     task = Autoencoding(model=binary_autoencoder.PUBLISHED[name], perceptual="weights")
     batch = {"images": jax.ShapeDtypeStruct((1, 256, 256, 3), np.float32)}
     params = unboxed(jax.eval_shape(task.init, jax.random.key(0), batch))
@@ -232,7 +232,7 @@ def test_files_of_weights(tmp_path):
 @pytest.mark.parametrize("kind", ["bae", "nearest", "gumbel"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".th"])
 def test_official_checkpoints_both_ways(kind, suffix, lpips_file, tmp_path):
-    """Every tensor comes back as it was, those that nothing here uses too."""
+    """Every tensor comes back as it was, even those that nothing here uses."""
     if suffix == ".th":
         pytest.importorskip("torch")
     sizes = SIZES | {"image_size": 16, "multipliers": (1, 2), "attention_resolutions": (8,)}
@@ -265,7 +265,7 @@ def test_official_checkpoints_both_ways(kind, suffix, lpips_file, tmp_path):
     own = {k: v for k, v in own.items() if k not in unused_shapes(model)}
     alone, aside = from_official(task, own)
     assert set(alone) == {"autoencoder"} and not aside
-    # and what the task has not is kept
+    # and what the task does not have is kept
     bare = Autoencoding(model=model, discriminator=None, perceptual="none")
     less, aside = from_official(bare, theirs)
     assert set(less) == {"autoencoder"} and to_official(bare, less, aside).keys() == theirs.keys()
@@ -279,7 +279,7 @@ def test_official_checkpoints_both_ways(kind, suffix, lpips_file, tmp_path):
 
 
 def test_configs_that_cannot_be():
-    for field, value, said in (
+    for field, value, message in (
         ("width", 48, "width is 48.*multiple of 32"),
         ("embed_dim", 8, "embed_dim is 8.*multiple of 32"),
         ("image_size", 9, "image_size is 9.*multiple of 2"),
@@ -292,7 +292,7 @@ def test_configs_that_cannot_be():
         ("sub_codes", 3, "sub_codes 3"),
         ("code_weight", -1.0, "code_weight is -1"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             BAEConfig(**SIZES | {field: value})
     for field, value in (("codebook_size", 0), ("quantizer_kind", "other"), ("beta", -1.0), ("kl_weight", -1.0)):
         with pytest.raises(ValueError, match=f"{field} is {value!r}"):
@@ -340,7 +340,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Random images, from a place that can be saved."""
+    """Random images, whose position can be saved."""
 
     batch_size: int = 4
     size: int = 8
@@ -391,7 +391,7 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Small(Task):
-    """As an `Autoencoding` to the loop, with three arrays."""
+    """Looks like an `Autoencoding` to the loop, with three arrays."""
 
     def init(self, rng, batch):
         kernel = {"kernel": jax.random.normal(rng, (3,))}
@@ -501,7 +501,7 @@ def test_a_run_with_two_optimizers_and_an_average(adversarial, tmp_path, monkeyp
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(first))  # no moment, no count
     assert [int(state.state[1]["discriminator"][0].count) for state in states] == [0, 1, 2]
     assert [int(state.state[0][0].count) for state in states] == [2, 3, 4]
-    # the average moves behind every second update; what no gradient moves is no average
+    # the average moves after every second update; what no gradient moves has no average
     assert same(states[0].average["autoencoder"], states[1].average["autoencoder"])
     mean = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, states[1].average["autoencoder"], at[2].params["autoencoder"])
     for x, y in zip(jax.tree.leaves(mean), jax.tree.leaves(states[2].average["autoencoder"])):
@@ -513,10 +513,10 @@ def test_a_run_with_two_optimizers_and_an_average(adversarial, tmp_path, monkeyp
     assert raw["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
     again = averaged.task.evaluate(averaged.params, Noise().eval_batches(""))
     assert smooth["loss"] == again["loss"] != pytest.approx(raw["loss"], rel=1e-5)
-    if isinstance(adversarial.task, Small):  # what is read from a file is there, and stays
+    if isinstance(adversarial.task, Small):  # what is read from a file is there, and stays the same
         assert all(np.array_equal(run.params["frozen"]["kernel"], [0, 1]) for run in at)
         assert "frozen" not in states[0].average
-    # and a run that is interrupted goes on bit by bit
+    # and a run that was interrupted continues bit for bit
     broken = dataclasses.replace(adversarial, workdir=str(tmp_path / "broken"))
     original = Batches.__next__
 

@@ -18,7 +18,7 @@ from jaxtok.verbs.vision import make_sampling
 from jaxtok.vision.elm_masked import MaskedSampling
 
 IMAGE_GENERATORS = collect("IMAGE_GENERATORS") | TEST_ONLY
-"""All know four classes."""
+"""Every generator knows four classes."""
 KEY = jax.random.key(3)
 
 
@@ -47,7 +47,7 @@ def test_an_image_depends_on_its_condition_and_place(case):
 
 
 def test_progress(case):
-    """It rises to 1, and the images are the same as without it."""
+    """Progress rises to 1, and the images are the same as without it."""
     task, params, codes = case
     shares = []
     chex.assert_trees_all_equal(task.draw(params, [1, None, 3], KEY, on_progress=shares.append), codes)

@@ -87,7 +87,7 @@ def test_frechet_distance_is_that_of_the_matrix_root():
 
 
 def test_frechet_distance_in_closed_form():
-    """Of diagonal Gaussians: the squared difference of means and of standard deviations; also with few images."""
+    """For diagonal Gaussians, it is the squared difference of means and standard deviations, also with few images."""
     x = np.array([[1.0, 0, 0], [-1, 0, 0], [0, 2, 0], [0, -2, 0], [0, 0, 3], [0, 0, -3]])
     deviations = np.sqrt(2 * np.array([1.0, 4, 9]) / 5)
     a, b = FeatureStatistics().add(x), FeatureStatistics().add(2 * x + [1, 2, 3])
@@ -136,7 +136,7 @@ def test_inception_score():
 
 @pytest.mark.slow
 def test_the_proxy_tells_digits_from_worse_ones(tmp_path):
-    """Its distance grows with the noise, and its score falls; a second call takes the trained one."""
+    """Its distance grows with the noise, and its score falls; a second call uses the trained network."""
     data = ImageData(images="digits", size=16, batch_size=64, flip=False)
     proxy = train_proxy(data, tmp_path / "proxy")
     assert proxy.accuracy > 0.9

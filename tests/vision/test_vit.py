@@ -52,7 +52,7 @@ def make_batch(size=6, seed=0, config=TOKENFORMER):
 
 @functools.cache
 def make_params(config):
-    """Parameters none of which is zero, so that each of them shows."""
+    """Parameters, none of them zero, so that each has an effect."""
     shapes = jax.eval_shape(functools.partial(init_params, ViT(config)), jax.random.key(0), make_batch()["images"])
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: rng.normal(scale=0.3, size=x.shape).astype(np.float32), shapes)
