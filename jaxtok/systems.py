@@ -487,7 +487,7 @@ def find(pattern: str = "*") -> Listing:
 
     >>> jaxtok.list("mrt5*small")
     configs (jaxtok train or study NAME)
-      mrt5_small  300M parameters. The paper: half of the bytes deleted, and a batch in 29.99 ms instead of 44.29
+      mrt5_small  300M parameters; in the paper, half of the bytes are deleted and a batch takes 29.99 ms, not 44.29
     <BLANKLINE>
     published sizes (jaxtok.published)
       mrt5-small

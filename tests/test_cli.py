@@ -79,9 +79,9 @@ def test_generate_streams_one_and_batches_several(run, capfdbinary):
     assert one.startswith(b"number ")
     assert main(["generate", str(run), "--prompt", "number ", "--max-new-tokens", "12"]) == 0
     assert capfdbinary.readouterr().out == one  # the same seed, the same text
-    place = next(n for n, byte in enumerate(one) if n > 6 and byte < 128)  # a character of one byte, and so a token
-    assert main(["generate", str(run), "--prompt", "number ", "--stop", chr(one[place])]) == 0
-    assert capfdbinary.readouterr().out == one[: place + 1] + b"\n"
+    index = next(n for n, byte in enumerate(one) if n > 6 and byte < 128)  # a character of one byte, and so a token
+    assert main(["generate", str(run), "--prompt", "number ", "--stop", chr(one[index])]) == 0
+    assert capfdbinary.readouterr().out == one[: index + 1] + b"\n"
     assert main(["generate", str(run), "--prompt", "a", "--stop", "two"]) == 1  # not a single token
     capfdbinary.readouterr()
     assert main(["generate", str(run), "--prompt", "a", "twice", "--max-new-tokens", "5", "--temperature", "0"]) == 0
@@ -118,7 +118,7 @@ def test_tokenizer_trains_on_the_corpus_and_a_model_on_the_tokenizer(run, folder
 
 @pytest.fixture(scope="module")
 def places(folder, run):
-    """Things that are no model for generating text."""
+    """Paths that hold no model for generating text."""
     (folder / "README.md").write_text("# A page\n")
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{")
@@ -192,13 +192,13 @@ def test_help(capsys):
 
 
 def test_every_verb_says_what_each_of_its_options_is():
-    """In whole sentences; `Literal` choices and defaults are added by tyro."""
-    for place in (*FUNCTIONS.values(), *VISION.values()):
-        module, _, name = place.partition(":")
+    """Each option has whole sentences; tyro adds `Literal` choices and defaults."""
+    for entry in (*FUNCTIONS.values(), *VISION.values()):
+        module, _, name = entry.partition(":")
         function = getattr(importlib.import_module(module), name)
         described = inspect.getdoc(function)
         for parameter in inspect.signature(function).parameters:
-            assert re.search(rf"^\s+{parameter}: \S", described, re.M), f"{place} does not say what {parameter} is"
+            assert re.search(rf"^\s+{parameter}: \S", described, re.M), f"{entry} does not say what {parameter} is"
 
 
 def test_lists_need_no_jax():

@@ -1,4 +1,4 @@
-"""`import jaxtok`: quick, without JAX, and a model in three lines."""
+"""`import jaxtok` is quick and does not import JAX, and a model takes three lines."""
 
 import doctest
 import subprocess
@@ -107,7 +107,7 @@ def test_logits_of_texts_and_of_ids_are_the_modules(folder):
         np.testing.assert_allclose(logits, whole[0], atol=1e-5)
 
 
-def test_what_another_kind_of_model_cannot_do_is_said():
+def test_the_error_names_what_another_kind_of_model_cannot_do():
     t5, encoder, tokenizer = (
         jaxtok.Model(task=case.task, params={}, data=case.data)
         for case in (collect("TASKS")[name]() for name in ("t5", "masked_words", "bae"))
@@ -132,7 +132,7 @@ def test_what_another_kind_of_model_cannot_do_is_said():
         ("corpus", "which is in none of the formats here"),
     ],
 )
-def test_what_is_no_model_is_said(path, message, folder, monkeypatch):
+def test_the_error_names_what_is_no_model(path, message, folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         jaxtok.open(path)

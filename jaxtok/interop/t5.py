@@ -15,7 +15,7 @@ from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.interop.folders import FolderFormat, Options, read_hub_params, stored_dtype
 from jaxtok.interop.tensors import Shapes, Source, shapes_of, write_params
 from jaxtok.interop.texts import Texts
-from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, new_controller
+from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, new_controller, without_controller
 from jaxtok.lm.mrt5_baselines import Convolution, FixedDeletion, RandomDeletion, Segments
 from jaxtok.lm.t5 import SequenceToSequence, T5Config, init_params
 from jaxtok.model import Model
@@ -293,7 +293,7 @@ def facts(model: Model) -> dict[str, int]:
 
 def model_of(task: SequenceToSequence, params: Params) -> tuple[T5Config, Params]:
     """Returns config and parameters, without a controller's state."""
-    return task.model, {name: value for name, value in params.items() if name != "controller"}
+    return task.model, without_controller(params)
 
 
 def params_of(task: SequenceToSequence, params: Params) -> Params:

@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT against its own numbers, for whatever model and options a file has; and what is refused."""
+"""PEFT's LoRA adapters against its own numbers, for whatever model and options a file has; and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TokenFormer checkpoints in the authors' layout: out and in again, and what is said about files that do not fit."""
+"""TokenFormer checkpoints in the authors' layout: written and read again, and the errors of files that do not fit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ torch_needed = pytest.mark.torch
 
 
 def random_params(config, seed=0):
-    """Every tensor with values of its own, so that none can be taken for another."""
+    """Parameters in which every tensor has its own values, so that none can be taken for another."""
     rng = np.random.default_rng(seed)
     tree = {}
     for path, shape in expected_shapes(config).items():

@@ -101,7 +101,7 @@ def compare_gradients(config, gradient, theirs, parity, what):
     assert theirs and theirs.keys() <= ours.keys()
     for name, expected in theirs.items():
         mine = np.array(ours[name])
-        if name.endswith("self.key.bias"):  # softmax does not see it: theirs is rounding
+        if name.endswith("self.key.bias"):  # softmax does not depend on it, so theirs is rounding
             assert np.abs(mine - expected).max() < 1e-6
             continue
         expected = np.array(expected)
