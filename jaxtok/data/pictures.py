@@ -323,7 +323,7 @@ def _digits() -> tuple[tuple[str, ...], Shard]:
 def _folder(root: Path) -> tuple[tuple[str, ...], frozenset[str], list[tuple[str, Shard]]]:
     root = root.absolute()
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} is no folder; give a folder of pictures that exists.")
+        raise FileNotFoundError(f"{root} is not a folder; give a folder of pictures that exists.")
     names = list(_picture_files(root))
     if not names:
         raise ValueError(f"no file in {root} has the name of a picture (*.png, *.jpg, ...); give another folder.")
