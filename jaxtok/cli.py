@@ -103,7 +103,8 @@ def _fail(message: str) -> int:
     import rich.console
     import rich.markup
 
-    rich.console.Console(stderr=True).print(f"[red]error:[/] {rich.markup.escape(message)}", highlight=False)
+    text = f"[red]error:[/] {rich.markup.escape(message)}"
+    rich.console.Console(stderr=True).print(text, highlight=False, soft_wrap=True)  # paths can be copied whole
     return 1
 
 

@@ -57,8 +57,8 @@ class Growth:
         model = getattr(task, "model", None)
         if not isinstance(model, ParameterAttentionStack):
             raise ValueError(
-                f"a {type(task).__name__} with the model {type(model).__name__} has no parameter tokens, so it cannot "
-                "grow; leave out the growth."
+                f"the task {type(task).__name__} with the model {type(model).__name__} has no parameter tokens, so it "
+                "cannot grow; leave out the growth."
             )
         changes = {"model": grown_config(model, self.to, self.init, self.scale)}
         if hasattr(task, "frozen_tokens"):
