@@ -539,7 +539,7 @@ def test_a_package_is_got_once(package, tmp_path, monkeypatch, capsys):
     first = open_pictures("emoji", "all")
     assert len(first) == 39 and first.classes == CLASSES and first[5].name == "e6"
     assert contents(first) == [(i % 3, pixels_of(i).tobytes()) for i in range(40) if i != 5]
-    assert "getting emoji-datasource-twitter-16.0.0.tgz once" in capsys.readouterr().err
+    assert "fetching emoji-datasource-twitter-16.0.0.tgz once" in capsys.readouterr().err
     package(command=("no-such-program",))  # from now on, there is no network
     (cache,) = (tmp_path / "cache").rglob("*.npz")
     assert contents(open_pictures("emoji", "all")) == contents(first)
@@ -676,7 +676,7 @@ def test_bad_sources(tmp_path):
     for spec in ("cats", "folder:", "digits:8", ""):
         with pytest.raises(ValueError, match="it must be emoji"):
             open_pictures(spec)
-    with pytest.raises(FileNotFoundError, match="no folder of pictures"):
+    with pytest.raises(FileNotFoundError, match="missing is no folder"):
         open_pictures(f"folder:{tmp_path}/missing")
     with pytest.raises(ValueError, match=r"no file in .* has the name of a picture"):
         open_pictures(f"folder:{tmp_path}")
