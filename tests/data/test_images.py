@@ -561,7 +561,7 @@ def test_without_a_network(package, tmp_path):
         open_pictures("emoji")
     assert len(open_pictures(f"emoji:{archive}", "all")) == 39
     assert not list((tmp_path / "cache").rglob("*.npz"))
-    with pytest.raises(FileNotFoundError, match=r"no file missing\.tgz"):
+    with pytest.raises(FileNotFoundError, match=r"missing\.tgz does not exist"):
         open_pictures("emoji:missing.tgz")
     package(command=("python", "-c", "import sys; sys.exit('the registry is away')"))
     with pytest.raises(FileNotFoundError, match="the registry is away"):
