@@ -24,7 +24,6 @@ import optax
 from jax.experimental import multihost_utils
 
 from jaxtok.configuration import differences
-from jaxtok.model import Model
 from jaxtok.protocols import Data, Surgery, Task
 from jaxtok.training.checkpoints import (
     Checkpoints,
@@ -75,14 +74,15 @@ class Result:
     """Model FLOPs of all training so far, of the runs that this one was forked from too."""
 
 
-def train(experiment: Experiment, *, start: Callable[[], Model] | None = None, quiet: bool = False) -> Result:
+def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, quiet: bool = False) -> Result:
     """Trains, or resumes from the newest checkpoint in the experiment's folder; a finished run is only evaluated again.
 
     Bit-exact: a run that was interrupted and resumed ends with the same parameters as one that was not.
 
     Args:
       experiment: what is trained.
-      start: opens the model whose parameters a new run starts with (`start_from`); a run that is resumed does not.
+      start: opens the model (`jaxtok.model.Model`) whose parameters a new run starts with (`start_from`); it is not
+        called where a run is resumed.
       quiet: shows no progress.
 
     Raises:
@@ -92,13 +92,14 @@ def train(experiment: Experiment, *, start: Callable[[], Model] | None = None, q
     experiment = experiment.fitted()
     directory, config = experiment.directory, experiment.train
     layout = make_layout(experiment.mesh)
-    _check_config(directory, experiment)
+    resumed = _check_config(directory, experiment)
+    source = start() if start and not resumed else None  # which is opened on one device, before the mesh is active
     with (
         layout.active(),
         Checkpoints(directory, config.keep_checkpoints) as checkpoints,
         _Interrupt(config.save_deadline) as interrupt,
     ):
-        run, said = _start(experiment, checkpoints, layout, start)
+        run, said = _start(experiment, checkpoints, layout, source)
         if is_main():
             write_config(directory, experiment)
         log = MetricsLog(directory, run.meta.step, config.tensorboard) if is_main() else NoLog()
@@ -183,7 +184,7 @@ def _state(step: int, stage_start: int, params: Any, opt_state: Any, rng: jax.Ar
 
 
 def _start(
-    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, start: Callable[[], Model] | None
+    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, source: Any | None
 ) -> tuple[_Run, list[str]]:
     """The newest whole checkpoint, or step 0; and what there is to say about it."""
     optimizer = make_optimizer(experiment.train.optimizer)
@@ -212,7 +213,7 @@ def _start(
     if found is None:
         data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
         said: list[str] = []
-        params = None if start is None else start_from(experiment, start(), layout, said.append)
+        params = None if source is None else start_from(experiment, source, layout, said.append)
         state = initial_state(experiment.task, experiment.train, experiment.data, layout, params)
         meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
         return _Run(meta, state, data), said
@@ -228,7 +229,7 @@ def _start(
 
 def start_from(
     experiment: Experiment,
-    source: Model,
+    source: Any,
     layout: Layout | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Any:
@@ -239,7 +240,7 @@ def start_from(
 
     Args:
       experiment: the run; its task is one that fits its data.
-      source: the model, with its parameters on this process's host or device.
+      source: the model (`jaxtok.model.Model`), with its parameters on this process's host or device.
       layout: where the parameters are to live.
       say: is told where the run's task differs from the one that the parameters are of, as with another dropout.
 
@@ -514,8 +515,11 @@ def _evaluate(task, params, data, layout, rows, interrupt) -> dict[str, float] |
         return None
 
 
-def _check_config(directory: Path, experiment: Experiment) -> None:
-    """A run that has made a step keeps its config; one that was forked and has made none, only its task."""
+def _check_config(directory: Path, experiment: Experiment) -> bool:
+    """A run that has made a step keeps its config; one that was forked and has made none, only its task.
+
+    Returns whether there is a run.
+    """
     steps = [int(p.name) for p in (directory / "checkpoints").glob("*") if p.name.isdigit()]
     if steps:
         changed = [d for d in differences(experiment, read_config(directory)) if not d.startswith(MAY_CHANGE)]
@@ -525,6 +529,7 @@ def _check_config(directory: Path, experiment: Experiment) -> None:
                 "Choose another --workdir (or remove that folder) to start anew."
             )
     barrier("config")
+    return bool(steps)
 
 
 class _Interrupt:
