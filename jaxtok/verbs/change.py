@@ -12,7 +12,8 @@ from tyro.conf import Positional
 from jaxtok.door import open_model
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
-from jaxtok.training.checkpoints import begin, fork, must_be_free
+from jaxtok.runs import write_run
+from jaxtok.training.checkpoints import fork, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.transfer.growth import Growth
@@ -104,4 +105,4 @@ def adapt(
     )
     train = TrainConfig(steps=steps, optimizer=optimizer, seed=seed)
     experiment = Experiment(task=task, data=data, name=output.name, workdir=str(output), train=train)
-    return begin(experiment, params)
+    return write_run(output, dataclasses.replace(opened, task=task, data=data, params=params), experiment)
