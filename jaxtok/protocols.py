@@ -385,19 +385,16 @@ class Format(Protocol):
         """Whether the folder or file is in this format; looks at names and headers only."""
         ...
 
-    def read(self, path: Path, like: Task | None = None) -> Any:
+    def read(self, path: Path, like: Task | None = None, **options: Any) -> Any:
         """A `jaxtok.model.Model`.
 
         `like` says the sizes, where the files are bare tensors; else its other settings are taken. `data` is None where
-        the files do not say what the model was trained on.
+        the files do not say what the model was trained on. Options are the format's own, keywords with defaults.
         """
         ...
 
     def write(self, path: Path, model: Any, **options: Any) -> Path:
-        """Writes a `jaxtok.model.Model`; the inverse of `read`. A failure leaves nothing at the path.
-
-        Options that are not its own are passed over.
-        """
+        """Writes a `jaxtok.model.Model`; the inverse of `read`. A failure leaves nothing at the path."""
         ...
 
 
