@@ -128,7 +128,7 @@ class Lexinvariant(Backbone):
         self,
         tokens: Int[Array, "batch length"],
         *,
-        positions: Int[Array, "batch length"] | None = None,
+        positions: Int[Array, "#batch length"] | None = None,
         segments: Int[Array, "batch length"] | None = None,
         mask: Bool[Array, "#batch length length"] | None = None,
         cache: LexinvariantCache | None = None,

@@ -114,7 +114,7 @@ def rotary_frequencies(dim: int, base: float, scaling: RopeScaling | None = None
 
 def apply_rotary(
     x: Float[Array, "batch length heads head_dim"],
-    positions: Int[Array, "batch length"],
+    positions: Int[Array, "#batch length"],
     *,
     fraction: float = 1.0,
     base: float = 10000.0,
