@@ -178,6 +178,12 @@ def write_record(folder: Path, model: Model) -> None:
     (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
 
 
+def copy_record(source: Path, target: Path) -> None:
+    """Copies what `write_record` kept, if it did, to a run that is made from another."""
+    if (source / RECORD).is_file():
+        shutil.copyfile(source / RECORD, target / RECORD)
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """The fields of a `Model` that `write_record` kept; none where it did not."""
     facts = read_json(folder / RECORD)

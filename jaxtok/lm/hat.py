@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from jaxtok.decoding.sampling import Sampling, sampling_key
 from jaxtok.decoding.text import Continued, OnText, continue_texts, texts_and_logprobs
 from jaxtok.nn.cache import KVCache, places_of
 from jaxtok.nn.linear import LlamaStack
-from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, text_loss
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.words import WordSplitter
@@ -242,8 +241,7 @@ class HATModeling(Task):
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Mean cross entropy in nats a byte or end of a word (section 2.3); also logs bits per byte of text."""
         nats, mask, _ = self._spell(params, batch)
-        bits = jnp.sum(nats * mask) / math.log(2)
-        return masked_mean(nats, mask), {"bits_per_byte": bits / jnp.maximum(jnp.sum(self._bytes(batch)), 1)}
+        return text_loss(nats, mask, jnp.sum(self._bytes(batch)))
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         nats, mask, right = self._spell(params, batch)

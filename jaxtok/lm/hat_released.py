@@ -33,7 +33,7 @@ from jaxtok.decoding.sampling import Sampling, sampling_key
 from jaxtok.decoding.text import Continued, OnText, continue_texts, texts_and_logprobs
 from jaxtok.nn.cache import KVCache, entered, places_of
 from jaxtok.nn.linear import Linear, LlamaStack
-from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, text_loss
 from jaxtok.nn.rotary import RopeScaling, apply_rotary
 from jaxtok.nn.transformer import REMAT_POLICIES, Block, Call, Stack
 from jaxtok.protocols import Batch, Params, Sums, Task
@@ -395,8 +395,7 @@ class ReleasedModeling(Task):
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Mean cross entropy in nats a byte; also logs bits per byte of text. First bytes of documents do not count."""
         stream, nats, _ = self._nats(params, batch)
-        bits = jnp.sum(nats * stream["mask"]) / math.log(2)
-        return masked_mean(nats, stream["mask"]), {"bits_per_byte": bits / jnp.maximum(self._bytes(batch, stream), 1)}
+        return text_loss(nats, stream["mask"], self._bytes(batch, stream))
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         stream, nats, right = self._nats(params, batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxtok.lm.decoder import Decoder, DecoderConfig
 from jaxtok.lm.fitting import fit_text
-from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics, text_sums
+from jaxtok.nn.losses import cross_entropy, text_loss, text_metrics, text_sums
 from jaxtok.nn.parameter_attention import TokenCounts, new_token_mask
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
@@ -38,10 +37,7 @@ class LanguageModeling(Task):
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Mean cross entropy in nats a token; also logs bits per byte of text."""
-        nats = self._nats(params, batch, rng)
-        loss = masked_mean(nats, batch["mask"])
-        bits = jnp.sum(nats * batch["mask"]) / math.log(2)
-        return loss, {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"] * batch["mask"]), 1)}
+        return text_loss(self._nats(params, batch, rng), batch["mask"], jnp.sum(batch["bytes"] * batch["mask"]))
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         return text_sums(self._nats(params, batch), batch["mask"], batch["bytes"])

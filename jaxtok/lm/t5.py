@@ -28,7 +28,7 @@ from jaxtok.decoding.text import Continued, OnText, texts_and_logprobs
 from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.cache import KVCache, entered
 from jaxtok.nn.linear import MLP, LinearStack
-from jaxtok.nn.losses import cross_entropy, masked_mean, text_metrics, text_sums
+from jaxtok.nn.losses import cross_entropy, text_loss, text_metrics, text_sums
 from jaxtok.nn.relative import RelativeBias
 from jaxtok.nn.transformer import Block, Call, MultiHead, Stack, layer_range
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
@@ -458,9 +458,7 @@ class SequenceToSequence(Task):
 
     def _loss(self, logits, batch):
         nats = cross_entropy(logits, batch["targets"])
-        bits = jnp.sum(nats * batch["mask"]) / math.log(2)
-        metrics = {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"] * batch["mask"]), 1)}
-        return masked_mean(nats, batch["mask"]), metrics
+        return text_loss(nats, batch["mask"], jnp.sum(batch["bytes"] * batch["mask"]))
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         outputs = shift_right(batch["targets"], self.model.pad_id)

@@ -53,6 +53,14 @@ def masked_mean(values: Shaped[Array, "*shape"], mask: Shaped[Array, "*shape"]) 
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
+def text_loss(
+    nats: Shaped[Array, "*shape"], mask: Shaped[Array, "*shape"], text_bytes: Shaped[Array, ""]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """A loss in training and what is logged beside it: the mean where the mask is 1; and bits per byte of the text."""
+    bits = jnp.sum(nats * mask) / math.log(2)
+    return masked_mean(nats, mask), {"bits_per_byte": bits / jnp.maximum(text_bytes, 1)}
+
+
 def text_sums(
     nats: Float[Array, "batch length"], mask: Float[Array, "batch length"], text_bytes: Int[Array, "batch length"]
 ) -> dict[str, Float[Array, ""]]:

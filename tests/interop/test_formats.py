@@ -45,12 +45,12 @@ from jaxtok.lm.word_pooled import PlainConfig, WordPooledConfig, WordPooling
 from jaxtok.model import Model
 from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.lora import LoraConfig
-from jaxtok.runs import open_run
+from jaxtok.runs import open_run, write_run
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.training.checkpoints import abstract_params, begin
 from jaxtok.training.experiment import Experiment
 from jaxtok.transfer.lora import Lora
-from jaxtok.verbs import evaluate
+from jaxtok.verbs import evaluate, grow
 from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
@@ -478,6 +478,14 @@ def test_the_format_can_be_chosen(tmp_path, capsys):
     assert main(["convert", str(run), str(tmp_path / "b.safetensors"), "--torch-bin"]) == 1
     assert "the format electra_tensorflow has no use for torch_bin; leave it out" in said(capsys)
     assert not (tmp_path / "b").exists() and not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_run_that_has_grown_begins_its_texts_as_before(tmp_path):
+    model = dataclasses.replace(CASES["tokenformer"]().model(), begin=(97,), ends=(98, 99), pad=100)
+    grown = grow(write_run(tmp_path / "run", model), times=2.0)
+    assert grown == tmp_path / "run-grown"
+    opened = open_run(grown)
+    assert (opened.begin, opened.ends, opened.pad) == ((97,), (98, 99), 100)
 
 
 def test_a_file_is_opened_with_the_data_of_its_config(tmp_path):
