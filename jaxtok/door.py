@@ -45,7 +45,7 @@ def open_model(
     if is_run(place):
         model = open_run(place, ema)
     else:
-        known = experiment_of(config, "open") if config else None
+        known = experiment_of(config, "convert") if config else None
         like = known.task if known else None
         form = format_of(place, like)
         if ema:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from jaxtok.configuration import load_config
+from jaxtok.door import experiment_of
 from jaxtok.interop.formats import format_for, format_named, format_of
 from jaxtok.model import Model
 from jaxtok.protocols import Format
@@ -58,7 +58,7 @@ def convert(
         return form.write(target, model, **_options(form, form.write, base=base, torch_bin=torch_bin))
     if ema:
         raise ValueError(f"{source} is no run, so it has no moving average; leave out ema.")
-    experiment = load_config(config) if config else None
+    experiment = experiment_of(config, "convert") if config else None
     task = experiment.task if experiment else None
     form = format_named(format) if format else format_of(source, task)
     options = _options(form, form.read, which=which, tokenizer=tokenizer, base=base)
