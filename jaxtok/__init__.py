@@ -6,7 +6,7 @@
     model.generate("def ")
     model.logits("def ").shape
 
-Importing it is quick and does not import JAX; what is used is imported when it is first named.
+Importing it is quick and does not import JAX; each name is imported when it is first used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_PLACES = {
+_PATHS = {
     "Model": "jaxtok.model:Model",
     "evaluate": "jaxtok.door:evaluate",
     "generate": "jaxtok.door:generate",
@@ -36,11 +36,11 @@ __all__ = ["Model", "evaluate", "generate", "list", "open", "published", "train"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
+    if name not in _PATHS:
         raise AttributeError(f"module 'jaxtok' has no attribute {name!r}")
-    module, _, attribute = _PLACES[name].partition(":")
+    module, _, attribute = _PATHS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> Any:
-    return sorted({*globals(), *_PLACES})
+    return sorted({*globals(), *_PATHS})

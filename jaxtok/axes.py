@@ -19,10 +19,10 @@ Rules = Sequence[tuple[str, tuple[str, ...]]]
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, with its last dimensions named `axes` and the ones in front of them ("batch", "length").
+    """x, with its last dimensions named `axes` and the ones before them ("batch", "length").
 
     Raises:
-      ValueError: the mesh does not divide one of them.
+      ValueError: the mesh does not divide one of the dimensions.
     """
     rules = nn.get_logical_axis_rules()
     if not rules:
@@ -33,7 +33,8 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-    """A parameter as activations meet it: whole along the mesh axes that divide the batch, else as its names say."""
+    """A parameter as activations use it: whole along the mesh axes that divide the batch, and divided along the others
+    as its names say."""
     rules = nn.get_logical_axis_rules()
     if not rules:
         return x
@@ -43,9 +44,9 @@ def gather(x: jax.Array, *axes: str | None) -> jax.Array:
 
 @contextlib.contextmanager
 def rows_only() -> Iterator[None]:
-    """Inside, the first axis of activations is divided by all axes of the mesh, and nothing else is.
+    """A context in which all axes of the mesh divide the first axis of activations, and nothing else is divided.
 
-    For many short rows, such as the words of a batch, in a part of a model that is small beside the rest.
+    It is for many short rows, such as the words of a batch, in a part of a model that is small beside the rest.
     """
     if not nn.get_logical_axis_rules():
         yield
@@ -63,12 +64,12 @@ def partition_spec(
       ValueError: the mesh does not divide an axis; the message names it, its size and the mesh.
     """
     spec = nn.logical_to_mesh_axes(tuple(names), rules)
-    for name, size, place in zip(names, shape, spec):
-        places = [axis for axis in ((place,) if isinstance(place, str) else place or ()) if mesh[axis] > 1]
-        parts = math.prod(mesh[axis] for axis in places)
+    for name, size, entry in zip(names, shape, spec):
+        dividing = [axis for axis in ((entry,) if isinstance(entry, str) else entry or ()) if mesh[axis] > 1]
+        parts = math.prod(mesh[axis] for axis in dividing)
         if size % parts:
             raise ValueError(
-                f"the axis {name} of {what} has size {size}, which mesh axes {' x '.join(places)} = {parts} do not "
+                f"the axis {name} of {what} has size {size}, which mesh axes {' x '.join(dividing)} = {parts} do not "
                 f"divide (mesh: {', '.join(f'{axis} {n}' for axis, n in mesh.items())}); "
                 f"choose another size or mesh, or another rule for {name}."
             )

@@ -1,8 +1,8 @@
 """How fast this machine trains and decodes, as fractions of what it can do: `jaxtok bench`.
 
-Times are medians. On a CPU, float32 matrix products of 2048 x 2048 are timed in front of every sample, and a sample's
-fraction is of the rate measured there: so a machine that is busy with other work slows both down. On an accelerator
-the fraction is of the published peak (`jaxtok.training.peak`).
+Times are medians. On a CPU, float32 products of 2048 x 2048 matrices are timed before every sample, and the sample's
+fraction is that of their rate, so that other work on the machine slows both down. On an accelerator the fraction is
+that of the published peak (`jaxtok.training.peak`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from jaxtok.vision.elm_sampling import ElmSampling
 from jaxtok.vision.elm_sampling import generate as draw_codes
 
 Row = dict[str, Any]
-"""One line of results; `part` says which measurement it is of."""
+"""One line of results; its `part` names the measurement."""
 
 PARTS = ("train", "compile", "decode", "loader")
 
@@ -75,8 +75,8 @@ def _small(attention: int, ffn: int, d_model: int = 128) -> TokenFormerConfig:
 
 CASES = {
     "tiny": Case(_small(16, 64, d_model=32), 2, 32),
-    "small": Case(_small(48, 144), 16, 128),  # configs/lm/quickstart.py, before and
-    "grown": Case(_small(192, 576), 16, 128),  # behind its growth
+    "small": Case(_small(48, 144), 16, 128),  # configs/lm/quickstart.py, before its growth
+    "grown": Case(_small(192, 576), 16, 128),  # and after it
     "124m": Case(PUBLISHED["124m"], 1, 512),
 }
 
@@ -96,21 +96,24 @@ def bench(
 
     Args:
       what: The parts to measure. train takes a step of each model and of the Transformer of its size; compile compiles
-        a step of 4 and of 24 layers; decode generates tokens with the cache; loader makes batches, against the first
-        model's steps; profile shows where the time of each model's step goes. The others do not depend on the models:
-        deletion runs the encoder of ByT5-small, and of MrT5 that deletes 50 and 80 % of 1,024 bytes (2.5 GB);
-        tokenizer encodes and decodes images of 256 x 256 by ELM's binary autoencoder of 16 bits; generation draws
-        images by ELM-B, with the key-value cache and without.
+        a step of 4 and of 24 layers; decode generates tokens with the cache; loader makes batches, and compares that
+        with the first model's steps; profile shows where the time of each model's step goes. The others do not depend
+        on the models: deletion runs the encoder of ByT5-small, and that of MrT5 with 50 and 80 % of 1,024 bytes deleted
+        (2.5 GB); tokenizer encodes and decodes images of 256 x 256 with ELM's binary autoencoder of 16 bits; generation
+        draws images with ELM-B, with the key-value cache and without it.
       models: The models to measure; small and grown are the quickstart's, and 124m is the published size, on one row of
         512 tokens.
-      output: The rows and the machine's description are also written into this JSON file.
+      output: A JSON file into which the rows and the machine's description are also written.
       seconds: How long each measurement takes (at least three samples are taken).
-      dtype: The dtype of activations; auto is float32 on a CPU, else bfloat16.
-      batch_size: How many rows a training batch has; 0 is for as many as each model has (16, and 1 for 124m).
+      dtype: The dtype of activations; auto is float32 on a CPU, and bfloat16 elsewhere.
+      batch_size: How many rows a training batch has; 0 means as many as each model has here (16, and 1 for 124m).
       quiet: Whether tables and the progress bar are left out.
     """
     if seconds <= 0 or batch_size < 0 or not what or not models:
-        raise ValueError(f"seconds is {seconds}; give a positive number of them, a part to measure and a model.")
+        raise ValueError(
+            f"seconds is {seconds}, batch_size {batch_size}, what {what} and models {models}; seconds must be above 0, "
+            "batch_size at least 0, and the others must not be empty."
+        )
     if dtype == "auto":
         dtype = "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
     cases = {
@@ -164,7 +167,7 @@ def bench(
 
 @contextlib.contextmanager
 def _no_compilation_cache() -> Iterator[None]:
-    """Compiles anew, whatever was compiled before, in this process or (as the `jaxtok` command keeps it) on disk."""
+    """Inside, everything is compiled anew, even what this process or the cache on disk has compiled already."""
     enabled = jax.config.jax_enable_compilation_cache
     make_train_step.cache_clear()
     jax.clear_caches()
@@ -178,7 +181,7 @@ def _no_compilation_cache() -> Iterator[None]:
 
 
 class TrainStep:
-    """A compiled train step with its state and one batch of random tokens; a call is an update."""
+    """A compiled training step with its state and one batch of random tokens; each call is an update."""
 
     def __init__(self, model: DecoderConfig, batch_size: int, length: int):
         self.task = LanguageModeling(model=model)
@@ -197,7 +200,7 @@ class TrainStep:
 
 
 def train(case: Case, seconds: float) -> Iterator[Row]:
-    """A train step of TokenFormer and of the Transformer of its size, timed in turns."""
+    """Times a training step of TokenFormer and of the Transformer of its size, in turns."""
     systems = {"TokenFormer": case.model, "Transformer": matched_transformer(case.model)}
     steps = {name: TrainStep(model, case.batch_size, case.length) for name, model in systems.items()}
     samples = measure(steps, seconds)
@@ -216,14 +219,14 @@ def train(case: Case, seconds: float) -> Iterator[Row]:
 
 
 def compilation(case: Case) -> Iterator[Row]:
-    """Seconds to trace and compile the train step of a shallow and of a deep model."""
+    """Measures the seconds to trace and compile the training step of a shallow and of a deep model."""
     for layers in (4, 24):
         step = TrainStep(dataclasses.replace(case.model, num_layers=layers), case.batch_size, case.length)
         yield {"layers": layers, "compile_seconds": step.compile_seconds}
 
 
 def deletion(model: MrT5Config, seconds: float, rows: int = 1, length: int = 1024) -> Iterator[Row]:
-    """The encoder that deletes bytes, against the same without a gate, in turns; in evaluation, random parameters."""
+    """Times the encoder that deletes bytes and the same encoder without a gate, in turns, with random parameters."""
     params = jax.jit(functools.partial(init_params, model))(jax.random.key(0))
     programs = encoders(MrT5Training(model=model), params, rows, length)
     samples = measure(programs, seconds)
@@ -240,7 +243,7 @@ def deletion(model: MrT5Config, seconds: float, rows: int = 1, length: int = 102
 
 
 def image_tokenizer(model: BAEConfig, seconds: float, batches: tuple[int, ...] = (1, 4)) -> Iterator[Row]:
-    """Encoding (with bits that are drawn) and decoding images, with random parameters."""
+    """Times encoding (with bits that are drawn) and decoding images, with random parameters."""
     task = Autoencoding(model=model, discriminator=None, perceptual="none")
     size = model.image_size
     params = unboxed(jax.jit(task.init)(jax.random.key(0), {"images": jnp.zeros((1, size, size, model.channels))}))
@@ -264,8 +267,8 @@ def image_tokenizer(model: BAEConfig, seconds: float, batches: tuple[int, ...] =
 
 
 def image_generation(model: ElmConfig, seconds: float, batches: tuple[int, ...] = (1, 8)) -> Iterator[Row]:
-    """Guided images, code by code, with the cache; and as without one, where each position is a pass over the whole
-    image (one such pass is timed)."""
+    """Times guided images, code by code, with the cache; and one pass over a whole image, which is what each position
+    costs without the cache."""
     params = jax.jit(functools.partial(init_elm, model))(jax.random.key(0))
     sampling = ElmSampling(guidance=2.0, top_k=0)
 
@@ -296,8 +299,11 @@ def image_generation(model: ElmConfig, seconds: float, batches: tuple[int, ...] 
 
 
 def decode(case: Case, seconds: float, new_tokens: int = 24, chunk: int = 8) -> Iterator[Row]:
-    """Greedy decoding with the cache, without the prefill and the first tokens. Each token reads all parameters once,
-    whatever the batch: the rate of these reads, beside that of a product of a 256 MB matrix and a vector."""
+    """Times greedy decoding with the cache, without the prefill and the first tokens.
+
+    Each token reads all parameters once, whatever the batch; the rate of these reads is compared with that of a product
+    of a 256 MB matrix and a vector.
+    """
     task = LanguageModeling(model=case.model)
     params = unboxed(jax.jit(task.init)(jax.random.key(0), random_batch(case.model.vocab_size, 1, 8)))
     read = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
@@ -330,7 +336,7 @@ def decode(case: Case, seconds: float, new_tokens: int = 24, chunk: int = 8) -> 
 
 
 def loader(case: Case, seconds: float) -> Iterator[Row]:
-    """Batches of the default corpus as bytes, and how many of them are ready in the time of one train step."""
+    """Times batches of the default corpus as bytes, and tells how many are ready in the time of one training step."""
     data = TextData(batch_size=case.batch_size, length=case.length)
     step = TrainStep(case.model, case.batch_size, case.length)
     batches = data.train_batches()
@@ -348,8 +354,11 @@ def loader(case: Case, seconds: float) -> Iterator[Row]:
 
 
 def profile(case: Case, seconds: float) -> Iterator[Row]:
-    """The step's parts timed alone: their shares say what bounds it. `matrix products` are those of the gradient, each
-    shape by itself on fresh operands, times how often it occurs: no step can be faster than these."""
+    """Times the step's parts alone; their shares tell what bounds it.
+
+    `matrix products` are those of the gradient: each shape is timed by itself on fresh operands, and counted as often
+    as it occurs. No step can be faster than these.
+    """
     step = TrainStep(case.model, case.batch_size, case.length)
     rng, params = jax.random.key(0), step.state.params
 
@@ -378,15 +387,17 @@ def profile(case: Case, seconds: float) -> Iterator[Row]:
 
 
 def matrix_products(function: Callable, *args: Any) -> Counter:
-    """How often `function(*args)` makes each matrix product, a key being (shapes and dtypes of both operands, dimension
-    numbers of `jax.lax.dot_general`). Layers of a scan count each."""
-    found: Counter = Counter()
+    """Counts how often `function(*args)` makes each matrix product; each iteration of a scan counts.
+
+    A key is (shapes and dtypes of both operands, dimension numbers of `jax.lax.dot_general`).
+    """
+    counts: Counter = Counter()
 
     def walk(jaxpr, times):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
                 operands = tuple((x.aval.shape, x.aval.dtype) for x in equation.invars)
-                found[operands, equation.params["dimension_numbers"]] += times
+                counts[operands, equation.params["dimension_numbers"]] += times
             repeat = equation.params["length"] if equation.primitive.name == "scan" else 1
             for value in equation.params.values():
                 for item in value if isinstance(value, tuple | list) else [value]:
@@ -395,18 +406,18 @@ def matrix_products(function: Callable, *args: Any) -> Counter:
                         walk(inner, times * repeat)
 
     walk(jax.make_jaxpr(function)(*args).jaxpr, 1)
-    return found
+    return counts
 
 
 def product_flops(operands: Any, dimension_numbers: Any) -> int:
-    """Of one product, by its key in `matrix_products`."""
+    """Returns the FLOPs of one product, from its key in `matrix_products`."""
     (left, _), (right, _) = operands
     (_, contracting), (_, batch) = dimension_numbers
     return 2 * math.prod(left) * math.prod(n for axis, n in enumerate(right) if axis not in (*contracting, *batch))
 
 
 def _product_seconds(operands: Any, dimension_numbers: Any, calls: int = 8) -> float:
-    """The median over five times so many calls in a row, lest the time between calls counts."""
+    """Returns the median of five times so many calls in a row, so that the time between calls does not count."""
     left, right = (jnp.ones(shape, dtype) for shape, dtype in operands)
     product = jax.jit(lambda a, b: jax.lax.dot_general(a, b, dimension_numbers))
     times = []
@@ -419,7 +430,7 @@ def _product_seconds(operands: Any, dimension_numbers: Any, calls: int = 8) -> f
 
 @dataclasses.dataclass
 class Samples:
-    """Seconds of one call, and FLOP/s of matrix products measured in front of it."""
+    """The seconds of each sample's call, and the FLOP/s of matrix products measured before it."""
 
     seconds: np.ndarray
     rates: np.ndarray
@@ -429,7 +440,7 @@ class Samples:
 
 
 def measure(runs: dict[Any, Callable[[], Any]], seconds: float, least: int = 3) -> dict[Any, Samples]:
-    """Times functions in turns, behind a call of each for warm-up; a sample is the mean over a fifth of a second."""
+    """Times functions in turns, after a call of each for warm-up; a sample is the mean over a fifth of a second."""
     for run in runs.values():
         jax.block_until_ready(run())
     samples: dict[Any, list[tuple[float, float]]] = {name: [] for name in runs}
@@ -448,7 +459,7 @@ def measure(runs: dict[Any, Callable[[], Any]], seconds: float, least: int = 3) 
 
 
 _rates: list[float] = []
-"""Of all matrix products that this process has timed."""
+"""The FLOP/s of all matrix products that this process has timed."""
 
 
 def _rate() -> float:
@@ -458,7 +469,7 @@ def _rate() -> float:
 
 
 def machine() -> Row:
-    """What the numbers were measured on, and the matmul rate over the whole run."""
+    """Returns what the numbers were measured on, and the matmul rate over the whole run."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -473,7 +484,7 @@ def machine() -> Row:
 
 
 def random_batch(vocab_size: int, rows: int, length: int) -> dict[str, np.ndarray]:
-    """A batch of random tokens, each row one document."""
+    """Returns a batch of random tokens, in which each row is one document."""
     tokens = np.random.default_rng(0).integers(vocab_size, size=(rows, length + 1), dtype=np.int32)
     ones = np.ones((rows, length), np.int32)
     return {
@@ -487,13 +498,13 @@ def random_batch(vocab_size: int, rows: int, length: int) -> dict[str, np.ndarra
 
 
 def _planned_memory(compiled: Any) -> float:
-    """Bytes of a step's arguments and temporary arrays, by the compiler's plan."""
+    """Returns the bytes of a step's arguments and temporary arrays, by the compiler's plan."""
     plan = compiled.memory_analysis()
     return plan.argument_size_in_bytes + plan.temp_size_in_bytes if plan else math.nan
 
 
 def _peak_memory() -> tuple[int, str]:
-    """The most bytes ever in use, and where: on the device if it counts them, else in the process."""
+    """Returns the most bytes ever in use, and where: on the device if it counts them, otherwise in the process."""
     if peak := (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"):
         return peak, "device"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "process"  # in kilobytes on Linux

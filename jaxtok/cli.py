@@ -1,4 +1,4 @@
-"""The `jaxtok` command: thin, every verb is a function that can be imported."""
+"""The `jaxtok` command. It is thin: every verb is a function that can be imported."""
 
 from __future__ import annotations
 
@@ -18,52 +18,54 @@ HELP = """\
 jaxtok {version}: systems about tokens, in JAX
 
   jaxtok train CONFIG|RUN     trains what a config describes, or resumes a run
-  jaxtok eval MODEL           measures loss, perplexity and bits per byte on any corpus
+  jaxtok eval MODEL           measures loss, perplexity and bits per byte on a corpus
   jaxtok generate MODEL       continues prompts
   jaxtok grow RUN             makes a new run whose model has more parameter tokens
   jaxtok adapt MODEL          makes a new run that trains a LoRA adapter of a model
-  jaxtok convert FROM TO      reads and writes the formats of others
+  jaxtok convert FROM TO      converts between runs and other formats (Hugging Face, PEFT, the authors' files)
   jaxtok tokenizer FILE       trains a SentencePiece tokenizer on a corpus
   jaxtok vision VERB          tokenizes, reconstructs and generates images, and measures their tokens
-  jaxtok study CONFIG         runs an experiment with its baselines: table and plot
-  jaxtok plan CONFIG          says memory and time on a TPU slice (memory on GPUs), without one
-  jaxtok recovery             kills a run 50 times, and compares it with one left in peace, bit for bit
-  jaxtok bench                measures speed as a fraction of this machine's own matmul rate
+  jaxtok study CONFIG         runs an experiment with its baselines, and writes a table and a plot
+  jaxtok plan CONFIG|RUN      estimates memory and time on a TPU slice (memory on GPUs), without having one
+  jaxtok recovery             kills a run 50 times, and compares it with an undisturbed one, bit for bit
+  jaxtok bench                measures speed, as a fraction of what this machine can do
   jaxtok list [PATTERN]       shows systems, configs and published sizes
 
-`jaxtok VERB --help` tells the rest. Fields of a config are set by their dotted names:
+`jaxtok VERB --help` lists the options. Fields of a config are set by their dotted names:
   jaxtok train tokenformer_small --train.steps 100 --task.model.d-model 256
 """
 
 TRAINING = """
 A new run starts with new parameters, or with those of another model:
-  --start MODEL     a run, RUN/checkpoints/STEP or a Hugging Face folder; where the model is of another kind, `start` in
-                    the config is the surgery that leads to the run's. A run that is resumed does not open it again.
+  --start MODEL     a run, RUN/checkpoints/STEP, or a folder or file in another format. If that model is of another
+                    kind, the field `start` of the config must be the surgery that turns it into the run's model. A run
+                    that is resumed does not open it again.
 
-Of a run of several processes, each is started with the same command. They find each other by what Slurm or a TPU pod
-sets, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by
+In a run of several processes, each process is started with the same command. They find each other by what Slurm or a
+TPU pod sets, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by
   --coordinator HOST:PORT --num-processes N --process-id I
-  --distributed     ask the TPU VM (where it sets no variables, as in a shell on a Cloud TPU)
-SIGTERM on any of them saves and ends all with exit code 75: start the same command again. See tpu_scripts/.
+  --distributed     asks the TPU VM (if it sets no variables, as in a shell on a Cloud TPU)
+SIGTERM to any of them saves the run and ends all of them with exit code 75; the same command resumes it.
+See tpu_scripts/.
 """
 
 PLANNING = """
-Options of its own:
+Options of `plan` itself:
   --topology T      CHIP:AxB or CHIP:AxBxC with v4, v5e, v5p or v6e, such as v5e:16x16, or v5e-256, v5p-512, v6e-256;
-                    or GPU:N or GPU:HOSTSxN with a100, h100 or h200, such as h100:8
-  --sweep           try meshes and remat policies (fifteen compilations for 256 chips), and print the best first
-  --output FILE     also write the numbers as JSON
-The step is compiled by the TPU compiler (pip install libtpu), or by XLA for a GPU (pip install jax-cuda12-plugin);
-neither needs the device. The GPU's says what memory is needed and what is exchanged, and nothing of time.
-Exit code 1: it does not fit.
+                    or GPU:N or GPU:HOSTSxN with a100, h100 or h200, such as h100:8 (default: v5e-256)
+  --sweep           tries meshes and remat policies (fifteen compilations for 256 chips), and prints the best first
+  --output FILE     also writes the numbers as JSON
+The step is compiled by the TPU compiler (pip install libtpu), or by XLA for GPUs (pip install jax-cuda12-plugin);
+neither needs the devices. For GPUs, the compiler tells memory and collectives, but no times.
+The exit code is 1 if the step does not fit.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a verb.
+    """Runs a verb and returns the exit code.
 
-    Returns the exit code: 0; 1 for an error that its message explains (set JAXTOK_TRACEBACK=1 to see where); 2 for
-    unknown options; 75 for a run that was interrupted, saved, and can be resumed; 130 for Ctrl-C elsewhere.
+    That is 0; 1 after an error, which its message explains (set JAXTOK_TRACEBACK=1 to see where it came from); 2 after
+    unknown options; 75 if a run was interrupted and saved, and can be resumed; 130 after Ctrl-C elsewhere.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cache_compilations() -> None:
-    """Keeps compiled programs between calls, unless JAX is told otherwise by its own environment variables."""
+    """Keeps compiled programs between calls, unless JAX's own environment variables say otherwise."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtok" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
@@ -124,7 +126,7 @@ def _train(arguments: list[str]) -> int:
 
 
 def _join_processes(arguments: list[str]) -> list[str]:
-    """Joins the other processes of the run; returns the arguments without those that say which they are."""
+    """Joins the other processes of the run; returns the arguments without those that were for this."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--distributed", action="store_true")
     parser.add_argument("--coordinator", default="")
@@ -164,12 +166,12 @@ def _plan(arguments: list[str]) -> int:
 
 
 def _config(arguments: list[str], verb: str) -> Any:
-    """The config named first on the command line, with the overrides after it; None if help was asked for."""
+    """Returns the config that a command line begins with, changed by the rest; None if it asks for help."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: jaxtok {verb} CONFIG|RUN [--FIELD VALUE ...]\n")
-        print("CONFIG is one of these names, a Python file that defines one, or FILE:NAME where it defines several.\n")
+        print(f"usage: jaxtok {verb} {'CONFIG' if verb == 'study' else 'CONFIG|RUN'} [--FIELD VALUE ...]\n")
+        print("CONFIG is one of these names, a Python file that defines one, or FILE:NAME if it defines several.\n")
         print(systems.configs_text("study" if verb == "study" else "train"))
-        print(f"`jaxtok {verb} CONFIG --help` lists the fields of one and their values.")
+        print(f"`jaxtok {verb} CONFIG --help` lists the fields of a config and their values.")
         if verb == "train":
             print(TRAINING, end="")
         return None
@@ -184,15 +186,15 @@ def _config(arguments: list[str], verb: str) -> Any:
 def _vision(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: jaxtok vision VERB ...\n")
-        for name, place in VISION.items():
-            print(f"  {name:<12} {(_function(place).__doc__ or '').splitlines()[0]}")
-        print("\n`jaxtok vision VERB --help` tells the rest.")
+        for name, path in VISION.items():
+            print(f"  {name:<12} {(_function(path).__doc__ or '').splitlines()[0]}")
+        print("\n`jaxtok vision VERB --help` lists the options.")
         return 0
     verb, *rest = arguments
     if verb not in VISION:
-        hint = systems.nearest(verb, VISION, f"; use {', '.join(VISION)}")
+        hint = systems.nearest(verb, VISION, f"; use one of {', '.join(VISION)}")
         return _fail(f"there is no verb {verb!r} of vision{hint}")
-    if verb == "generate":  # whose options are also those of the run
+    if verb == "generate":  # its options depend on the run
         _print(_function("jaxtok.verbs.vision:generate_from_arguments")(rest))
         return 0
     return _call(VISION[verb], f"vision {verb}", rest)
@@ -200,31 +202,32 @@ def _vision(arguments: list[str]) -> int:
 
 def _list(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("jaxtok list", description="Shows systems, configs and published sizes.")
-    parser.add_argument("pattern", nargs="?", default="*", help='Only names that match it are shown, such as "*byte*".')
+    about = 'A pattern, such as "*byte*"; only the names that match it are shown.'
+    parser.add_argument("pattern", nargs="?", default="*", help=about)
     pattern = parser.parse_args(arguments).pattern
-    found = systems.find(pattern)
-    if not found:
-        return _fail(f"nothing has a name like {pattern!r}; `jaxtok list` shows all there is.")
-    print(found)
+    listing = systems.find(pattern)
+    if not listing:
+        return _fail(f"no name matches {pattern!r}; `jaxtok list` shows all of them.")
+    print(listing)
     return 0
 
 
-def _function(place: str) -> Callable[..., Any]:
-    module, _, name = place.partition(":")
+def _function(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
-def _call(place: str, verb: str, arguments: list[str]) -> int:
-    """Calls a function with a command line, of which its signature and docstring make the options and the help."""
+def _call(path: str, verb: str, arguments: list[str]) -> int:
+    """Calls a function with a command line; its signature and docstring become the options and the help."""
     import tyro
 
-    result = tyro.cli(_function(place), args=arguments, prog=f"jaxtok {verb}")
+    result = tyro.cli(_function(path), args=arguments, prog=f"jaxtok {verb}")
     _print(f"jaxtok train {result}" if verb in ("grow", "adapt") else result)
     return 0
 
 
 def _print(result: Any) -> None:
-    """Numbers as a table, and a folder or file as its path; what else there is was shown as it came."""
+    """Prints numbers as a table, and a folder or file as its path; any other result was shown as it came."""
     if isinstance(result, dict):
         _show(result)
     elif isinstance(result, str | Path):
@@ -253,7 +256,7 @@ FUNCTIONS = {
     "recovery": "jaxtok.studies.recovery:recovery",
     "bench": "jaxtok.bench:bench",
 }
-"""Verbs that are a function, by its module and name; they are imported when they are called."""
+"""Verbs that are one function, by its module and name; it is imported when it is called."""
 
 VISION = {
     "tokenize": "jaxtok.verbs.vision:tokenize",
@@ -266,7 +269,7 @@ VISION = {
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "train": _train,
-    **{verb: functools.partial(_call, place, verb) for verb, place in FUNCTIONS.items()},
+    **{verb: functools.partial(_call, path, verb) for verb, path in FUNCTIONS.items()},
     "vision": _vision,
     "study": _study,
     "plan": _plan,

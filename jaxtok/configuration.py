@@ -26,23 +26,23 @@ MOVED: dict[str, str] = {
     "jaxtok.lm.growth:Growth": "jaxtok.transfer.growth:Growth",
     "jaxtok.training.lora:Lora": "jaxtok.transfer.lora:Lora",
 }
-"""Types that stored configs name and that have moved: "module:Class", as it was stored -> as it is now.
+"""Types that have moved since configs were stored: the stored "module:Class" -> the one of today.
 
-What has changed in a dataclass, it says itself, in class variables that its subclasses inherit:
+A dataclass whose fields have changed says so itself, in class variables that its subclasses inherit:
   RENAMED: ClassVar[dict[str, str]]  fields that have another name now: the old name -> the new one
-  RETIRED: ClassVar[dict[str, Any]]  fields that are no more: name -> the value at which a stored one is left out; any
-                                     other value raises
+  RETIRED: ClassVar[dict[str, Any]]  fields that no longer exist: the name -> the value at which a stored one is
+                                     dropped; any other value is an error
 """
 
 
 def load_config(config: str | Path) -> Any:
-    """The config of a name (`jaxtok train --help` lists them), of a Python file, or of FILE:NAME.
+    """Returns the config of a name (`jaxtok train --help` lists them), of a Python file, or of FILE:NAME.
 
-    A file defines `config`; or `configs`, a dictionary of names to configs, or to functions that make them.
+    A file defines `config`, or `configs`: a dictionary from names to configs, or to functions that make them.
 
     Raises:
-      FileNotFoundError: there is no such file, and no config of such a name.
-      ValueError: the file is no Python file, has an error, or defines no config of that name.
+      FileNotFoundError: there is neither such a file nor a config of that name.
+      ValueError: the file is not a Python file, has an error, or defines no config of that name.
     """
     text = str(config)
     file, _, name = text.rpartition(":")
@@ -51,11 +51,11 @@ def load_config(config: str | Path) -> Any:
     if text in known:
         path, name = known[text].file, text
     elif not path.is_file():
-        places = [*known, *(str(p) for p in path.parent.glob("*.py"))]
-        hint = systems.nearest(path.stem, places, "; `jaxtok train --help` lists those there are")
+        candidates = [*known, *(str(p) for p in path.parent.glob("*.py"))]
+        hint = systems.nearest(path.stem, candidates, "; `jaxtok list` shows them")
         raise FileNotFoundError(f"there is no config {text!r}{hint}")
     elif path.suffix != ".py":
-        raise ValueError(f"{path} is no config; it must be a Python file that defines one, or the name of a config.")
+        raise ValueError(f"{path} is not a config; it must be a Python file that defines one, or the name of a config.")
     return _config_of(path, name)
 
 
@@ -80,7 +80,7 @@ def _config_of(path: Path, name: str) -> Any:
 
 @contextlib.contextmanager
 def _errors_of(path: Path) -> Iterator[None]:
-    """Whatever a user's file does wrong, as a ValueError of one sentence."""
+    """Turns whatever a user's file does wrong into a ValueError of one sentence."""
     try:
         yield
     except Exception as error:
@@ -89,7 +89,7 @@ def _errors_of(path: Path) -> Iterator[None]:
 
 
 def _line_of(error: BaseException, path: Path) -> str:
-    """`, line N` of the file, where the error came from one."""
+    """Returns `, line N` if the error came from a line of the file, else an empty text."""
     if isinstance(error, SyntaxError):
         return f", line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
@@ -97,7 +97,7 @@ def _line_of(error: BaseException, path: Path) -> str:
 
 
 def replaced(config: T, changes: Mapping[str, Any]) -> T:
-    """The config with fields replaced by their dotted names: `{"train.steps": 100}`; `stages.0.init` is of the first.
+    """Returns the config with fields replaced by their dotted names: `{"train.steps": 100, "stages.0.init": "copy"}`.
 
     Raises:
       ValueError: there is no such field, or its value is impossible.
@@ -112,17 +112,17 @@ def _replaced(config: Any, path: Sequence[str], value: Any, name: str) -> Any:
         return value
     first, *rest = path
     if isinstance(config, tuple) and first.isdigit() and int(first) < len(config):
-        place = int(first)
-        return (*config[:place], _replaced(config[place], rest, value, name), *config[place + 1 :])
+        index = int(first)
+        return (*config[:index], _replaced(config[index], rest, value, name), *config[index + 1 :])
     fields = [field.name for field in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
     if first not in fields:
         hint = systems.nearest(first, fields, f"; it must be one of {', '.join(fields)}" if fields else "")
-        raise ValueError(f"{name} is no field: a {type(config).__name__} has no {first!r}{hint}")
+        raise ValueError(f"{name} is not a field: a {type(config).__name__} has no {first!r}{hint}")
     return dataclasses.replace(config, **{first: _replaced(getattr(config, first), rest, value, name)})
 
 
 def override(config: T, arguments: Sequence[str], prog: str) -> T:
-    """The config with fields replaced from a command line of dotted names: `--train.steps 100`.
+    """Returns the config with fields replaced from a command line of dotted names: `--train.steps 100`.
 
     An unknown name or an impossible value ends the program with a message that names the nearest known ones.
     """
@@ -137,7 +137,7 @@ def override(config: T, arguments: Sequence[str], prog: str) -> T:
 
 
 def to_json(value: Any) -> Any:
-    """A config as what `json` can write, each dataclass with its type's name."""
+    """Returns a config as values that `json` can write; each dataclass carries the name of its type."""
     if dataclasses.is_dataclass(value):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
         return {"type": f"{type(value).__module__}:{type(value).__qualname__}"} | fields
@@ -151,7 +151,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """The inverse of `to_json`, also of what an older version wrote. Fields that a class has gained take their default.
+    """Inverts `to_json`, also for what an older version wrote. Fields that a class has gained take their defaults.
 
     Raises:
       ValueError: the class is unknown, or does not have a field.
@@ -173,12 +173,12 @@ def from_json(value: Any) -> Any:
                 f"only {retired[name]!r} can still be read."
             )
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"the stored config gives {cls.__name__} the fields {', '.join(unknown)}; it has no such.")
+        raise ValueError(f"the stored config gives {cls.__name__} the fields {', '.join(unknown)}; it has none such.")
     return cls(**fields)
 
 
 def _named(name: str) -> type:
-    """The dataclass of a type's name, by its newest name."""
+    """Returns the dataclass of a stored type name, which may be an old one."""
     module, _, cls_name = MOVED.get(name, name).partition(":")
     if module.split(".")[0] == "jaxtok":
         try:
@@ -193,12 +193,12 @@ def _named(name: str) -> type:
 
 
 def _of_classes(cls: type, table: str) -> dict[str, Any]:
-    """A table of a dataclass with those of the classes that it inherits from."""
+    """Returns a table of a dataclass, joined with those of its base classes."""
     return {k: v for base in reversed(cls.__mro__) for k, v in vars(base).get(table, {}).items()}
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """Where two configs differ, one line each: `train.steps: 100, not 200`."""
+    """Returns where two configs differ, one line each: `train.steps: 100, not 200`."""
     if type(a) is type(b) and dataclasses.is_dataclass(a):
         names = [f.name for f in dataclasses.fields(a)]
         return [d for n in names for d in differences(getattr(a, n), getattr(b, n), f"{prefix}{n}.")]

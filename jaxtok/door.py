@@ -22,7 +22,7 @@ from jaxtok.transfer.lora import Lora
 def open_model(
     path: str | Path, adapter: str | Path | None = None, ema: bool = False, config: str | Path | None = None
 ) -> Model:
-    """A model: task, parameters, tokenizer and data.
+    """Opens a model: task, parameters, tokenizer and data.
 
     >>> model = jaxtok.open(run)
     >>> text = model.generate("number ")
@@ -30,27 +30,27 @@ def open_model(
     (9, 384)
 
     Args:
-      path: a run's folder (its newest checkpoint), RUN/checkpoints/STEP, a Hugging Face folder or a folder or file of
-        another format, or the name of a config that was trained here. Of a run that trains an adapter, the model with
-        it.
+      path: a run's folder (its newest checkpoint is opened), RUN/checkpoints/STEP, a folder or file in another format
+        (Hugging Face's, ...), or the name of a config that was trained here. A run that trains an adapter gives the
+        model with the adapter merged in.
       adapter: a PEFT folder of LoRA, whose differences are added to the model.
-      ema: take the moving average of the parameters, of a run that keeps one (optimizer.ema_decay).
-      config: the name or file of the model's config, where a file holds tensors alone.
+      ema: take the moving average of the parameters, if the run keeps one (optimizer.ema_decay).
+      config: the name or file of the model's config, for a file that holds only tensors.
 
     Raises:
-      FileNotFoundError: there is nothing.
-      ValueError: what is there is no model; it is not the config's; or there is no average.
+      FileNotFoundError: there is nothing at the path.
+      ValueError: what is there is not a model, or not the config's, or has no moving average.
     """
-    place = _place(path)
-    if is_run(place):
-        model = open_run(place, ema)
+    location = _location(path)
+    if is_run(location):
+        model = open_run(location, ema)
     else:
         known = experiment_of(config, "convert") if config else None
         like = known.task if known else None
-        form = format_of(place, like)
+        form = format_of(location, like)
         if ema:
-            raise ValueError(f"{path} is no run, so it has no moving average; leave out ema.")
-        model = form.read(place, like)
+            raise ValueError(f"{path} is not a run, so it has no moving average; leave out ema.")
+        model = form.read(location, like)
         if known and model.data is None:
             model = with_data(model, known.data)
     if isinstance(model.task, Lora):
@@ -61,25 +61,25 @@ def open_model(
     return model
 
 
-def _place(path: str | Path) -> Path:
-    """Where a model should be: the path, or the run of the config of this name."""
-    place, name = Path(path), str(path)
-    if place.exists():
-        return place
+def _location(path: str | Path) -> Path:
+    """Returns where a model should be: the path, or the run of the config of this name."""
+    location, name = Path(path), str(path)
+    if location.exists():
+        return location
     if name in systems.configs():
         run = getattr(load_config(name), "directory", None)
         if run is None:
-            raise ValueError(f"{name} is a study, and has several models; run `jaxtok study {name}`, and open one.")
+            raise ValueError(f"{name} is a study, which has several models; run `jaxtok study {name}` and open one.")
         if not is_run(run):
             raise FileNotFoundError(f"{name} has not been trained here: there is no {run}; run `jaxtok train {name}`.")
         return run
-    others = [str(other) for other in place.parent.glob("*") if other.is_dir()]
+    others = [str(other) for other in location.parent.glob("*") if other.is_dir()]
     hint = systems.nearest(name, [*others, *systems.configs()], "; give a run's folder, or a folder or file of a model")
-    raise FileNotFoundError(f"there is no {name}{hint}")
+    raise FileNotFoundError(f"there is nothing at {name}{hint}")
 
 
 def train(config: str | Path | Experiment, start: Model | str | Path | None = None, **overrides: Any) -> Model:
-    """Trains what a config describes, or resumes it, as `jaxtok train` does; returns the trained model.
+    """Trains what a config describes, or resumes its run, as `jaxtok train` does; returns the trained model.
 
     >>> model = jaxtok.train(config, train__steps=2, workdir="short")
     >>> model.step
@@ -87,8 +87,8 @@ def train(config: str | Path | Experiment, start: Model | str | Path | None = No
 
     Args:
       config: the name of a config (`jaxtok.list` shows them), its file or FILE:NAME, a run's folder, or an Experiment.
-      start: a model, or what `jaxtok.open` takes, whose parameters a new run begins with; see `Experiment.start`.
-      overrides: fields to change; two underscores go down: `train__steps=100`, `task__model__d_model=256`.
+      start: the model whose parameters a new run begins with, or what `jaxtok.open` takes; see `Experiment.start`.
+      overrides: fields to change, with two underscores for each dot: `train__steps=100`, `task__model__d_model=256`.
 
     Raises:
       FileNotFoundError, ValueError: there is no such config, it is a study, or it has no such field.
@@ -102,29 +102,29 @@ def train(config: str | Path | Experiment, start: Model | str | Path | None = No
 
 
 def experiment_of(config: str | Path, verb: str = "train") -> Experiment:
-    """The experiment of a name, a file or a run's folder.
+    """Returns the experiment of a name, a file or a run's folder.
 
     Raises:
-      FileNotFoundError, ValueError: there is none; the message says which verb is for what there is.
+      FileNotFoundError, ValueError: there is none; if there is something else, the message names the verb for it.
     """
-    found = _read(config)
-    if not isinstance(found, Experiment):
-        what = "a study" if hasattr(found, "run") else f"of {type(found).__name__}"
-        hint = f"run it with `jaxtok study {config}`" if hasattr(found, "run") else "give an Experiment"
+    value = _read(config)
+    if not isinstance(value, Experiment):
+        what = "a study" if hasattr(value, "run") else f"of {type(value).__name__}"
+        hint = f"run it with `jaxtok study {config}`" if hasattr(value, "run") else "give an Experiment"
         raise ValueError(f"{config} is {what}, which `jaxtok {verb}` does not take; {hint}.")
-    return found
+    return value
 
 
 def study_of(config: str | Path) -> Any:
-    """The study of a name or a file.
+    """Returns the study of a name or a file.
 
     Raises:
       FileNotFoundError, ValueError: as `experiment_of`.
     """
-    found = _read(config)
-    if not hasattr(found, "run"):
+    value = _read(config)
+    if not hasattr(value, "run"):
         raise ValueError(f"{config} is an experiment, not a study; run it with `jaxtok train {config}`.")
-    return found
+    return value
 
 
 def _read(config: str | Path) -> Any:
@@ -132,15 +132,15 @@ def _read(config: str | Path) -> Any:
     if str(config) in systems.configs() or not folder.is_dir():
         return load_config(config)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{config} is no run: it has no config.json; give what `jaxtok train` made.")
+        raise FileNotFoundError(f"{config} is not a run: it has no config.json; give what `jaxtok train` made.")
     try:
         return read_config(folder)
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is no config of a run; give what `jaxtok train` made.") from error
+        raise ValueError(f"{folder / 'config.json'} is not a run's config; give what `jaxtok train` made.") from error
 
 
 def published(name: str) -> Any:
-    """The config of a published size; `jaxtok.list` shows their names.
+    """Returns the config of a published size; `jaxtok.list` shows their names.
 
     >>> jaxtok.published("mrt5-small").d_model
     1472
@@ -182,7 +182,7 @@ def generate(model, prompt="", **options):
 def evaluate(
     model: Model | str | Path, corpus: str = "", split: Split = "validation", batches: int = 0
 ) -> dict[str, float]:
-    """The numbers of a model on a split of a corpus.
+    """Measures a model on a split of a corpus.
 
     >>> sorted(jaxtok.evaluate(run, batches=1))
     ['bits_per_byte', 'bytes', 'loss', 'perplexity', 'tokens']

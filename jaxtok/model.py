@@ -25,7 +25,7 @@ Split = Literal["train", "validation", "test", "all"]
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What every verb, notebook and study holds in its hand; `jaxtok.open` makes it, from a run or from a `Format`.
+    """What every verb, notebook and study works with; `jaxtok.open` makes it, from a run or from a `Format`.
 
     >>> model = jaxtok.open(run)
     >>> model
@@ -36,30 +36,30 @@ class Model:
     """
 
     task: Any
-    """Fills the Task waist."""
+    """A Task (`jaxtok.protocols.Task`)."""
     params: Params
     data: Any
-    """Fills the Data waist: what it was trained on, or how it would be."""
+    """A Data (`jaxtok.protocols.Data`): what the model was trained on, or would be."""
     tokenizer: Tokenizer | None = None
-    """None, where the data are no text."""
+    """None if the data are not text."""
     begin: tuple[int, ...] = ()
     """Ids that begin every text."""
     ends: tuple[int, ...] = ()
-    """Ids after any of which a text has ended."""
+    """Ids each of which ends a text."""
     pad: int | None = None
-    """The id that fills rows up, where there is one."""
+    """The id that fills up rows, if there is one."""
     path: Path | None = None
-    """Where it was read from."""
+    """Where the model was read from."""
     step: int = 0
-    """Updates so far."""
+    """How many updates it has had."""
 
     def __repr__(self) -> str:
         kind = type(self.task).__name__
         if hasattr(self.task, "model"):
             kind += f" of {type(self.task.model).__name__}"
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-        place = f", from {self.path.name}" if self.path else ""
-        return f"Model({kind}, {count:,} parameters, step {self.step}{place})"
+        origin = f", from {self.path.name}" if self.path else ""
+        return f"Model({kind}, {count:,} parameters, step {self.step}{origin})"
 
     @property
     def module(self) -> nn.Module:
@@ -69,11 +69,11 @@ class Model:
           ValueError: the task has several modules, or none.
         """
         if not hasattr(self.task, "module"):
-            raise ValueError(f"{self._it()} has not one module; use the methods of its task with model.params.")
+            raise ValueError(f"{self._subject} has no single module; use the methods of its task with model.params.")
         return self.task.module()
 
     def ids(self, text: str | bytes) -> Int[Array, " length"]:
-        """The ids of a text, with those that begin every text.
+        """Returns the ids of a text, after those that begin every text.
 
         >>> jaxtok.open(run).ids("ab").tolist()
         [256, 97, 98]
@@ -86,19 +86,19 @@ class Model:
     def logits(
         self, inputs: str | bytes | Int[Array, " length"] | Int[Array, "batch length"]
     ) -> Float[Array, "*batch length vocab"]:
-        """Logits of the token after each place, of a causal language model.
+        """Returns the logits of the token after each position, from a causal language model.
 
         >>> jaxtok.open(run).logits("number 1").shape
         (9, 384)
 
         Args:
-          inputs: a text, before which come the ids that begin every text; or ids, which are taken as they are.
+          inputs: a text, to which the ids that begin every text are added; or ids, which are taken as they are.
 
         Raises:
-          ValueError: the model is no causal language model.
+          ValueError: the model is not a causal language model.
         """
         if not self._is_causal:
-            raise ValueError(f"{self._it()} has no logits of next tokens; give a causal language model.")
+            raise ValueError(f"{self._subject} has no logits of next tokens; give a causal language model.")
         ids = self.ids(inputs) if isinstance(inputs, str | bytes) else jnp.asarray(inputs, jnp.int32)
         logits = _logits(self.module, self.params, ids[None] if ids.ndim == 1 else ids)
         return logits[0] if ids.ndim == 1 else logits
@@ -108,7 +108,7 @@ class Model:
     @overload
     def generate(self, prompt: Sequence[str | bytes], max_new_tokens: int = 0, **options: Any) -> list[str]: ...
     def generate(self, prompt="", max_new_tokens=0, *, on_text=None, stream=False, **options):
-        """Continues a prompt, or several as a batch; returns what is new.
+        """Continues a prompt, or several as a batch; returns the new text.
 
         >>> model = jaxtok.open(run)
         >>> len(model.generate("number ", max_new_tokens=5, stop_at_end=False)) <= 5
@@ -118,11 +118,11 @@ class Model:
 
         Args:
           prompt: a text, or several; an empty one begins a new document.
-          max_new_tokens: at most so many for each prompt (bytes, for models that generate words); 0: 200, or what the
-            model's context has room for.
+          max_new_tokens: the largest number of new tokens for each prompt (of bytes, for models that generate words);
+            0: 200, or fewer if the model's context has less room.
           on_text: called with the number of a prompt and its new text, as it comes.
           stream: write a single prompt and its text to the standard output, as it comes.
-          options: of `generate_bytes`. Bytes that are no UTF-8 become U+FFFD.
+          options: of `generate_bytes`. Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
           ValueError: as `generate_bytes`.
@@ -164,17 +164,17 @@ class Model:
         stop_at_end: bool = True,
         on_bytes: Callable[[int, bytes], None] | None = None,
     ) -> list[bytes]:
-        """The exact bytes after each prompt.
+        """Continues each prompt; returns the exact new bytes.
 
         Args:
           prompts: texts to continue.
           max_new_tokens: as of `generate`.
-          temperature: below 1 is safer, above is wilder; 0: always the most likely token.
-          top_k: only the k most likely tokens; 0: all.
-          top_p: only the most likely tokens that together have this probability; 1: all.
-          seed: another seed, another text.
-          stop: also stop after these texts, each of a single token (with bytes: a single character).
-          stop_at_end: stop where the model ends the document.
+          temperature: below 1 favours likely tokens, above 1 unlikely ones; 0: always take the likeliest.
+          top_k: draw only from the k likeliest tokens; 0: from all.
+          top_p: draw only from the likeliest tokens that together have this probability; 1: from all.
+          seed: another seed gives another text.
+          stop: also stop after any of these texts, each of a single token (with bytes: a single character).
+          stop_at_end: stop when the model ends the document.
           on_bytes: called with the number of a prompt and its new bytes, every few tokens.
 
         Raises:
@@ -189,7 +189,7 @@ class Model:
 
         if isinstance(self.task, TextGenerator):
             if stop:
-                raise ValueError(f"{self._it()} does not stop at texts; leave out stop.")
+                raise ValueError(f"{self._subject} does not stop at texts; leave out stop.")
             given = [text.encode() if isinstance(text, str) else text for text in prompts]
             return self.task.continue_text(
                 self.params,
@@ -200,7 +200,7 @@ class Model:
                 on_text=report if on_bytes else None,
             )
         if not self._is_causal:
-            raise ValueError(f"{self._it()} does not generate text; give a language model.")
+            raise ValueError(f"{self._subject} does not generate text; give a language model.")
         stops = [tokenizer.encode(text) for text in stop]
         if long := [text for text, tokens in zip(stop, stops) if len(tokens) != 1]:
             raise ValueError(f"stop has {long[0]!r}, which is not a single token; choose texts that are.")
@@ -228,17 +228,17 @@ class Model:
         return [bytes_of(row) for row in rows]
 
     def evaluate(self, corpus: str = "", split: Split = "validation", batches: int = 0) -> dict[str, float]:
-        """The numbers of the model on a split: loss and bits per byte of text, or what its task measures.
+        """Measures the model on a split: loss and bits per byte of text, or what its task measures.
 
         >>> numbers = jaxtok.open(run).evaluate(split="test", batches=1)
         >>> 0 < numbers["bits_per_byte"] < 12
         True
 
         Args:
-          corpus: another one than the model's own, of the same kind: python, a file or folder, tfds:NAME or
-            arrayrecord:PATTERN (of images: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN).
-          split: which part; files are split by a hash of their path.
-          batches: evaluate only so many; 0: all.
+          corpus: a corpus to use in place of the model's own, of the same kind: python, a file or folder, tfds:NAME
+            or arrayrecord:PATTERN (for images: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN).
+          split: the part of the corpus; files are split by a hash of their path.
+          batches: the number of batches; 0: all.
         """
         data = self.on(corpus, batches)
         return self.task.evaluate(self.params, data.eval_batches(split))
@@ -246,14 +246,14 @@ class Model:
     def encode(
         self, images: UInt8[np.ndarray, "batch ..."] | Float[np.ndarray, "batch ..."], rng: jax.Array | None = None
     ) -> Int[np.ndarray, "batch positions sub_codes"]:
-        """Codes of images, by all devices of this process.
+        """Encodes images on all devices of this process.
 
         Args:
           images: of the tokenizer's `image_shape`, as bytes, or as floats in [0, 1].
-          rng: a key, which is used where the tokenizer draws its codes.
+          rng: a key, which is used if the tokenizer draws its codes.
 
         Raises:
-          ValueError: the model is no image tokenizer.
+          ValueError: the model is not an image tokenizer.
         """
         task = self._image_tokenizer()
         key = rng if task.draws_codes else None
@@ -262,21 +262,21 @@ class Model:
     def decode(
         self, codes: Int[np.ndarray, "batch positions sub_codes"], rng: jax.Array | None = None
     ) -> Float[np.ndarray, "batch ..."]:
-        """Images of codes, not limited to [0, 1], by all devices of this process.
+        """Decodes codes on all devices of this process, to images that are not limited to [0, 1].
 
         Args:
           codes: of whole images, or of a prefix that the tokenizer can decode.
-          rng: a key, which is used where the tokenizer draws its images.
+          rng: a key, which is used if the tokenizer draws its images.
 
         Raises:
-          ValueError: the model is no image tokenizer.
+          ValueError: the model is not an image tokenizer.
         """
         task = self._image_tokenizer()
         key = rng if task.draws_images else None
         return _on_devices(lambda params, x: task.decode(params, x, key), self.params, codes)
 
     def on(self, corpus: str = "", batches: int = 0) -> Any:
-        """The model's data, of another corpus (if one is named) and of so many batches of an evaluation (0: all).
+        """Returns the model's data, of another corpus if one is named, with `batches` in an evaluation (0: all).
 
         Raises:
           ValueError: nothing says what data the model is of.
@@ -286,18 +286,20 @@ class Model:
         source = {self.data.source: corpus} if corpus else {}
         return dataclasses.replace(self.data, eval_limit=batches, **source)
 
-    def _it(self) -> str:
-        what = f"{self.path} is" if self.path else "this is"
-        return f"{what} of {type(self.task).__name__}, which"
+    @property
+    def _subject(self) -> str:
+        """How an error message begins."""
+        model = f"{self.path} is" if self.path else "this is"
+        return f"{model} a model of {type(self.task).__name__}, which"
 
     def _text_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
-            raise ValueError(f"{self._it()} has no text; give a model of text.")
+            raise ValueError(f"{self._subject} does not read text; give a model of text.")
         return self.tokenizer
 
     def _image_tokenizer(self) -> Any:
         if not isinstance(self.task, ImageTokenizer):
-            raise ValueError(f"{self._it()} is no image tokenizer; give one.")
+            raise ValueError(f"{self._subject} is not an image tokenizer; give a run of one.")
         return self.task
 
     @property
@@ -312,11 +314,11 @@ def _logits(module: nn.Module, params: Params, ids: Int[Array, "batch length"]) 
 
 
 def _on_devices(function: Callable[[Params, jax.Array], jax.Array], params: Params, array: np.ndarray) -> np.ndarray:
-    """The function of the rows of an array, to which rows are added until the devices divide them."""
+    """Applies a function to the rows of an array, with rows added until the devices divide them."""
     layout = make_layout()
-    count, more = len(array), -len(array) % layout.mesh.size
-    whole = np.concatenate([array, np.repeat(array[-1:], more, axis=0)])
+    count, added = len(array), -len(array) % layout.mesh.size
+    padded = np.concatenate([array, np.repeat(array[-1:], added, axis=0)])
     with layout.active():
-        axes = ("batch", *[None] * (whole.ndim - 1))
-        rows = jax.device_put(whole, layout.sharding(axes, whole.shape, "the batch"))
+        axes = ("batch", *[None] * (padded.ndim - 1))
+        rows = jax.device_put(padded, layout.sharding(axes, padded.shape, "the batch"))
         return np.asarray(function(jax.device_put(params, layout.replicated), rows))[:count]

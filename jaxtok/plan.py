@@ -1,14 +1,14 @@
-"""How an experiment would run on a TPU slice, or on GPUs, that are not there: `jaxtok plan`.
+"""How an experiment would run on a TPU slice or on GPUs that one does not have: `jaxtok plan`.
 
 The real training step is compiled ahead of time by the TPU compiler (libtpu), which needs no TPU. What it says of
-memory and of the time of each operation is taken as it is; the rest is an estimate of this module, and is called so:
+memory and of the time of each operation is taken as it is; the rest is estimated by this module, and marked as such:
 
-- collectives: bytes sent round a ring, over the published bandwidth of the links. One that the compiler runs beside
-  other work counts only where it would take longer than all of that work.
+- collectives: the bytes sent round a ring, divided by the published bandwidth of the links. Those that the compiler
+  runs beside other work count only as far as they take longer than all of that work.
 - kernels written by hand (attention): their FLOPs, at half of the published peak.
 
-XLA compiles for GPUs that are not there too, from a description of their kind. It says what memory a step needs and
-what the devices exchange, and nothing of time.
+XLA also compiles for GPUs that are not there, from a description of their kind. It tells what memory a step needs and
+what the devices exchange, but no times.
 """
 
 from __future__ import annotations
@@ -45,36 +45,36 @@ SLICES = {
     "v5p-512": "v5p:8x8x4",  # its name counts the two cores of each chip
     "v6e-256": "v6e:16x16",
 }
-"""Some slices by the name under which they are rented."""
+"""Some slices, by the names under which they are rented."""
 
 KERNEL_EFFICIENCY = 0.5
-"""The part of the peak that is assumed for kernels written by hand."""
+"""The fraction of the peak that is assumed for kernels written by hand."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What is published of a chip (or of one of its cores, if these are devices of their own)."""
+    """What is published about a chip (or about one of its cores, if each core is a device)."""
 
     hbm: float
-    """Bytes of memory."""
+    """The bytes of its memory."""
     links: float
-    """Bytes a second that it sends to its neighbours, over all links."""
+    """The bytes a second that it sends to its neighbours, over all links."""
     cycle_flops: int
-    """FLOPs of its matrix units in a cycle. The clock is that at which they reach the published peak."""
+    """The FLOPs of its matrix units in a cycle; the clock is taken to be the one at which they reach the peak."""
     peak: float = 0.0
-    """FLOP/s of bfloat16."""
+    """The published FLOP/s of bfloat16."""
     torus: tuple[int, ...] = ()
-    """Chips of the slice along each of its directions."""
+    """The number of chips of the slice along each of its directions."""
 
     def seconds(self, operation: Operation) -> float:
-        """Of an operation, all times that it runs."""
+        """Returns the seconds of an operation, over all times that it runs."""
         if operation.cycles:
             return operation.times * operation.cycles * self.cycle_flops / self.peak
         call = operation.text.split("custom-call(")
         return operation.times * kernel_flops(call[0], shapes(call[-1])) / (self.peak * KERNEL_EFFICIENCY)
 
     def collective_seconds(self, collective: Collective) -> float:
-        """A group that is as long as one direction of the torus is taken to use the links of that direction only."""
+        """Returns the seconds of a collective; a group no longer than a direction of the torus uses only its links."""
         directions = len(self.torus) or 1
         used = directions if collective.group > max(self.torus, default=1) else 1
         return collective.sent / (self.links * used / directions)
@@ -91,24 +91,24 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What is published of a GPU, as far as XLA asks for it."""
+    """What is published about a GPU, as far as XLA asks for it."""
 
     name: str
     memory: float
-    """Bytes."""
+    """The bytes of its memory."""
     bandwidth: float
-    """Of the memory, bytes a second."""
+    """The bytes a second of its memory."""
     capability: int
     cores: int
     fpus: int
     shared_memory: int
-    """Of a core, bytes."""
+    """The bytes of a core's shared memory."""
     l2: int
     clock: float
-    """GHz."""
+    """The clock rate in GHz."""
 
     def description(self) -> str:
-        """As XLA reads it (GpuTargetConfigProto)."""
+        """Returns the description that XLA reads (GpuTargetConfigProto)."""
         return f"""
             gpu_device_info {{
               cuda_compute_capability {{ major: {self.capability} minor: 0 }}
@@ -132,16 +132,16 @@ GPUS = {
 
 
 def _chip(devices: list[Any]) -> Chip:
-    """What one of these devices is."""
+    """Returns what one of these devices is."""
     kind = devices[0].device_kind
     for gpu in GPUS.values():
         if gpu.name == kind:
             return Chip(gpu.memory, 0.0, 0)
     if kind not in CHIPS:
-        raise ValueError(f"chips of the kind {kind!r} are not known here; use v4, v5e, v5p or v6e.")
-    places = np.array([d.coords for d in devices])
-    part = len(np.unique(places, axis=0)) / len(devices)  # of a chip: on v4, a half
-    torus = tuple(int(n) for n in places.max(0) - places.min(0) + 1 if n > 1)
+        raise ValueError(f"the chip is {kind!r}, which is not known here; use v4, v5e, v5p or v6e.")
+    coordinates = np.array([d.coords for d in devices])
+    part = len(np.unique(coordinates, axis=0)) / len(devices)  # of a chip: on v4, a half
+    torus = tuple(int(n) for n in coordinates.max(0) - coordinates.min(0) + 1 if n > 1)
     chip = CHIPS[kind]
     return Chip(chip.hbm * part, chip.links * part, int(chip.cycle_flops * part), PEAK_FLOPS[kind] * part, torus)
 
@@ -157,22 +157,22 @@ def plan(
     output: Path | None = None,
     quiet: bool = False,
 ) -> list[Row]:
-    """Compiles the training step for devices that are not there, prints what it would need and take, and returns it.
+    """Compiles the training step for devices that are not there; prints and returns what it would need and take.
 
     Args:
-      experiment: with its mesh, which has to fit them.
+      experiment: the run, whose mesh must fit the devices.
       topology: CHIP:AxB or CHIP:AxBxC, such as v5e:16x16 or v5p:8x8x4, or one of `SLICES`; or GPU:N or GPU:HOSTSxN,
         such as h100:8.
       sweep: try other meshes and remat policies too, and print the best first.
-      output: also write the rows into this JSON file.
+      output: a JSON file into which the rows are also written.
       quiet: print nothing.
 
     Raises:
       ValueError: the topology is unknown, the mesh does not fit it, or the compiler is not installed.
     """
     devices = topology_devices(topology)
-    jax.config.update("jax_enable_compilation_cache", False)  # it cannot keep programs for devices that are not there
-    if not getattr(_model(experiment), "vocab_size", 1):  # else, the data need not be there
+    jax.config.update("jax_enable_compilation_cache", False)  # the cache cannot keep such programs
+    if not getattr(_model(experiment), "vocab_size", 1):  # otherwise the data need not be there
         experiment = experiment.fitted()
     console = rich.console.Console(quiet=quiet, soft_wrap=True)
     cases = list(variants(experiment, len(devices))) if sweep else [experiment]
@@ -208,16 +208,16 @@ def plan(
 
 
 NOTE = """\
-Memory, FLOPs and the time of operations are the TPU compiler's own; the time of collectives (from published link
-bandwidth) and of hand-written kernels (half of peak) are estimates, and so is the step. Nothing was run."""
+Memory, FLOPs and the time of operations are the TPU compiler's own; the times of collectives (from published link
+bandwidth) and of hand-written kernels (at half of peak) are estimates, and so is that of the step. Nothing was run."""
 
 
 NOTE_GPU = """\
-Memory and collectives are the GPU compiler's own; it says nothing of time. Nothing was run."""
+Memory and collectives are the GPU compiler's own; it tells no times. Nothing was run."""
 
 
 def topology_devices(topology: str) -> list[Any]:
-    """Devices that need not be there.
+    """Returns the devices of a topology, which need not be there.
 
     Raises:
       ValueError: the topology is unknown, or its compiler is not installed.
@@ -229,7 +229,7 @@ def topology_devices(topology: str) -> list[Any]:
 def _gpus(topology: str) -> list[Any]:
     kind, _, size = topology.partition(":")
     if not re.fullmatch(r"(\d+x)?\d+", size):
-        raise ValueError(f"the topology {topology!r} is none; use {kind}:N for N GPUs, or {kind}:HOSTSxN.")
+        raise ValueError(f"the topology is {topology!r}; it must be {kind}:N for N GPUs, or {kind}:HOSTSxN.")
     if not any(find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise ValueError("planning for GPUs needs their compiler: pip install jax-cuda12-plugin.")
     from jax.experimental import topologies
@@ -263,16 +263,16 @@ def _tpus(topology: str) -> list[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except Exception as error:
         raise ValueError(
-            f"the topology {topology!r} is unknown to the TPU compiler ({str(error).splitlines()[0][:120]}); use "
+            f"the topology is {topology!r}, unknown to the TPU compiler ({str(error).splitlines()[0][:120]}); use "
             f"CHIP:AxB or CHIP:AxBxC with v4, v5e, v5p or v6e, such as v5e:4x4 or v5p:2x2x4, or {', '.join(SLICES)}; "
             f"or GPU:N with {', '.join(GPUS)}."
         ) from error
 
 
 def compile_step(experiment: Experiment, layout: Layout) -> tuple[Any, str]:
-    """The training step of an experiment's first stage, compiled for the layout's devices, and its program's text.
+    """Compiles the training step of an experiment's first stage for the layout's devices; returns it and its text.
 
-    For TPUs, the text is what the compiler writes down itself: JAX cannot print every program of a newer compiler.
+    For TPUs, the text is what the compiler itself writes: JAX cannot print every program of a newer compiler.
     """
     task, config, data = experiment.task, experiment.train, experiment.data
     shardings = layout.batch(data.batch_spec())
@@ -292,7 +292,7 @@ def compile_step(experiment: Experiment, layout: Layout) -> tuple[Any, str]:
 
 
 def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
-    """Memory, time and collectives of one training step on each device.
+    """Returns memory, time and collectives of one training step on each device.
 
     Raises:
       ValueError: the mesh does not fit.
@@ -306,9 +306,9 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
-        needed, there = (float(n) * GIB for n in found.groups()) if found else (math.nan, chip.hbm)
-        row |= {"fits": False, "hbm_gigabytes": needed / 1e9, "hbm_of_chip_gigabytes": there / 1e9}
+        match = re.search(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", str(error))
+        needed, available = (float(n) * GIB for n in match.groups()) if match else (math.nan, chip.hbm)
+        row |= {"fits": False, "hbm_gigabytes": needed / 1e9, "hbm_of_chip_gigabytes": available / 1e9}
         return row | {"advice": advice(experiment, layout, chip)}
     memory = compiled.memory_analysis()
     program = read_program(text)
@@ -347,25 +347,25 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
 
 
 def largest_costs(program: Program, chip: Chip, most: int = 8) -> dict[str, float]:
-    """Seconds of a step by what they are spent on, the largest first; collectives apart."""
+    """Returns the seconds of a step by what they are spent on, without collectives, the largest first."""
     seconds: Counter = Counter()
     for operation in program.operations:
-        seconds[place(operation.source)] += chip.seconds(operation)
+        seconds[part_of(operation.source)] += chip.seconds(operation)
     return dict(seconds.most_common(most))
 
 
-def place(source: str) -> str:
-    """An operation's part of the model and of the step, from the name that JAX gave it.
+def part_of(source: str) -> str:
+    """Returns an operation's part of the step and of the model, from the name that JAX gave it.
 
-    >>> place("jit(train_step)/transpose(jvp(Decoder))/Decoder.hidden/stack/while/body/blocks/ffn/dot_general")
+    >>> part_of("jit(train_step)/transpose(jvp(Decoder))/Decoder.hidden/stack/while/body/blocks/ffn/dot_general")
     'backward: ffn'
     """
     direction = (
         "recomputed" if "rematted_computation" in source else "backward" if "transpose(" in source else "forward"
     )
-    found = re.findall(r"blocks/(attention/(?:query|key|value|output)|attention|\w+)", source)
-    if found:
-        part = "attention between tokens" if found[-1] == "attention" else found[-1]
+    names = re.findall(r"blocks/(attention/(?:query|key|value|output)|attention|\w+)", source)
+    if names:
+        part = "attention between tokens" if names[-1] == "attention" else names[-1]
     elif "jvp" in source:
         match = re.search(r"Decoder\.(\w+)", source)
         part = match[1] if match else "loss"
@@ -375,10 +375,10 @@ def place(source: str) -> str:
 
 
 def collectives(program: Program, chip: Chip) -> list[Row]:
-    """By kind, group and whether they overlap: how many, the bytes that a device sends and, on TPUs, their time."""
-    found: dict[tuple, Row] = {}
+    """Returns, by kind, group and overlap, their number, the bytes that a device sends and, on TPUs, their time."""
+    rows: dict[tuple, Row] = {}
     for c in program.collectives:
-        row = found.setdefault(
+        row = rows.setdefault(
             (c.kind, c.group, c.overlapped),
             {
                 "kind": c.kind,
@@ -392,11 +392,11 @@ def collectives(program: Program, chip: Chip) -> list[Row]:
         row["gigabytes"] += c.sent / 1e9
         if chip.links:
             row["seconds"] = row.get("seconds", 0.0) + chip.collective_seconds(c)
-    return sorted(found.values(), key=lambda row: -row["gigabytes"])
+    return sorted(rows.values(), key=lambda row: -row["gigabytes"])
 
 
 def advice(experiment: Experiment, layout: Layout, chip: Chip) -> list[str]:
-    """What to change where the step does not fit."""
+    """Returns what to change if the step does not fit."""
     model, train, mesh = _model(experiment), experiment.train, layout.mesh.shape
     state = abstract_state(experiment.task, train, experiment.data, layout)
     held = sum(_local_bytes(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state)))
@@ -420,8 +420,8 @@ def advice(experiment: Experiment, layout: Layout, chip: Chip) -> list[str]:
 
 
 def variants(experiment: Experiment, devices: int) -> Iterator[Experiment]:
-    """The experiment with parameters divided 16, 64 and 256 ways (as far as there are devices), parameter tokens not or
-    4 ways, and each remat policy but `none`."""
+    """Yields the experiment with parameters divided 16, 64 and 256 ways (as far as there are devices), parameter tokens
+    whole or divided 4 ways, and each remat policy but `none`."""
     policies = ("full", "projections", "dots") if hasattr(_model(experiment), "remat") else (None,)
     for tensor in (1, 4):
         rest = devices // tensor
@@ -437,7 +437,7 @@ def variants(experiment: Experiment, devices: int) -> Iterator[Experiment]:
 
 
 def with_model(experiment: Experiment, **fields: Any) -> Experiment:
-    """The experiment with other fields of its model."""
+    """Returns the experiment with some fields of its model replaced."""
     model = dataclasses.replace(experiment.task.model, **fields)
     return dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, model=model))
 
@@ -447,7 +447,7 @@ def _model(experiment: Experiment) -> Any:
 
 
 def remat_of(model: Any) -> str:
-    """A model's policy, or those of its parts."""
+    """Returns a model's remat policy, or those of its parts."""
     parts = vars(model).values() if dataclasses.is_dataclass(model) and not hasattr(model, "remat") else (model,)
     return ", ".join(sorted({part.remat for part in parts if hasattr(part, "remat")})) or "none"
 

@@ -1,4 +1,4 @@
-"""The waists of the house: the few interfaces through which everything plugs into everything.
+"""The waists of the package: the few interfaces through which all its parts fit together.
 
 Each is a structural `Protocol`: a class fills a waist by having its methods, without importing this module. Only `Task`
 is a base class, for what most tasks share. What is written against a waist (the training loop, sampling, evaluation,
@@ -26,19 +26,19 @@ Batch = Mapping[str, np.ndarray]
 
 tokens     int32    the inputs
 targets    int32    the token that follows each input
-positions  int32    the input's place in its document, as far as this row holds it, from 0
+positions  int32    the input's position, from 0, in the part of its document that the row holds
 segments   int32    1, 2, ... for the documents in a row, 0 for padding; no attention crosses segments
 mask       float32  1 where the target counts in the loss, else 0
 bytes      int32    how many bytes of text the target stands for (0 for special tokens and padding)
 
 A batch of images has
 
-images     uint8    [batch, height, width, channels]; or float32 in [0, 1], where that is so. Volumes have a depth,
-                    [batch, depth, height, width, channels]
+images     uint8    [batch, height, width, channels], of volumes [batch, depth, height, width, channels]; some data
+                    have float32 in [0, 1] instead
 labels     int32    [batch], the class
 mask       float32  [batch], 1 where the image counts, 0 where it only fills the batch
 
-and a batch of codes, in place of the images,
+A batch of codes has, in place of the images,
 
 codes      int32    [batch, positions, sub_codes], as an `ImageTokenizer` makes them
 """
@@ -51,7 +51,7 @@ class ArraySpec:
     shape: tuple[int, ...]
     dtype: Any
     axes: tuple[str | None, ...]
-    """The logical axis of each dimension (`batch`, `length`, ...); None: a dimension that no mesh divides."""
+    """The logical axis of each dimension (`batch`, `length`, ...); None for a dimension that no mesh divides."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,18 +63,18 @@ class Special:
     eos: tuple[int, ...] = ()
     """Each of them ends a text; the first one ends a document."""
     pad: int | None = None
-    """Fills rows up."""
+    """Fills up rows."""
     unk: int | None = None
-    """Stands for what the vocabulary has not; no text is encoded to it here, as that would lose the text."""
+    """Stands for text that the vocabulary lacks; nothing is encoded to it here, as that would lose the text."""
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
     """Text to ids and back. Lossless: `decode(encode(x)) == x` for every byte string x.
 
-    Where there is a vocabulary beyond single bytes, `vocabulary() -> list[bytes]` gives the bytes of each id (none for
-    special tokens); where it was made by merges and the file has them, `merges() -> list[tuple[bytes, bytes]]` gives
-    these in their order.
+    A tokenizer whose vocabulary goes beyond single bytes also has `vocabulary() -> list[bytes]`: the bytes of each id
+    (none for special tokens). One that was made by merges, and whose file has them, also has
+    `merges() -> list[tuple[bytes, bytes]]`: the merges in their order.
     """
 
     name: str
@@ -91,14 +91,14 @@ class Tokenizer(Protocol):
 
 
 class Cache(Protocol):
-    """What a causal model keeps of the tokens before: a pytree of static shapes; rows have lengths of their own.
+    """What a causal model keeps of earlier tokens: a pytree of static shapes, in which each row has its own length.
 
-    `init_cache` makes it empty, and `apply` returns it with the new tokens in it. `jaxtok.nn.cache.KVCache` has slots
-    with keys and values; the state of a state-space model has none, and is not rewindable.
+    `init_cache` makes an empty one, and `apply` returns it with the new tokens in it. `jaxtok.nn.cache.KVCache` has
+    slots of keys and values; the state of a state-space model has no slots, and is not rewindable.
     """
 
     length: jax.Array
-    """[batch] int32: how many tokens each row has taken, and not dropped since."""
+    """[batch] int32: how many tokens each row has taken and not dropped."""
     rewindable: bool
     """Whether `truncate` and `gather` are possible; otherwise they raise a ValueError."""
 
@@ -114,8 +114,9 @@ class Cache(Protocol):
     def gather(self, index: jax.Array, count: jax.Array | None = None) -> Cache:
         """Keeps the slots `index` [batch, kept] of each row, in that order, with their positions.
 
-        With an index [layers, batch, kept] or [layers, batch, heads, kept] these differ. `count`, of the shape of the
-        index but its last dimension or [batch], says how many of them hold something; default: all.
+        An index of [layers, batch, kept] or [layers, batch, heads, kept] keeps other slots in each layer, or in each
+        head of each layer. `count` says how many of the kept slots hold something; its shape is [batch], or that of the
+        index without the last dimension. Default: all of them.
         """
         ...
 
@@ -123,13 +124,14 @@ class Cache(Protocol):
 class CausalLM(Protocol):
     """A Linen module from tokens [batch, length] to next-token logits [batch, length, vocab].
 
-    Used with explicit parameters, as `model.apply({"params": params}, tokens, ...)`. `method="embed"`, `"hidden"` and
-    `"head"` give the parts: `head(hidden(embed(tokens)))` is the whole. `hidden` takes the options of `apply`, and
+    It is used with explicit parameters, as `model.apply({"params": params}, tokens, ...)`. `method="embed"`, `"hidden"`
+    and `"head"` call its parts: `head(hidden(embed(tokens)))` is the whole. `hidden` takes the options of `apply`, and
 
-    layers  (a, b): only the layers from number a on and before number b run. With a > 0, the input is what earlier
-            layers gave for the same tokens. What belongs to the embeddings (positions, dropout) is applied where a = 0,
-            and the final norm after the last layer: `layers=(count, count)` is the final norm alone. With a cache,
-            a = 0 gives it new tokens; otherwise they are its newest ones, and those layers that run are written.
+    layers  (a, b): only layers a, ..., b - 1 run. With a > 0, the input is what the earlier layers returned for the
+            same tokens. What belongs to the embeddings (positions, dropout) is applied only if a = 0, and the final
+            norm only after the last layer: `layers=(count, count)` applies the final norm alone. With a cache, a = 0
+            appends the tokens to it; with a > 0 they are its newest tokens already, and the layers that run write
+            their part of it.
     """
 
     config: Any
@@ -152,10 +154,10 @@ class CausalLM(Protocol):
         Args:
           positions: [batch or 1, length] int32; default: 0, 1, ..., or from the cache's `next_position` on. With a
             cache, a token at position -1 is padding: it leaves no trace, and its logits mean nothing.
-          segments: [batch, length] int32; tokens see those of their own segment only. Not together with a cache.
-          mask: [batch or 1, length, length] bool, who sees whom among these tokens, in place of "those up to itself":
-            a draft tree, with positions by depth. Each also sees what the cache holds at its position or before, and in
-            either case no farther back than a window reaches.
+          segments: [batch, length] int32; a token sees those of its own segment only. Not together with a cache.
+          mask: [batch or 1, length, length] bool: which of these tokens each of them sees, in place of all up to
+            itself; for a draft tree, whose positions are depths. Each also sees what the cache holds at its position
+            or before. In either case it sees no farther back than a window reaches.
         """
         ...
 
@@ -165,27 +167,30 @@ class CausalLM(Protocol):
 
 
 class Batches(Protocol):
-    """Batches of training, without end; its state goes through JSON, and is that of all processes' rows."""
+    """Training batches, without end."""
 
     def __next__(self) -> Batch: ...
-    def get_state(self) -> dict[str, Any]: ...
+    def get_state(self) -> dict[str, Any]:
+        """Returns where the iterator is in the rows of this process, as values that JSON can hold."""
+        ...
+
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to where an iterator was whose state this is (those of several processes, as one dictionary)."""
+        """Moves to where the iterators were that returned this state; those of several processes are one dictionary."""
         ...
 
     def close(self) -> None: ...
 
 
 class Data(Protocol):
-    """Where batches come from; a frozen dataclass, so that a run's config tells it.
+    """Where batches come from: a frozen dataclass, so that a run's config can hold it.
 
-    `rows` are those of each batch that a process needs; by default all. The rows are the same however they are divided.
+    `rows` are the rows of each batch that this process needs; default: all. They are the same however they are divided.
     """
 
     batch_size: int
     """Rows of a batch, over all devices and processes."""
     unit: str
-    """What speed is counted in: tokens, words or images."""
+    """What speed is measured in: tokens, words or images."""
     source: str
     """The name of the field that says where the data come from: corpus, images or path."""
 
@@ -200,7 +205,7 @@ class Data(Protocol):
         ...
 
     def batch_spec(self) -> dict[str, ArraySpec]:
-        """What each array of a batch of all processes is; told without opening the data."""
+        """Returns what each array of a batch is, over all processes; it does not open the data."""
         ...
 
 
@@ -210,12 +215,12 @@ class Labelled(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, by label; empty where the source tells none."""
+        """The names of the classes, by label; empty if the source does not name them."""
         ...
 
 
 Sums = Mapping[str, Any]
-"""What an evaluation has added up, by name: a float or, of a sum that is an array, a float64 array."""
+"""What an evaluation has added up, by name: floats, or float64 arrays for the sums that are arrays."""
 
 
 class Task(abc.ABC):
@@ -225,7 +230,7 @@ class Task(abc.ABC):
     """
 
     counted: ClassVar[str]
-    """The name of the sum that counts what an evaluation is of (tokens, words, images); 0 of them are refused."""
+    """The name of the sum that counts what is evaluated (tokens, words, images); an evaluation of 0 is an error."""
 
     @abc.abstractmethod
     def init(self, rng: jax.Array, batch: Batch) -> Params:
@@ -237,7 +242,7 @@ class Task(abc.ABC):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The scalar to minimise, and metrics to log (scalars, averaged over the steps between two log lines).
 
-        What is no number and goes to `after_step` is under `state` in the metrics.
+        Values that are not logged but passed to `after_step` are in the metrics under `state`.
         """
 
     @abc.abstractmethod
@@ -245,19 +250,19 @@ class Task(abc.ABC):
         """What an evaluation adds up over its batches. Pure; it is compiled once for each task.
 
         Args:
-          rng: for what is drawn (places to hide, gates), the same in every evaluation.
+          rng: for what is drawn (positions to hide, gates); it is the same in every evaluation.
         """
 
     @abc.abstractmethod
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """What an evaluation reports, from the sums over all batches."""
+        """Returns what an evaluation reports, from the sums over all batches."""
 
     @abc.abstractmethod
     def flops(self, batch: Batch) -> float:
         """Model FLOPs of one training step on the batch (forward and backward, no recomputation)."""
 
     def fit(self, data: Data, train: Any = None) -> Task:
-        """The task made to fit the data; a task that fits already comes back equal. Default: it fits any.
+        """Returns the task fitted to the data; one that fits already comes back equal. Default: every task fits.
 
         Args:
           data: may be opened (a tokenizer, the names of classes).
@@ -269,34 +274,37 @@ class Task(abc.ABC):
         return self
 
     def trainable(self, params: Params) -> Params | None:
-        """A pytree that broadcasts against `params`: 1 where an entry trains, 0 where it stays. Default, None: all
-        train."""
+        """Returns a pytree that broadcasts against `params`: 1 for an entry that trains, 0 for one that stays.
+
+        None (the default): all entries train.
+        """
         return None
 
     def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
-        """The parameters after update number `step`, for state that no gradient moves (a controller, running means).
+        """Returns the parameters after update number `step`, with state that no gradient moves (a controller, running
+        means) brought up to date.
 
         It is called in the compiled step, with the metrics of the whole batch. Such state is a part of the parameters,
-        so it is sharded, saved and restored with them, and `trainable` says 0. Default: they stay.
+        so it is sharded, saved and restored with them; `trainable` is 0 for it. Default: the same parameters.
         """
         return params
 
     def load_weights(self, params: Params) -> Params:
-        """New parameters with those that come from files, when a run begins. Default: none do."""
+        """Returns the new parameters of a run, in which some are replaced by those of files. Default: none are."""
         return params
 
     def batch_sums(self, params: Params, batch: Batch, rng: jax.Array, **options: Any) -> dict[str, Any]:
-        """`sums`, compiled. A task that has to run Python between compiled parts does so here, and may have options."""
+        """Calls `sums`, compiled. A task that runs Python between compiled parts does so here, and may take options."""
         return _compiled_sums(self, params, batch, rng)
 
     def evaluate(
         self, params: Params, batches: Iterable[Batch], rng: jax.Array | None = None, **options: Any
     ) -> dict[str, float]:
-        """The `metrics` of the sums over all batches, added up in float64.
+        """Returns the `metrics` of the sums over all batches, which are added up in float64.
 
         Args:
           rng: the key of batch n is this one with n folded in; default: the key of seed n.
-          options: of `batch_sums`, where the task has some.
+          options: of `batch_sums`, if the task has some.
 
         Raises:
           ValueError: there was nothing to count (`counted` is 0).
@@ -314,19 +322,19 @@ _compiled_sums = jax.jit(lambda task, params, batch, rng: task.sums(params, batc
 
 
 def add_up(parts: Iterable[Mapping[str, Any]], counted: str) -> Sums:
-    """The sums of all batches, in float64.
+    """Returns the sums over all batches, in float64.
 
     Args:
       parts: the sums of each batch.
-      counted: the name of that one which counts what the evaluation is of.
+      counted: the name of the sum that counts what is evaluated.
 
     Raises:
       ValueError: there was nothing to count.
     """
     total: dict[str, Any] = {}
     for part in parts:
-        found = jax.device_get(part)
-        total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in found.items()}
+        sums = jax.device_get(part)
+        total = {name: total.get(name, 0.0) + np.asarray(value, np.float64) for name, value in sums.items()}
     if not np.sum(total.get(counted, 0.0)):
         raise ValueError(f"the evaluation data hold no {counted} that count; choose a larger data set or split.")
     return {name: float(value) if np.ndim(value) == 0 else value for name, value in total.items()}
@@ -336,17 +344,18 @@ def add_up(parts: Iterable[Mapping[str, Any]], counted: str) -> Sums:
 class Surgery(Protocol):
     """A pure function from one model to another: growth, an adapter, another vocabulary.
 
-    It is a stage inside a run (`Experiment.stages`), makes a run's beginning from another model (`Experiment.start`),
-    and is behind verbs such as `jaxtok grow`. It is a frozen dataclass, so that a run's config tells it.
+    It can be a stage of a run (`Experiment.stages`), make a run's first parameters from another model's
+    (`Experiment.start`), or do the work of a verb such as `jaxtok grow`. It is a frozen dataclass, so that a run's
+    config can hold it.
     """
 
     steps: int
-    """As a stage of a run: training steps after it, with the learning-rate schedule starting anew."""
+    """The number of training steps after it, if it is a stage of a run; the learning-rate schedule starts anew."""
     optimizer: Literal["keep", "reset"]
-    """keep: `params` gets the optimizer's state and gives the one afterwards; reset: it gets None, and gives None."""
+    """keep: `params` takes the optimizer's state and returns the new one; reset: it takes None and returns None."""
 
     def task(self, task: Task, data: Data) -> tuple[Task, Data]:
-        """The task and the data afterwards.
+        """Returns the task and the data after it.
 
         Raises:
           ValueError: it cannot change this task; the message names the task or its model.
@@ -354,9 +363,9 @@ class Surgery(Protocol):
         ...
 
     def params(self, task: Task, data: Data, params: Params, opt_state: Any, rng: jax.Array) -> tuple[Params, Any]:
-        """The parameters and the optimizer's state afterwards. Inside a run it is compiled on the run's mesh.
+        """Returns the parameters and the optimizer's state after it. Inside a run it is compiled on the run's mesh.
 
-        `task` and `data` are those before.
+        `task` and `data` are those before it.
 
         Raises:
           ValueError: the parameters or the optimizer's state cannot be changed.
@@ -364,32 +373,33 @@ class Surgery(Protocol):
         ...
 
     def towards(self, task: Task) -> Surgery:
-        """This surgery, with what it leaves open taken from the task that is to come out of it."""
+        """Returns this surgery with the settings that it leaves open taken from `task`, which is to come out of it."""
         ...
 
 
 class Format(Protocol):
-    """Somebody else's layout of files. One table of names, with transposes and splits, serves both directions."""
+    """The file layout of other code. One table of names, with transposes and splits, serves both directions."""
 
     name: str
     holds: str
-    """The kinds of models, for messages."""
+    """The kinds of models that it holds, for messages."""
     is_file: bool
-    """Whether it is one file; else it is a folder."""
+    """Whether it is one file; otherwise it is a folder."""
 
     def owns(self, task: Task) -> bool:
         """Whether a model of this task can be written in this format."""
         ...
 
     def recognises(self, path: Path) -> bool:
-        """Whether the folder or file is in this format; looks at names and headers only."""
+        """Whether the folder or file is in this format; only names and headers are looked at."""
         ...
 
     def read(self, path: Path, like: Task | None = None, **options: Any) -> Any:
-        """A `jaxtok.model.Model`.
+        """Returns the `jaxtok.model.Model` in the folder or file.
 
-        `like` says the sizes, where the files are bare tensors; else its other settings are taken. `data` is None where
-        the files do not say what the model was trained on. Options are the format's own, keywords with defaults.
+        If the files are bare tensors, the sizes come from `like`; otherwise only its other settings are taken. The
+        model's `data` is None if the files do not say what it was trained on. The options are the format's own:
+        keyword arguments with defaults.
         """
         ...
 
@@ -400,14 +410,14 @@ class Format(Protocol):
 
 @runtime_checkable
 class ImageSource(Data, Protocol):
-    """Data whose batches are of images or volumes, for what looks at the images of a split one by one."""
+    """Data whose batches are images or volumes, for code that goes through the images of a split one by one."""
 
     classes: tuple[str, ...]
-    """Names of the classes, by label; empty where there are none."""
+    """The names of the classes, by label; empty if there are none."""
     flip: bool
     """Whether training may show the mirror image, left to right, in place of an image."""
     eval_limit: int
-    """Batches in an evaluation, of images from all over the split; 0: the whole split."""
+    """How many batches an evaluation has, of images from all over the split; 0: the whole split."""
 
     def count(self, split: str) -> int:
         """How many images the split has."""
@@ -416,7 +426,7 @@ class ImageSource(Data, Protocol):
 
 @runtime_checkable
 class ImageTokenizer(Protocol):
-    """Images or volumes to codes and back: a Task, whose parameters are what `init` makes.
+    """A Task that turns images or volumes into codes and back, with parameters such as `init` makes.
 
     An image has one or several sub-codes at each of its positions. Codes are int32 [batch, positions, sub_codes]:
     positions are those of `code_shape` in row-major order, and sub-code i is in 0..code_values[i] - 1.
@@ -425,30 +435,34 @@ class ImageTokenizer(Protocol):
     image_shape: tuple[int, ...]
     """(height, width, channels) of an image, or (depth, height, width, channels) of a volume."""
     code_shape: tuple[int, ...]
-    """Of the positions of an image: (rows, columns), (depth, rows, columns), or (length,) of a row of codes."""
+    """The shape of an image's positions: (rows, columns), (depth, rows, columns), or (length,) for a row of codes."""
     code_values: tuple[int, ...]
     """How many values each sub-code of a position has; its length is the number of sub-codes."""
     prefixes: tuple[int, ...]
-    """If the codes are ordered: how many of an image's first positions can be decoded without the rest, rising; the
-    last of them is all positions. Empty where only whole images can be decoded."""
+    """If the codes are ordered, the numbers of first positions that can be decoded without the rest, in rising order;
+    the last one is all positions. Empty if only whole images can be decoded."""
     draws_codes: bool
     """Whether codes are drawn by the tokenizer's definition, so that `encode` needs a key."""
     draws_images: bool
     """Whether images are drawn given their codes (rectified flow, diffusion), so that `decode` needs a key."""
 
     def encode(self, params: Params, images: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """Codes of images float32 [batch, *image_shape] in [0, 1].
+        """Returns the codes of images float32 [batch, *image_shape] in [0, 1].
 
-        Without a key, the same images have the same codes. A ValueError tells images of another shape or type, and that
-        a key is needed.
+        Without a key, the same images have the same codes.
+
+        Raises:
+          ValueError: the images are of another shape or type, or a key is needed.
         """
         ...
 
     def decode(self, params: Params, codes: jax.Array, rng: jax.Array | None = None) -> jax.Array:
-        """Images float32 [batch, *image_shape], not limited to [0, 1], of codes of whole images or of a prefix of them.
+        """Returns the images, float32 [batch, *image_shape] and not limited to [0, 1], of codes or of a prefix of them.
 
-        An image depends on its own codes, the key and its place in the batch only. A ValueError tells codes of another
-        shape or out of range, and that a key is needed.
+        An image depends only on its own codes, the key and its index in the batch.
+
+        Raises:
+          ValueError: the codes are of another shape or out of range, or a key is needed.
         """
         ...
 
@@ -462,11 +476,11 @@ class ImageGenerator(Protocol):
     """A Task whose model draws codes of images, which the `ImageTokenizer` of these codes decodes."""
 
     code_shape: tuple[int, ...]
-    """Of the positions that are drawn; that of the tokenizer, or (n,), where n is one of the tokenizer's prefixes."""
+    """The shape of the positions that are drawn: the tokenizer's, or (n,), where n is one of its prefixes."""
     code_values: tuple[int, ...]
-    """How many values each sub-code has. Their product is that of the tokenizer's: `jaxtok.data.codes.regroup`."""
+    """How many values each sub-code has. Their product is the tokenizer's (see `jaxtok.data.codes.regroup`)."""
     num_classes: int
-    """0: the model knows no classes."""
+    """How many classes the model knows; 0: none."""
     sampling: type
     """A frozen dataclass of the options of a draw, each with its default."""
 
@@ -479,17 +493,20 @@ class ImageGenerator(Protocol):
         sampling: Any = None,
         on_progress: OnProgress | None = None,
     ) -> jax.Array:
-        """Codes int32 [batch, positions, sub_codes], an image for each condition: a class, or None for no class.
+        """Draws codes int32 [batch, positions, sub_codes]: an image for each condition, a class or None for no class.
 
-        An image depends on its condition, the key and its place in the batch only. `sampling` is an instance of the
-        class of that name (None: its defaults). A ValueError tells conditions that are out of range.
+        An image depends only on its condition, the key and its index in the batch. `sampling` is an instance of the
+        class of that name; None: its defaults.
+
+        Raises:
+          ValueError: a condition is out of range.
         """
         ...
 
 
 @runtime_checkable
 class TextGenerator(Protocol):
-    """A Task whose model continues text in a way of its own; those of causal language models need none."""
+    """A Task whose model continues text in its own way; the tasks of causal language models do not need it."""
 
     def continue_text(
         self,
@@ -502,15 +519,15 @@ class TextGenerator(Protocol):
         on_text: Callable[[list[bytes]], None] | None = None,
         logprobs: bool = False,
     ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
-        """Up to `max_bytes` bytes after each prompt. A row depends on its prompt, `rng` and its number only.
+        """Returns up to `max_bytes` bytes after each prompt. A row depends only on its prompt, `rng` and its number.
 
         Args:
           sampling: a `jaxtok.decoding.Sampling`, or another chooser of the model's tokens.
           rng: a key; needed unless the temperature is 0.
           on_text: called with the new bytes of each row, as they come (streaming).
-          logprobs: return the log probabilities as well: for each row those of its tokens in nats, by the model's own
-            distribution before `sampling`. Tokens are bytes, units, and what ends words and texts; the sum is that of
-            the whole row.
+          logprobs: also return, for each row, the log probabilities of its tokens in nats, by the model's own
+            distribution before `sampling`. Tokens are bytes, units, and what ends words and texts, so that their sum
+            is the log probability of the whole row.
 
         Raises:
           ValueError: there is no prompt or no room, or a key is needed.

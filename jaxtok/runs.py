@@ -14,12 +14,12 @@ from jaxtok.training.experiment import Experiment
 
 
 def is_run(path: Path) -> bool:
-    """Whether it is a run's folder, or RUN/checkpoints/STEP."""
+    """Whether the path is a run's folder, or RUN/checkpoints/STEP."""
     return (find_run(path)[0] / "checkpoints").is_dir()
 
 
 def open_run(path: Path, ema: bool = False) -> Model:
-    """The model of a run.
+    """Opens the model of a run.
 
     Raises:
       FileNotFoundError, ValueError: as `jaxtok.training.checkpoints.load`.
@@ -36,12 +36,12 @@ def with_data(model: Model, data: Any) -> Model:
 
 
 def write_run(target: Path, model: Model, experiment: Experiment | None = None) -> Path:
-    """Step 0 of a run with a model's parameters and tokenizer; after a failure there is no folder.
+    """Writes step 0 of a run with a model's parameters and tokenizer; a failure leaves no folder.
 
     Args:
       target: the run's folder.
-      model: what was read.
-      experiment: what the run is, but for the task; default: the model's own data.
+      model: the model, whose task is the run's.
+      experiment: what the run is apart from its task; default: one with the model's own data.
 
     Raises:
       FileExistsError: there is something at the target already.

@@ -1,4 +1,4 @@
-"""The catalogue: one row a system, and what can be found by name (configs, published sizes). It needs no JAX."""
+"""The catalogue: a row for each system, and what can be found by name (configs, published sizes). It needs no JAX."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ REASONS = {
     "f": "it classifies images: it does not generate",
     "g": "weights in the layout of others are neither read nor written here",
 }
-"""Why a system cannot be used for something."""
+"""The reasons why a system cannot be used for something."""
 
 _NO_GROWTH: dict[Column, str] = {"grow": "b"}
 
@@ -36,28 +36,28 @@ class System:
     """A row of the catalogue."""
 
     name: str
-    """A short one, unique in the catalogue."""
+    """A short name, unique in the catalogue."""
     title: str
     does: str
     """What it does to tokens."""
     paper: str = ""
-    """Address of the paper, or of the code where there is no paper."""
+    """The address of the paper, or of the code if there is no paper."""
     modules: tuple[str, ...]
-    """Files below jaxtok/, the system's own first; this one has the table PUBLISHED, if there is one."""
+    """Files below jaxtok/. The first is the system's own, and has the table PUBLISHED if there is one."""
     configs: tuple[str, ...] = ()
     """Files below configs/, the published sizes first."""
     checked: str
-    """What its numbers are compared with."""
+    """What its numbers were checked against."""
     cannot: dict[Column, str] = dataclasses.field(default_factory=dict)
-    """What it cannot be used for, with the letter of the reason in `REASONS`."""
+    """What it cannot be used for, each with the letter of its reason in `REASONS`."""
     formats: tuple[str, ...] = ()
-    """Names of the formats that it is read from or written to."""
+    """The names of the formats from which it is read and to which it is written."""
     published: tuple[str, ...] = ()
-    """Names of the published sizes, as `jaxtok.published` takes them."""
+    """The names of the published sizes, as `jaxtok.published` takes them."""
     prefix: str = ""
-    """What these names have before the names of the table PUBLISHED."""
+    """What comes before the names of the table PUBLISHED in these names."""
     page: str
-    """The README of its family."""
+    """The README of the system's family."""
 
 
 LM = "configs/lm/README.md"
@@ -369,7 +369,7 @@ SYSTEMS: tuple[System, ...] = (
 
 
 def system(name: str) -> System:
-    """The row of a name.
+    """Returns the row of a name.
 
     Raises:
       ValueError: there is none.
@@ -381,26 +381,26 @@ def system(name: str) -> System:
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """How a sentence about a misspelt name ends: "; did you mean X?", or if nothing is near, `otherwise` and a stop."""
-    found = difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)
-    return f"; did you mean {found[0]}?" if found else f"{otherwise}."
+    """Returns the end of a sentence about a misspelt name: "; did you mean X?", or `otherwise` if nothing is near."""
+    close = difflib.get_close_matches(name, [*known], n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"{otherwise}."
 
 
-# Configs: files below configs/, in a checkout beside the package and in an installed package inside of it.
+# Configs: files below configs/, which is beside the package in a checkout and inside the package when installed.
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfigEntry:
-    """A config that a name finds."""
+    """A config that has a name."""
 
     name: str
     file: Path
     about: str
-    """One line."""
+    """What it is, in one line."""
     verb: str
-    """The one that runs it: train, or study."""
+    """The verb that runs it: train or study."""
     title: str = ""
-    """What all configs of its file are, where it has several."""
+    """What all configs of its file are, if it has several."""
 
     @property
     def family(self) -> str:
@@ -408,21 +408,21 @@ class ConfigEntry:
 
 
 def configs_folder() -> Path:
-    """Where the package's own config files are."""
+    """Returns where the package's own config files are."""
     package = Path(__file__).parent
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 @functools.cache
 def configs() -> dict[str, ConfigEntry]:
-    """The package's own configs by name, family by family; their files are parsed, not run."""
+    """Returns the package's own configs by name, family by family; their files are parsed, not run."""
     return {entry.name: entry for file in sorted(configs_folder().rglob("*.py")) for entry in config_entries(file)}
 
 
 def config_entries(file: Path) -> Iterator[ConfigEntry]:
-    """The configs of a file: those of its dictionary `configs`, or the one named `config`, by the file's own name.
+    """Yields the configs of a file: those of its dictionary `configs`, or `config` under the file's own name.
 
-    Of a dictionary, each name begins a line of the file's docstring, which goes on with what it is.
+    Each name in a dictionary begins a line of the file's docstring, which goes on with what that config is.
     """
     tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     text = ast.get_docstring(tree, clean=False) or ""
@@ -441,7 +441,7 @@ def config_entries(file: Path) -> Iterator[ConfigEntry]:
 
 
 def configs_text(verb: Literal["train", "study"]) -> str:
-    """A list of the configs for a verb, a line each, by family and file."""
+    """Returns a list of the configs for a verb, one on each line, by family and file."""
     lines: list[str] = []
     shown = [entry for entry in configs().values() if entry.verb == verb]
     for entry in shown:
@@ -479,21 +479,21 @@ class Listing:
             parts.append(["configs (jaxtok train or study NAME)", *lines])
         if self.published:
             parts.append(["published sizes (jaxtok.published)", *(f"  {name}" for name in self.published)])
-        return "\n\n".join("\n".join(part) for part in parts) or "nothing of that name"
+        return "\n\n".join("\n".join(part) for part in parts) or "no name matches"
 
 
 def find(pattern: str = "*") -> Listing:
-    """The systems, configs and published sizes whose name matches.
+    """Returns the systems, configs and published sizes whose names match.
 
     >>> jaxtok.list("mrt5*small")
     configs (jaxtok train or study NAME)
-      mrt5_small  300M parameters. The paper: half of the bytes deleted, and a batch in 29.99 ms instead of 44.29
+      mrt5_small  300M parameters; in the paper, half of the bytes are deleted and a batch takes 29.99 ms, not 44.29
     <BLANKLINE>
     published sizes (jaxtok.published)
       mrt5-small
 
     Args:
-      pattern: as of files, such as "*byte*"; capitals and small letters are the same.
+      pattern: a pattern as for files, such as "*byte*"; upper and lower case are the same.
     """
 
     def matches(*names: str) -> bool:
@@ -510,7 +510,7 @@ def find(pattern: str = "*") -> Listing:
 
 
 def systems_table() -> str:
-    """README's table of the systems."""
+    """Returns README's table of the systems."""
     rows = [["system", "what it does to tokens", "code", "config", "checked against"], ["---"] * 5]
     for row in SYSTEMS:
         title = f"[{row.title}]({row.paper})" if row.paper else row.title
@@ -521,7 +521,7 @@ def systems_table() -> str:
 
 
 def grid() -> str:
-    """README's grid of systems and what can be done with them, with the reasons of its gaps."""
+    """Returns README's grid of systems and what can be done with them, with the reasons for its gaps."""
     rows = [["model", *COLUMNS], ["---"] + [":-:"] * len(COLUMNS)]
     rows += [[row.title, *(row.cannot.get(column, "✓") for column in COLUMNS)] for row in SYSTEMS]
     used = {letter for row in SYSTEMS for letter in row.cannot.values()}
@@ -534,11 +534,11 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def with_tables(readme: str) -> str:
-    """README.md's text with the table and the grid written between their marks."""
+    """Returns README.md's text with the table and the grid written between their marks."""
     for mark, text in (("systems", systems_table()), ("grid", grid())):
         begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
         if readme.count(begin) != 1 or readme.count(end) != 1:
-            raise ValueError(f"README.md has {begin} or {end} not exactly once; it must.")
+            raise ValueError(f"README.md must have {begin} and {end} exactly once each.")
         before, _, rest = readme.partition(begin)
         readme = f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}"
     return readme

@@ -1,4 +1,5 @@
-"""Files of named tensors that cannot run code: safetensors, .npz, and PyTorch's, which need PyTorch."""
+"""Reads and writes files of named tensors, none of which can run code: safetensors, .npz, and PyTorch's (which need
+PyTorch)."""
 
 from __future__ import annotations
 
@@ -18,22 +19,22 @@ SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
 
 
 def open_safetensors(path: Path) -> Any:
-    """A file of tensors, open.
+    """Opens a safetensors file.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: the file is damaged.
     """
     try:
         return safetensors.safe_open(path, framework="flax")  # unlike "numpy", it knows bfloat16
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file ({error}); fetch it again.") from error
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
 
 
 def tensor_names(path: Path) -> list[str] | None:
-    """Names of the tensors in a file, from its header; None: a PyTorch file, whose names cost reading all of it.
+    """The names of the tensors in a file, from its header; None for a PyTorch file, which must be read whole for them.
 
     Raises:
-      ValueError: it is damaged.
+      ValueError: the file is damaged.
     """
     if path.suffix == ".safetensors":
         return list(open_safetensors(path).keys())
@@ -47,11 +48,11 @@ def _open_npz(path: Path) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no whole .npz file ({error}); fetch it again.") from error
+        raise ValueError(f"{path} is damaged or not an .npz file ({error}); fetch it again.") from error
 
 
 def torch_for(purpose: str) -> Any:
-    """PyTorch, which only this needs."""
+    """The torch module. Raises ImportError, which names the purpose, if PyTorch is not installed."""
     try:
         import torch
     except ImportError:
@@ -62,34 +63,34 @@ def torch_for(purpose: str) -> Any:
 
 
 def read_weights(path: str | Path, which: str = "") -> dict[str, np.ndarray]:
-    """The tensors in a file (.safetensors, .npz, else PyTorch's), or in all such files of a folder; floats in float32.
+    """The tensors in a file (.safetensors, .npz, or PyTorch's), or in all such files of a folder; floats in float32.
 
-    Names are without DataParallel's `module.`.
+    DataParallel's prefix `module.` is taken off the names.
 
     Args:
-      which: of a PyTorch file of a training that holds several tables of tensors, such as `model` and `ema`.
+      which: the table of tensors to read from a PyTorch file that holds several, such as `model` and `ema`.
 
     Raises:
       FileNotFoundError: there is no such file, or none in the folder.
-      ValueError: it is damaged, holds objects that could run code, or no table of tensors or several of them, or two
-        files of the folder have a name in common.
+      ValueError: a file is damaged, holds objects that could run code, or holds no table of tensors or several of them;
+        or two files of the folder have a name in common.
     """
     path = Path(path)
     if path.is_dir():
         found: dict[str, np.ndarray] = {}
         files = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
         if not files:
-            raise FileNotFoundError(f"{path} holds no {', '.join(SUFFIXES)}.")
+            raise FileNotFoundError(f"{path} holds no file of weights; it must hold one of {', '.join(SUFFIXES)}.")
         for file in files:
             part = read_weights(file)
             if both := sorted(found.keys() & part.keys()):
-                raise ValueError(f"two files in {path} have a tensor {both[0]}; leave one of them there.")
+                raise ValueError(f"two files in {path} have a tensor {both[0]}; remove one of the files.")
             found |= part
         return found
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file of weights {path}; give a .safetensors or PyTorch file.")
+        raise FileNotFoundError(f"{path} does not exist; give a .safetensors, .npz or PyTorch file.")
     if path.suffix == ".safetensors":
-        open_safetensors(path)  # a damaged one is an error that says so
+        open_safetensors(path)  # raises a clear error if the file is damaged
         with safetensors.safe_open(path, framework="numpy") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     elif path.suffix == ".npz":
@@ -105,17 +106,17 @@ def read_weights(path: str | Path, which: str = "") -> dict[str, np.ndarray]:
 
 def _torch_table(path: Path, which: str) -> Mapping[str, Any]:
     torch = torch_for(f"reading {path.name}")
-    try:  # the options of a training are a Namespace, which holds values only
+    try:  # a training's options are often a Namespace, which holds values only
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds objects other than tensors, numbers, texts and an argparse.Namespace, which are not read as "
-            f"they could run code ({str(error).splitlines()[0][:120]}); save its state dict alone, where you trust it."
+            f"{path} holds objects other than tensors, numbers, texts and an argparse.Namespace, which could run code "
+            f"({str(error).splitlines()[0][:120]}); if you trust the file, save its state dict alone."
         ) from error
-    except Exception as error:  # zip and PyTorch each have their own
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{path} is no whole PyTorch file ({said[0][:120]}); fetch it again.") from error
+    except Exception as error:  # zip and PyTorch each raise their own types
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{path} is damaged or not a PyTorch file ({reason[0][:120]}); fetch it again.") from error
 
     def is_table(value):
         return isinstance(value, Mapping) and value and all(isinstance(x, torch.Tensor) for x in value.values())
@@ -124,23 +125,23 @@ def _torch_table(path: Path, which: str) -> Mapping[str, Any]:
         return state
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, no table of tensors by name; save a state dict.")
-    held = [name for name, value in state.items() if is_table(value)]
-    if not held:
+    tables = [name for name, value in state.items() if is_table(value)]
+    if not tables:
         odd = next((f" ({name!r} is no tensor)" for name, x in state.items() if not isinstance(x, torch.Tensor)), "")
         raise ValueError(f"{path} holds no table of tensors by name{odd}; save a model's state dict.")
-    if which and which not in held:
-        raise ValueError(f"which is {which!r}, but {path} holds {', '.join(held)}.")
-    if not which and len(held) > 1:
-        raise ValueError(f"{path} is of a training and holds {' and '.join(held)}; say which = {held[-1]!r}.")
-    return state[which or held[0]]
+    if which and which not in tables:
+        raise ValueError(f"which is {which!r}, but {path} holds {', '.join(tables)}.")
+    if not which and len(tables) > 1:
+        raise ValueError(f"{path} holds {' and '.join(tables)}; choose one, such as which = {tables[-1]!r}.")
+    return state[which or tables[0]]
 
 
 def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> Path:
-    """Writes .safetensors, .npz, or a PyTorch file (.pth, .pt, .th or .bin); a failure leaves no file.
+    """Writes .safetensors, .npz, or a PyTorch file (.pth, .pt, .th or .bin). A failure leaves no file.
 
     Raises:
-      FileExistsError: there is such a file already.
-      ValueError: the name ends otherwise.
+      FileExistsError: the file exists already.
+      ValueError: the name has another ending.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
@@ -153,7 +154,7 @@ def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> Path:
         if path.suffix == ".safetensors":
             safetensors.numpy.save_file(arrays, half_done)
         elif path.suffix == ".npz":
-            with half_done.open("wb") as file:  # else NumPy adds its suffix
+            with half_done.open("wb") as file:  # given a name, NumPy would add its suffix
                 np.savez(file, **arrays)
         else:
             torch = torch_for(f"writing {path.name}")

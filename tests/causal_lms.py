@@ -1,4 +1,4 @@
-"""What the tiny models of the CausalLM waist share. They stand in their systems' test files, as `CAUSAL_LMS`."""
+"""What the tiny models of the CausalLM waist share. The models are in their systems' test files, as `CAUSAL_LMS`."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxtok.lm.decoder import init_params
 
-# untied: a tied model of random weights repeats its last token for ever
+# untied, because a tied model of random weights repeats its last token for ever
 SIZES = {
     "num_layers": 2,
     "d_model": 16,

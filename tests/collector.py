@@ -1,11 +1,11 @@
-"""What the test files say of their systems, found in these files, so that no list has to be edited beside them.
+"""Collects what the test files define about their systems, so that no other list has to be edited.
 
-A test file adds its systems to the contract tests by defining, next to its own tests, one of
+A test file adds its systems to the contract tests by defining, next to its own tests, one of these
 
-    TASKS = {name: function that makes a tiny.Case}    a task with its data
+    TASKS = {name: function}                           a task with its data, as a tiny.Case
     CAUSAL_LMS = {name: function}                      a causal language model, as a Linen module
     IMAGE_TOKENIZERS = {name: function}                an image tokenizer
-    IMAGE_GENERATORS = {name: function}                a model that draws codes of images, of four classes
+    IMAGE_GENERATORS = {name: function}                a model that draws codes of images, with four classes
     DATASETS = {name: function}                        data; the function gets a file of texts and an empty folder
     SURGERIES = {name: function}                       a surgery with a task, as a tiny.Operation
 

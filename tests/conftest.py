@@ -1,4 +1,4 @@
-"""Options, and the comparison with the golden fixtures: numbers made by running the authors' code.
+"""Options, and the comparison with the golden fixtures, which are numbers that the authors' code has computed.
 
 @pytest.mark.parity("tokenformer/model_*.npz")   # runs once for each such file below --goldens
 def test_model(golden, parity):
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight devices, for the tests of meshes. Most of a test is compilation, so it is done in haste; learning is not.
+# Eight devices, for the tests of meshes. Tests mostly compile, so programs are optimised only with --slow.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8"
@@ -168,13 +168,13 @@ def beyond_budget(terminalreporter, budget: float):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """They would fill the memory."""
+    """Drops compiled programs after each file, as they would fill the memory."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
 def causal_lm(request) -> tuple[Any, Any]:
-    """A model of those that test files define as `CAUSAL_LMS`, and its parameters, none of them zero."""
+    """A model that a test file defines as one of `CAUSAL_LMS`, and its parameters, none of them zero."""
     model = collect("CAUSAL_LMS")[request.param]()
     return model, noisy_params(model)

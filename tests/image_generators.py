@@ -1,4 +1,4 @@
-"""What the tiny generators of codes of images share; they stand in their systems' test files, as `IMAGE_GENERATORS`.
+"""What the tiny generators of image codes share; they are in their systems' test files, as `IMAGE_GENERATORS`.
 
 `Histograms` exists for the tests only: it draws codes of any shape and any values.
 """
@@ -20,12 +20,12 @@ from jaxtok.training.mesh import unboxed
 class HistogramSampling:
     temperature: float = 1.0
     rounds: int = 2
-    """In how many parts an image is drawn."""
+    """The number of parts in which an image is drawn."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Histograms(Task):
-    """Each sub-code on its own, as often as it occurred in a class; without one, in all. Parameters are counts."""
+    """Draws each sub-code by itself, as often as it occurred in a class (or in all). Parameters are counts."""
 
     counted = "images"
 
@@ -42,7 +42,7 @@ class Histograms(Task):
         return {"counts": jnp.broadcast_to(jnp.arange(shape[-1]) < np.array(self.code_values)[:, None], shape) * 1.0}
 
     def learn(self, params, batches):
-        """Exact counts in one pass."""
+        """Parameters with the exact counts of these batches."""
         counts = np.array(params["counts"])
         for batch in batches:
             for codes, label, real in zip(batch["codes"], batch["labels"], batch["mask"]):

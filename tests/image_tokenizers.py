@@ -1,4 +1,4 @@
-"""What the tiny image tokenizers share; they stand in their systems' test files, as `IMAGE_TOKENIZERS`.
+"""What the tiny image tokenizers share; they are in their systems' test files, as `IMAGE_TOKENIZERS`.
 
 Two exist for the tests only, and show that the waist is wide enough: `FrequencyTokenizer` has ordered codes of several
 numbers of values and a decoder that draws, and `BlockTokenizer` is one of volumes.
@@ -38,7 +38,7 @@ def random_params(task, seed=0):
 
 
 def alone(model) -> Autoencoding:
-    """Without what only training needs."""
+    """A task of the tokenizer alone, without what only training needs."""
     return Autoencoding(model=model, discriminator=None, perceptual="none")
 
 
@@ -68,7 +68,7 @@ class MeasuredByError(Task):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FrequencyTokenizer(MeasuredByError):
-    """An image as its 15 lowest frequencies, low ones first: of each, the coefficients of grey, and of two differences
+    """An image as its 15 lowest frequencies, the lowest first. Each has the coefficients of grey and of two differences
     of colours, in 33, 9 and 5 steps. What a prefix leaves open is drawn."""
 
     image_shape: ClassVar[tuple[int, ...]] = (8, 8, 3)
@@ -77,7 +77,7 @@ class FrequencyTokenizer(MeasuredByError):
     prefixes: ClassVar[tuple[int, ...]] = (1, 3, 6, 15)
     draws_images: ClassVar[bool] = True
     spread: float = 0.05
-    """Of a coefficient that is drawn."""
+    """The standard deviation of a coefficient that is drawn."""
 
     def init(self, rng, batch):
         n = np.arange(8)
@@ -106,7 +106,7 @@ class FrequencyTokenizer(MeasuredByError):
 
     @staticmethod
     def reach():
-        """How far the steps of each coefficient reach, half of it on either side of 0."""
+        """The range of each coefficient's steps, half of it on either side of 0."""
         return np.where(np.arange(15)[:, None] == 0, [32.0, 8.0, 4.0], [12.0, 4.0, 2.0])
 
 
@@ -166,20 +166,20 @@ class Ramps:
         count = self.count(split)
         batches = -(-count // self.batch_size)
         for number in range(min(batches, self.eval_limit or batches)):
-            places = number * self.batch_size + np.arange(self.batch_size)
-            ramps = [np.indices((4, 8, 6))[n % 3] / (3, 7, 5)[n % 3] for n in places]
-            scales = np.random.default_rng(0).uniform(0.3, 1, 100)[places, None, None, None]
+            numbers = number * self.batch_size + np.arange(self.batch_size)
+            ramps = [np.indices((4, 8, 6))[n % 3] / (3, 7, 5)[n % 3] for n in numbers]
+            scales = np.random.default_rng(0).uniform(0.3, 1, 100)[numbers, None, None, None]
             images = np.round(255 * scales * np.array(ramps)).astype(np.uint8)[..., None]
-            mask = (places < count).astype(np.float32)
-            yield {"images": images, "labels": (places % 3).astype(np.int32), "mask": mask}
+            mask = (numbers < count).astype(np.float32)
+            yield {"images": images, "labels": (numbers % 3).astype(np.int32), "mask": mask}
 
 
 TEST_ONLY = {"frequencies": FrequencyTokenizer, "blocks": BlockTokenizer}
 
 TAKE_A_KEY = ("vqgan_gumbel",)
-"""Those whose codes are drawn with a key, and not without."""
+"""The tokenizers whose codes are drawn with a key, and not without."""
 EXACT = ("vqgan", "vqgan_gumbel", "bae", "bae_deterministic")
-"""Those of which decoding the codes is the reconstruction that training sees, bit by bit."""
+"""The tokenizers whose decoded codes are, bit for bit, the reconstruction that training sees."""
 
 
 def params_of(name, task):

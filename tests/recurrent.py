@@ -27,7 +27,7 @@ class RecurrentConfig:
 
 @flax.struct.dataclass
 class State:
-    """The last state of each layer: nothing of it can be taken back."""
+    """The last state of each layer, which cannot be rewound."""
 
     states: Float[Array, "layers batch d_model"]
     length: Int[Array, " batch"]
@@ -87,9 +87,9 @@ class Recurrent(nn.Module):
                 return state, new
 
             inputs = (y @ into, begins[..., None], (positions >= 0)[..., None])
-            last, found = jax.lax.scan(step, states[layer], jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), inputs))
+            last, outputs = jax.lax.scan(step, states[layer], jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), inputs))
             states = states.at[layer].set(last)
-            x = x + (jnp.swapaxes(found, 0, 1) * jax.nn.silu(y @ gate)) @ out
+            x = x + (jnp.swapaxes(outputs, 0, 1) * jax.nn.silu(y @ gate)) @ out
         if cache is not None:
             cache = cache.replace(states=states)
             if first == 0:

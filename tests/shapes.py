@@ -1,7 +1,7 @@
 """Checks the shapes and dtypes in signatures while the tests run; `jaxtyping.install_import_hook` applies it.
 
 Only arrays are checked, by shape and dtype: a test may pass a NumPy array for a JAX one, and 0 for 0.0. They are
-checked after the call, so that what a function refuses, it refuses itself.
+checked after the call, so that a function can raise its own errors first.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import AbstractArray
 
 
 def check(function: Callable) -> Callable:
-    """The function, which raises where an array has another shape than its signature says.
+    """The function, which then raises where an array has another shape than its signature says.
 
     jaxtyping calls it twice for each function: for a check of the arguments alone, which says that it returns Any, and
     for a check of arguments and result.
@@ -33,7 +33,7 @@ def check(function: Callable) -> Callable:
 
 
 def _of_arrays(hint: Any) -> Any:
-    """The hint, of any kind of array; Any where there is no array in it."""
+    """The hint for any kind of array; Any if it has no array."""
     if inspect.isclass(hint) and issubclass(hint, AbstractArray):
         any_array = hint.dtype[Any, hint.dim_str]
         return any_array if hint.dim_str else Union[any_array, bool, int, float]  # noqa: UP007

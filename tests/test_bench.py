@@ -85,7 +85,7 @@ def test_measure_takes_turns(monkeypatch):
 
 @pytest.mark.parametrize("system", ["TokenFormer", "Transformer"])
 def test_flops_are_those_of_the_matrix_products(system):
-    """Exact, but for the products with the constant matrix of the rotary embedding, which are no model FLOPs."""
+    """They are exact except for products with the constant matrix of the rotary embedding, which are no model FLOPs."""
     model = CASES["tiny"].model if system == "TokenFormer" else matched_transformer(CASES["tiny"].model)
     task, batch = LanguageModeling(model=model), random_batch(model.vocab_size, rows=2, length=32)
     params = jax.eval_shape(task.init, jax.random.key(0), batch)
@@ -99,7 +99,7 @@ def test_flops_are_those_of_the_matrix_products(system):
     tokens = batch["tokens"].size
     rotary = model.num_layers * tokens * 2 * 2 * model.d_model * model.head_dim  # of queries and keys
     assert flops(loss) - rotary == tokens * model.flops(32)
-    # The gradient makes each product's two, and those of query and key a second time (`jaxtok.nn.attention.attend`).
+    # The gradient computes each product's two, and those of query and key a second time (`jaxtok.nn.attention.attend`).
     again = model.num_layers * tokens * 2 * 32 * model.d_model
     assert flops(jax.value_and_grad(loss)) - 2 * rotary - again == task.flops(batch)
 

@@ -79,9 +79,9 @@ def test_generate_streams_one_and_batches_several(run, capfdbinary):
     assert one.startswith(b"number ")
     assert main(["generate", str(run), "--prompt", "number ", "--max-new-tokens", "12"]) == 0
     assert capfdbinary.readouterr().out == one  # the same seed, the same text
-    place = next(n for n, byte in enumerate(one) if n > 6 and byte < 128)  # a character of one byte, and so a token
-    assert main(["generate", str(run), "--prompt", "number ", "--stop", chr(one[place])]) == 0
-    assert capfdbinary.readouterr().out == one[: place + 1] + b"\n"
+    index = next(n for n, byte in enumerate(one) if n > 6 and byte < 128)  # a character of one byte, and so a token
+    assert main(["generate", str(run), "--prompt", "number ", "--stop", chr(one[index])]) == 0
+    assert capfdbinary.readouterr().out == one[: index + 1] + b"\n"
     assert main(["generate", str(run), "--prompt", "a", "--stop", "two"]) == 1  # not a single token
     capfdbinary.readouterr()
     assert main(["generate", str(run), "--prompt", "a", "twice", "--max-new-tokens", "5", "--temperature", "0"]) == 0
@@ -118,7 +118,7 @@ def test_tokenizer_trains_on_the_corpus_and_a_model_on_the_tokenizer(run, folder
 
 @pytest.fixture(scope="module")
 def places(folder, run):
-    """Things that are no model for generating text."""
+    """Paths that hold no model for generating text."""
     (folder / "README.md").write_text("# A page\n")
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{")
@@ -134,12 +134,12 @@ def places(folder, run):
     ("arguments", "message"),
     [
         ("trian x", "there is no verb 'trian'; did you mean train?"),
-        ("train no/such/config.py", "there is no config 'no/such/config.py'; `jaxtok train --help` lists those"),
+        ("train no/such/config.py", "there is no config 'no/such/config.py'; `jaxtok list` shows them."),
         ("train tokenformer_smal", "there is no config 'tokenformer_smal'; did you mean tokenformer_small?"),
-        ("train README.md", "README.md is no config; it must be a Python file that defines one, or the name"),
-        ("train broken", "config.json is no JSON"),
-        ("train other", "config.json is no config of a run; give what `jaxtok train` made."),
-        ("train corpus", "corpus is no run: it has no config.json; give what `jaxtok train` made."),
+        ("train README.md", "README.md is not a config; it must be a Python file that defines one, or the name"),
+        ("train broken", "config.json is not JSON"),
+        ("train other", "config.json is not a run's config; give what `jaxtok train` made."),
+        ("train corpus", "corpus is not a run: it has no config.json; give what `jaxtok train` made."),
         (
             "train growth_study",
             "growth_study is a study, which `jaxtok train` does not take; run it with `jaxtok study",
@@ -147,26 +147,26 @@ def places(folder, run):
         ("plan growth_study", "growth_study is a study, which `jaxtok plan` does not take"),
         ("recovery growth_study --workdir nowhere", "growth_study is a study, which `jaxtok recovery` does not take"),
         ("study hat_1b", "hat_1b is an experiment, not a study; run it with `jaxtok train hat_1b`."),
-        ("eval no/such/run", "there is no no/such/run; give a run's folder, or a folder or file of a model."),
-        ("eval rnu", "there is no rnu; did you mean run?"),
+        ("eval no/such/run", "there is nothing at no/such/run; give a run's folder, or a folder or file of a model."),
+        ("eval rnu", "there is nothing at rnu; did you mean run?"),
         ("eval README.md", "README.md is a file .md, which is in none of the formats here"),
-        ("eval broken", "broken/config.json is no JSON"),
+        ("eval broken", "broken/config.json is not JSON"),
         ("eval other", "other has the model_type 'whisper' in its config.json, which is in none of the formats here"),
-        ("generate broken", "broken/config.json is no JSON"),
+        ("generate broken", "broken/config.json is not JSON"),
         ("generate README.md", "README.md is a file .md"),
-        ("generate encoder", "is of MaskedWords, which does not generate text; give a language model."),
+        ("generate encoder", "is a model of MaskedWords, which does not generate text; give a language model."),
         ("generate run --ema", "the run kept no moving average of its parameters"),
         ("grow no/such/run --times 2", "no/such/run"),
         ("grow encoder --times 2", "encoder"),
-        ("adapt no/such/run", "there is no no/such/run"),
+        ("adapt no/such/run", "there is nothing at no/such/run"),
         ("convert no/such/folder target", "no/such/folder"),
-        ("convert broken target", "broken/config.json is no JSON"),
+        ("convert broken target", "broken/config.json is not JSON"),
         ("tokenizer t.model --corpus no/such/corpus", "no/such/corpus"),
         ("vision genrate x", "there is no verb 'genrate' of vision; did you mean generate?"),
         ("vision reconstruct run", "give a run of an image tokenizer"),
         ("vision generate README.md", "README.md is a file .md, which is in none of the formats here"),
         ("vision generate run", "give a run of a model of image codes"),
-        ("list nothing*", "nothing has a name like 'nothing*'; `jaxtok list` shows all there is."),
+        ("list nothing*", "no name matches 'nothing*'; `jaxtok list` shows all of them."),
     ],
 )
 def test_mistakes_end_with_one_clear_sentence(arguments, message, places, monkeypatch, capsys):
@@ -192,13 +192,13 @@ def test_help(capsys):
 
 
 def test_every_verb_says_what_each_of_its_options_is():
-    """In whole sentences; `Literal` choices and defaults are added by tyro."""
-    for place in (*FUNCTIONS.values(), *VISION.values()):
-        module, _, name = place.partition(":")
+    """Each option has whole sentences; tyro adds `Literal` choices and defaults."""
+    for entry in (*FUNCTIONS.values(), *VISION.values()):
+        module, _, name = entry.partition(":")
         function = getattr(importlib.import_module(module), name)
         described = inspect.getdoc(function)
         for parameter in inspect.signature(function).parameters:
-            assert re.search(rf"^\s+{parameter}: \S", described, re.M), f"{place} does not say what {parameter} is"
+            assert re.search(rf"^\s+{parameter}: \S", described, re.M), f"{entry} does not say what {parameter} is"
 
 
 def test_lists_need_no_jax():

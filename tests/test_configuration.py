@@ -103,7 +103,7 @@ def test_one_config_of_a_file_with_several(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("nothing.py", None, r"there is no config '.*nothing\.py'; `jaxtok train --help` lists those there are\."),
+        ("nothing.py", None, r"there is no config '.*nothing\.py'; `jaxtok list` shows them\."),
         ("tokenformer_smal", None, r"there is no config '.*tokenformer_smal'; did you mean tokenformer_small\?"),
         ("mrt5_small.py", None, r"did you mean mrt5_small\?"),
         ("empty.py", "x = 1\n", "defines no `config`"),
@@ -148,7 +148,7 @@ def test_older_stored_configs_are_read_by_the_names_of_today(monkeypatch):
     for field, value in (("depth", 2), ("lids", [1])):
         with pytest.raises(ValueError, match=rf"gives Box the field {field} = .*{value if field == 'depth' else 1}"):
             from_json(stored | {field: value})
-    with pytest.raises(ValueError, match="gives Box the fields colour; it has no such"):
+    with pytest.raises(ValueError, match="gives Box the fields colour; it has none such"):
         from_json(stored | {"colour": 1})
 
 

@@ -1,4 +1,4 @@
-"""`import jaxtok`: quick, without JAX, and a model in three lines."""
+"""`import jaxtok` is quick and does not import JAX, and a model takes three lines."""
 
 import doctest
 import subprocess
@@ -107,7 +107,7 @@ def test_logits_of_texts_and_of_ids_are_the_modules(folder):
         np.testing.assert_allclose(logits, whole[0], atol=1e-5)
 
 
-def test_what_another_kind_of_model_cannot_do_is_said():
+def test_the_error_names_what_another_kind_of_model_cannot_do():
     t5, encoder, tokenizer = (
         jaxtok.Model(task=case.task, params={}, data=case.data)
         for case in (collect("TASKS")[name]() for name in ("t5", "masked_words", "bae"))
@@ -115,24 +115,24 @@ def test_what_another_kind_of_model_cannot_do_is_said():
     for one in (t5, encoder):
         with pytest.raises(ValueError, match="which has no logits of next tokens; give a causal language model"):
             one.logits(jnp.array([1, 2]))
-    with pytest.raises(ValueError, match="this is of Autoencoding, which has no text; give a model of text"):
+    with pytest.raises(ValueError, match="a model of Autoencoding, which does not read text; give a model of text"):
         tokenizer.generate("a")
-    with pytest.raises(ValueError, match="this is of SequenceToSequence, which is no image tokenizer; give one"):
+    with pytest.raises(ValueError, match="of SequenceToSequence, which is not an image tokenizer; give a run of one"):
         t5.decode(np.zeros((1, 4, 1), int))
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("rnu", "there is no rnu; did you mean run?"),
-        ("no/such/run", "there is no no/such/run; give a run's folder, or a folder or file of a model."),
+        ("rnu", "there is nothing at rnu; did you mean run?"),
+        ("no/such/run", "there is nothing at no/such/run; give a run's folder, or a folder or file of a model."),
         ("hat_1b", "hat_1b has not been trained here: there is no runs/hat_1b; run `jaxtok train hat_1b`."),
-        ("hat_study", "hat_study is a study, and has several models"),
-        ("run/checkpoints/7", "there is no run/checkpoints/7; did you mean run/checkpoints/4?"),
+        ("hat_study", "hat_study is a study, which has several models"),
+        ("run/checkpoints/7", "there is nothing at run/checkpoints/7; did you mean run/checkpoints/4?"),
         ("corpus", "which is in none of the formats here"),
     ],
 )
-def test_what_is_no_model_is_said(path, message, folder, monkeypatch):
+def test_the_error_names_what_is_no_model(path, message, folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         jaxtok.open(path)
@@ -142,8 +142,8 @@ def test_what_is_no_model_is_said(path, message, folder, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"train__step": 3}, "train.step is no field: a TrainConfig has no 'step'; did you mean steps?"),
-        ({"stages__0__init": "copy"}, "stages.0.init is no field"),
+        ({"train__step": 3}, "train.step is not a field: a TrainConfig has no 'step'; did you mean steps?"),
+        ({"stages__0__init": "copy"}, "stages.0.init is not a field"),
         ({"train__steps": 0}, "train.steps is 0; it must be at least 1."),
     ],
 )

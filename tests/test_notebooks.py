@@ -15,7 +15,7 @@ pytest.importorskip("ipykernel")
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 FIGURES = {"images_as_tokens": 4, "sharding_on_eight_devices": 5, "train_and_grow": 4}
-SAYS = {  # parts of what must have been printed
+PRINTED = {  # parts of what must be printed
     "images_as_tokens": ["of 16 codes used", "nats a position (uniform: 2.77)"],
     "sharding_on_eight_devices": ["8 devices", "all-reduce of f32[8, 16]\n", "all-reduce of f32[8, 16, 32]\n"],
     "train_and_grow": ["bits per byte on validation files", "random keys (the released recipe)", "def "],
@@ -23,7 +23,7 @@ SAYS = {  # parts of what must have been printed
 
 
 QUICK = "images_as_tokens"
-"""The one that is run without --slow."""
+"""The notebook that runs without --slow."""
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
@@ -38,7 +38,7 @@ def kernel(tmp_path, monkeypatch) -> str:
     folder = tmp_path / "jupyter" / "kernels" / "python3"
     folder.mkdir(parents=True)
     (folder / "kernel.json").write_text(json.dumps(spec | {"display_name": "this Python"}))
-    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))  # comes before all other places of kernels
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))  # is searched before all other folders of kernels
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setenv("JAXTOK_NOTEBOOK_TINY", "1")
@@ -48,7 +48,7 @@ def kernel(tmp_path, monkeypatch) -> str:
 
 
 def test_there_are_notebooks():
-    assert {path.stem for path in NOTEBOOKS} == FIGURES.keys() == SAYS.keys()
+    assert {path.stem for path in NOTEBOOKS} == FIGURES.keys() == PRINTED.keys()
 
 
 def test_is_stripped(path):
@@ -84,6 +84,6 @@ def test_runs(path, kernel, tmp_path):
     figures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(figures) == FIGURES[path.stem]
     printed = "".join(output.text for output in outputs if output.output_type == "stream")
-    for part in SAYS[path.stem]:
+    for part in PRINTED[path.stem]:
         assert part in printed
     assert list(work.glob("runs/*/*/metrics.jsonl"))

@@ -1,4 +1,4 @@
-"""Configs that an older version has written still open: one for each system, and options that have moved."""
+"""Configs that an older version wrote still open: one for each system, and options that have moved."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def agree(config, stored):
 
 
 def test_an_option_of_another_system_is_refused():
-    """Not dropped: the model would be another one."""
+    """Such a field is not dropped, as the model would be another one."""
     stored = STORED["option: full_layers"] | {"cosine_scores": True}
     with pytest.raises(ValueError, match="the field cosine_scores = True, which it no longer has"):
         from_json(stored)

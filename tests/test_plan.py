@@ -1,4 +1,4 @@
-"""`jaxtok plan`: real compilations for small TPU slices, none of which is here."""
+"""`jaxtok plan`: real compilations for small TPU slices, without any of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from jaxtok.data.text import TextData
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
-from jaxtok.plan import SLICES, advice, place, plan, remat_of, topology_devices, variants
+from jaxtok.plan import SLICES, advice, part_of, plan, remat_of, topology_devices, variants
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.mesh import MeshConfig, make_layout
 
@@ -65,8 +65,9 @@ def test_a_step_for_a_slice_that_is_not_there(tmp_path, capsys):
     gathers = sum(c["gigabytes"] for c in row["collectives"] if c["kind"] == "all-gather")
     # forward and again in the backward pass, in bfloat16, half of it from the other device
     assert gathers == pytest.approx(2 * 2 * (row["parameters"] - 256) / 2 / 1e9, rel=0.5)
-    said = capsys.readouterr().out
-    assert "fits" in said and "(estimate)" in said and "the compiler's estimate" in said and "Nothing was run" in said
+    printed = capsys.readouterr().out
+    for part in ("fits", "(estimate)", "the compiler's estimate", "Nothing was run"):
+        assert part in printed
 
 
 @libtpu
@@ -78,8 +79,8 @@ def test_a_step_that_does_not_fit_says_what_to_change(capsys):
     )
     (row,) = plan(big, "v5e:2x2")
     assert not row["fits"] and row["hbm_gigabytes"] > row["hbm_of_chip_gigabytes"]
-    said = capsys.readouterr().out
-    assert "does not fit" in said and "train.accumulate = 2" in said
+    printed = capsys.readouterr().out
+    assert "does not fit" in printed and "train.accumulate = 2" in printed
 
 
 @libtpu
@@ -154,7 +155,7 @@ def test_without_the_compiler(monkeypatch):
     ],
 )
 def test_places(source, expected):
-    assert place(source) == expected
+    assert part_of(source) == expected
 
 
 @pytest.mark.skipif(find_spec("jax_cuda12_plugin") is None, reason="needs the GPU compiler, jax-cuda12-plugin")
@@ -162,7 +163,7 @@ def test_gpus_that_are_not_there(capsys):
     (row,) = plan(EXPERIMENT, "h100:2x2")
     assert row["fits"] and row["devices"] == 4 and "H100" in row["chip"] and "step_seconds" not in row
     assert row["temporaries_gigabytes"] > 0 and {c["kind"] for c in row["collectives"]} >= {"all-gather"}
-    assert "nothing of time" in capsys.readouterr().out
+    assert "it tells no times" in capsys.readouterr().out
 
 
 def test_gpus_by_another_name_or_without_their_compiler(monkeypatch):

@@ -22,8 +22,8 @@ sys.path.insert(0, str(TESTS / "interop"))
 from test_formats import CASES as FORMAT_CASES  # noqa: E402
 
 BY_TASK = ("train", "evaluate", "shard")
-"""Every entry of `TASKS` is trained on one device and on every mesh (tests/training/test_mesh.py) and evaluated
-(test_tasks.py)."""
+"""Each entry of `TASKS` is trained on one device and on every mesh (tests/training/test_mesh.py) and evaluated
+(tests/training/test_tasks.py)."""
 
 EVIDENCE = {
     "tokenformer": {
@@ -109,7 +109,7 @@ EVIDENCE = {
         "formats": ("elm, masked",),
     },
 }
-"""By system: its entry in `TASKS`; for other columns an entry of `CAUSAL_LMS`, or a test; and its cases of
+"""For each system: its entry in `TASKS`; for other columns, an entry of `CAUSAL_LMS` or a test; and its cases in
 tests/interop/test_formats.py, which are imported and exported by the verb that a user types."""
 
 each = pytest.mark.parametrize("row", SYSTEMS, ids=lambda row: row.name)
@@ -124,12 +124,12 @@ def test_every_tick_has_its_evidence_and_every_gap_its_reason(row):
         evidence |= dict.fromkeys(("import", "export"), "interop/test_formats.py::test_there_and_back_by_the_verb")
     assert set(row.cannot) <= set(COLUMNS) and set(row.cannot.values()) <= set(REASONS)
     assert set(evidence) == set(COLUMNS) - set(BY_TASK) - set(row.cannot)
-    for column, place in evidence.items():
-        if "::" in place:
-            file, test = place.split("::")
-            assert re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.M), place
+    for column, entry in evidence.items():
+        if "::" in entry:
+            file, test = entry.split("::")
+            assert re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.M), entry
         else:
-            assert column == "generate, cached" and place in CAUSAL_LMS, place
+            assert column == "generate, cached" and entry in CAUSAL_LMS, entry
 
 
 @each

@@ -23,7 +23,7 @@ CONFIG = ["tokenformer_small", "--workdir", "/data/my run", "--name", "it's $HOM
 
 @pytest.fixture
 def script(tmp_path):
-    """Runs a script where every program that would leave this machine fails loudly; returns what it did."""
+    """Runs a script so that every program that would leave this machine fails loudly; returns what it did."""
     folder = tmp_path / "fakes"
     folder.mkdir()
     for name in ("gcloud", "kubectl", "srun", "scontrol", "jaxtok", "git"):
@@ -82,7 +82,7 @@ def test_help(script, name):
     "name, arguments, says",
     [
         ("local.sh", [], "how many processes"),
-        ("local.sh", ["0", "train"], "N is 0; it must be a whole number, 1 or more."),
+        ("local.sh", ["0", "train"], "N is 0; it must be a whole number, at least 1."),
         ("local.sh", ["two", "train"], "N is two"),
         ("local.sh", ["2"], "what the processes are to do"),
         ("local.sh", ["--devics", "2", "2", "train"], "no option --devics"),
@@ -205,7 +205,7 @@ def test_queued_resource(script):
 
 @pytest.fixture
 def queue(script, tmp_path):
-    """A gcloud whose queue has the given states, one a question; returns the verbs it was called with."""
+    """A gcloud whose queue has the given states, one for each query; returns the verbs that it was called with."""
 
     def play(states, train_codes):
         (tmp_path / "states").write_text("".join(f"{state}\n" for state in states))
@@ -332,7 +332,7 @@ def test_slurm_queues_itself_again_on_75_only(script, tmp_path, code, again):
 
 @pytest.fixture
 def jaxtok(script, tmp_path):
-    """JAXTOK for a program with this body; it is told its number by JAX_PROCESS_ID, and where to write by $HERE."""
+    """JAXTOK for a program with this body; JAX_PROCESS_ID is its number, and $HERE is where it writes."""
 
     def make(body):
         path = tmp_path / "program"

@@ -117,7 +117,7 @@ def test_pictures_of_classes(folder, tmp_path):
 
 
 def test_codes_come_back(folder):
-    """What the stored codes decode to is what the tokenizer makes of the image."""
+    """The stored codes decode to the tokenizer's reconstruction of the image."""
     tokenizer = open_tokenizer(folder / "tokenizer")
     codes = np.asarray(open_codes(folder / "codes" / "test").codes[:3, 0]).astype(np.int32)
     again = tokenizer.task.decode(tokenizer.params, codes)
@@ -125,7 +125,7 @@ def test_codes_come_back(folder):
 
 
 def test_options_of_a_runs_own_sampling(folder, tmp_path, capsys):
-    """The command line has those of the run that is named, and no others."""
+    """The command line has the options of the run that is named, and no others."""
     command = ["vision", "generate", str(folder / "masked"), str(tmp_path / "x.npz"), "--per-class", "1"]
     assert main([*command, "--rounds", "2", "--labels", "3"]) == 0
     for arguments, message in {
@@ -154,24 +154,24 @@ def wide(tmp_path_factory):
         "volumes": (BlockTokenizer(), Ramps()),
     }
     for name, (task, data) in sources.items():
-        place = root / name
-        tokenizer = Experiment(task=task, data=data, mesh=MeshConfig(data=1), workdir=str(place / "tokenizer"))
+        case = root / name
+        tokenizer = Experiment(task=task, data=data, mesh=MeshConfig(data=1), workdir=str(case / "tokenizer"))
         begin(tokenizer, task.init(jax.random.key(0), {}))
-        assert main(["vision", "tokenize", str(place / "tokenizer"), str(place / "codes")]) == 0
+        assert main(["vision", "tokenize", str(case / "tokenizer"), str(case / "codes")]) == 0
         shape = (6,) if name == "ordered" else task.code_shape  # the first six of the ordered codes
-        codes = CodeData(path=str(place / "codes"), shape=shape, values=task.code_values, batch_size=5)
+        codes = CodeData(path=str(case / "codes"), shape=shape, values=task.code_values, batch_size=5)
         model = Histograms(code_shape=shape, code_values=task.code_values, num_classes=len(codes.classes))
         params = model.learn(model.init(jax.random.key(0), {}), codes.eval_batches("train"))
-        begin(Experiment(task=model, data=codes, mesh=MeshConfig(data=1), workdir=str(place / "model")), params)
+        begin(Experiment(task=model, data=codes, mesh=MeshConfig(data=1), workdir=str(case / "model")), params)
     return root
 
 
 def test_ordered_codes_with_a_decoder_that_draws(wide, tmp_path, capsys):
-    place = wide / "ordered"
-    header = open_codes(place / "codes" / "train").header
+    case = wide / "ordered"
+    header = open_codes(case / "codes" / "train").header
     assert (header.shape, header.values, header.prefixes) == ((15,), (33, 9, 5), (1, 3, 6, 15))
     grid = tmp_path / "grid.png"
-    command = ["vision", "reconstruct", str(place / "tokenizer"), str(grid), "--count", "3", "--columns", "3"]
+    command = ["vision", "reconstruct", str(case / "tokenizer"), str(grid), "--count", "3", "--columns", "3"]
     assert main([*command, "--prefixes", "1", "6"]) == 0
     sheet = np.asarray(Image.open(grid)).astype(float)
     assert sheet.shape == (4 * 102 + 6, 3 * 102 + 6, 3), "the images, two prefixes, and all codes"
@@ -179,31 +179,31 @@ def test_ordered_codes_with_a_decoder_that_draws(wide, tmp_path, capsys):
     errors = [np.square(row - rows[0]).mean() for row in rows[1:]]
     assert errors[0] > errors[1] > errors[2] > 0, "more codes are nearer"
     assert main([*command, "--prefixes", "2"]) == 1
-    assert "prefixes has 2, but this tokenizer decodes the first 1, 3, 6, 15 codes" in _line(capsys)
-    assert main(["vision", "generate", str(place / "model"), str(tmp_path / "a.npz"), "--temperature", "0.5"]) == 0
+    assert "prefixes has 2; this tokenizer decodes the first 1, 3, 6, 15 codes" in _line(capsys)
+    assert main(["vision", "generate", str(case / "model"), str(tmp_path / "a.npz"), "--temperature", "0.5"]) == 0
     with np.load(tmp_path / "a.npz") as file:
         assert file["arr_0"].shape == (40, 8, 8, 3) and file["arr_1"].tolist() == [n for n in range(10) for _ in "1234"]
 
 
 def test_volumes(wide, tmp_path):
-    place = wide / "volumes"
-    file = open_codes(place / "codes" / "train")
+    case = wide / "volumes"
+    file = open_codes(case / "codes" / "train")
     assert file.header.shape == (2, 4, 3) and file.header.image_shape == (4, 8, 6, 1)
     assert file.codes.shape == (10, 2, 24, 1), "with mirror images"
     mirrored = np.asarray(file.codes[:, 1]).reshape(10, 2, 4, 3)[..., ::-1].reshape(10, 24, 1)
     np.testing.assert_array_equal(mirrored, file.codes[:, 0])
-    numbers = reconstruct(place / "tokenizer", tmp_path / "grid.png", count=4, columns=4)
+    numbers = reconstruct(case / "tokenizer", tmp_path / "grid.png", count=4, columns=4)
     assert numbers["mse"] < 0.02
     picture = np.asarray(Image.open(tmp_path / "grid.png"))
     volumes = np.concatenate([batch["images"] for batch in Ramps().eval_batches("validation")])
     middle = volumes[np.random.default_rng(0).permutation(6)[:4].min(), 2, :, :, 0]
     assert (picture[6 : 6 + 8 * 16, 6:102, 0] == middle.repeat(16, 0).repeat(16, 1)).all()
-    generate(place / "model", tmp_path / "files", labels=("wide",), per_class=2)
+    generate(case / "model", tmp_path / "files", labels=("wide",), per_class=2)
     paths = sorted((tmp_path / "files").iterdir())
     assert [path.name for path in paths] == ["000000_wide.tif", "000001_wide.tif"]
     with Image.open(paths[0]) as image:
         assert image.n_frames == 4 and image.size == (6, 8)
-    generate(place / "model", tmp_path / "all.npz", labels=("wide", "none"), per_class=20)
+    generate(case / "model", tmp_path / "all.npz", labels=("wide", "none"), per_class=20)
     with np.load(tmp_path / "all.npz") as volumes:
         assert volumes["arr_0"].shape == (40, 4, 8, 6, 1)
         wide_ones = volumes["arr_0"][:20].mean((0, 1, 2, 4))
@@ -212,12 +212,12 @@ def test_volumes(wide, tmp_path):
 
 def test_a_tokenizer_of_other_codes(wide, folder, tmp_path):
     for model, tokenizer, message in [
-        (wide / "volumes" / "model", wide / "ordered" / "tokenizer", "shape 2 x 4 x 3, but the tokenizer's 15"),
-        (folder / "ar", wide / "volumes" / "tokenizer", "shape 4 x 4, but the tokenizer's 2 x 4 x 3"),
+        (wide / "volumes" / "model", wide / "ordered" / "tokenizer", "shape 2 x 4 x 3, but the tokenizer's have 15"),
+        (folder / "ar", wide / "volumes" / "tokenizer", "shape 4 x 4, but the tokenizer's have 2 x 4 x 3"),
     ]:
         with pytest.raises(ValueError, match=message):
             generate(model, tmp_path / "x.png", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="Ramps, take no other images"):
+    with pytest.raises(ValueError, match="Ramps takes no other images"):
         reconstruct(wide / "volumes" / "tokenizer", tmp_path / "x.png", images="emoji")
     with pytest.raises(ValueError, match="Histograms, which shows no attention"):
         attention((wide / "volumes" / "model",), tmp_path / "x.png")
@@ -232,7 +232,7 @@ def test_analyses(folder, tmp_path, capsys):
     command = ["vision", "statistics", str(folder / "codes"), "--output", str(plots[0])]
     (tmp_path / "text.txt").write_text("words " * 5000)
     assert main([*command, "--corpus", str(tmp_path / "text.txt")]) == 1, "bytes are more than 64 values"
-    assert "has 257 ids, but the images 64 values" in " ".join(capsys.readouterr().err.split())
+    assert "has 257 ids, but the images have 64 values" in " ".join(capsys.readouterr().err.split())
     assert main(command) == 0
     assert "codes: kl unigram" in capsys.readouterr().out
     assert main(["vision", "attention", str(folder / "ar"), str(folder / "masked"), "--output", str(plots[1])]) == 0
@@ -244,7 +244,7 @@ def test_analyses(folder, tmp_path, capsys):
         assert np.asarray(Image.open(plot).convert("L")).std() > 5
 
 
-def test_what_is_wrong_is_said(folder, tmp_path, capsys):
+def test_mistakes_are_named(folder, tmp_path, capsys):
     assert main(["vision"]) == 0 and "reconstruct" in capsys.readouterr().out
     assert main(["vision", "paint"]) == 1
     assert main(["vision", "statistics"]) == main(["vision", "attention"]) == 1

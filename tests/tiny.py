@@ -18,24 +18,24 @@ from jaxtok.protocols import ArraySpec, Batch
 from jaxtok.training.experiment import Experiment, TrainConfig
 
 SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 8, "vocab_size": 64, "max_length": 32}
-"""Of a decoder that eight devices divide."""
+"""The sizes of a decoder that eight devices can divide."""
 
 TOKENFORMER = TokenFormerConfig(**SIZES, rotary_fraction=1.0, tokens=uniform_counts(16, 32))
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A task in a tiny size that eight devices divide; the contract tests train and evaluate it, on every mesh."""
+    """A task in a tiny size that eight devices can divide; the contract tests train and evaluate it on every mesh."""
 
     task: Any
     data: Any
     batch: dict[str, np.ndarray]
-    """As the data's batches are."""
+    """A batch like those of the data."""
     unfit: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Meshes that it does not fit, with the reason."""
+    """The meshes that it does not fit, with the reason."""
     train: TrainConfig = TrainConfig()
     drawn: bool = False
-    """An evaluation draws (hidden places, tables, gates), so that it depends on how the data are cut into batches."""
+    """Whether an evaluation draws (hidden positions, tables, gates), so that it depends on how the data are batched."""
 
     @property
     def experiment(self) -> Experiment:
@@ -70,7 +70,7 @@ def typed(data: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def check_spec(batch: Batch, data: Any) -> None:
-    """That a whole batch is what the data say it is."""
+    """Checks that a whole batch is what the data's `batch_spec` says."""
     spec = {name: (array.shape, np.dtype(array.dtype)) for name, array in data.batch_spec().items()}
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == spec
 
@@ -81,12 +81,12 @@ def text(model: Any) -> Case:
     rng = np.random.default_rng(0)
     shape = (data.batch_size, data.length)
     ends = rng.integers(3, 20, (data.batch_size, 1))
-    place = np.broadcast_to(np.arange(data.length), shape)
-    segments = np.where(place < ends, 1, 2) * (place < ends + 10)
+    index = np.broadcast_to(np.arange(data.length), shape)
+    segments = np.where(index < ends, 1, 2) * (index < ends + 10)
     batch = {
         "tokens": rng.integers(0, model.vocab_size, shape),
         "targets": rng.integers(0, model.vocab_size, shape),
-        "positions": np.where(place < ends, place, place - ends),
+        "positions": np.where(index < ends, index, index - ends),
         "segments": segments,
         "mask": segments > 0,
         "bytes": np.ones(shape),
@@ -115,15 +115,15 @@ ENCODER = ElectraConfig(
 
 
 def encoder(task: Any, unfit: Mapping[str, str] | None = None) -> Case:
-    """[CLS] a [SEP] b [SEP] and padding."""
+    """Rows of [CLS] a [SEP] b [SEP] and padding."""
     data = EncoderData(length=16, batch_size=8)
     rng = np.random.default_rng(0)
-    place, ends = np.arange(data.length), rng.integers(7, 16, (data.batch_size, 1))
-    special = (place == 0) | (place == 5) | (place == ends)
+    index, ends = np.arange(data.length), rng.integers(7, 16, (data.batch_size, 1))
+    special = (index == 0) | (index == 5) | (index == ends)
     batch = {
         "tokens": np.where(special, 1, rng.integers(4, 64, (data.batch_size, data.length))),
-        "types": place + 0 * ends > 5,
-        "mask": place <= ends,
+        "types": index + 0 * ends > 5,
+        "mask": index <= ends,
         "bytes": ~special,
     }
     return Case(task, data, typed(data, batch), dict(unfit or {}), drawn=True)
@@ -139,7 +139,7 @@ def labelled(case: Case, classes: int) -> Case:
 
 @dataclasses.dataclass(frozen=True)
 class LabelledRows:
-    """Stands for rows of some data with a class each."""
+    """Rows of other data, with a class each."""
 
     rows: Any
     count: int

@@ -1,12 +1,12 @@
 # shellcheck shell=bash disable=SC2034
-# What the scripts in this folder share. To be sourced by them (bash 4.4 or newer), not run:
+# What the scripts in this folder share. They source it (bash 4.4 or newer):
 #
 #   source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 dry_run=""     # set by --dry-run: `run` only prints
 INTERRUPTED=75 # the exit code of `jaxtok train` for "saved, the same command resumes"
 
-# The comment at the top of the script.
+# Prints the comment at the top of the script.
 usage() {
   awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$0"
 }
@@ -15,13 +15,13 @@ say() {
   printf '%s: %s\n' "$(basename "$0")" "$*" >&2
 }
 
-# One sentence, and the exit code for wrong usage.
+# Prints one sentence, and exits with the code for wrong usage.
 fail() {
   say "$*"
   exit 2
 }
 
-# The arguments as one line that a shell reads back as the same arguments.
+# Prints the arguments as one line that a shell reads back as the same arguments.
 quoted() {
   local word line=""
   for word; do
@@ -36,20 +36,19 @@ run() {
   if [[ $dry_run ]]; then quoted "$@"; else "$@"; fi
 }
 
-# Fails unless the option, the first argument, has a value, the second.
+# Fails unless the option (the first argument) has a value (the second).
 need() {
   [[ ${2-} && $2 != --* ]] || fail "$1 needs a value."
 }
 
-# Fails unless the option's value is a whole number of at least the third argument.
+# Fails unless the option's value is a whole number that is at least the third argument.
 need_number() {
   need "$@"
-  [[ $2 =~ ^[0-9]+$ && $2 -ge $3 ]] || fail "$1 is $2; it must be a whole number, $3 or more."
+  [[ $2 =~ ^[0-9]+$ && $2 -ge $3 ]] || fail "$1 is $2; it must be a whole number, at least $3."
 }
 
-# Reads the options of a TPU VM up to the first argument that is none: NAME may stand among them, what is behind goes
-# into `rest`. The options with a value that a script adds are in `known` ("--slices ..."), and set variables of their
-# names (slices).
+# Reads NAME and the options of a TPU VM, in any order; the arguments after them go into `rest`. The first argument
+# names the options with a value that a script adds ("--slices ..."); each sets the variable of its name (slices).
 name="" zone="" project="" accelerator_type="" version="" spot="" rest=()
 tpu_options() {
   local known=" --zone --project $1 " variable
@@ -77,7 +76,7 @@ tpu_options() {
   [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "NAME is $name; it must be lower-case letters, digits and dashes."
 }
 
-# The software of a TPU VM for JAX, by the type of its accelerator.
+# Prints the software version of a TPU VM for JAX, by the type of its accelerator.
 runtime_version() {
   case $1 in
     v6e-*) echo v2-alpha-tpuv6e ;;

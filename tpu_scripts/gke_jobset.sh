@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Trains on TPU slices of a GKE cluster: prints a JobSet and gives it to kubectl. Needs JobSet 0.6 or newer there.
+# Trains on TPU slices of a GKE cluster: prints a JobSet and gives it to kubectl. The cluster needs JobSet 0.6 or newer.
 #
 #   tpu_scripts/gke_jobset.sh NAME --image I --accelerator A --topology T [OPTIONS] CONFIG [ARGUMENTS ...]
 #   tpu_scripts/gke_jobset.sh run1 --image IMAGE --accelerator tpu-v6e-slice --topology 4x4 --claim data \
 #       tokenformer_small --workdir /data/run1 --train.save-deadline 100
 #
-#   --image I           with `jaxtok` and jax[tpu] installed
+#   --image I           the container image, with `jaxtok` and jax[tpu] installed
 #   --accelerator A     the node pool's cloud.google.com/gke-tpu-accelerator, such as tpu-v5-lite-podslice
 #   --topology T        the node pool's cloud.google.com/gke-tpu-topology, such as 4x4 or 2x2x2
-#   --chips-per-pod C   TPU chips of one machine (4)
-#   --slices S          slices of this topology (1)
-#   --spot              on Spot machines
-#   --claim CLAIM       a PersistentVolumeClaim that all pods can write, mounted at /data: for --workdir
-#   --grace S           seconds between SIGTERM and SIGKILL (120); --train.save-deadline should be less
-#   --max-restarts R    restarts after errors (3); there is no limit to those after interruptions
-#   --dry-run           print only
+#   --chips-per-pod C   the number of TPU chips of one machine (default: 4)
+#   --slices S          the number of slices of this topology (default: 1)
+#   --spot              run on Spot machines
+#   --claim CLAIM       a PersistentVolumeClaim that all pods can write, mounted at /data for --workdir
+#   --grace S           the seconds between SIGTERM and SIGKILL (default: 120); --train.save-deadline should be less
+#   --max-restarts R    the limit of restarts after errors (default: 3); restarts after interruptions have no limit
+#   --dry-run           print the JobSet and do nothing else
 #
 # A pod that ends with exit code 75 (interrupted and saved), or whose machine is taken away, fails its Job with the
 # reason PodFailurePolicy; the JobSet then starts all pods again, and they resume.

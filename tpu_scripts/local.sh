@@ -4,16 +4,16 @@
 #   tpu_scripts/local.sh [OPTIONS] N ARGUMENTS OF jaxtok ...
 #   tpu_scripts/local.sh --devices 2 2 train tokenformer_small --workdir runs/two --train.steps 20
 #
-#   --devices D     D simulated CPU devices in each process
-#   --port PORT     where process 0 listens for the others (a free one)
-#   --logs DIR      output of processes 1, 2, ... goes to DIR/1.log, DIR/2.log, ... (to stderr, as "[1] ...")
-#   --restarts R    start all again, at most R times, when they end with exit code 75: interrupted and saved (0)
-#   --grace S       when one ends with an error, the others get SIGTERM and, S seconds later, SIGKILL (10)
-#   --dry-run       print the commands, run nothing
+#   --devices D     simulate D CPU devices in each process
+#   --port PORT     the port on which process 0 listens for the others (default: a free one)
+#   --logs DIR      write what processes 1, 2, ... print to DIR/1.log, DIR/2.log, ... (default: to stderr, as "[1] ...")
+#   --restarts R    start all again, at most R times, when they end with exit code 75: interrupted, saved (default: 0)
+#   --grace S       when one ends with an error, send SIGTERM to the others and, S seconds later, SIGKILL (default: 10)
+#   --dry-run       print the commands and run nothing
 #
-# The exit code is that of the first process that ended with an error; else 75 if one was interrupted; else 0.
-# SIGTERM and SIGINT are passed on as SIGTERM, and nothing is started again behind them. The command is `jaxtok`, or
-# what the variable JAXTOK says: JAXTOK="python -m jaxtok.cli".
+# The exit code is that of the first process that ended with an error; otherwise 75 if one was interrupted; otherwise 0.
+# SIGTERM and SIGINT are passed on as SIGTERM, and nothing is started again after them. The command is `jaxtok`, or that
+# of the variable JAXTOK, such as JAXTOK="python -m jaxtok.cli".
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -40,8 +40,8 @@ done
 [[ $# -gt 0 ]] || fail "say what the processes are to do: local.sh $count train CONFIG ..."
 
 read -ra jaxtok <<<"${JAXTOK:-jaxtok}"
-processes=() # their ids, by number; those that ended are taken out
-printers=()  # what writes "[1] ..."
+processes=() # the ids of the running processes, by number
+printers=()  # the ids of the processes that write "[1] ..."
 stopped=""   # whether this script got a signal
 result=0
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Trains on a TPU that is waited for in Google's queue, and asks for it again when it was preempted. Needs gcloud.
+# Waits in Google's queue for a TPU, trains on it, and asks for another when it was preempted. It needs gcloud.
 #
 #   tpu_scripts/queued_resource.sh train  NAME --zone Z --accelerator-type T [OPTIONS] CONFIG [ARGUMENTS ...]
 #   tpu_scripts/queued_resource.sh delete NAME --zone Z [--project P]
@@ -8,17 +8,17 @@
 #       --prepare 'sudo mkdir -p /data && sudo mount SERVER:/share /data' \
 #       tokenformer_small --workdir /data/run1
 #
-#   --version V                 software of the VM (that for JAX on this accelerator)
-#   --spot                      cheaper, and can be preempted
-#   --valid-until-duration D    how long the request stays in the queue, such as 6h (no limit)
-#   --prepare COMMAND           run on all workers of every new TPU, in front of the installation
-#   --project P
-#   --dry-run                   print the commands, run nothing
+#   --version V                 the software of the VM (default: the version for JAX on this accelerator)
+#   --spot                      ask for a Spot TPU, which is cheaper and can be preempted
+#   --valid-until-duration D    how long the request stays in the queue, such as 6h (default: no limit)
+#   --prepare COMMAND           run this command on all workers of every new TPU, before the installation
+#   --project P                 the Google Cloud project (default: that of gcloud)
+#   --dry-run                   print the commands and run nothing
 #
-# The request and its TPU are both called NAME. When it is there (state ACTIVE), tpu_vm.sh installs this checkout and
-# trains. When the training ends because the TPU was taken away (SUSPENDED or FAILED), the request is deleted and made
-# again; --workdir must be a folder that outlives the TPU. At the end the TPU stays: delete it.
-# This script can be stopped and started again: it goes on with a request of its NAME.
+# The request and its TPU are both called NAME. When the TPU is there (state ACTIVE), tpu_vm.sh installs this checkout
+# and trains. When the training ends because the TPU was taken away (SUSPENDED or FAILED), the request is deleted and
+# made again; --workdir must be a folder that outlives the TPU. At the end the TPU stays; `delete` deletes it.
+# This script can be stopped and started again; it then continues with the request of this NAME.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -47,7 +47,7 @@ create() {
     ${spot:+--spot} ${valid_until_duration:+"--valid-until-duration=$valid_until_duration"}
 }
 
-# The state of the request; empty if there is none.
+# Prints the state of the request; nothing if there is none.
 state() {
   run gcloud compute tpus queued-resources list "${where[@]}" "--filter=name ~ /$name\$" "--format=value(state.state)"
 }

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# A TPU VM or pod slice: create it, install this checkout on it, train, delete it. Needs gcloud, logged in.
+# Creates a TPU VM or pod slice, installs this checkout on it, trains, and deletes it. It needs gcloud, logged in.
 #
 #   tpu_scripts/tpu_vm.sh create NAME --zone Z --accelerator-type T [--version V] [--spot] [--project P]
-#   tpu_scripts/tpu_vm.sh setup  NAME --zone Z [--prepare COMMAND]    the commit HEAD, on all workers
+#   tpu_scripts/tpu_vm.sh setup  NAME --zone Z [--prepare COMMAND]    installs the commit HEAD on all workers
 #   tpu_scripts/tpu_vm.sh train  NAME --zone Z CONFIG [ARGUMENTS OF jaxtok train ...]
 #   tpu_scripts/tpu_vm.sh ssh    NAME --zone Z [--worker W] [COMMAND]
-#   tpu_scripts/tpu_vm.sh stop   NAME --zone Z    SIGTERM to the training: it saves and ends
+#   tpu_scripts/tpu_vm.sh stop   NAME --zone Z    sends SIGTERM to the training, which saves and ends
 #   tpu_scripts/tpu_vm.sh delete NAME --zone Z
 #
 #   tpu_scripts/tpu_vm.sh create run1 --zone us-east5-b --accelerator-type v6e-16 --spot
 #   tpu_scripts/tpu_vm.sh setup run1 --zone us-east5-b --prepare 'sudo mkdir -p /data && sudo mount SERVER:/share /data'
 #   tpu_scripts/tpu_vm.sh train run1 --zone us-east5-b tokenformer_small --workdir /data/run1
 #
-#   --version V          software of the VM (that for JAX on this accelerator)
-#   --prepare COMMAND    run on all workers too, in front of the installation
-#   --worker W           0, 1, ... or all (0)
-#   --dry-run            print the commands, run nothing
+#   --version V          the software of the VM (default: the version for JAX on this accelerator)
+#   --prepare COMMAND    also run this command on all workers, before the installation
+#   --worker W           the worker: 0, 1, ... or all (default: 0)
+#   --dry-run            print the commands and run nothing
 #
-# Of a slice with several workers, --workdir must be a folder that all share, such as one mounted with --prepare.
+# On a slice with several workers, --workdir must be a folder that all share, such as one mounted by --prepare.
 # `train` runs on all workers and starts again when they end with exit code 75 (interrupted and saved); any other code
-# is returned. Ctrl-C ends the connection, not the training: `stop` does.
+# is returned. Ctrl-C ends the connection but not the training; `stop` ends the training.
 set -euo pipefail
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

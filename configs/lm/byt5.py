@@ -2,8 +2,8 @@
 
     jaxtok train byt5_small --data.corpus arrayrecord:/path/to/records
 
-Without --data.corpus, mC4 is taken from TensorFlow Datasets. The trained models are google/byt5-small to byt5-xxl of
-Hugging Face: `jaxtok convert FOLDER RUN` reads them.
+Without --data.corpus, mC4 is read from TensorFlow Datasets. The authors' trained models are google/byt5-small to
+byt5-xxl on Hugging Face; `jaxtok convert FOLDER RUN` reads them. No loss of these runs is published.
 
 byt5_small  300M parameters
 byt5_base  582M parameters
@@ -22,8 +22,10 @@ from jaxtok.training.optimizer import OptimizerConfig
 
 
 def byt5(size: str, fsdp: int = 16) -> Experiment:
-    """Spans of 20 bytes, 15 % noise; Adafactor at the rate with which the authors' inverse square root ends, as
-    schedules here have no such."""
+    """Spans of 20 bytes, 15 % noise; Adafactor at a constant rate.
+
+    The authors' rate falls with the inverse square root of the step, which no schedule here does; this one is their
+    last."""
     return Experiment(
         name=f"byt5_{size}",
         task=SequenceToSequence(

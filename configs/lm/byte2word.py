@@ -1,10 +1,10 @@
-"""Byte2Word (arXiv 2211.12677) on Wikipedia, as far as the paper is known: its recipe is this package's choice.
+"""Byte2Word (arXiv 2211.12677) on Wikipedia; no code was released, so the recipe is this package's choice.
 
     jaxtok tokenizer wordpieces.model --corpus tfds:wikipedia/20230601.en --vocab-size 30522
     jaxtok train byte2word_base
 
-Expect, by the paper's abstract, the quality of a BERT of this size with a tenth of its input embedding: 2.58M numbers
-instead of 23.4M. Any tokenizer whose ids are below 30,522 can name the pieces.
+Expect what the paper's abstract says: the quality of a BERT of this size with a tenth of its input embedding, 2.58M
+numbers instead of 23.4M. The pieces can be those of any tokenizer whose ids are below 30,522 (--data.tokenizer FILE).
 
 byte2word_base  the body of BERT-base; 112M parameters
 """

@@ -1,10 +1,11 @@
-"""Byte2Word's claim on Python's standard library: words from bytes against BERT's table of subwords, same body.
+"""Byte2Word's claim on Python's standard library: words from bytes against BERT's table of subwords.
 
     jaxtok tokenizer runs/words_2k.model --vocab-size 2000 --model-type bpe --words
     jaxtok study byte2word_study
 
-Encoders of 3 layers of width 96 on rows of 48 words; both predict the pieces of the same masked words. The measures
-are the loss of a word, its rise where words have errors, and from which package of the library a row is.
+Both models are encoders of 3 layers of width 96 on rows of 48 words, and predict the pieces of the same masked words.
+Measured are the loss of a word, how much it rises when words have errors, and how well a probe tells from which package
+of the library a row comes. Expect 6.348 nats a word and 6.384 for BERT; configs/lm/README.md has the whole table.
 """
 
 import dataclasses

@@ -2,13 +2,13 @@
 
     jaxtok train electra_small --data.corpus arrayrecord:/path/to/records
 
-All need the tokenizer.json of bert-base-uncased (--data.tokenizer FILE). The numbers are the paper's on GLUE
-(development sets).
+All need the tokenizer.json of bert-base-uncased (--data.tokenizer FILE). The numbers are the paper's, on the
+development sets of GLUE.
 
 electra_small  14M: 1,000,000 steps of 128 x 128 tokens of Wikipedia and BooksCorpus; GLUE 79.9 (1.4e18 FLOPs)
 electra_base  110M: 766,000 steps of 256 x 512 tokens of Wikipedia and BooksCorpus; GLUE 85.1 (6.4e19 FLOPs)
 electra_large  335M: 400,000 steps of 2,048 x 512 tokens of XLNet's data (33B tokens); GLUE 89.0
-    89.5 with 1,750,000 steps.
+    With 1,750,000 steps, it is 89.5.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def electra(
     size: str, *, corpus: str, steps: int, batch_size: int, length: int, learning_rate: float, fsdp: int
 ) -> Experiment:
     """The authors' recipe (appendix A): Adam 0.9/0.999 without bias correction, decay 0.01, clip 1, 10,000 steps of
-    warm-up times a linear decay to 0, dropout 0.1, of attention weights too."""
+    warm-up times a linear decay to 0, and dropout of 0.1, also of attention weights."""
     task = PUBLISHED[size]
     model = dataclasses.replace(task.model, dtype="bfloat16", remat="dots", dropout=0.1, attention_dropout=0.1)
     return Experiment(

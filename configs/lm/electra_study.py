@@ -2,9 +2,10 @@
 
     jaxtok study electra_study
 
-Encoders of bytes, of 2 layers of width 64, on rows of 64. Masked words train for more steps than ELECTRA, so that both
-spend the same FLOPs. ELECTRA 15% has its loss at the chosen places only. The probes say from which package of the
-library a text is; see `jaxtok.studies.probes`.
+The models are encoders of bytes, of 2 layers of width 64, on rows of 64 bytes. The model of masked words trains for
+more steps than ELECTRA, so that both spend the same FLOPs. ELECTRA 15% has its loss at the chosen positions only. The
+probes tell from which package of the library a text comes (`jaxtok.studies.probes`). Expect an AUC of 0.596 for
+replaced tokens, and 0.532 for ELECTRA 15%; configs/lm/README.md has the whole table.
 """
 
 import dataclasses

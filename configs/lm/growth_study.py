@@ -2,8 +2,8 @@
 
     jaxtok study growth_study
 
-About an hour on two cores. The README has the table and the plot that it makes. The models and the training are
-those of quickstart, which compares one growth with scratch.
+It takes about an hour on two cores. configs/lm/README.md has the table and the plot that it makes. The models and the
+training are those of quickstart, which compares a single growth with training from scratch.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from jaxtok.configuration import load_config
 from jaxtok.studies.growth import ARMS
 
 quickstart = load_config("quickstart")
-left_out = ("zero_keys_keep", "scratch_short")  # of little interest: --arms takes them
+left_out = ("zero_keys_keep", "scratch_short")  # of little interest; --arms can name them
 config = dataclasses.replace(
     quickstart,
     arms=tuple(arm for arm in ARMS if arm not in left_out),

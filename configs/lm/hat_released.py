@@ -1,9 +1,10 @@
-"""The released HAT (arXiv 2603.15953) of 7B from scratch: rows of 3,584 words, with room for seven bytes a word.
+"""The released HAT (arXiv 2603.15953) of 7B, trained from scratch on rows of 3,584 words.
 
     jaxtok train hat_released_7b --data.corpus arrayrecord:/path/to/records
 
-Its authors trained on about 4T words (70 % English, 7 % German, code and mathematics), at a context of 3,500 words; the
-data, the batch and the optimizer are not public, so those are the paper's of the variant at 7B.
+Its authors trained on about 4T words (70 % English, 7 % German, code and mathematics) with a context of 3,500 words.
+The data, the batch and the optimizer are not public, so those of hat_7b are used. A row has room for seven bytes a
+word. No loss of this training is published; `jaxtok convert FOLDER RUN` reads the released weights.
 
 hat_released_7b  7.19B parameters, as tfree-hat-pretrained-7b has them
 """

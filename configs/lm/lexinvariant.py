@@ -1,16 +1,16 @@
-"""The paper's lexinvariant models (arXiv 2305.16349): 150M parameters, none of them a symbol's, on the Pile.
+"""The paper's lexinvariant models (arXiv 2305.16349): 150M parameters, and no embeddings, on the Pile.
 
     jaxtok train lexinvariant_pile_150m_characters --data.corpus arrayrecord:/path/to/records
 
-250,000 steps of 512 rows of 512 symbols. The standard model that the paper compares with is the same with
---task.random_symbols 0; 0.2 is semi-lexinvariant. The paper reports that the gap in perplexity to the standard model
-shrinks from ninefold at the first characters to less than one times its perplexity at the 512th. (The learning rate
-falls from 1e-2 to 1e-3 there; that it does so along a cosine, with a warm-up, is our choice.)
+They train for 250,000 steps of 512 rows of 512 symbols. --task.random-symbols 0 gives the standard model that the paper
+compares with; 0.2 gives the semi-lexinvariant one. The paper reports that the gap in perplexity to the standard model
+shrinks from nine times its perplexity at the first characters to less than one times at the 512th. (The paper's
+learning rate falls from 1e-2 to 1e-3; that it does so along a cosine, after a warm-up, is our choice.)
 
-lexinvariant_pile_150m_characters  ASCII characters; others are left out of the text
+lexinvariant_pile_150m_characters  ASCII characters; all others are left out of the text
 lexinvariant_pile_150m_subwords  T5's 32,000 subwords
-    Needs T5's spiece.model (--data.tokenizer FILE). The tables of a batch would take 34 GB in bfloat16, so 2,048 of a
-    sequence's rows are drawn at a time, in the forward and in the backward pass.
+    It needs T5's spiece.model (--data.tokenizer FILE). The tables of a batch would take 34 GB in bfloat16, so 2,048 of
+    a sequence's rows are drawn at a time, in the forward and in the backward pass.
 """
 
 import dataclasses

@@ -2,13 +2,14 @@
 
     jaxtok train mrt5_small --start byt5-small
 
-`--start` takes ByT5's weights, from Hugging Face's folder of google/byt5-small or from a run of byt5_small; without it,
-training starts from scratch. The paper takes 15 of mC4's languages, and trained small and large only.
+`--start` takes ByT5's weights from the Hugging Face folder of google/byt5-small or from a run of byt5_small; without
+it, training starts from scratch. Without --data.corpus, mC4 is read from TensorFlow Datasets; the paper takes 15 of its
+languages. The paper trained only small and large.
 
-mrt5_small  300M parameters. The paper: half of the bytes deleted, and a batch in 29.99 ms instead of 44.29
+mrt5_small  300M parameters; in the paper, half of the bytes are deleted and a batch takes 29.99 ms, not 44.29
 mrt5_base  582M parameters
-mrt5_large  1.23B parameters. The paper: 49.5 % of the bytes deleted, and a batch in 98.21 ms instead of 177.27
-    0.74 bits a byte (loss / ln 2) instead of ByT5's 0.70.
+mrt5_large  1.23B parameters; in the paper, 49.5 % of the bytes are deleted and a batch takes 98.21 ms, not 177.27
+    The loss is 0.74 bits a byte (loss / ln 2) instead of ByT5's 0.70.
 mrt5_xl  3.74B parameters
 mrt5_xxl  12.9B parameters
 """
@@ -23,7 +24,7 @@ from jaxtok.transfer.mrt5 import T5ToMrT5
 
 
 def mrt5(size: str) -> Experiment:
-    """Continued pre-training (section 5) on ByT5's data: AdamW at 1e-4, linearly to 0, without warm-up; dropout 0.1."""
+    """Continued pre-training (section 5) on ByT5's data: AdamW, 1e-4 linearly to 0, without warm-up; dropout 0.1."""
     byt5 = load_config(f"byt5_{size}")
     optimizer = OptimizerConfig(
         learning_rate=1e-4,

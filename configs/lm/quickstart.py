@@ -1,9 +1,9 @@
-"""The main job in small: train a TokenFormer on Python's standard library, grow it, train on, compare with scratch.
+"""A small TokenFormer on Python's standard library: train it, grow it, train on, and compare with scratch.
 
     jaxtok study quickstart
 
-About seven minutes on two cores. Expect about 3.0 bits per byte before the growth, exactly the same right after it, and
-less than from-scratch training of the final size reaches with the compute spent so far;
+It takes about seven minutes on two cores. Expect about 3.0 bits per byte before the growth, exactly the same right
+after it, and in the end less than training the final size from scratch reaches with the same compute.
 runs/quickstart/loss_vs_compute.png shows it. growth_study has more arms and seeds.
 """
 

@@ -3,7 +3,7 @@
     jaxtok recovery recovery --kills 50
     jaxtok recovery recovery --kills 20 --processes 2 --workdir runs/recovery2
 
-Four minutes each on two cores. Expect `lost 0`: the killed run ends with the same bits as the undisturbed one.
+Each takes four minutes on two cores. Expect `lost 0`: the killed run ends with the same bits as the undisturbed one.
 """
 
 from jaxtok.data.text import TextData

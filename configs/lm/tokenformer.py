@@ -2,8 +2,8 @@
 
     jaxtok train tokenformer_pile_150m --data.corpus arrayrecord:/path/to/records
 
-All need the tokenizer.json of GPT-NeoX-20B (--data.tokenizer FILE). On the Pile: 143,000 steps of 1,024 x 2,048 tokens
-(300B); the perplexities are the paper's, on the Pile.
+All need the tokenizer.json of GPT-NeoX-20B (--data.tokenizer FILE). Those on the Pile train for 143,000 steps of
+1,024 x 2,048 tokens (300B); the perplexities are the paper's.
 
 tokenformer_pile_150m  150M parameters on the Pile: perplexity 10.45
 tokenformer_pile_450m  450M parameters on the Pile: perplexity 8.28
@@ -11,13 +11,13 @@ tokenformer_pile_900m  900M parameters on the Pile: perplexity 7.38
 tokenformer_pile_1_5b  1.5B parameters on the Pile: perplexity 6.91
 tokenformer_pile_7b  6.6B parameters with the same recipe, for `jaxtok plan`; not a published model, so no loss is known
 tokenformer_openwebtext2_354m_757m  354M for 600,000 steps of 524,288 tokens, grown to 757M for 120,000 more
-    The authors' PyTorch run. They report perplexity 11.9 before the growth and 10.7 after it. As in their run, new rows
-    are random and tau follows the number of tokens: the loss jumps, then falls; `--stages.0.init zero_keys` preserves
-    the function instead.
+    This is the authors' PyTorch run. They report perplexity 11.9 before the growth and 10.7 after it. As in their run,
+    new rows are random and tau follows the number of tokens, so the loss jumps and then falls; `--stages.0.init
+    zero_keys` preserves the function instead.
 tokenformer_openwebtext_124m_1_4b  124M on OpenWebText, grown to 354M, 757M and 1.4B with 60B tokens a stage
-    The study of incremental scaling. Read off the authors' figure, perplexity should be about 16.4 at 124M, 13.6 at
-    354M, 12.3 at 757M and 11.6 at 1.4B. The slots of the last two sizes are not public; these have the published
-    numbers of parameters to within a per cent.
+    This is the study of incremental scaling. Expect perplexities of about 16.4 at 124M, 13.6 at 354M, 12.3 at 757M and
+    11.6 at 1.4B, which are read off the authors' figure. The token counts of the last two sizes are not public; those
+    here give the published numbers of parameters to within one per cent.
 """
 
 import dataclasses
@@ -45,9 +45,9 @@ def recipe(
 ) -> Experiment:
     """The authors' GPT-NeoX recipe: AdamW 0.9/0.95, decay 0.1, clip 1, 6e-4 to 6e-5 for every size, 1 % warm-up.
 
-    Rows are cut from documents laid end to end, with attention across them. bfloat16 compute stands in for the
-    authors' float16 with loss scaling. Of each block, what attention takes and gives is kept, all else computed again.
-    Parameters are divided 16 ways; on fewer devices, say --mesh.fsdp.
+    Rows are cut from documents laid end to end, and attention crosses from one to the next. bfloat16 compute stands in
+    for the authors' float16 with loss scaling. Of each block, the inputs and outputs of attention are kept for the
+    backward pass, and all else is computed again. Parameters are divided 16 ways; on fewer devices, set --mesh.fsdp.
     """
     return Experiment(
         name=name,

@@ -1,9 +1,10 @@
-"""A TokenFormer on the Python standard library, grown inside the run: the smallest complete example.
+"""A TokenFormer on Python's standard library that grows during the run: the smallest complete example.
 
     jaxtok train tokenformer_small
     jaxtok generate runs/tokenformer_small --prompt "def "
 
-Trains 393,000 parameters for 400 steps, grows to 1.4 million without changing the function, trains 200 steps more.
+It trains 393,000 parameters for 400 steps, grows to 1.4 million without changing the function, and trains 200 steps
+more. Expect about 3.0 bits per byte on validation files before the growth.
 """
 
 from jaxtok.data.text import TextData

@@ -2,16 +2,16 @@
 
     jaxtok train word_pooled_ebyte --data.corpus data/wikitext-2
 
-50 passes over the text, as in the paper, whose code has AdamW at a constant 1e-4 and rows of 192 words. Its batch is 2
-rows; this one is for a TPU slice, and --data.batch-size 2 --train.steps 272000 --mesh.fsdp 1 is the authors'. The paper
-has no table that we could check; expect a higher next-word accuracy than that of a plain model of the same body, above
-all for rare words.
+Training makes 50 passes over the text, as in the paper, whose code has AdamW at a constant 1e-4 and rows of 192 words.
+The batch of 256 rows is for a TPU slice; --data.batch-size 2 --train.steps 272000 --mesh.fsdp 1 gives the authors'. The
+paper has no table that we could check; expect a higher next-word accuracy than that of a plain model of the same body,
+above all for rare words.
 
 word_pooled_ebyte  the bytes of the 2M words of WikiText-2
-word_pooled_echar  the characters of the 0.3M words of tiny Shakespeare; others than the alphabet's are spelled in bytes
+word_pooled_echar  the characters of the 0.3M words of tiny Shakespeare; those not in the alphabet are spelled in bytes
 word_pooled_esub  GPT-2's tokens of the words of WikiText-2
-    Needs GPT-2's tokenizer.json (--data.tokenizer FILE --task.tokenizer FILE). Its end-of-text token gives its place to
-    the end mark, which in the authors' code clashes with "!". A word has the space before it, as in GPT-2.
+    It needs GPT-2's tokenizer.json (--data.tokenizer FILE --task.tokenizer FILE). The end mark has the id of GPT-2's
+    end-of-text token; in the authors' code it clashes with "!". A word includes the space before it, as in GPT-2.
 """
 
 import dataclasses

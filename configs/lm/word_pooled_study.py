@@ -2,12 +2,13 @@
 
     jaxtok study word_pooled_study
 
-The text is its runs of a to z, in lower case, so that a byte is a character. All arms have a decoder of 3 layers of
-width 96, and about the same training compute. A word-pooled model has one layer more in the word encoder and in the
-speller, and the authors' three peculiarities mended. As released, the plain model has no positions; `plain_positions`
-has learned ones. word_pooled_subword_study is about subwords.
+The text is the library's runs of a to z, in lower case, so that a byte is a character. All arms have a decoder of 3
+layers of width 96 and about the same training compute. A word-pooled model also has one layer in the word encoder and
+one in the speller, and is without the three peculiarities of the authors' code. `plain` has no positions, as released;
+`plain_positions` has learned ones. word_pooled_subword_study is the study of subwords.
 
-Less training than this shows no advantage: with 200 steps of `pooled` and 300 of the plain models (seed 0, rows of one
+Expect 3.205 bits a character for `pooled` and 3.476 for `plain`, and 7.5 % and 3.3 % of the next words right. Shorter
+training shows no advantage: with 200 steps of `pooled` and 300 of the plain models (seed 0, rows of one
 stream), test bits a character were 3.68, against 3.59 (`plain`) and 3.60 (`plain_positions`), and 0.0 % of the next
 words were right, against 1.1 % and 0.6 %.
 """

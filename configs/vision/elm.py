@@ -2,10 +2,10 @@
 
     jaxtok train elm_l --data.path CODES
 
-CODES is a folder of codes of a binary autoencoder of 20 bits, or of 24 where the sub-codes have 12
-(`jaxtok vision tokenize`). For T sub-codes of K bits, give --task.model.sub-codes T --task.model.code-bits K
---data.sub-codes T --data.code-bits K, and codes of T x K bits. FIDs are on ImageNet 256 (pytorch_fid, 50,000 samples);
-nats are read off the authors' plot.
+CODES is a folder of codes that `jaxtok vision tokenize` has written, by a binary autoencoder of 20 bits, or of 24 where
+the sub-codes have 12. For T sub-codes of K bits, give --task.model.sub-codes T --task.model.code-bits K
+--data.sub-codes T --data.code-bits K, and codes of T x K bits. FIDs are on ImageNet at 256 x 256 (pytorch_fid, 50,000
+samples); nats are read off the authors' plot.
 
 elm_b  90M parameters on 2 sub-codes of 10 bits; no number of this size is known
 elm_l  316M parameters on 2 sub-codes of 10 bits: FID 15.95 without guidance
@@ -26,9 +26,9 @@ from jaxtok.vision.elm import PUBLISHED, ElmModeling
 
 def elm(size: str, fsdp: int = 8) -> Experiment:
     """AdamW 0.9/0.95 at a constant 1e-4, decay 0.05 of everything but norms, clip 1, 256 images a step, 400 epochs of
-    ImageNet; dropout 0.1, of classes too.
+    ImageNet; dropout 0.1, also of classes.
 
-    The authors' decay takes hold of tables too, as here. Their samples are made with a moving average of the parameters
+    The authors' decay includes the tables, as here. Their samples are made with a moving average of the parameters
     (0.9999).
     """
     model = dataclasses.replace(PUBLISHED[f"elm-{size}"], dtype="bfloat16", remat="projections", loss_chunk=32)

@@ -2,7 +2,8 @@
 
     jaxtok train elm_masked_l --data.path CODES
 
-CODES is a folder of codes of a binary autoencoder of 16 bits (`jaxtok vision tokenize`). The recipe is that of elm_b.
+CODES is a folder of codes that `jaxtok vision tokenize` has written, by a binary autoencoder of 16 bits. The recipe is
+that of elm_b. No loss of these runs is published.
 
 elm_masked_b  no weights of this size were released
 elm_masked_l  378M parameters; the authors released weights of this size

@@ -2,13 +2,14 @@
 
     jaxtok study elm_study
 
-Tokenizers: 1,911 emoji of 16 x 16 pixels as 8 x 8 positions of 10 bits, and 1,797 digits of 8 x 8 pixels as 4 x 4
-positions of 8 bits. Models of the digits' codes: autoregressive ones of 1 code of 8 bits, of 2 of 4 bits and of VQ
-codes, and a masked one. (A model of the emoji's 64 positions needs more than these minutes.)
+The tokenizers turn 1,911 emoji of 16 x 16 pixels into 8 x 8 positions of 10 bits, and 1,797 digits of 8 x 8 pixels into
+4 x 4 positions of 8 bits. The models of the digits' codes are autoregressive ones of 1 code of 8 bits, of 2 of 4 bits
+and of VQ codes, and a masked one. (A model of the emoji's 64 positions would need longer training.)
 
-Expect, in ten and a half minutes on two cores: BAE uses 1,016 of 1,024 codes of emoji and 255 of 256 of digits, VQ 215
-and 134; 3.60 nats a position for 1 code and 3.39 for 2; and digits of which a classifier recognises 55 % and 91 %, of
-the masked model's 47 %, of VQ's 84 %. Pictures are in runs/elm_study.
+It takes ten and a half minutes on two cores. Expect BAE to use 1,016 of 1,024 codes of emoji and 255 of 256 of digits,
+and VQ 215 and 134; 3.60 nats a position for 1 code and 3.39 for 2; and digits of which a classifier recognises 55 % and
+91 %, 47 % of the masked model's, and 84 % of VQ's. The pictures are in runs/elm_study. Emoji are downloaded once by
+npm.
 """
 
 from jaxtok.data.codes import CodeData

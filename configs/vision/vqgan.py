@@ -2,7 +2,7 @@
 
     jaxtok train vqgan_1024_imagenet256 --task.perceptual FILE
 
-FILE is as for bae_16_imagenet256.
+FILE holds the weights of LPIPS, as for bae_16_imagenet256.
 
 vqgan_1024_imagenet256  1,024 codes; no number of this run is published
 """

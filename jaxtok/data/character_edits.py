@@ -1,4 +1,4 @@
-"""Texts and what becomes of them when characters are left out or replaced: the diagnostic tasks of MrT5 (arXiv
+"""Pairs of a text and the same text with characters left out or replaced: the diagnostic tasks of MrT5 (arXiv
 2410.20771, section 4.1), on random letters or on any corpus."""
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _SPLITS = {"train": 0, "validation": 1, "test": 2}
 
 
 def edited(text: bytes, edit: str) -> bytes:
-    """The text without vowels; without those behind a lowercase consonant; or with each ABC replaced by D."""
+    """The text without vowels; without vowels after a lowercase consonant; or with each ABC replaced by D."""
     pattern, replacement = _EDITS[edit]
     return pattern.sub(replacement, text)
 
 
 def random_letters(rng: np.random.Generator, length: int, edit: str) -> bytes:
-    """'#' and random letters, `length` in all, with as many insertions of what the edit looks for as the paper has on
-    average: 25 pairs of a lowercase consonant and a vowel, or 5 ABC (from none to twice that, where they fit)."""
+    """'#' and random letters, `length` bytes in all, into which strings that the edit changes are inserted: on average
+    as many as in the paper, 25 pairs of a lowercase consonant and a vowel, or 5 ABC (from none to twice that, if they
+    fit)."""
     letters = rng.choice(np.frombuffer(LETTERS, np.uint8), length - 1)
     most, width = {"vowels": (0, 1), "contextual_vowels": (50, 2), "merge": (10, 3)}[edit]
     slots = (length - 1) // width
@@ -55,25 +56,26 @@ class CharacterEdits(TextData):
     """
 
     corpus: str = "random"
-    """random: the paper's letters, of which there are `examples`; else as in `TextData`, cut into rows."""
+    """The texts. random: the paper's letters, `examples` of them; else a corpus as in `TextData`, cut into rows."""
     tokenizer: str = "byt5"
     edit: Literal["vowels", "contextual_vowels", "merge"] = "vowels"
     length: int = 64
-    """Tokens of an input and of a target, with the end."""
+    """The number of tokens of an input and of a target, with the end."""
     lower: bool = False
-    """The text in small letters (ASCII)."""
+    """Whether text is made lower case (ASCII)."""
     examples: int = 6_400_000
+    """The number of random texts for training; validation and test have a 200th of it each."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.edit not in _EDITS:
-            raise ValueError(f"edit={self.edit!r}: choose {', '.join(_EDITS)}")
+            raise ValueError(f"edit is {self.edit!r}; it must be one of {', '.join(_EDITS)}.")
         if self.tokenizer != "byt5":
-            raise ValueError(f"tokenizer={self.tokenizer!r}: choose byt5, whose ids are bytes")
+            raise ValueError(f"tokenizer is {self.tokenizer!r}; it must be byt5, whose ids are bytes.")
         if self.length < 8:
-            raise ValueError(f"length={self.length}: choose at least 8")
+            raise ValueError(f"length is {self.length}; it must be at least 8.")
         if self.examples < 200:
-            raise ValueError(f"examples={self.examples}: choose at least 200")
+            raise ValueError(f"examples is {self.examples}; it must be at least 200.")
 
     @property
     def row_items(self) -> int:
@@ -86,7 +88,7 @@ class CharacterEdits(TextData):
         if self.corpus != "random":
             return super()._documents(split)
         if split not in _SPLITS:
-            raise ValueError(f"split={split!r}: random letters are in {', '.join(_SPLITS)}")
+            raise ValueError(f"split is {split!r}; for random letters it must be one of {', '.join(_SPLITS)}.")
         count = self.examples if split == "train" else self.examples // 200  # 32,000 of the paper's 6.4 million
 
         def make(number: int) -> bytes:

@@ -1,14 +1,14 @@
-"""Codes of images and volumes, as an image tokenizer made them: files of codes, batches of them, and other sub-codes.
+"""Codes of images and volumes from an image tokenizer: files of codes, batches of them, and regrouped sub-codes.
 
 A file of codes is a folder for each split with
 
-    codes.npy    uint8, uint16 or uint32  [images, draws, positions, sub_codes], read where it is needed (memory map)
+    codes.npy    uint8, uint16 or uint32  [images, draws, positions, sub_codes], read as a memory map
     labels.npy   int32                    [images]
     codes.json   shape, values, classes, tokenizer and the like: `Header`
 
-so that encoding, which costs as much as training, is done once. The draws of an image are its codes under a tokenizer
-that draws them, and under flips and crops of the picture (a flip is no permutation of codes); training takes one of
-them at each visit.
+so that encoding, which costs as much as training, is done once. An image has several draws if its tokenizer draws codes
+at random, or for flips and crops of the picture (a flip of the picture is no permutation of its codes); training takes
+one of them at each visit.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from jaxtok.data.streams import StreamBatches
 from jaxtok.protocols import ArraySpec, Batch
 
 FORMAT = 2
-"""Of codes.json. The first one had `grid`, `sub_codes`, `vocab_size` and `image_size` (a side) in place of `shape`,
-`values` and `image_shape`, and its images had three channels."""
+"""The format of codes.json. Format 1 had `grid`, `sub_codes`, `vocab_size` and `image_size` (a side) in place of
+`shape`, `values` and `image_shape`, and its images had three channels."""
 
 
 def alike(values: tuple[int, ...], others: tuple[int, ...]) -> bool:
-    """Whether two kinds of sub-codes are cut at the same bits, and one of the two has no value that the other lacks."""
+    """Whether two kinds of sub-codes are cut at the same bits, and the values of one are all values of the other."""
     same_bits = [(n - 1).bit_length() for n in values] == [(n - 1).bit_length() for n in others]
     pairs = list(zip(values, others))
     return same_bits and (all(x <= y for x, y in pairs) or all(x >= y for x, y in pairs))
@@ -45,10 +45,10 @@ def alike(values: tuple[int, ...], others: tuple[int, ...]) -> bool:
 def regroup(
     codes: Integer[np.ndarray, "*batch sub_codes"], values: tuple[int, ...], into: tuple[int, ...]
 ) -> Integer[np.ndarray, "*batch regrouped"]:
-    """The same codes, each position cut into other sub-codes: ELM's vocabulary decomposition (section 3).
+    """The same codes, with each position cut into other sub-codes: ELM's vocabulary decomposition (section 3).
 
-    The sub-codes of a position are the digits of one number, the first the most significant, each in a base of its own.
-    So where all have powers of two, the bits keep their order. Sub-codes that are `alike` stay as they are.
+    The sub-codes of a position are the digits of one number, the first being the most significant, each with its own
+    base. If all bases are powers of two, the bits keep their order. Sub-codes that are `alike` stay as they are.
 
     Args:
       values: how many values each sub-code has.
@@ -81,18 +81,18 @@ def regroup(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file of codes says of itself; the terms are those of `jaxtok.protocols.ImageTokenizer`."""
+    """The description of a file of codes, in the terms of `jaxtok.protocols.ImageTokenizer`."""
 
     shape: tuple[int, ...]
-    """Of the positions of an image: (rows, columns), (depth, rows, columns) or (length,). Position n is row-major."""
+    """The shape of an image's positions: (rows, columns), (depth, rows, columns) or (length,), in row-major order."""
     values: tuple[int, ...]
     """How many values each sub-code of a position has."""
     classes: tuple[str, ...]
-    """Names; labels are their numbers."""
+    """The names of the classes, by label."""
     tokenizer: str = ""
     """The run that made the codes."""
     image_shape: tuple[int, ...] = ()
-    """(height, width, channels) or (depth, height, width, channels); empty where it is not known."""
+    """(height, width, channels) or (depth, height, width, channels); empty if it is unknown."""
     prefixes: tuple[int, ...] = ()
     """How many of an image's first positions can be decoded without the rest."""
 
@@ -124,12 +124,12 @@ def write_codes(
     """Writes a split, batch by batch; it appears as a whole or not at all.
 
     Args:
-      folder: of the split, such as codes/train.
-      batches: codes and labels of a few images at a time; all have as many draws.
+      folder: the folder of the split, such as codes/train.
+      batches: codes and labels of a few images at a time; all have the same number of draws.
 
     Raises:
-      FileExistsError: the folder is there.
-      ValueError: no image; codes of another shape, or codes or labels that are out of range.
+      FileExistsError: the folder exists.
+      ValueError: there is no image, codes have another shape, or codes or labels are out of range.
     """
     folder = Path(folder)
     if folder.exists():
@@ -141,26 +141,26 @@ def write_codes(
         dtype, labels, draws = np.dtype(f"<u{size}"), [], 0
         with open(unfinished / "codes.npy", "wb") as file:
             shape = (0, 1, header.positions, header.sub_codes)
-            for codes, of_images in batches:
-                codes, of_images = np.asarray(codes), np.asarray(of_images)
+            for codes, image_labels in batches:
+                codes, image_labels = np.asarray(codes), np.asarray(image_labels)
                 if not draws:
                     draws = codes.shape[1]
                     shape = (0, draws, *shape[2:])
                     _write_npy_header(file, shape, dtype)
-                if codes.shape != (len(of_images), *shape[1:]):
+                if codes.shape != (len(image_labels), *shape[1:]):
                     raise ValueError(
-                        f"there are codes of the shape {codes.shape} and {len(of_images)} labels; the codes must be "
+                        f"there are codes of the shape {codes.shape} and {len(image_labels)} labels; the codes must be "
                         f"[images, {draws} draws, {header.positions} positions, {header.sub_codes} sub-codes]."
                     )
                 _check_range("code", codes, header.values)
-                _check_range("label", of_images, len(header.classes))
+                _check_range("label", image_labels, len(header.classes))
                 file.write(np.ascontiguousarray(codes.astype(dtype)).tobytes())
-                labels.append(of_images.astype(np.int32))
+                labels.append(image_labels.astype(np.int32))
             if not sum(map(len, labels)):
                 raise ValueError(f"there is no image to write to {folder}.")
             end, count = file.tell(), sum(map(len, labels))
             file.seek(0)
-            _write_npy_header(file, (count, *shape[1:]), dtype)  # of the same length: NumPy leaves room for the count
+            _write_npy_header(file, (count, *shape[1:]), dtype)  # as long as before: NumPy leaves room for the count
             file.seek(end)
         np.save(unfinished / "labels.npy", np.concatenate(labels))
         (unfinished / "codes.json").write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(header)}, indent=1))
@@ -193,11 +193,11 @@ class CodeFile:
 
 
 def open_codes(folder: str | Path) -> CodeFile:
-    """A split that `write_codes` wrote; its codes are read from the disk where they are asked for.
+    """Opens a split that `write_codes` wrote; its codes are read from the disk when they are needed.
 
     Raises:
-      FileNotFoundError: it is not there, or a file of it is missing.
-      ValueError: a file is damaged, or they do not fit each other.
+      FileNotFoundError: the folder or one of its files is missing.
+      ValueError: a file is damaged, or the files do not fit each other.
     """
     folder = Path(folder)
     for name in ("codes.json", "codes.npy", "labels.npy"):
@@ -209,7 +209,7 @@ def open_codes(folder: str | Path) -> CodeFile:
         codes = np.load(folder / "codes.npy", mmap_mode="r", allow_pickle=False)
         labels = np.load(folder / "labels.npy", allow_pickle=False)
     except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ValueError(f"{folder} holds no whole file of codes ({error}); encode the images again.") from error
+        raise ValueError(f"the codes in {folder} are damaged ({error}); encode the images again.") from error
     if codes.ndim != 4 or codes.shape[2:] != (header.positions, header.sub_codes) or labels.shape != codes.shape[:1]:
         raise ValueError(
             f"{folder} has codes of the shape {codes.shape} and labels of {labels.shape}, which do not fit its "
@@ -221,20 +221,20 @@ def open_codes(folder: str | Path) -> CodeFile:
 
 
 def _header(stored: dict[str, Any]) -> Header:
-    """From codes.json, of this format or the first."""
+    """The header from the content of codes.json, in this format or the first one."""
     version = stored.pop("format", None)
     if version == 1:
         side = stored.pop("image_size")
         stored["shape"], stored["values"] = stored.pop("grid"), [stored.pop("vocab_size")] * stored.pop("sub_codes")
         stored["image_shape"] = [side, side, 3] if side else []
     elif version != FORMAT:
-        raise ValueError(f"its format is {version!r}, which is not known here")
+        raise ValueError(f"its format is {version!r}, not 1 or {FORMAT}")
     return Header(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
 
 
 @dataclasses.dataclass(frozen=True)
 class CodeData:
-    """Batches of codes, which `Experiment.data` can be:
+    """Batches of codes, a `Data` for `Experiment.data`:
 
     codes   int32    [batch, positions, sub_codes]
     labels  int32    [batch], the class
@@ -248,25 +248,25 @@ class CodeData:
     source: ClassVar[str] = "path"
 
     path: str = "codes"
-    """A folder with a folder for each split (train, validation, test) as `write_codes` writes them."""
+    """A folder with a folder for each split (train, validation, test), as `write_codes` writes them."""
     grid: int = 16
-    """Rows and columns of a square grid of positions; `shape` is for any other."""
+    """The number of rows and of columns of a square grid of positions; `shape` overrides it."""
     sub_codes: int = 2
-    """At each position, of `code_bits` each; `values` is for any other. Codes that are stored in other sub-codes with
-    as many values in all are cut anew (`regroup`)."""
+    """The number of sub-codes at each position, of `code_bits` each; `values` overrides both. Codes that are stored in
+    other sub-codes with the same number of values in all are regrouped (`regroup`)."""
     code_bits: int = 10
-    """Of a sub-code."""
+    """The bits of a sub-code."""
     batch_size: int = 32
-    """Images a batch, over all devices and processes."""
+    """The images in a batch, over all devices and processes."""
     seed: int = 0
-    """Of the order of the training images, and of the draws."""
+    """The seed of the order of the training images, and of the choice of draws."""
     prefetch: int = 8
-    """Batches read ahead by threads."""
+    """The number of batches that threads read ahead."""
     eval_limit: int = 0
-    """Batches in an evaluation, of images from all over the split; 0: the whole split."""
+    """The number of batches in an evaluation, of images from all over the split; 0: the whole split."""
     shape: tuple[int, ...] = ()
-    """Of the positions, such as (32,) or (4, 8, 8); empty: grid x grid. Of codes that are ordered, (n,) may also be one
-    of the prefixes that their tokenizer can decode: then each image has its first n positions."""
+    """The shape of the positions, such as (32,) or (4, 8, 8); empty: grid x grid. If the codes are ordered, it may also
+    be (n,), with n one of the prefixes that their tokenizer can decode: then each image has its first n positions."""
     values: tuple[int, ...] = ()
     """How many values each sub-code has; empty: 2^code_bits each."""
 
@@ -274,16 +274,18 @@ class CodeData:
         least = dict(grid=1, sub_codes=1, code_bits=1, batch_size=1, seed=0, prefetch=0, eval_limit=0)
         for field, low in least.items():
             if (value := getattr(self, field)) < low:
-                raise ValueError(f"{field}={value}: choose at least {low}")
+                raise ValueError(f"{field} is {value}; it must be at least {low}.")
         if self.seed >= 2**32 or self.code_bits > 24:
-            raise ValueError(f"seed={self.seed}, code_bits={self.code_bits}: choose them below 2**32 and 25")
+            raise ValueError(
+                f"seed is {self.seed} and code_bits is {self.code_bits}; they must be below 2**32 and below 25."
+            )
         for field in ("shape", "values"):
             if min(value := getattr(self, field), default=1) < 1:
-                raise ValueError(f"{field}={value}: choose numbers of at least 1")
+                raise ValueError(f"{field} is {value}; its numbers must be at least 1.")
 
     @property
     def code_shape(self) -> tuple[int, ...]:
-        """Of the positions of an image."""
+        """The shape of an image's positions."""
         return self.shape or (self.grid, self.grid)
 
     @property
@@ -305,13 +307,13 @@ class CodeData:
         return self.batch_size
 
     def train_batches(self, rows: range | None = None) -> StreamBatches:
-        """Batches without end, in a new order each epoch, or these rows of each (for a process that needs no others).
+        """Endless batches, in a new order each epoch; or only these rows of each, for a process that needs no others.
 
         At each visit, an image has one of its draws. The rows are the same however they are divided.
 
         Raises:
           FileNotFoundError: there are no codes.
-          ValueError: they do not fit the sizes here, or there are none.
+          ValueError: the codes do not fit the sizes here, or there is no image.
         """
         file, rows = self.open("train"), self._rows(rows)
         order = grain.MapDataset.range(len(file.labels)).shuffle(self.seed).repeat()
@@ -320,13 +322,13 @@ class CodeData:
         return StreamBatches({0: iter(batches)})
 
     def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
-        """One pass over a split in its order (under `eval_limit`: over chosen images), of the first draw of each image.
+        """One pass over the first draws of a split's images in their order (with `eval_limit`: of a sample of them).
 
-        With `rows`, these of each batch. The last batch is filled up with images that do not count.
+        With `rows`, each batch has only these rows. The last batch is filled up with images that do not count.
 
         Raises:
           FileNotFoundError: there are no codes of this split.
-          ValueError: they do not fit the sizes here, or there are none.
+          ValueError: the codes do not fit the sizes here, or there is no image.
         """
         file, rows = self.open(split), self._rows(rows)
         order = np.arange(len(file.labels))
@@ -337,11 +339,11 @@ class CodeData:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes, as the training split has them.
+        """The names of the classes in the training split.
 
         Raises:
           FileNotFoundError: there are no codes.
-          ValueError: they are damaged.
+          ValueError: the codes are damaged.
         """
         return open_codes(Path(self.path) / "train").header.classes
 
@@ -349,8 +351,8 @@ class CodeData:
         """The stored codes of a split.
 
         Raises:
-          FileNotFoundError: there are none.
-          ValueError: they do not fit the sizes here, or there is no image.
+          FileNotFoundError: there are no codes.
+          ValueError: the codes do not fit the sizes here, or there is no image.
         """
         file = open_codes(Path(self.path) / split)
         header, ours = file.header, self.code_shape
@@ -386,9 +388,9 @@ class CodeData:
         return self._batch(file, images, draws, np.ones(len(rows), np.float32))
 
     def _eval_batch(self, file: CodeFile, order: np.ndarray, rows: np.ndarray, number: int) -> Batch:
-        places = number * self.batch_size + rows
-        images = order[np.minimum(places, len(order) - 1)]
-        return self._batch(file, images, 0, (places < len(order)).astype(np.float32))
+        index = number * self.batch_size + rows
+        images = order[np.minimum(index, len(order) - 1)]
+        return self._batch(file, images, 0, (index < len(order)).astype(np.float32))
 
     def _batch(self, file: CodeFile, images: np.ndarray, draws: Any, mask: np.ndarray) -> Batch:
         codes = np.asarray(file.codes[images, draws])[:, : math.prod(self.code_shape)]
@@ -400,5 +402,5 @@ class CodeData:
 
 
 def times(numbers: tuple[int, ...]) -> str:
-    """Such as 4 x 8 x 8."""
+    """The numbers as text, such as 4 x 8 x 8."""
     return " x ".join(map(str, numbers))

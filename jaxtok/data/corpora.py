@@ -18,7 +18,7 @@ import grain
 import numpy as np
 
 SPLITS = ("train", "validation", "test")
-_BLOCK = 8192  # bytes of a document, when one text file is the whole corpus
+_BLOCK = 8192  # bytes of a document, if one text file is the whole corpus
 _PYTHON_SUFFIXES = {".py", ".rst", ".txt"}
 _PYTHON_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -38,22 +38,22 @@ def open_corpus(spec: str, split: str = "train", *, text_field: str = "text", ho
             * a `*.jsonl` or `*.parquet` file: every row is a document;
             * another text file: blocks of about 8 KiB, cut at line ends, are the documents;
             * `tfds:NAME[/CONFIG][:VERSION]`: a TensorFlow Datasets data set (read without TensorFlow), with its own
-              splits where it has them;
+              splits if it has them;
             * `arrayrecord:PATH`: a file, a folder or a glob of ArrayRecord files, whose records are the documents.
         split: "train", "validation", "test" or "all".
         text_field: the field of a JSONL, Parquet or TFDS row that holds the text.
-        holdout: the share of the documents in the validation split, and also in the test split. In which split a
-            document is depends only on its path relative to `spec` and its row; but a corpus of few documents, three
-            at least, has one in each split.
+        holdout: the share of the documents in the validation split, and also in the test split. The split of a document
+            depends only on its path relative to `spec` and its row, except in small corpora: with three documents or
+            more, each split has at least one.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
         ValueError: an argument is not allowed, a file cannot be read, a field is missing, or the split is empty.
     """
     if split not in (*SPLITS, "all"):
-        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}, all")
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}, all.")
     if not 0 < holdout < 0.5:
-        raise ValueError(f"holdout={holdout}: choose a share between 0 and 0.5")
+        raise ValueError(f"holdout is {holdout}; it must be between 0 and 0.5.")
     own_splits: frozenset[str] = frozenset()
     if spec == "python":
         root = Path(sysconfig.get_paths()["stdlib"])
@@ -94,12 +94,12 @@ class Corpus(Sequence):
         return self._shards[self._shard_of[index]][int(self._row_of[index])]
 
     def file(self, index: int) -> str:
-        """The file that a document is in, relative to what was opened (of a data set: the part)."""
+        """The file that holds a document, relative to the path that was opened; for a TFDS data set, its split."""
         return self._names[self._shard_of[index]]
 
 
 def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: frozenset[str]) -> Corpus:
-    """The documents of `split`; those hashed into one of `own_splits`, which the data set has anyway, are "train"."""
+    """The documents of `split`. Those hashed into a split that the data set has anyway (`own_splits`) are "train"."""
     shards = list(shards)
     rows = [range(len(shard)) for _, shard in shards]
     total = sum(map(len, rows))
@@ -114,8 +114,8 @@ def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: f
     kept = [n for n, of_shard in enumerate(rows) if len(of_shard)]
     if not kept:
         raise ValueError(
-            f"the {split} split of {spec} is empty, as its documents are few ({total}): "
-            "give more documents, one bigger text file, or a larger holdout"
+            f"the {split} split of {spec} is empty, as there are only {total} documents; "
+            "give more documents, one bigger text file, or a larger holdout."
         )
     shard_of = np.repeat(np.arange(len(kept), dtype=np.int32), [len(rows[n]) for n in kept])
     row_of = np.concatenate([np.asarray(rows[n], np.int64) for n in kept])
@@ -123,10 +123,10 @@ def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: f
 
 
 def splits_of(keys: Sequence[Sequence[str]], holdout: float, own_splits: frozenset[str]) -> list[list[str]]:
-    """The split of each document, by the keys of those in each shard.
+    """The split of each document, from the keys of the documents in each shard.
 
-    Those hashed into one of `own_splits`, which the source has anyway, are "train". Where a split that is held out
-    would have no document, the next one of train in the order of hashes is its, as long as train keeps one.
+    Documents hashed into a split that the source has anyway (`own_splits`) are "train". A held-out split that would be
+    empty gets the train document with the lowest hash, as long as train keeps one.
     """
     shares = np.array([_share(key) for of_shard in keys for key in of_shard])
     for number, part in enumerate(("validation", "test")):
@@ -139,7 +139,7 @@ def splits_of(keys: Sequence[Sequence[str]], holdout: float, own_splits: frozens
     return [[next(parts) for _ in of_shard] for of_shard in keys]
 
 
-# --- Kinds of shards. All open their files anew to read, so that they can be pickled and used from threads. ---
+# --- Kinds of shards. All open their files for each read, so that they can be pickled and used from threads. ---
 
 
 class _TextFile(Sequence):
@@ -191,18 +191,18 @@ class _JsonLines(_Spans):
         super().__init__(path, starts, stops)
         self._field = field
         if len(self):
-            self[0]  # a wrong field is told at once
+            self[0]  # a wrong field is reported at once
 
     def __getitem__(self, row: int) -> str:
         try:
             record = json.loads(super().__getitem__(row))
         except ValueError as error:
-            raise ValueError(f"row {row} of {self._path} is not JSON ({error}): correct the line") from error
+            raise ValueError(f"row {row} of {self._path} is not JSON ({error}); correct the line.") from error
         text = record.get(self._field) if isinstance(record, dict) else None
         if not isinstance(text, str):
-            fields = ", ".join(record) if isinstance(record, dict) else f"but a {type(record).__name__}"
+            fields = f"it has {', '.join(record)}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
             raise ValueError(
-                f"row {row} of {self._path} has no text in the field {self._field!r} (it has {fields}): set text_field"
+                f"row {row} of {self._path} has no text in the field {self._field!r} ({fields}); set text_field."
             )
         return text
 
@@ -216,11 +216,11 @@ class _Parquet(Sequence):
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a readable Parquet file ({error}): replace it or take it away") from error
+            raise ValueError(f"{path} is not a readable Parquet file ({error}); replace or remove it.") from error
         text_types = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
         if field not in schema.names or schema.field(field).type not in text_types:
             raise ValueError(
-                f"{path} has no text in the field {field!r} (it has {', '.join(schema.names)}): set text_field"
+                f"{path} has no text in the field {field!r} (it has {', '.join(schema.names)}); set text_field."
             )
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self._path, self._field, self._starts = path, field, np.cumsum([0, *rows]).tolist()
@@ -268,7 +268,7 @@ def _walk(root: Path, keep: Callable[[Path], bool], skipped: set[str] = frozense
 
 
 def _is_python_text(path: Path) -> bool:
-    generated = path.name.startswith("_sysconfigdata")  # by the build, for one machine
+    generated = path.name.startswith("_sysconfigdata")  # it differs between machines
     return path.suffix in _PYTHON_SUFFIXES and not generated
 
 
@@ -286,16 +286,18 @@ def _local(path: Path, field: str) -> Shards:
     if path.is_dir():
         found = list(_walk(path, _is_document))
         if not found:
-            raise ValueError(f"no text, *.jsonl or *.parquet in {path}: give another folder (unpack compressed files)")
+            raise ValueError(
+                f"{path} holds no text, *.jsonl or *.parquet; give another folder (unpack compressed files)."
+            )
         return ((key, _shard(file, field)) for key, file in found)
     if not path.is_file():
         raise FileNotFoundError(
-            f"no corpus at {path}: give a file or folder that exists, 'python', 'tfds:NAME' or 'arrayrecord:PATH'"
+            f"{path} does not exist; give a file or folder that exists, 'python', 'tfds:NAME' or 'arrayrecord:PATH'."
         )
     if not path.stat().st_size:
-        raise ValueError(f"{path} is empty: give a file with text")
+        raise ValueError(f"{path} is empty; give a file with text.")
     if not _is_document(path):
-        raise ValueError(f"{path} is not a text file: give text, *.jsonl or *.parquet (unpack compressed files)")
+        raise ValueError(f"{path} is not a text file; give text, *.jsonl or *.parquet (unpack compressed files).")
     shard = _shard(path, field)
     return [(path.name, _text_blocks(path) if isinstance(shard, _TextFile) else shard)]
 
@@ -313,25 +315,25 @@ def array_records(pattern: str) -> Shards:
         pattern = os.path.join(glob.escape(pattern), "*")
     paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
     if not paths:
-        raise FileNotFoundError(f"no ArrayRecord file matches {pattern}: give a file, a folder or a glob")
+        raise FileNotFoundError(f"no ArrayRecord file matches {pattern}; give a file, a folder or a glob.")
     for path in paths:
         try:
             yield path.name, grain.sources.ArrayRecordDataSource(str(path.absolute()))
         except Exception as error:  # array_record raises plain errors from C++
-            raise ValueError(f"{path} is not a readable ArrayRecord file ({error}): narrow the glob") from error
+            raise ValueError(f"{path} is not a readable ArrayRecord file ({error}); narrow the glob.") from error
 
 
 def _tfds(name: str, split: str, field: str) -> tuple[frozenset[str], Shards]:
-    """The data set's own splits, and those of them that hold the documents of `split`."""
+    """The data set's own splits, and the shards that hold the documents of `split`."""
     import tensorflow_datasets as tfds
 
     try:
         sources = tfds.data_source(name)
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"TensorFlow Datasets has no {name!r}: see tfds.list_builders() for the names") from error
+        raise ValueError(f"TensorFlow Datasets has no {name!r}; see tfds.list_builders() for the names.") from error
     own = frozenset(SPLITS) & sources.keys()
     wanted = own if split == "all" else own & {split} or own & {"train"}
     for part in wanted:
         if field not in (features := sources[part].dataset_info.features):
-            raise ValueError(f"tfds:{name} has no field {field!r} (it has {', '.join(features)}): set text_field")
+            raise ValueError(f"tfds:{name} has no field {field!r} (it has {', '.join(features)}); set text_field.")
     return own, [(part, _Field(sources[part], field)) for part in SPLITS if part in wanted]

@@ -16,9 +16,9 @@ from jaxtok.protocols import ArraySpec, Batch
 class EncoderData(TextData):
     """Rows [CLS] a [SEP] b [SEP] of neighbouring text, as BERT and ELECTRA are trained on.
 
-    The documents, each with a [SEP] behind it, are laid end to end and cut into rows of `length` - 3 tokens; half of a
-    row is a, the rest b. ELECTRA's authors cut at sentences and start a row with every document; here rows are full, as
-    RoBERTa's (arXiv 1907.11692, section 4.2).
+    The documents, each followed by a [SEP], are laid end to end and cut into rows of `length` - 3 tokens; half of a row
+    is a, the rest b. ELECTRA's authors cut at sentences and start a row with every document; here rows are full, as
+    RoBERTa's are (arXiv 1907.11692, section 4.2).
 
     A batch has, each of shape [batch, length]:
 
@@ -29,24 +29,27 @@ class EncoderData(TextData):
     """
 
     cls_id: int = 101
-    """BERT's; with a tokenizer that has no such ids, take those above its own, and raise the model's vocab_size."""
+    """The id of [CLS]; the default is BERT's. If the tokenizer has no such tokens, take ids above its own, and raise
+    the model's vocab_size."""
     sep_id: int = 102
     pad_id: int = 0
     single: float = 0.1
-    """The part of the rows that are [CLS] a [SEP]."""
+    """The fraction of the rows that are [CLS] a [SEP]."""
     short: float = 0.05
-    """The part of the rows that are cut to a random length of 5 tokens or more."""
+    """The fraction of the rows that are cut to a random length of 5 tokens or more."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.length < 5:
-            raise ValueError(f"length={self.length}: choose at least 5, for [CLS], a token, [SEP], a token and [SEP]")
+            raise ValueError(
+                f"length is {self.length}; it must be at least 5, for [CLS], a token, [SEP], a token and [SEP]."
+            )
         for field in ("single", "short"):
             if not 0 <= (value := getattr(self, field)) <= 1:
-                raise ValueError(f"{field}={value}: choose a part of the rows, between 0 and 1")
+                raise ValueError(f"{field} is {value}; it must be in [0, 1].")
         for field in ("cls_id", "sep_id", "pad_id"):
             if (value := getattr(self, field)) < 0:
-                raise ValueError(f"{field}={value}: choose an id, 0 or more")
+                raise ValueError(f"{field} is {value}; it must be 0 or more.")
 
     def batch_spec(self) -> dict[str, ArraySpec]:
         return row_arrays((self.batch_size, self.length), ("tokens", "types", "mask", "bytes"))
@@ -56,7 +59,7 @@ class EncoderData(TextData):
         return self.length - 3
 
     def items(self, document: str | bytes) -> Int[np.ndarray, "items 2"]:
-        """Each token of a document with its bytes, and the separator."""
+        """Each token of a document and its number of bytes, and then the separator."""
         ids = self.loaded_tokenizer.encode(document)
         items = np.empty((len(ids) + 1, 2), np.int32)
         items[:-1, 0], items[:-1, 1] = ids, self._byte_lengths[ids] if ids else 0
@@ -64,7 +67,7 @@ class EncoderData(TextData):
         return items
 
     def layout(self, rows, segments, positions) -> Batch:
-        """The batch of some rows; what is random in a row depends on the seed and its text only."""
+        """The batch of some rows; random choices in a row depend only on the seed and on the row's text."""
         draws = [np.random.default_rng([self.seed, zlib.crc32(row.tobytes())]).random(3) for row in rows]
         single, short, size = np.reshape(draws, (len(rows), 3)).T
         count = (segments > 0).sum(1)  # real tokens come first
@@ -72,16 +75,16 @@ class EncoderData(TextData):
         count = np.minimum(count, cut)[:, None]
         half = np.where(single[:, None] < self.single, count, np.minimum(count, self.row_items // 2))
         pair = count > half
-        place = np.arange(self.length)[None]
+        position = np.arange(self.length)[None]
         end = count + 1 + pair  # the last [SEP]
-        source = place - 1 - (place > half + 1)  # where a token is in the packed row
-        text = (place > 0) & (place < end) & (place != half + 1)
+        source = position - 1 - (position > half + 1)  # where a token is in the packed row
+        text = (position > 0) & (position < end) & (position != half + 1)
         taken = np.take_along_axis(rows, np.clip(source, 0, self.row_items - 1)[..., None], 1)
-        tokens = np.where(text, taken[..., 0], np.where(place == 0, self.cls_id, self.sep_id))
-        real = (place <= end) & (count > 0)
+        tokens = np.where(text, taken[..., 0], np.where(position == 0, self.cls_id, self.sep_id))
+        real = (position <= end) & (count > 0)
         return {
             "tokens": np.where(real, tokens, self.pad_id).astype(np.int32),
-            "types": (real & (place > half + 1)).astype(np.int32),
+            "types": (real & (position > half + 1)).astype(np.int32),
             "mask": real.astype(np.float32),
             "bytes": np.where(text & real, taken[..., 1], 0).astype(np.int32),
         }

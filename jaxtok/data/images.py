@@ -29,9 +29,9 @@ class ImageData:
         labels  int32    [batch], the class
         mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
 
-    What a batch of training holds depends on its number and the seed only: so it is the same in any number of processes
-    and threads, and a run is resumed at any place. A picture that cannot be read is named in one warning; in training
-    the next one that can takes its place, in an evaluation its place does not count.
+    The content of a training batch depends only on its number and the seed, so it is the same with any number of
+    processes and threads, and a run can be resumed anywhere. A picture that cannot be read is named in one warning. In
+    training the next readable one replaces it; in an evaluation its place has a mask of 0.
 
     Raises:
         ValueError: a field is out of range.
@@ -41,62 +41,63 @@ class ImageData:
     source: ClassVar[str] = "images"
 
     images: str = "emoji"
-    """See `jaxtok.data.pictures.open_pictures`."""
+    """The source of the pictures; see `jaxtok.data.pictures.open_pictures`."""
     size: int = 64
-    """Height and width in pixels."""
+    """The height and width in pixels."""
     batch_size: int = 32
-    """Images a batch, over all devices and processes."""
+    """The images in a batch, over all devices and processes."""
     seed: int = 0
-    """Of the order, the crops and the flips in training."""
+    """The seed of the order, the crops and the flips in training."""
     crop: Literal["centre", "random"] = "centre"
-    """What is taken in training (an evaluation always takes the centre): the largest square in the middle, or a random
-    part, resized (`crop_area`)."""
+    """What is cut out in training: the largest square in the middle, or a random part, resized (`crop_area`). An
+    evaluation always takes the centre."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """The least and greatest share of the picture that a random crop covers; its aspect is within 3:4 and 4:3."""
     flip: bool = True
-    """Mirror every other image of training, by chance."""
+    """Whether each training image is mirrored with probability 1/2."""
     shuffle: bool = True
-    """A new order of all pictures in each epoch of training; if not, that of the source."""
+    """Whether each epoch of training has a new order of all pictures; if not, it has that of the source."""
     holdout: float = 0.1
-    """The share of the pictures in the validation split, and also in the test split, where the source has none."""
+    """The share of the pictures in the validation split, and also in the test split, if the source has no splits."""
     image_field: str = "image"
     """The field of a TFDS row that holds the picture."""
     label_field: str = "label"
     """The field of a TFDS row that holds the class; empty: there is none."""
     workers: int = 2
-    """Threads that decode; 0: the one that trains. The batches are the same."""
+    """The number of threads that decode; 0: the training thread decodes. The batches do not depend on it."""
     prefetch: int = 4
-    """Batches made ahead, if there are workers."""
+    """The number of batches that are made ahead, if there are workers."""
     eval_limit: int = 0
-    """Batches in an evaluation, of pictures from all over the split; 0: the whole split."""
+    """The number of batches in an evaluation, of pictures from all over the split; 0: the whole split."""
 
     def __post_init__(self):
         least = dict(size=1, batch_size=1, seed=0, workers=0, prefetch=1, eval_limit=0)
         for field, low in least.items():
             if (value := getattr(self, field)) < low:
-                raise ValueError(f"{field}={value}: choose at least {low}")
+                raise ValueError(f"{field} is {value}; it must be at least {low}.")
         if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed}: choose one below 2**32")
+            raise ValueError(f"seed is {self.seed}; it must be below 2**32.")
         if self.crop not in ("centre", "random"):
-            raise ValueError(f"crop={self.crop!r}: choose centre or random")
+            raise ValueError(f"crop is {self.crop!r}; it must be centre or random.")
         if len(self.crop_area) != 2 or not 0 < self.crop_area[0] <= self.crop_area[1] <= 1:
-            raise ValueError(f"crop_area={self.crop_area}: choose two shares in (0, 1], the smaller one first")
+            raise ValueError(f"crop_area is {self.crop_area}; it must be two shares in (0, 1], the smaller one first.")
         if not 0 < self.holdout < 0.5:
-            raise ValueError(f"holdout={self.holdout}: choose a share between 0 and 0.5")
+            raise ValueError(f"holdout is {self.holdout}; it must be between 0 and 0.5.")
 
     def train_batches(self, rows: range | None = None) -> grain.DatasetIterator[Batch]:
-        """Batches without end, or these rows of each (for a process that needs no others).
+        """Endless batches, or only the given rows of each, for a process that needs no others.
 
         Raises:
-            FileNotFoundError, ValueError: there are no pictures, or not one can be read.
+            FileNotFoundError, ValueError: there are no pictures, or none can be read.
         """
         rows = range(self.batch_size) if rows is None else rows
         make = functools.partial(self._train_batch, self._readable("train"), rows)
         return iter(self._in_threads(_ENDLESS, make))
 
     def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
-        """One pass over a split in the order of the source (under `eval_limit`: a sample of it, the same for all
-        seeds), anew each `iter`. With `rows`, these of each batch. The last batch is filled up.
+        """One pass over a split in the order of the source (with `eval_limit`: over a sample of it, the same for all
+        seeds), again for each `iter`. With `rows`, each batch has only these rows. The last batch is filled up with
+        images that do not count.
 
         Raises:
             FileNotFoundError, ValueError: as `train_batches`.
@@ -122,7 +123,7 @@ class ImageData:
         return self.batch_size
 
     def count(self, split: str) -> int:
-        """How many pictures the split has."""
+        """The number of pictures in the split."""
         return len(self.pictures(split))
 
     def pictures(self, split: str = "all") -> Pictures:
@@ -134,7 +135,7 @@ class ImageData:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, by label; empty where the source tells none."""
+        """The names of the classes, by label; empty if the source gives none."""
         return self.pictures("train").classes
 
     @functools.cached_property
@@ -142,7 +143,7 @@ class ImageData:
         return {}
 
     def _readable(self, split: str) -> Pictures:
-        """The pictures of a split, if there is one that can be read."""
+        """The pictures of a split. Raises ValueError if none can be read."""
         pictures = self.pictures(split)
         next(index for index in range(len(pictures)) if self._image(pictures, index) is not None)
         return pictures
@@ -155,25 +156,25 @@ class ImageData:
     def _train_batch(self, pictures: Pictures, rows: range, number: int) -> Batch:
         return self._batch([self._train_example(pictures, number * self.batch_size + row) for row in rows])
 
-    def _train_example(self, pictures: Pictures, place: int) -> tuple[np.ndarray, int, float]:
-        """The image at this place of all epochs, one after the other."""
-        epoch, index = divmod(place, len(pictures))
+    def _train_example(self, pictures: Pictures, number: int) -> tuple[np.ndarray, int, float]:
+        """The image with this number, counted through all epochs."""
+        epoch, index = divmod(number, len(pictures))
         if self.shuffle:
             index = int(_order(len(pictures), self.seed, epoch)[index])
-        rng = np.random.default_rng((self.seed, 1, place))
-        while (found := self._image(pictures, index, rng)) is None:
+        rng = np.random.default_rng((self.seed, 1, number))
+        while (labelled := self._image(pictures, index, rng)) is None:
             index = (index + 1) % len(pictures)
-        image, label = found
+        image, label = labelled
         if self.flip and rng.random() < 0.5:
             image = image[:, ::-1]
         return image, label, 1.0
 
     def _eval_batch(self, pictures: Pictures, rows: range, order: np.ndarray, number: int) -> Batch:
         examples = []
-        for place in range(number * self.batch_size + rows.start, number * self.batch_size + rows.stop):
-            found = self._image(pictures, int(order[place])) if place < len(pictures) else None
+        for index in range(number * self.batch_size + rows.start, number * self.batch_size + rows.stop):
+            labelled = self._image(pictures, int(order[index])) if index < len(pictures) else None
             nothing = np.zeros((self.size, self.size, 3), np.uint8), 0
-            examples.append((*(found or nothing), 0.0 if found is None else 1.0))
+            examples.append((*(labelled or nothing), 0.0 if labelled is None else 1.0))
         return self._batch(examples)
 
     def _batch(self, examples: Sequence[tuple[np.ndarray, int, float]]) -> Batch:
@@ -187,7 +188,7 @@ class ImageData:
     def _image(
         self, pictures: Pictures, index: int, rng: np.random.Generator | None = None
     ) -> tuple[UInt8[np.ndarray, "size size 3"], int] | None:
-        """Pixels and class, with a random crop if there is a key for it; None, and a warning, of an unreadable one."""
+        """Pixels and class, with a random crop if `rng` is given; None, with a warning, if it cannot be read."""
         if index in pictures.unreadable:
             return None
         name = f"number {index}"
@@ -198,13 +199,11 @@ class ImageData:
             if rng is not None and self.crop == "random":
                 return random_crop(image, self.size, rng, self.crop_area), picture.label
             return centre_crop(image, self.size), picture.label
-        except Exception as error:  # of a record that cannot be read, too: no file ends a run
+        except Exception as error:  # no file or record may end a run
             pictures.unreadable.add(index)
             warnings.warn(f"the picture {name} of {self.images} is left out: {error}", stacklevel=2)
         if len(pictures.unreadable) == len(pictures):
-            raise ValueError(
-                f"not one of the {len(pictures)} pictures of {self.images} can be read: look at the warnings"
-            )
+            raise ValueError(f"not one of the {len(pictures)} pictures of {self.images} can be read; see the warnings.")
         return None
 
 
@@ -214,20 +213,20 @@ def _order(count: int, seed: int, epoch: int) -> Int[np.ndarray, " count"]:
 
 
 def centre_crop(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The square in the middle, size x size, as the code of ADM (arXiv 2105.05233) cuts ImageNet, and most after it.
+    """The square in the middle, size x size, cut as by ADM's code (arXiv 2105.05233) and most later work on ImageNet.
 
-    The picture is halved with a box filter while its shorter side is twice the size or more, then resized (bicubic)
-    until the shorter side is the size; then the middle is cut out.
+    The picture is halved with a box filter while its shorter side is at least twice the size, and resized (bicubic) so
+    that its shorter side is the size; then the middle is cut out.
 
     Raises:
-        ValueError: it is so long and thin that the resized one would have too many pixels.
+        ValueError: the picture is so long and thin that the resized one would have too many pixels.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} is too long and thin to be cut to a square")
+        raise ValueError(f"{image.width} x {image.height} is too long and thin to be cut to a square.")
     pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
     top, left = (height - size) // 2, (width - size) // 2
     return pixels[top : top + size, left : left + size]
@@ -239,7 +238,7 @@ def random_crop(
     """A part of the picture, resized (bicubic) to size x size: Inception's augmentation (arXiv 1409.4842, section 6).
 
     Its share of the picture's area is uniform in `area`, the logarithm of its aspect uniform between 3:4 and 4:3, and
-    its place uniform. If ten tries do not fit, it is the largest part in the middle with an aspect in these bounds.
+    its position uniform. If ten tries do not fit, it is the largest part in the middle with such an aspect.
     """
     width, height = image.size
     for _ in range(10):

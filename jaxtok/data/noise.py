@@ -1,7 +1,7 @@
-"""Misspelt text, to see what a model makes of it: errors in the letters of words, the same ones in every run.
+"""Misspelt text for evaluations of robustness: errors in the letters of words, the same ones in every run.
 
 Two measures are in use: a share of the letters (HAT, arXiv 2501.10322: 10 % permuted, replaced or deleted, and all
-capitals), and a share of the words, each with one error at a place of its own.
+capitals), and a share of the words, each with one error at a random position.
 """
 
 from __future__ import annotations
@@ -31,44 +31,45 @@ class Noise:
     """Errors in words, which are runs of letters, marks and digits.
 
     swap        a letter changes places with the next
-    drop        it is left out; never the only one of a word
-    insert      a random letter is written in front of it
-    substitute  it becomes another one
+    drop        a letter is left out, unless it is the only one of its word
+    insert      a random letter is inserted before a letter
+    substitute  a letter becomes another one
     any         one of these
-    upper       all of the text in capitals, whatever the rate
+    upper       all of the text is in capitals, whatever the rate
 
     Random letters are of the same script and case.
 
     Raises:
-        ValueError: an unknown kind, or a rate that is no share.
+        ValueError: the kind is unknown, or a number is out of range.
     """
 
     kind: Literal["swap", "drop", "insert", "substitute", "any", "upper"] = "any"
     rate: float = 0.1
     """The share of letters, or of words, with an error."""
     of: Literal["letters", "words"] = "letters"
-    """Of words: a hit one has one error, at a random place; a word is what `words` says or any of its characters."""
+    """What the rate counts. letters: each letter may have an error. words: each word may have one error, at a random
+    character."""
     seed: int = 0
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind!r}: choose one of {', '.join(KINDS)}")
+            raise ValueError(f"kind is {self.kind!r}; it must be one of {', '.join(KINDS)}.")
         if self.of not in ("letters", "words"):
-            raise ValueError(f"of={self.of!r}: choose letters or words")
+            raise ValueError(f"of is {self.of!r}; it must be letters or words.")
         if not 0 <= self.rate <= 1:
-            raise ValueError(f"rate={self.rate}: choose a share between 0 and 1")
+            raise ValueError(f"rate is {self.rate}; it must be in [0, 1].")
         if self.seed < 0:
-            raise ValueError(f"seed={self.seed}: choose at least 0")
+            raise ValueError(f"seed is {self.seed}; it must be at least 0.")
 
     @property
     def name(self) -> str:
-        """Such as swap_0.1, any_0.2_of_words or upper."""
+        """A name such as swap_0.1, any_0.2_of_words or upper."""
         if self.kind == "upper":
             return self.kind
         return f"{self.kind}_{self.rate:g}" + ("_of_words" if self.of == "words" else "")
 
     def __call__(self, document: str | bytes) -> bytes:
-        """A document with its errors, which depend on it and the seed alone. Bytes that are not text stay."""
+        """The document with errors, which depend only on it and on the seed. Bytes that are not UTF-8 stay."""
         data = document.encode() if isinstance(document, str) else document
         text = data.decode(errors="surrogateescape")
         if self.kind == "upper":
@@ -77,36 +78,36 @@ class Noise:
         return _WORD.sub(lambda match: self.word(match[0], rng), text).encode(errors="surrogateescape")
 
     def word(self, word: str, rng: np.random.Generator) -> str:
-        """A word with its errors."""
+        """The word with errors."""
         if self.kind == "upper":
             return word.upper()
         if self.of == "words":
             if not word or rng.random() >= self.rate:
                 return word
             return self._edited(list(word), int(rng.integers(len(word))), rng)
-        letters = [place for place, letter in enumerate(word) if _LETTER.match(letter)]
-        hit = [place for place, draw in zip(letters, rng.random(len(letters))) if draw < self.rate]
+        letters = [index for index, letter in enumerate(word) if _LETTER.match(letter)]
+        hit = [index for index, draw in zip(letters, rng.random(len(letters))) if draw < self.rate]
         characters = list(word)
-        for place in reversed(hit):  # what is in front stays where it is
-            characters = list(self._edited(characters, place, rng))
+        for index in reversed(hit):  # from the end, so that earlier letters keep their positions
+            characters = list(self._edited(characters, index, rng))
         return "".join(characters)
 
-    def _edited(self, characters: list[str], place: int, rng: np.random.Generator) -> str:
+    def _edited(self, characters: list[str], index: int, rng: np.random.Generator) -> str:
         kind = EDITS[int(rng.integers(len(EDITS)))] if self.kind == "any" else self.kind
         if kind == "swap" and len(characters) > 1:
-            first = min(place, len(characters) - 2)
+            first = min(index, len(characters) - 2)
             characters[first : first + 2] = characters[first + 1], characters[first]
         elif kind == "drop" and len(characters) > 1:
-            del characters[place]
+            del characters[index]
         elif kind == "insert":
-            characters.insert(place, other_letter(characters[place], rng))
+            characters.insert(index, other_letter(characters[index], rng))
         elif kind == "substitute" or self.kind == "any":
-            characters[place] = other_letter(characters[place], rng)
+            characters[index] = other_letter(characters[index], rng)
         return "".join(characters)
 
 
 def other_letter(character: str, rng: np.random.Generator) -> str:
-    """A random letter but this one, of the same script and case; of a-z, for what is no letter."""
+    """A random other letter of the same script and case; for a character that is no letter, one of a-z."""
     choices = _alphabet(character)
     return choices[int(rng.integers(len(choices)))]
 
@@ -115,8 +116,8 @@ def other_letter(character: str, rng: np.random.Generator) -> str:
 def _alphabet(character: str) -> str:
     script = unicodedata.name(character, "").split(" ")[0]
     if script == "LATIN" or not _LETTER.match(character):
-        found = _LATIN.upper() if character.isupper() else _LATIN
-        return found.replace(character, "")
+        letters = _LATIN.upper() if character.isupper() else _LATIN
+        return letters.replace(character, "")
     kind, block = unicodedata.category(character), ord(character) & ~0x7F
     near = (chr(block + offset) for offset in range(0x80))
     alike = [c for c in near if unicodedata.category(c) == kind and unicodedata.name(c, "").split(" ")[0] == script]
@@ -124,7 +125,7 @@ def _alphabet(character: str) -> str:
 
 
 def noisy(data: Data, noise: Noise) -> Data:
-    """The same data of documents with errors, for evaluation. Bytes are counted as they are then."""
+    """The same data, with errors in the documents, for evaluation. Bytes are counted with the errors."""
     original = type(data)
 
     def items(self, document):

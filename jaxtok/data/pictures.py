@@ -1,7 +1,7 @@
 """Pictures: random access to encoded pictures with a name and a class each, split by a hash of their names.
 
-What is in a file is nobody's promise: `decode` makes 8-bit RGB of whatever Pillow reads, and says of the rest, in one
-sentence, why it is of no use.
+Files may hold anything: `decode` converts whatever Pillow reads to 8-bit RGB, and raises an error that says in one
+sentence why it cannot use the rest.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from PIL import Image, ImageOps
 from jaxtok.data.corpora import SPLITS, array_records, splits_of
 
 MAX_PIXELS = 2**26
-"""A picture with more (67 million) is refused, as its pixels may fill the memory however small the file is."""
-_MAX_MEMBER, _MAX_MEMBERS = 2**22, 20_000  # bytes of a file of a package, unpacked, and how many there may be
+"""The most pixels of a picture (67 million). Larger ones are refused: even a small file could fill the memory."""
+_MAX_MEMBER, _MAX_MEMBERS = 2**22, 20_000  # the most bytes of an unpacked file in a package, and the most files
 _FOLDER_SPLITS = {"train": "train", "validation": "validation", "val": "validation", "valid": "validation"} | {
     "test": "test"
 }
@@ -41,9 +41,9 @@ class Picture:
 
     name: str
     label: int
-    """Its class, from 0."""
+    """The number of its class, from 0."""
     content: bytes | Path | np.ndarray
-    """The bytes of an image file, where one is, or the pixels."""
+    """The bytes of an image file, the path of one, or the pixels."""
 
 
 Shard = Sequence[Picture]
@@ -55,9 +55,9 @@ class Pictures(Sequence):
     def __init__(self, spec: str, classes: tuple[str, ...], shards: list[Shard], shard_of: np.ndarray, row_of: Any):
         self.spec = spec
         self.classes = classes
-        """Their names, by label; empty where the source tells none."""
+        """The names of the classes, by label; empty if the source gives none."""
         self.unreadable: set[int] = set()
-        """Numbers of those that could not be decoded so far."""
+        """The numbers of the pictures that could not be decoded so far."""
         self._shards, self._shard_of, self._row_of = shards, shard_of, row_of
 
     def __len__(self) -> int:
@@ -81,32 +81,32 @@ def open_pictures(
         spec: what to read:
 
             * `emoji`: 1,911 emoji of 64 x 64 pixels in 10 classes, from the npm package emoji-datasource-twitter
-              16.0.0 (the art is Twemoji, CC-BY 4.0: name Twitter, Inc and other contributors where you show it).
-              It is got with the machine's own `npm` once and kept in the user's cache folder;
+              16.0.0 (the art is Twemoji, CC-BY 4.0: credit Twitter, Inc and other contributors where you show it).
+              The machine's own `npm` fetches it once, and it is kept in the user's cache folder;
             * `sprites`: 472 game sprites of several sizes in 8 classes, from the wheel arcade 3.3.3 (Kenney's, CC0),
-              got with `pip` and kept likewise;
+              fetched with `pip` and kept likewise;
             * `emoji:FILE`, `sprites:FILE`: the same from the package's archive, for machines without a network;
             * `digits`: scikit-learn's 1,797 handwritten digits, 8 x 8 grey pixels;
             * `folder:PATH`: every file in it and below whose suffix Pillow knows, in the order of their paths; the
-              first folder below PATH is the class (pictures in PATH itself are of the class "."). Folders `train`,
-              `validation` (or `val`, `valid`) and `test`, if there is nothing beside them, are splits, with the
-              classes in them;
+              first folder below PATH is the class (pictures in PATH itself are of the class "."). If PATH holds only
+              folders named `train`, `validation` (or `val`, `valid`) and `test`, these are splits, with the classes in
+              them;
             * `tfds:NAME[/CONFIG][:VERSION]`: a TensorFlow Datasets data set (read without TensorFlow), with its own
-              splits where it has them;
+              splits if it has them;
             * `arrayrecord:PATH`: a file, a folder or a glob of ArrayRecord files as `write_array_record` makes them.
         split: "train", "validation", "test" or "all".
-        holdout: the share of the pictures in the validation split, and also in the test split. In which split a picture
-            is depends only on its name: its path relative to PATH, or its row (with the file's or part's name).
-        image_field, label_field: of a TFDS row; without a label field, "", all are of class 0.
+        holdout: the share of the pictures in the validation split, and also in the test split. The split of a picture
+            depends only on its name: its path relative to PATH, or its row (with the file's or part's name).
+        image_field, label_field: fields of a TFDS row; if the label field is "", all pictures are of class 0.
 
     Raises:
-        FileNotFoundError: there is nothing at the path, or a package cannot be had; the message says what to run.
+        FileNotFoundError: there is nothing at the path, or a package cannot be fetched; the message says what to run.
         ValueError: an argument is not allowed, or the split is empty.
     """
     if split not in (*SPLITS, "all"):
-        raise ValueError(f"split={split!r}: choose one of {', '.join(SPLITS)}, all")
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}, all.")
     if not 0 < holdout < 0.5:
-        raise ValueError(f"holdout={holdout}: choose a share between 0 and 0.5")
+        raise ValueError(f"holdout is {holdout}; it must be between 0 and 0.5.")
     own: frozenset[str] = frozenset()
     kind, _, rest = spec.partition(":")
     if kind in _PACKAGES:
@@ -123,8 +123,7 @@ def open_pictures(
         classes, shards = _array_records(rest)
     else:
         raise ValueError(
-            f"images={spec!r} names no pictures: choose emoji, sprites, digits, folder:PATH, tfds:NAME or "
-            "arrayrecord:PATH"
+            f"images is {spec!r}; it must be emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATH."
         )
     return _select(spec, split, classes, shards, holdout, own)
 
@@ -137,7 +136,7 @@ def _select(
     holdout: float,
     own: frozenset[str],
 ) -> Pictures:
-    """The pictures of `split`; those hashed into one of the source's `own` splits, which it has anyway, are "train"."""
+    """The pictures of `split`. Those hashed into a split that the source has anyway (`own`) are "train"."""
     shards = list(shards)
     total = sum(len(shard) for _, shard in shards)
     rows = [np.arange(len(shard)) for _, shard in shards]
@@ -150,7 +149,7 @@ def _select(
             rows[n] = rows[n] if shards[n][0] == split else rows[n][:0]
     kept = [n for n, of_shard in enumerate(rows) if len(of_shard)]
     if not kept:
-        raise ValueError(f"the {split} split of {spec} is empty, as its pictures are few ({total}): give more pictures")
+        raise ValueError(f"the {split} split of {spec} is empty, as there are only {total} pictures; give more.")
     shard_of = np.repeat(np.arange(len(kept), dtype=np.int32), [len(rows[n]) for n in kept])
     return Pictures(spec, classes, [shards[n][1] for n in kept], shard_of, np.concatenate([rows[n] for n in kept]))
 
@@ -161,11 +160,11 @@ def _select(
 def decode(content: bytes | Path | np.ndarray) -> Image.Image:
     """The picture as 8-bit RGB.
 
-    Transparent pixels are put on white; of an animation the first frame is taken; a camera's rotation (EXIF) is carried
-    out; grey, palette, CMYK and 16-bit pictures are converted (16 bits by v / 257); colour profiles are not looked at.
+    Transparent pixels are put on white; of an animation the first frame is taken; a camera's rotation (EXIF) is
+    applied; grey, palette, CMYK and 16-bit pictures are converted (16 bits by v / 257); colour profiles are ignored.
 
     Raises:
-        ValueError: it cannot be read, or has more than `MAX_PIXELS`; the message says why.
+        ValueError: the picture cannot be read, or has more than `MAX_PIXELS`; the message says why.
     """
     try:
         if isinstance(content, np.ndarray):
@@ -174,9 +173,9 @@ def decode(content: bytes | Path | np.ndarray) -> Image.Image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
             return _as_rgb(ImageOps.exif_transpose(image))
-    except Exception as error:  # a decoder may stumble over a damaged file in any way
-        said = "it holds no picture that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise ValueError(f"{said}" or type(error).__name__) from error
+    except Exception as error:  # a damaged file may break a decoder in any way
+        reason = "it holds no picture that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise ValueError(f"{reason}" or type(error).__name__) from error
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -189,7 +188,7 @@ def _as_rgb(image: Image.Image) -> Image.Image:
             raise ValueError(f"its values are {pixels.min()} to {pixels.max()}, not those of 16 bits")
         image = Image.fromarray(np.round(pixels / 257).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, of which nobody says what is white")
+        raise ValueError("its pixels are floating-point numbers, for which white is not defined")
     return image.convert("RGB")
 
 
@@ -204,7 +203,7 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-# --- Kinds of shards: sequences of pictures that also tell what a row is called when it is assigned to a split. ---
+# --- Kinds of shards: sequences of pictures, with the key of each row, by which it is assigned to a split. ---
 
 
 class _Memory(Sequence):
@@ -261,8 +260,8 @@ class _Records(Sequence):
             self.classes = tuple(json.loads(records[0])["classes"])
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(
-                f"{file} does not begin with the names of its classes: make it with "
-                "jaxtok.data.pictures.write_array_record"
+                f"{file} does not begin with the names of its classes; write it with "
+                "jaxtok.data.pictures.write_array_record."
             ) from error
 
     def __len__(self) -> int:
@@ -277,14 +276,14 @@ class _Records(Sequence):
             fields = json.loads(header)
             return Picture(f"{self.key(row)} ({fields['name']})", int(fields["label"]), content)
         except (ValueError, KeyError, TypeError):
-            return Picture(self.key(row), 0, b"")  # no picture: it is skipped with a warning, as others are
+            return Picture(self.key(row), 0, b"")  # empty, so it is skipped with a warning
 
 
 def write_array_record(path: str | Path, pictures: Iterable[Picture], classes: Sequence[str] = ()) -> Path:
     """Writes an ArrayRecord file of pictures, which appears at its path once it is whole.
 
     The first record is JSON, {"classes": [names of the classes]}. Every other record is a picture: a line of JSON,
-    {"name": ..., "label": ...}, and behind its line end the bytes of an image file (PNG, of what was pixels).
+    {"name": ..., "label": ...}, and after its line end the bytes of an image file (a PNG if the picture was pixels).
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
@@ -324,15 +323,15 @@ def _digits() -> tuple[tuple[str, ...], Shard]:
 def _folder(root: Path) -> tuple[tuple[str, ...], frozenset[str], list[tuple[str, Shard]]]:
     root = root.absolute()
     if not root.is_dir():
-        raise FileNotFoundError(f"no folder of pictures at {root}: give one that exists")
+        raise FileNotFoundError(f"{root} is no folder; give a folder of pictures that exists.")
     names = list(_picture_files(root))
     if not names:
-        raise ValueError(f"no file in {root} has the name of a picture (*.png, *.jpg, ...): give another folder")
+        raise ValueError(f"no file in {root} has the name of a picture (*.png, *.jpg, ...); give another folder.")
     parts = {name.split("/")[0] if "/" in name else "." for name in names}
     if parts <= _FOLDER_SPLITS.keys():
         roots = [(_FOLDER_SPLITS[part], root / part) for part in sorted(parts)]
         if len({split for split, _ in roots}) < len(roots):
-            raise ValueError(f"{root} has two folders of one split ({', '.join(sorted(parts))}): leave one of them")
+            raise ValueError(f"{root} has two folders of one split ({', '.join(sorted(parts))}); remove one of them.")
     else:
         roots = [("", root)]
     found = [(split, folder, list(_picture_files(folder))) for split, folder in roots]
@@ -347,7 +346,7 @@ def _class(name: str) -> str:
 
 
 def _picture_files(root: Path) -> Iterator[str]:
-    """Relative paths, sorted, of the files that are not hidden and have a suffix of a format that Pillow opens."""
+    """The sorted relative paths of the files that are not hidden and whose suffix is of a format that Pillow opens."""
     known = {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
     found = []
     for folder, folders, files in os.walk(root):
@@ -365,13 +364,13 @@ def _tfds(
     try:
         features = tfds.builder(name).info.features
     except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"TensorFlow Datasets has no {name!r}: see tfds.list_builders() for the names") from error
+        raise ValueError(f"TensorFlow Datasets has no {name!r}; see tfds.list_builders() for the names.") from error
     for field in filter(None, (image_field, label_field)):
         if field not in features:
             raise ValueError(
-                f"tfds:{name} has no field {field!r} (it has {', '.join(features)}): set image_field and label_field"
+                f"tfds:{name} has no field {field!r} (it has {', '.join(features)}); set image_field and label_field."
             )
-    # The file's bytes, which are decoded as everybody else's; what is stored as numbers is pixels.
+    # Image files stay bytes, so that `decode` decodes them as those of other sources; arrays of numbers are pixels.
     encoded = isinstance(features[image_field], tfds.features.Image)
     sources = tfds.data_source(name, decoders={image_field: tfds.decode.SkipDecoding()} if encoded else None)
     own = frozenset(SPLITS) & sources.keys()
@@ -386,7 +385,7 @@ def _array_records(pattern: str) -> tuple[tuple[str, ...], list[tuple[str, Shard
     (first, like), *_ = shards
     for name, shard in shards:
         if shard.classes != like.classes:
-            raise ValueError(f"{name} has other classes than {first}: give files that were written with the same")
+            raise ValueError(f"{name} has other classes than {first}; give files that were written with the same ones.")
     return like.classes, shards
 
 
@@ -395,22 +394,22 @@ def _array_records(pattern: str) -> tuple[tuple[str, ...], list[tuple[str, Shard
 
 @dataclasses.dataclass(frozen=True)
 class _Package:
-    """Pictures inside an archive of a package registry, which the machine's own client of the registry brings."""
+    """Pictures inside an archive from a package registry, which the machine's own client of the registry fetches."""
 
     archive: str
     sha256: str
     command: tuple[str, ...]
-    """Brings the archive into the folder where it runs; `python` stands for this one."""
+    """The command that writes the archive to the working directory; `python` stands for this interpreter."""
     hint: str
-    """How to come by the command's program."""
+    """How to install the command's program."""
     members: str
-    """A regular expression of the paths inside that are read."""
+    """A regular expression of the paths in the archive that are read."""
     read: Callable[[dict[str, bytes]], list[tuple[str, str, bytes]]]
-    """Those files to (name, class, image file)."""
+    """Maps these files to triples (name, class, image file)."""
 
 
 def _emoji(files: dict[str, bytes]) -> list[tuple[str, str, bytes]]:
-    """The base emoji: no skin tones."""
+    """The base emoji, without skin tones."""
     rows = json.loads(files["package/emoji.json"])
     folder = "package/img/twitter/64/"
     return [(r["short_name"], r["category"], files[folder + r["image"]]) for r in rows if r["has_img_twitter"]]
@@ -443,14 +442,14 @@ _PACKAGES = {
 
 
 def _package(kind: str, file: str) -> tuple[tuple[str, ...], Shard]:
-    """The pictures of a package: from the cache, or from its archive (`file`, or a new one), which fills the cache."""
+    """The pictures of a package, from the archive `file`; or from the cache, which a new archive fills if needed."""
     package = _PACKAGES[kind]
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     cache = root / "jaxtok" / "pictures" / f"{package.archive}.npz"
     if not file and (cached := _read_cache(cache)) is not None:
         return cached
     if file and not Path(file).is_file():
-        raise FileNotFoundError(f"no file {file}: give the package's archive, {package.archive}")
+        raise FileNotFoundError(f"{file} does not exist; give the package's archive, {package.archive}.")
     with tempfile.TemporaryDirectory() as folder:
         files = _members(Path(file) if file else _download(kind, Path(folder)), package)
     rows = package.read(files)
@@ -466,19 +465,19 @@ def _package(kind: str, file: str) -> tuple[tuple[str, ...], Shard]:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
             _write_whole(cache, lambda half: np.savez(half, **arrays))
-        except OSError:  # no room or no right: then it is got again the next time
+        except OSError:  # no space or no permission: it is fetched again the next time
             pass
     return _from_arrays(arrays)
 
 
 def _read_cache(path: Path) -> tuple[tuple[str, ...], Shard] | None:
-    """None, if it is not there or damaged (a zip file has a checksum of each array)."""
+    """The cached pictures; None if the file is missing or damaged (a zip file has a checksum of each array)."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return _from_arrays(dict(file))
     except FileNotFoundError:
         return None
-    except Exception:  # whatever a damaged file does to its reader
+    except Exception:  # a damaged file may raise anything
         return None
 
 
@@ -494,19 +493,19 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> tuple[tuple[str, ...], Shard]
 def _download(kind: str, folder: Path) -> Path:
     package = _PACKAGES[kind]
     program, *arguments = package.command
-    beside = shutil.which(program, path=str(Path(sys.executable).parent))
-    command = [sys.executable if program == "python" else beside or shutil.which(program) or program, *arguments]
-    print(f"getting {package.archive} once, with {program} ...", file=sys.stderr, flush=True)
+    local = shutil.which(program, path=str(Path(sys.executable).parent))  # next to this interpreter
+    command = [sys.executable if program == "python" else local or shutil.which(program) or program, *arguments]
+    print(f"fetching {package.archive} once, with {program} ...", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=1800)
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] if done.returncode else []
+        problem = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] if done.returncode else []
     except (OSError, subprocess.TimeoutExpired) as error:
-        said = [str(error)]
+        problem = [str(error)]
     if not (folder / package.archive).is_file():
         raise FileNotFoundError(
-            f"the pictures {kind!r} are not on this machine and could not be got ({' '.join(said) or 'no file came'}): "
-            f"run `{' '.join(package.command)}` where there is a network ({package.hint}), and give its file, as "
-            f"{kind}:{package.archive}; or choose digits or folder:PATH"
+            f"the pictures {kind!r} are not on this machine and could not be fetched "
+            f"({' '.join(problem) or 'no file came'}); run `{' '.join(package.command)}` where there is a network "
+            f"({package.hint}), and give its file as {kind}:{package.archive}; or choose digits or folder:PATH."
         )
     return folder / package.archive
 
@@ -514,16 +513,16 @@ def _download(kind: str, folder: Path) -> Path:
 def _members(archive: Path, package: _Package) -> dict[str, bytes]:
     """The files of an archive that the package reads, in memory: nothing is unpacked to the disk."""
     with archive.open("rb") as file:
-        if (found := hashlib.file_digest(file, "sha256").hexdigest()) != package.sha256:
+        if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != package.sha256:
             raise ValueError(
-                f"{archive} is not {package.archive} as it was published (its SHA-256 is {found}): get it again"
+                f"{archive} is not {package.archive} as it was published (its SHA-256 is {digest}); fetch it again."
             )
     wanted, files = re.compile(package.members), {}
 
     def take(name: str, size: int, read: Callable[[], bytes]) -> None:
         if wanted.fullmatch(name):
             if size > _MAX_MEMBER or len(files) >= _MAX_MEMBERS:
-                raise ValueError(f"{archive} holds more than its pictures ({name}, {size:,} bytes): get it again")
+                raise ValueError(f"{archive} holds more than its pictures ({name}, {size:,} bytes); fetch it again.")
             files[name] = read()
 
     if archive.suffix == ".tgz":
@@ -539,7 +538,7 @@ def _members(archive: Path, package: _Package) -> dict[str, bytes]:
 
 
 def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """All of it or nothing, also if others write the same at the same time."""
+    """Writes a file as a whole or not at all, also if other processes write it at the same time."""
     handle, half = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:

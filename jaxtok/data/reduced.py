@@ -1,4 +1,4 @@
-"""Text in a small alphabet."""
+"""Text that is reduced to a small alphabet."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from jaxtok.tokenizers.characters import ALPHABETS
 class ReducedText(TextData):
     """Text that is reduced to the alphabet of its tokenizer (`jaxtok.tokenizers.characters`) before it is encoded.
 
-    Nothing is lost between the reduced text and the tokens; the bytes that a loss is divided by are the reduced text's.
+    Nothing is lost between the reduced text and the tokens; losses per byte count the bytes of the reduced text.
 
     Raises:
-        ValueError: the tokenizer has no alphabet to which text could be reduced.
+        ValueError: the tokenizer has no alphabet.
     """
 
     tokenizer: str = "letters"
@@ -26,7 +26,7 @@ class ReducedText(TextData):
     def __post_init__(self):
         super().__post_init__()
         if self.tokenizer not in ALPHABETS:
-            raise ValueError(f"tokenizer={self.tokenizer!r}: choose one of {', '.join(ALPHABETS)}")
+            raise ValueError(f"tokenizer is {self.tokenizer!r}; it must be one of {', '.join(ALPHABETS)}.")
 
     def items(self, document: str | bytes) -> Int[np.ndarray, "items 3"]:
         return super().items(self.loaded_tokenizer.reduce(document))

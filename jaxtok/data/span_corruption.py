@@ -1,7 +1,7 @@
-"""Span corruption, the pre-training task of T5 (arXiv 1910.10683, section 3.1.4) and ByT5 (2105.13626).
+"""Span corruption, the pre-training task of T5 (arXiv 1910.10683, section 3.1.4) and ByT5 (arXiv 2105.13626).
 
-Spans of a text are taken out; a sentinel stands for each in the input, and the target is each sentinel followed by what
-it stands for. Lengths, masks and sentinels are those of the authors' code.
+Spans of a text are taken out. In the input, a sentinel stands for each span; the target is each sentinel followed by
+its span. Lengths, masks and sentinels are those of the authors' code.
 """
 
 from __future__ import annotations
@@ -27,9 +27,6 @@ def raw_length(inputs_length: int, density: float = 0.15, mean_span: float = 20.
     """The largest number of tokens whose corrupted input is at most `inputs_length` long, and the target's length.
 
     Both lengths count the end, and a sentinel for each span.
-
-    Raises:
-        ValueError: not even two tokens fit.
     """
 
     def lengths(raw: int) -> tuple[int, int]:
@@ -47,17 +44,18 @@ def raw_length(inputs_length: int, density: float = 0.15, mean_span: float = 20.
 
 
 def noise_mask(length: int, density: float, mean_span: float, rng: np.random.Generator) -> Bool[np.ndarray, " length"]:
-    """Which tokens are noise: spans of random lengths, each way to cut equally likely; the first is not, the last is.
+    """Which tokens are noise: spans of random lengths, with all ways to cut equally likely. The first token is not
+    noise, and the last one is.
 
     Raises:
         ValueError: there are fewer than two tokens.
     """
     if length < 2:
-        raise ValueError(f"the length is {length}; corrupting spans takes at least 2 tokens.")
+        raise ValueError(f"length is {length}; it must be at least 2.")
     noise, spans = noise_counts(length, density, mean_span)
 
     def cut(total: int) -> np.ndarray:
-        """Lengths of `spans` parts, none of them empty."""
+        """The lengths of `spans` random parts of `total` tokens, none of them empty."""
         ends = np.sort(rng.choice(total - 1, spans - 1, replace=False)) + 1
         return np.diff(ends, prepend=0, append=total)
 
@@ -68,7 +66,8 @@ def noise_mask(length: int, density: float, mean_span: float, rng: np.random.Gen
 def corrupt(
     tokens: Int[np.ndarray, " length"], mask: Shaped[np.ndarray, " length"], first_sentinel: int, end: int
 ) -> tuple[Int[np.ndarray, " inputs"], Int[np.ndarray, " targets"]]:
-    """Input and target of tokens, of which those in `mask` are noise. Sentinels count down from `first_sentinel`."""
+    """The input and the target of tokens, of which those in `mask` are noise. Sentinels count down from
+    `first_sentinel`."""
     mask = np.asarray(mask, bool)
     starts = mask & ~np.concatenate([[False], mask[:-1]])
     sentinels = first_sentinel + 1 - np.cumsum(starts)
@@ -81,16 +80,16 @@ def corrupt(
 def restore(
     inputs: Int[np.ndarray, " inputs"], targets: Int[np.ndarray, " targets"], first_sentinel: int
 ) -> Int[np.ndarray, " length"]:
-    """The tokens from which `corrupt` made them, if none of these is one of its sentinels."""
+    """The tokens from which `corrupt` made these inputs and targets, if none of the tokens is one of its sentinels."""
     inputs, targets = np.asarray(inputs)[:-1], np.asarray(targets)[:-1]
     parts: list[np.ndarray] = []
     sentinel = first_sentinel
-    while len(place := np.flatnonzero(inputs == sentinel)):
+    while len(index := np.flatnonzero(inputs == sentinel)):
         (start,) = np.flatnonzero(targets == sentinel)
         rest = targets[start + 1 :]
         end = np.flatnonzero(rest == sentinel - 1)
-        parts += [inputs[: place[0]], rest[: end[0]] if len(end) else rest]
-        inputs, sentinel = inputs[place[0] + 1 :], sentinel - 1
+        parts += [inputs[: index[0]], rest[: end[0]] if len(end) else rest]
+        inputs, sentinel = inputs[index[0] + 1 :], sentinel - 1
     return np.concatenate([*parts, inputs])
 
 
@@ -99,7 +98,7 @@ class SpanCorruption(TextData):
     """Text as pairs of a corrupted input and what is missing in it, for `jaxtok.lm.t5.SequenceToSequence`.
 
     Documents are laid end to end, without anything between them, and cut into rows whose input is `length` tokens long,
-    or up to a span's length fewer. What is noise in a row follows from `seed` and the row itself.
+    or up to a span's length fewer. The noise of a row depends only on `seed` and on the row itself.
 
     Raises:
         ValueError: a number is out of range.
@@ -107,27 +106,31 @@ class SpanCorruption(TextData):
 
     tokenizer: str = "byt5"
     length: int = 1024
-    """Tokens of an input, sentinels and end included."""
+    """The number of tokens of an input, sentinels and end included."""
     density: float = 0.15
-    """The part of the tokens that is noise."""
+    """The fraction of the tokens that is noise."""
     mean_span: float = 20.0
+    """The mean length of a span in tokens."""
     first_sentinel: int = 258
-    """The others count down. By default on the ids of ByT5's highest bytes, as its authors do; UTF-8 has no such."""
+    """The id of the first sentinel; the others count down. The default, as in ByT5's code, takes the ids of the highest
+    bytes, which do not occur in UTF-8."""
 
     def __post_init__(self):
         super().__post_init__()
         if not 0 < self.density <= 0.5:
-            raise ValueError(f"density={self.density}: choose a part of the tokens, above 0 and at most 0.5")
+            raise ValueError(f"density is {self.density}; it must be above 0 and at most 0.5.")
         if self.mean_span < 1:
-            raise ValueError(f"mean_span={self.mean_span}: choose at least 1")
+            raise ValueError(f"mean_span is {self.mean_span}; it must be at least 1.")
         if self.length < 4:
-            raise ValueError(f"length={self.length}: choose at least 4, for a token, a sentinel and the end")
+            raise ValueError(f"length is {self.length}; it must be at least 4, for a token, a sentinel and the end.")
         if (spans := noise_counts(self.row_items, self.density, self.mean_span)[1]) > self.first_sentinel:
-            raise ValueError(f"first_sentinel={self.first_sentinel}: there are {spans} spans in a row; choose more")
+            raise ValueError(
+                f"first_sentinel is {self.first_sentinel}; it must be at least {spans}, the number of spans in a row."
+            )
 
     @functools.cached_property
     def row_items(self) -> int:
-        """Tokens of text in a row."""
+        """The number of tokens of text in a row."""
         raw = raw_length(self.length, self.density, self.mean_span)[0]
         while _lengths(raw, self.density, self.mean_span)[0] > self.length:  # at least one span, however few tokens
             raw -= 1

@@ -1,4 +1,4 @@
-"""Batches of Grain's iterators."""
+"""Batches from several of Grain's iterators."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class StreamBatches:
         return {str(number): stream.get_state() for number, stream in self._streams.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Moves to where an iterator was whose state this is, or one with more streams."""
+        """Moves to where an iterator with this state was; that iterator may have had more streams."""
         for number, stream in self._streams.items():
             stream.set_state(state[str(number)])
 

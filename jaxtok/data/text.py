@@ -17,8 +17,8 @@ from jaxtok.data.streams import StreamBatches
 from jaxtok.protocols import ArraySpec, Batch, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, token_byte_lengths
 
-_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)  # documents tokenised ahead, in order
-_SAMPLED_ROWS = 16384  # among which the batches of a limited evaluation are chosen
+_READ = grain.ReadOptions(num_threads=1, prefetch_buffer_size=16)  # documents are tokenised ahead, in order
+_SAMPLED_ROWS = 16384  # the rows from which the batches of a limited evaluation are chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +28,9 @@ class TextData:
     A document t1..tn has the inputs [eod, t1..tn] and the targets [t1..tn, eod]. Documents are laid end to end and cut
     into rows, so that a row that continues a document has the token before the cut as its first input.
 
-    Other layouts of text are subclasses: `items` says what of a document is packed, `layout` what a batch of rows of
-    these is, and `batch_spec` its shapes; order, packing, shares of processes and resumption are the same for all.
+    Other layouts of text are subclasses: `items` turns a document into the items that are packed, `layout` turns packed
+    rows into a batch, and `batch_spec` gives its shapes. Order, packing, shares of processes and resumption are the
+    same for all.
 
     Raises:
         ValueError: a number is out of range.
@@ -39,45 +40,49 @@ class TextData:
     source: ClassVar[str] = "corpus"
 
     corpus: str = "python"
-    """See `jaxtok.data.corpora.open_corpus`."""
+    """The documents; see `jaxtok.data.corpora.open_corpus`."""
     tokenizer: str = "bytes"
-    """See `jaxtok.tokenizers.load_tokenizer`."""
+    """The tokenizer; see `jaxtok.tokenizers.load_tokenizer`."""
     length: int = 256
-    """Tokens a row."""
+    """The number of tokens in a row."""
     batch_size: int = 32
-    """Rows a batch, over all devices and processes."""
+    """The number of rows in a batch, over all devices and processes."""
     seed: int = 0
-    """Of the order of the training documents and rows."""
+    """The seed of the order of the training documents and rows."""
     text_field: str = "text"
-    """The field of a JSONL, Parquet or TFDS row."""
+    """The field of a JSONL, Parquet or TFDS row that holds the text."""
     isolate_documents: bool = True
-    """No attention across documents; if not, a row is one segment with positions 0..length-1 (GPT-NeoX's recipe)."""
+    """Whether there is no attention across documents; if not, a row is one segment with positions 0..length-1
+    (GPT-NeoX's recipe)."""
     mask_eod: bool = False
-    """Leave positions whose input is the end-of-document token out of the loss (GPT-NeoX's `eod_mask_loss`)."""
+    """Whether positions whose input is the end-of-document token are left out of the loss (GPT-NeoX's
+    `eod_mask_loss`)."""
     streams: int = 1
-    """Shares of the training documents, each of which fills its part of every batch. A process reads those of its rows
-    only: on a pod, choose a multiple of the number of processes. The batches depend on it."""
+    """The number of shares of the training documents; each fills its part of every batch. A process reads only the
+    shares of its rows: on a pod, choose a multiple of the number of processes. The batches depend on it."""
     shuffle_window: int = 1024
-    """Training rows of a stream that are shuffled, lest a batch be neighbouring rows of one document; 1: none."""
+    """The number of training rows of a stream that are shuffled together, so that a batch does not hold neighbouring
+    rows of one document; 1: none."""
     prefetch: int = 4
-    """Batches made ahead by a thread."""
+    """The number of batches that a thread makes ahead."""
     workers: int = 0
-    """Processes that tokenise for training; 0: a thread of this process. The batches are the same."""
+    """The number of processes that tokenise for training; 0: a thread of this process. The batches do not depend on
+    it."""
     eval_limit: int = 0
-    """Batches in an evaluation, of rows from all over the split; 0: the whole split."""
+    """The number of batches in an evaluation, of rows from all over the split; 0: the whole split."""
 
     def __post_init__(self):
         least = dict(length=1, batch_size=1, seed=0, streams=1, shuffle_window=1, prefetch=0, workers=0, eval_limit=0)
         for field, low in least.items():
             if (value := getattr(self, field)) < low:
-                raise ValueError(f"{field}={value}: choose at least {low}")
+                raise ValueError(f"{field} is {value}; it must be at least {low}.")
         if self.batch_size % self.streams:
-            raise ValueError(f"streams={self.streams} does not divide batch_size={self.batch_size}: choose a divisor")
+            raise ValueError(f"streams is {self.streams}; it must divide batch_size = {self.batch_size}.")
         if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed}: choose one below 2**32")
+            raise ValueError(f"seed is {self.seed}; it must be below 2**32.")
 
     def train_batches(self, rows: range | None = None) -> StreamBatches:
-        """Batches without end, in a new order each epoch, or these rows of each (for a process that needs no others).
+        """Endless batches, in a new order each epoch; or only these rows of each, for a process that needs no others.
 
         Only the streams that have some of the rows are read, and the rows are the same however they are divided.
 
@@ -88,7 +93,7 @@ class TextData:
         if len(documents) < self.streams:
             raise ValueError(
                 f"the train split of {self.corpus} has fewer documents ({len(documents)}) than data.streams = "
-                f"{self.streams}: give more documents, or choose fewer streams"
+                f"{self.streams}; give more documents, or choose fewer streams."
             )
         rows = range(self.batch_size) if rows is None else rows
         size = self.batch_size // self.streams
@@ -106,9 +111,10 @@ class TextData:
         return StreamBatches(streams)
 
     def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
-        """One pass over a split in the order of the corpus (under `eval_limit`: over shuffled rows), anew each `iter`.
+        """One pass over a split in the order of the corpus (with `eval_limit`: over shuffled rows), for each `iter`.
 
-        With `rows`, these of each batch; the whole split is read for them. The last batch is filled up with padding.
+        With `rows`, each batch has only these rows; the whole split is read for them. The last batch is filled up with
+        padding.
         """
         documents = self._documents(split)
         packed = self._pack(documents.shuffle(0) if self.eval_limit else documents)
@@ -128,11 +134,12 @@ class TextData:
 
     @property
     def row_items(self) -> int:
-        """Items a row is packed with."""
+        """The number of items in a packed row."""
         return self.length
 
     def items(self, document: str | bytes) -> Int[np.ndarray, "items ..."]:
-        """A document as what rows are packed with; here of each place the input, the target and the target's bytes."""
+        """The items of a document, with which rows are packed; here an item is an input, its target and the target's
+        bytes."""
         tokenizer = self.loaded_tokenizer
         ids = tokenizer.encode(document)
         items = np.empty((len(ids) + 1, 3), np.int32)
@@ -140,7 +147,7 @@ class TextData:
         inputs[0] = targets[-1] = tokenizer.eod_id
         inputs[1:] = targets[:-1] = ids
         lengths[:] = self._byte_lengths[targets]
-        # Less the space that some tokenizers write in front of a text.
+        # Without the space that some tokenizers write before a text.
         lengths[0] -= lengths.sum() - len(document if isinstance(document, bytes) else document.encode())
         return items
 
@@ -155,7 +162,7 @@ class TextData:
         Args:
           rows: packed items of documents; 0 in padding.
           segments: 1, 2, ... for the documents in a row, 0 for padding.
-          positions: of an item in its document, as far as the row holds it.
+          positions: the number of an item in its document, from 0 at the first one that the row holds.
         """
         tokens, targets, lengths = np.ascontiguousarray(np.moveaxis(rows, -1, 0))
         mask = segments > 0
@@ -178,7 +185,7 @@ class TextData:
 
     def _pack(self, documents: grain.MapDataset[str | bytes], workers: int = 0) -> grain.IterDataset[dict[str, Any]]:
         """Rows of `example`: int32 [row_items, ...], with the segment and position of each item."""
-        self.loaded_tokenizer  # noqa: B018 (what is wrong with it is said here, not in a worker)
+        self.loaded_tokenizer  # noqa: B018 (its errors are raised here, not in a worker)
         examples = documents.map(self._example).to_iter_dataset(_READ)
         if workers:
             if not flags.FLAGS.is_parsed():
@@ -190,7 +197,7 @@ class TextData:
     def _batch(
         self, packed: grain.IterDataset[dict[str, Any]], size: int, rows: range, limit: int = 0
     ) -> grain.IterDataset[Batch]:
-        """Batches of `size` rows, of which `rows` are given out."""
+        """Batches of `size` rows, reduced to `rows`."""
         pad = functools.partial(grain.experimental.batch_and_pad, batch_size=size)
         batches = packed.batch(size, batch_fn=pad).map(functools.partial(self._layout, part=rows))
         if limit:
@@ -199,7 +206,7 @@ class TextData:
 
     @functools.cached_property
     def loaded_tokenizer(self) -> Tokenizer:
-        """What `tokenizer` names."""
+        """The tokenizer that `tokenizer` names."""
         return load_tokenizer(self.tokenizer)
 
     @functools.cached_property
@@ -215,15 +222,14 @@ class TextData:
 
 
 def row_arrays(shape: tuple[int, int], names: Iterable[str]) -> dict[str, ArraySpec]:
-    """Arrays [batch, length] of int32, but for `mask`, which is float32."""
+    """The specs of arrays [batch, length], which are int32 except for `mask`, which is float32."""
     return {name: ArraySpec(shape, np.float32 if name == "mask" else np.int32, ("batch", "length")) for name in names}
 
 
 class _Pack(grain.experimental.ConcatThenSplitIterDataset):
-    """Grain's packing, with a state that can go through JSON, as Grain and Orbax save it.
+    """Grain's packing, with a state that survives JSON, in which Grain and Orbax save it.
 
-    Grain (0.2.18) tells by comparing tuples whether a document is cut, and takes the lists that JSON makes of them for
-    cuts.
+    Grain (0.2.18) compares tuples to see whether a document is cut; JSON turns them into lists, which look like cuts.
     """
 
     def __iter__(self) -> grain.DatasetIterator:

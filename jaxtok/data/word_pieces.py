@@ -1,4 +1,4 @@
-"""Text as rows of words: the bytes that a word is read from, and the subword pieces that are to be predicted of it."""
+"""Text as rows of words: the bytes from which a word is read, and its subword pieces, which a model predicts."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class WordPieceText(TextData):
 
     A batch has
 
-    words       int32    [batch, length, max_bytes]  symbols, PAD behind the last
-    pieces      int32    [batch, length, max_pieces]  ids, -1 behind the last
-    inputs      int32    the pieces of the words as they are read: with the noise
+    words       int32    [batch, length, max_bytes]  symbols, PAD after the last
+    pieces      int32    [batch, length, max_pieces]  ids, -1 after the last
+    inputs      int32    [batch, length, max_pieces]  the pieces of the words as they are read, with the noise
     mask        float32  [batch, length]  1 for words, [CLS] and [SEP], 0 for padding
     bytes       int32    how many bytes of text the word's pieces stand for
     cut         int32    1 where a word has more bytes or pieces than are kept
@@ -35,19 +35,20 @@ class WordPieceText(TextData):
     max_bytes: int = 24
     max_pieces: int = 6
     noise: float = 0.0
-    """The part of the words that are read with an error in one character; their pieces stay those of the true word."""
+    """The fraction of words that are read with an error in one character; their pieces stay those of the true word."""
     noise_seed: int = 0
 
     def __post_init__(self):
         super().__post_init__()
         for field, least in {"max_bytes": 1, "max_pieces": 1, "length": 3, "noise_seed": 0}.items():
             if getattr(self, field) < least:
-                raise ValueError(f"{field}={getattr(self, field)}: choose at least {least}")
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least {least}.")
         if not 0 <= self.noise <= 1:
-            raise ValueError(f"noise={self.noise}: choose a part of the words, from 0 to 1")
+            raise ValueError(f"noise is {self.noise}; it must be in [0, 1].")
 
     def items(self, document: str | bytes) -> np.ndarray:
-        """Words with their symbols, pieces, pieces as read, bytes and whether cut: int32 [words, ...], whole rows."""
+        """For each word its symbols, pieces, pieces as read, bytes, and whether it is cut: int32 [words, ...]. The
+        words fill whole rows."""
         words, room = basic_words(document), self.length - 2
         read = self._noisy(document, words) if self.noise else words
         m, k = self.max_bytes, self.max_pieces
@@ -68,7 +69,7 @@ class WordPieceText(TextData):
         return array.reshape(-1, array.shape[-1])
 
     def _noisy(self, document: str | bytes, words: list[bytes]) -> list[bytes]:
-        """The words with their errors, which depend on the document and the seed alone."""
+        """The words with errors, which depend only on the document and on the seed."""
         noise = Noise(rate=self.noise, of="words")
         data = document if isinstance(document, bytes) else document.encode()
         rng = np.random.default_rng([self.noise_seed, zlib.crc32(data)])
@@ -98,10 +99,10 @@ class WordPieceText(TextData):
 
 @functools.lru_cache(maxsize=65536)
 def _pieces(tokenizer: str, word: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids of a word's pieces, and their bytes."""
-    found = _tokenizer(tokenizer)
-    ids = tuple(found.encode(word))
-    return ids, tuple(len(found.token_bytes(i)) for i in ids)
+    """The ids of a word's pieces, and the number of bytes of each."""
+    loaded = _tokenizer(tokenizer)
+    ids = tuple(loaded.encode(word))
+    return ids, tuple(len(loaded.token_bytes(i)) for i in ids)
 
 
 _tokenizer = functools.lru_cache(maxsize=4)(load_tokenizer)

@@ -1,9 +1,9 @@
-"""Words without the spaces between them, spelled in bytes, characters or subwords (Learn Your Tokens, 2310.11628).
+"""Words without spaces between them, spelled in bytes, characters or subwords (Learn Your Tokens, arXiv 2310.11628).
 
 paper     the authors' preprocessing: markup of WikiText and newlines become spaces, punctuation becomes words
-spaces    what stands between whitespace
-letters   runs of a to z, in lower case; all else is a space
-lossless  words with what is between them, of `WordText.splitter`; the only rule that keeps the text as it is
+spaces    the strings between whitespace
+letters   runs of a to z, in lower case; everything else is a space
+lossless  the words of `WordText.splitter`, with the whitespace; the only rule that keeps the text as it is
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtok.data.words import WordText
 from jaxtok.tokenizers import load_tokenizer
 from jaxtok.tokenizers.words import limited
 
-Rule = Literal["paper", "spaces", "letters", "lossless"]
+WordRule = Literal["paper", "spaces", "letters", "lossless"]
 RULES = ("paper", "spaces", "letters", "lossless")
 
 _MARKUP = re.compile(r"<unk>|@-@|=")
@@ -32,10 +32,10 @@ _NO_LETTERS = re.compile(r"[^a-z]+")
 BYTE_OFFSET = 3  # ByT5's ids 0, 1 and 2 are padding, the end of a text, and unknown
 
 
-def spaced_words(document: str | bytes, rule: Rule) -> list[bytes]:
-    """The words of a document by a rule that drops what is between them.
+def spaced_words(document: str | bytes, rule: WordRule) -> list[bytes]:
+    """The words of a document, by a rule that drops the whitespace between them.
 
-    The paper's rule is that which the authors' pattern is meant to be: "--" is one word, and "}:" is two.
+    The paper's rule is what the authors' pattern is meant to do: "--" is one word, and "}:" is two.
     """
     text = document.decode(errors="surrogateescape") if isinstance(document, bytes) else document
     match rule:
@@ -48,22 +48,22 @@ def spaced_words(document: str | bytes, rule: Rule) -> list[bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class Units:
-    """The ids of a tokenizer as units, of which 0 ends a word.
+    """The ids of a tokenizer as units; unit 0 ends a word.
 
-    Bytes have ByT5's ids. Elsewhere the end of a document, which is in no word, gives its place away: ids in front of
-    it move up by one.
+    Bytes have ByT5's ids. For other tokenizers, the id that ends a document, which is in no word, makes room: lower ids
+    move up by one.
     """
 
     spec: str
     size: int
-    """Units, 0 included."""
+    """The number of units, 0 included."""
     pieces: tuple[bytes, ...]
-    """The bytes that each stands for."""
+    """The bytes of each unit."""
     leading_space: bool
-    """Words are encoded with a space in front, as their tokens have it (" the")."""
+    """Whether words are encoded with a space before them, as the tokenizer's tokens have it (" the")."""
 
     def encode(self, word: bytes, spaced: bool = True) -> list[int]:
-        """A word's units; `spaced`: its text had a space in front, which is left out of it."""
+        """The units of a word. `spaced` says that the text has a space before the word, which is not part of it."""
         if self.spec == "bytes":
             return [byte + BYTE_OFFSET for byte in word]
         tokenizer = load_units_tokenizer(self.spec)
@@ -71,13 +71,13 @@ class Units:
         return [i + (i < tokenizer.eod_id) for i in ids]
 
     def decode(self, units: Iterable[int], spaced: bool = True) -> bytes:
-        """The word; ids that are no units stand for nothing."""
+        """The word of these units; ids that are no units are ignored."""
         text = b"".join(self.pieces[unit] for unit in units if 0 < unit < self.size)
         return text.removeprefix(b" ") if self.leading_space and spaced else text
 
     @property
     def allowed(self) -> np.ndarray:
-        """The units that can be spelled: those that stand for something, and the end."""
+        """Whether each unit may be generated: those that stand for bytes, and the end of a word."""
         return np.array([i == 0 or bool(piece) for i, piece in enumerate(self.pieces)])
 
 
@@ -96,32 +96,32 @@ def load_units(spec: str) -> Units:
         if i != tokenizer.eod_id:
             pieces[i + (i < tokenizer.eod_id)] = tokenizer.token_bytes(i)
     spaced = any(piece.startswith(b" ") and len(piece) > 1 for piece in pieces)
-    writes_it = b"".join(map(tokenizer.token_bytes, tokenizer.encode(b"x"))) == b" x"
-    units = Units(spec, tokenizer.vocab_size, tuple(pieces), spaced)
-    return dataclasses.replace(units, leading_space=False) if writes_it else units
+    adds_space = b"".join(map(tokenizer.token_bytes, tokenizer.encode(b"x"))) == b" x"  # by itself
+    return Units(spec, tokenizer.vocab_size, tuple(pieces), leading_space=spaced and not adds_space)
 
 
 @dataclasses.dataclass(frozen=True)
 class WordUnitText(WordText):
-    """Rows of words in units; see `WordText`. A unit of 0 ends a word, if it does not fill the canvas.
+    """Rows of words in units; see `WordText`. A unit of 0 ends a word that has fewer than `max_units`.
 
-    The bytes of a word include the space behind it, for which its end mark stands, but those of a document's last word
-    do not: over a document, they are those of `NormalizedText`.
+    The bytes of a word include the space after it, for which its end stands, except for a document's last word: over a
+    document, they are those of `NormalizedText`.
     """
 
-    rule: Rule = "paper"
+    rule: WordRule = "paper"
     long_words: Literal["split", "cut"] = "split"
-    """What becomes of a word of more than max_units: several words, or the beginning of one. `long_words_of` counts."""
+    """What happens to a word of more than max_units. split: it becomes several words; cut: only its beginning stays.
+    `long_words_of` counts these words."""
 
     def __post_init__(self):
         super().__post_init__()
         for field, allowed in (("rule", RULES), ("long_words", ("split", "cut"))):
             if (value := getattr(self, field)) not in allowed:
-                raise ValueError(f"{field}={value!r}: choose one of {', '.join(allowed)}")
+                raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}.")
 
     @property
     def spaced(self) -> bool:
-        """Whether words have left out the space in front of them."""
+        """Whether words are without the space before them."""
         return self.rule != "lossless"
 
     def split(self, document: str | bytes) -> list[bytes]:
@@ -130,7 +130,7 @@ class WordUnitText(WordText):
 
     def words(self, document: str | bytes) -> list[tuple[Sequence[int], int]]:
         """Each word's units (at least 1, at most max_units) and how many bytes of the text they stand for."""
-        units, found = load_units(self.tokenizer), []
+        units, words = load_units(self.tokenizer), []
         between = int(self.spaced)
         for word in self.split(document):
             parts = self._parts(units, word)
@@ -139,10 +139,10 @@ class WordUnitText(WordText):
                 parts, sizes = parts[:1], [min(sizes[0], len(word)) + between]
             else:
                 sizes[-1] = len(word) - sum(sizes[:-1]) + between
-            found += zip(parts, sizes)
-        if found and between:
-            found[-1] = (found[-1][0], found[-1][1] - 1)
-        return found
+            words += zip(parts, sizes)
+        if words and between:
+            words[-1] = (words[-1][0], words[-1][1] - 1)
+        return words
 
     def join(self, before: bytes, units: Sequence[Sequence[int]]) -> bytes:
         """The text of words that follow `before`."""
@@ -161,17 +161,17 @@ class WordUnitText(WordText):
 
 @dataclasses.dataclass(frozen=True)
 class NormalizedText(TextData):
-    """Rows of tokens of the same words, with one space between them: what a plain model reads."""
+    """Rows of tokens of the same words, with one space between them, for plain language models."""
 
-    rule: Rule = "paper"
+    rule: WordRule = "paper"
 
     def __post_init__(self):
         super().__post_init__()
         if self.rule not in RULES:
-            raise ValueError(f"rule={self.rule!r}: choose one of {', '.join(RULES)}")
+            raise ValueError(f"rule is {self.rule!r}; it must be one of {', '.join(RULES)}.")
 
     def split(self, document: str | bytes) -> list[bytes]:
-        """The words; of the lossless rule, what stands between whitespace."""
+        """The words; by the lossless rule, the strings between whitespace."""
         return spaced_words(document, "spaces" if self.rule == "lossless" else self.rule)
 
     def items(self, document: str | bytes) -> np.ndarray:
@@ -180,7 +180,7 @@ class NormalizedText(TextData):
 
 
 def count_words(data: WordUnitText | NormalizedText, split: str = "train", documents: int = 0) -> Counter[bytes]:
-    """How often each word is in a split (in its first so many documents; 0: all)."""
+    """How often each word is in the first `documents` documents of a split (0: in all)."""
     corpus = open_corpus(data.corpus, split, text_field=data.text_field)
     counts: Counter[bytes] = Counter()
     for i in range(min(len(corpus), documents or len(corpus))):
@@ -189,7 +189,7 @@ def count_words(data: WordUnitText | NormalizedText, split: str = "train", docum
 
 
 def long_words_of(data: WordUnitText, counts: Counter[bytes]) -> dict[str, int]:
-    """How many words there are, how many have more than max_units units, and how many of those units are cut off."""
+    """How many words there are, how many have more than max_units units, and how many units are cut off."""
     units = load_units(data.tokenizer)
     over = {word: max(len(units.encode(word, data.spaced)) - data.max_units, 0) for word in counts}
     return {

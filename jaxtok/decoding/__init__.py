@@ -1,4 +1,4 @@
-"""Ways to generate from a CausalLM, and from other models token by token: one engine, and what it is combined with."""
+"""Generation, token by token, from a CausalLM and from other models: one engine and the parts it is combined with."""
 
 from jaxtok.decoding.engine import CachedTokens, Engine, Generation, Piece, State, generate
 from jaxtok.decoding.prompt_lookup import PromptLookup

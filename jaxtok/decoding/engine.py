@@ -1,13 +1,14 @@
 """The decoding engine: prefill, then steps, each of which reads any number of new tokens a row.
 
-One loop runs them all: a step asks the drafter for a tree of tokens, the model reads it in one pass, and a walk from
-its root draws a token after each node that is reached, as plain decoding would, and goes on to the child that holds it
-(arXiv 2305.09781). Without a drafter, the tree is its root. Static shapes, rows of different lengths, one compilation.
+One loop runs all of decoding: a step asks the drafter for a tree of tokens, the model reads it in one pass, and a walk
+from the root draws a token after each node that it reaches, as plain decoding would, and goes on to the child that
+holds this token (arXiv 2305.09781). Without a drafter, the tree is only its root. Shapes are static, rows may differ in
+length, and the loop is compiled once.
 
-A row's tokens depend on its prompt, on the key and on its number in the batch only. The draw for new token n of row b
+A row's tokens depend only on its prompt, on the key and on its number in the batch. The draw for new token n of row b
 has the key fold_in(fold_in(key, b), n), whatever else is in the batch, however the tokens are streamed, and with or
-without drafts: so sampled output with drafts equals output without, token for token, as greedy output does (as far as
-the arithmetic of several tokens in one pass rounds as that of one: exactly, but for near ties).
+without drafts. So output with drafts equals output without them, token for token, sampled or greedy, except at near
+ties, where the arithmetic of several tokens in one pass may round differently.
 """
 
 from __future__ import annotations
@@ -32,36 +33,36 @@ _BUCKET = 64  # prompts are padded to a multiple of this, so that those of simil
 
 @flax.struct.dataclass
 class State:
-    """Decoding between two steps: all there is to know. A pytree of static shapes."""
+    """All that decoding knows between two steps: a pytree of static shapes."""
 
     model: Any
-    """The model's own state. Of a CausalLM, its cache, which holds all tokens of a row but the newest."""
+    """The model's own state. For a CausalLM it is the cache, which holds all tokens of a row except the newest."""
     text: Int[Array, "batch room ..."]
     """The prompt and then the new tokens of each row."""
     logprobs: Float[Array, "batch room"]
-    """Of new tokens, their log probabilities in nats, by the model's own distribution, before temperature, top_k,
-    top_p, `num_ids` or any constraint. The sum over a token's parts."""
+    """The log probabilities of the new tokens in nats, by the model's own distribution, before temperature, top_k,
+    top_p, `num_ids` or any constraint; summed over a token's parts."""
     start: Int[Array, " batch"]
     """Where the new tokens begin."""
     length: Int[Array, " batch"]
-    """Tokens of a row so far."""
+    """The number of tokens in a row so far."""
     limit: Int[Array, " batch"]
-    """A row that is so long stops."""
+    """The length at which a row stops."""
     live: Bool[Array, " batch"]
-    """The rows that have not stopped."""
+    """Whether a row has not stopped yet."""
     steps: Int[Array, " batch"]
-    """Steps that gave the row tokens: (length - start) / steps is the mean of accepted tokens."""
+    """The number of steps that gave the row tokens; (length - start) / steps is the mean number of tokens per step."""
     stop: Int[Array, " stops"]
     """The tokens that end a row."""
     keys: Key[Array, " batch"]
-    """Of each row: the key of the generation, folded with the number of the row."""
+    """The key of each row: that of the generation, folded with the number of the row."""
     chooser: Any
     drafter: Any
     evictor: Any
 
 
 class Piece(NamedTuple):
-    """What a part of a generation gave to each row."""
+    """The tokens that a part of a generation added to each row."""
 
     tokens: list[list[Any]]
     logprobs: list[list[float]]
@@ -70,16 +71,16 @@ class Piece(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` returns."""
+    """The result of `generate`."""
 
     tokens: list[list[int]]
     """The new tokens of each row, without the prompt, with the stop token that ended the row if one did."""
     logprobs: list[list[float]]
-    """Of each of them, in nats, by the model's own distribution, before temperature and restrictions."""
+    """The log probability of each new token in nats; see `State.logprobs`."""
     steps: list[int]
-    """Passes of the model that gave the row tokens."""
+    """The number of passes of the model that gave the row tokens."""
     state: State
-    """The end of decoding, with the states of drafter and chooser; its model's state is None."""
+    """The last state, with those of drafter and chooser; the model's own is None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +103,8 @@ class CachedTokens:
         mask: Bool[Array, "batch new new"] | None = None,
         sow: bool = False,
     ) -> tuple[Float[Array, "batch new vocab"], Any, Any]:
-        """Logits after each token, the cache with all of them, and, where asked, the model's intermediates."""
-        # A token after the end of the context is never accepted; it must only have a position that there is.
+        """Logits after each token, the cache with all of them, and the model's intermediates if `sow` (else None)."""
+        # A token after the end of the context is never accepted, but its position must exist.
         positions = None if positions is None else jnp.minimum(positions, self.model.config.max_length - 1)
         given = {"positions": positions, "mask": mask}
         options: dict[str, Any] = {"cache": cache} | {name: x for name, x in given.items() if x is not None}
@@ -116,7 +117,7 @@ class CachedTokens:
         if self.rewindable:
             logits, cache, _ = self.read(params, tokens[:, None], state)
             return logits[:, 0], cache.truncate(jnp.where(live, cache.length, state.length)), live
-        positions = jnp.where(live, state.next_position, -1)  # padding leaves no trace
+        positions = jnp.where(live, state.next_position, -1)  # -1 is padding, which leaves no trace
         logits, cache, _ = self.read(params, tokens[:, None], state, positions[:, None])
         return logits[:, 0], cache, live
 
@@ -132,7 +133,7 @@ class CachedTokens:
     ) -> Any:
         """The cache with the accepted nodes only: the first `count` of `path`."""
         nodes = jnp.arange(tokens.shape[1])
-        if not self.rewindable:  # they are read once more
+        if not self.rewindable:  # the accepted nodes are read once more
             positions = jnp.where(nodes < count[:, None], before.next_position[:, None] + nodes, -1)
             return self.read(params, tokens, before, positions)[1]
         return after.truncate(before.length + count) if chain else after.keep_newest(len(nodes), path, count)
@@ -154,7 +155,7 @@ def ancestors(parents: Int[Array, "batch nodes"]) -> Bool[Array, "batch nodes no
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A model and what it is combined with: the static part of decoding. `generate` is this with prompts as lists.
+    """The static part of decoding: a model and what it is combined with. `generate` wraps it for prompts as lists.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxtok.lm.decoder import Decoder, init_params
@@ -172,12 +173,12 @@ class Engine:
     """
 
     model: TokenModel
-    """A CausalLM as `CachedTokens`."""
+    """The model; a CausalLM is given as `CachedTokens`."""
     chooser: Chooser = Sampling()
     drafter: Drafter | None = None
-    """For a model that can verify."""
+    """Only for `CachedTokens`."""
     evictor: Evictor | None = None
-    """For a model with a cache."""
+    """Only for `CachedTokens`."""
     num_ids: int | None = None
     """Only ids below this are chosen; None: all."""
 
@@ -186,17 +187,17 @@ class Engine:
             if (given := getattr(self, name)) is None:
                 continue
             if not isinstance(self.model, CachedTokens):
-                raise ValueError(f"{name} is {given}; it needs a CausalLM, and the model is {self.model}.")
+                raise ValueError(f"{name} is {given}; the model must then be a CausalLM, but it is {self.model}.")
             if not self.model.rewindable and not getattr(given, "chain", False):
-                takes = "drafts that are chains" if name == "drafter" else "no evictor"
+                must = "must propose chains" if name == "drafter" else "must be None"
                 raise ValueError(
-                    f"{name} is {given}; tokens cannot be taken out of the cache of {type(self.model.model).__name__}, "
-                    f"so it takes {takes}."
+                    f"{name} is {given}; it {must}, as tokens cannot be taken out of the cache of "
+                    f"{type(self.model.model).__name__}."
                 )
 
     @property
     def nodes(self) -> int:
-        """Tokens of a row that a step reads."""
+        """The number of tokens of a row that a step reads."""
         return 1 if self.drafter is None else self.drafter.nodes
 
     def begin(
@@ -210,13 +211,13 @@ class Engine:
         stop: Int[Array, " stops"] | Sequence[int] = (),
         chooser: Any = None,
     ) -> State:
-        """The state before the first step, of a model that is given in its own state.
+        """The state before the first step, from the model's own state.
 
         Args:
-          state: the model's, which has not seen the newest token of each row. `run` uses its arrays up.
+          state: the model's state, which has not seen the newest token of each row. `run` donates its arrays.
           text: the tokens that the rows begin with (at least the newest one), padded.
-          new: at most so many new tokens.
-          lengths: of the rows; default: all of the text.
+          new: the most new tokens of a row.
+          lengths: the lengths of the rows; default: all of the text.
           rng: a key; needed unless the temperature is 0.
           stop: a row ends after the first of these tokens.
           chooser: the chooser's state; default: a new one.
@@ -252,12 +253,12 @@ class Engine:
         chooser: Any = None,
         drafter: Any = None,
     ) -> State:
-        """The state before the first step of a CausalLM that goes on from prompts, padded to one length.
+        """The state before the first step of a CausalLM that continues prompts, which are padded to one length.
 
-        All but the last token of each prompt go to the cache; the last one is the first that a step reads.
+        All tokens of a prompt except the last go to the cache; the last one is the first that a step reads.
 
         Args:
-          drafter: the drafter's state, of an earlier generation or made by hand; default: a new one.
+          drafter: the drafter's state, from an earlier generation or made by hand; default: a new one.
           new, rng, stop, chooser: as in `begin`.
         """
         stop = jnp.asarray(stop, jnp.int32)
@@ -269,16 +270,16 @@ class Engine:
         lengths = lengths.astype(jnp.int32)
         room = min(longest + new, model.config.max_length) + self.nodes - 1
         cache = model.init_cache(batch, room if self.evictor is None else longest)
-        places = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
+        numbers = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
         # The logits are not used, so the compiler drops the head; the first step reads the last token.
         _, cache, sown = self.model.read(
-            params, tokens, cache, jnp.where(places < lengths[:, None] - 1, places, -1), sow=self._sow
+            params, tokens, cache, jnp.where(numbers < lengths[:, None] - 1, numbers, -1), sow=self._sow
         )
         cache, evictor = cache.truncate(lengths - 1) if self.model.rewindable else cache, None
         if self.evictor is not None:
             evictor = self.evictor.init(cache)
             if self.evictor.observes:
-                evictor = self.evictor.observe(evictor, cache, sown, places, lengths - 1)
+                evictor = self.evictor.observe(evictor, cache, sown, numbers, lengths - 1)
             rows = cache.length > self.evictor.slots
             cache, evictor = self.evictor.evict(evictor, cache, rows, self._slots())
         state = self.begin(cache, tokens, new=new, lengths=lengths, rng=rng, stop=stop, chooser=chooser)
@@ -287,7 +288,7 @@ class Engine:
         return state.replace(drafter=drafter, evictor=evictor)
 
     def _slots(self) -> int:
-        """Of a cache that is evicted from."""
+        """The number of slots of a cache with an evictor."""
         return self.evictor.slots + self.evictor.every - 1 + self.nodes
 
     @property
@@ -295,7 +296,7 @@ class Engine:
         return self.evictor is not None and self.evictor.observes
 
     def step(self, params: Params, state: State) -> State:
-        """One pass of the model: each row gets the tokens that its draft has right, and one more."""
+        """One pass of the model: each row gets the tokens of its draft that are right, and one more."""
         batch = state.length.shape[0]
         rows, last = jnp.arange(batch), state.length - 1
         newest, most, sown = state.text[rows, last], state.limit - state.length, None
@@ -317,30 +318,30 @@ class Engine:
                 params, tokens, state.model, last[:, None] + depth, seen, sow=self._sow
             )
             ready = state.live
-        found = self._walk(state, logits, tokens, parents, ready & state.live, most)
+        walk = self._walk(state, logits, tokens, parents, ready & state.live, most)
         if self.drafter is not None or self.evictor is not None:
-            model = self.model.keep(params, tokens, state.model, model, found.path, found.count, chain)
+            model = self.model.keep(params, tokens, state.model, model, walk.path, walk.count, chain)
 
-        places = state.length[:, None] + jnp.arange(self.nodes)
-        places = jnp.where(jnp.arange(self.nodes) < found.count[:, None], places, state.text.shape[1])
+        index = state.length[:, None] + jnp.arange(self.nodes)
+        index = jnp.where(jnp.arange(self.nodes) < walk.count[:, None], index, state.text.shape[1])
         state = state.replace(
             model=model,
-            text=state.text.at[rows[:, None], places].set(found.chosen, mode="drop"),
-            logprobs=state.logprobs.at[rows[:, None], places].set(found.logprobs, mode="drop"),
-            length=state.length + found.count,
-            live=state.live & ~found.stopped & (state.length + found.count < state.limit),
-            steps=state.steps + (found.count > 0),
-            chooser=found.chooser,
+            text=state.text.at[rows[:, None], index].set(walk.chosen, mode="drop"),
+            logprobs=state.logprobs.at[rows[:, None], index].set(walk.logprobs, mode="drop"),
+            length=state.length + walk.count,
+            live=state.live & ~walk.stopped & (state.length + walk.count < state.limit),
+            steps=state.steps + (walk.count > 0),
+            chooser=walk.chooser,
         )
         if self.drafter is not None:
-            seen = Verified(tokens, parents, logits, found.path, found.count, found.chosen)
-            state = state.replace(drafter=self.drafter.observe(state.drafter, seen))
-        return state if self.evictor is None else self._evict(state, sown, found)
+            verified = Verified(tokens, parents, logits, walk.path, walk.count, walk.chosen)
+            state = state.replace(drafter=self.drafter.observe(state.drafter, verified))
+        return state if self.evictor is None else self._evict(state, sown, walk)
 
-    def _evict(self, state: State, sown, found: _Walk) -> State:
+    def _evict(self, state: State, sown, walk: _Walk) -> State:
         evictor = state.evictor
         if self.evictor.observes:
-            evictor = self.evictor.observe(evictor, state.model, sown, found.path, found.count)
+            evictor = self.evictor.observe(evictor, state.model, sown, walk.path, walk.count)
         full = state.model.length >= self.evictor.slots + self.evictor.every
         cache, evictor = jax.lax.cond(
             full.any(),
@@ -352,7 +353,7 @@ class Engine:
         return state.replace(model=cache, evictor=evictor)
 
     def _walk(self, state: State, logits, tokens, parents, ready, most) -> _Walk:
-        """From the root along the children that hold the chosen tokens; up to `most` tokens a row."""
+        """Walks from the root along the children that hold the chosen tokens, for up to `most` tokens a row."""
         batch, nodes = parents.shape
         rows, valid = jnp.arange(batch), parents >= 0
 
@@ -369,7 +370,7 @@ class Engine:
             fits &= (tokens == token[:, None]).reshape(batch, nodes, -1).all(-1)
 
             def put(array, value):
-                if nodes == 1:  # the only place; what is in that of a row that waits is not read
+                if nodes == 1:  # a row that waits may be written too, as its entry is not read
                     return value[:, None]
                 return array.at[rows, jnp.where(walk.going, walk.count, nodes)].set(value, mode="drop")
 
@@ -393,9 +394,9 @@ class Engine:
         return jax.lax.while_loop(lambda walk: walk.going.any(), visit, walk)
 
     def run(self, params: Params, state: State, until: int | Int[Array, ""] | None = None) -> State:
-        """Steps until each row has `until` new tokens (default: all it may have) or has stopped.
+        """The state after steps until each row has `until` new tokens (default: all it may have) or has stopped.
 
-        The arrays of `state.model` are used up: they become those of the new state.
+        The arrays of `state.model` are donated to the new state.
         """
         until = jnp.asarray(jnp.iinfo(jnp.int32).max if until is None else until, jnp.int32)
         return self._run(params, state.model, state.replace(model=None), until)
@@ -408,12 +409,12 @@ class Engine:
         return jax.lax.while_loop(goes_on, functools.partial(self.step, params), state.replace(model=model))
 
     def stream(self, params: Params, state: State, chunk: int | None = None) -> Iterator[tuple[Piece, State]]:
-        """What `run` gives, every `chunk` tokens (None: at once), until all rows have stopped or the caller has enough.
+        """Yields what `run` adds, every `chunk` tokens (None: all at once), until all rows have stopped.
 
         Drafts can give some rows more than `chunk` tokens at a time.
 
         Raises:
-          ValueError: the logits were no numbers.
+          ValueError: the logits are NaN.
         """
         given, live = jax.device_get((state.length, state.live))
         while live.any():
@@ -428,18 +429,18 @@ def new_tokens(state: State, since: Int[np.ndarray, " batch"] | None = None) -> 
     """The tokens of each row after the first `since` of its text; default: after its prompt.
 
     Raises:
-      ValueError: their logits were no numbers.
+      ValueError: their logits are NaN.
     """
     text, logprobs, start, length = jax.device_get((state.text, state.logprobs, state.start, state.length))
     spans = [slice(*span) for span in zip(start if since is None else since, length)]
     if any(np.isnan(row[span]).any() for row, span in zip(logprobs, spans)):
-        raise ValueError("the logits are not numbers; look at the parameters.")
-    return Piece(*([row[span].tolist() for row, span in zip(of, spans)] for of in (text, logprobs)))
+        raise ValueError("the logits are not numbers (NaN); check the parameters.")
+    return Piece(*([row[span].tolist() for row, span in zip(rows, spans)] for rows in (text, logprobs)))
 
 
 @flax.struct.dataclass
 class _Walk:
-    """Where the rows are in their trees, and what they have got there."""
+    """Where the rows are in their trees, and which tokens they have got on the way."""
 
     node: Int[Array, " batch"]
     going: Bool[Array, " batch"]
@@ -481,19 +482,20 @@ def generate(
       model: with a config that has `vocab_size` and `max_length`; hashable, as Linen modules with frozen configs are.
       params: its parameters.
       prompts: token ids, of any lengths.
-      max_new_tokens: at most so many for each prompt.
-      chooser: how a token is chosen.
+      max_new_tokens: the most new tokens for each prompt.
+      chooser: chooses each token.
       drafter: proposes several tokens at a time, which makes decoding faster and changes nothing else.
-      evictor: keeps the cache at a fixed size; then a long text is not wholly seen.
+      evictor: keeps the cache at a fixed size; the model then no longer sees all of a long text.
       rng: a key; needed unless the temperature is 0.
       stop_tokens: a row ends after the first of these.
-      num_ids: only ids below this are chosen: the tokenizer's vocabulary size, where the model's is padded.
+      num_ids: only ids below this are chosen; for a padded vocabulary, it is the tokenizer's vocabulary size.
       on_tokens: called with each row's new tokens and log probabilities, every `chunk` tokens (streaming).
-      chunk: tokens a row between two of these calls.
-      chooser_state, drafter_state: where these begin; default: anew. Those of the end are in the returned `state`.
+      chunk: the tokens a row gets between two of these calls.
+      chooser_state, drafter_state: their first states; default: new ones. The last states are in the returned `state`.
 
     Raises:
-      ValueError: no prompt, an empty one or one with an unknown id; more tokens than max_length; no rng.
+      ValueError: there is no prompt, an empty one or one with an unknown id; the tokens exceed max_length; or rng is
+        missing.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxtok.decoding import PromptLookup, Sampling, generate
@@ -514,8 +516,8 @@ def generate(
         raise ValueError(f"max_new_tokens is {max_new_tokens} and chunk is {chunk}; both must be at least 1.")
     if num_ids is not None and not 1 <= num_ids <= vocab:
         raise ValueError(f"num_ids is {num_ids}; it must be between 1 and the model's vocab_size = {vocab}.")
-    if strange := [token for token in stop_tokens if not 0 <= token < vocab]:
-        raise ValueError(f"stop_tokens has {strange[0]}; ids are 0 to {vocab - 1}.")
+    if unknown := [token for token in stop_tokens if not 0 <= token < vocab]:
+        raise ValueError(f"stop_tokens has {unknown[0]}; ids are 0 to {vocab - 1}.")
     rng = sampling_key(rng, chooser)
     lengths = _check_prompts(prompts, vocab)
     if max(lengths) + max_new_tokens > max_length:

@@ -1,7 +1,7 @@
-"""Prompt lookup decoding (Saxena 2023): what followed the last tokens when they stood in the text before.
+"""Prompt lookup decoding (Saxena 2023): drafts what followed the last tokens when they occurred earlier in the text.
 
-The drafter without a model: the longest n-gram, of at most `longest` tokens, that ends the text and is found in it once
-more; what follows it there is the draft, a chain. It helps where a text repeats itself or its prompt.
+This drafter needs no model. It takes the longest n-gram, of at most `longest` tokens, that ends the text and also
+occurs earlier in it; what follows it there is the draft, a chain. It helps if a text repeats itself or its prompt.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxtok.decoding.protocols import Verified
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PromptLookup:
-    """A `jaxtok.decoding.protocols.Drafter`. It has no state: the text is all it needs.
+    """A `jaxtok.decoding.protocols.Drafter` without a state: it needs only the text.
 
     >>> import jax.numpy as jnp
     >>> text = jnp.array([[5, 6, 7, 8, 9, 6, 7, 0, 0, 0]])
@@ -28,11 +28,11 @@ class PromptLookup:
     """
 
     longest: int = 3
-    """Tokens of an n-gram, at most; shorter ones are tried where it is not found."""
+    """The most tokens of an n-gram; shorter ones are tried if it does not occur earlier."""
     tokens: int = 10
-    """Of a draft, at most."""
+    """The most tokens of a draft."""
     take: Literal["last", "first"] = "last"
-    """Of several places, the newest; or the oldest, as transformers does."""
+    """Which of several occurrences is taken: the last, or the first (as in transformers)."""
     ends: tuple[int, ...] = ()
     """A draft ends before the first of these tokens."""
 
@@ -59,16 +59,16 @@ class PromptLookup:
 
     def _propose(self, text: Int[Array, " room"], length: Int[Array, ""]):
         room = text.shape[0]
-        place = jnp.arange(room)  # where a continuation might begin
-        same, matched = (place > 0) & (place < length), jnp.zeros(room, jnp.int32)
+        begin = jnp.arange(room)  # where a continuation might begin
+        same, matched = (begin > 0) & (begin < length), jnp.zeros(room, jnp.int32)
         for back in range(1, self.longest + 1):
             suffix = text[jnp.maximum(length - back, 0)]
-            same &= (place >= back) & (jnp.roll(text, back) == suffix)
+            same &= (begin >= back) & (jnp.roll(text, back) == suffix)
             matched += same
         best = matched.max()
-        at = jnp.where(matched == best, place, -1 if self.take == "last" else room)
-        at = at.max() if self.take == "last" else at.min()
-        index = at + jnp.arange(self.tokens)
+        first = jnp.where(matched == best, begin, -1 if self.take == "last" else room)
+        first = first.max() if self.take == "last" else first.min()
+        index = first + jnp.arange(self.tokens)
         draft = text[jnp.minimum(index, room - 1)]
         ended = jnp.cumsum(jnp.isin(draft, jnp.array(self.ends, jnp.int32))) > 0
         some = (best > 0) & (index < length) & ~ended

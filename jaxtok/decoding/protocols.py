@@ -1,8 +1,8 @@
-"""The waists of decoding: what is decoded, and the three things that can be combined with it.
+"""The waists of decoding: the model that is decoded, and the three things that can be combined with it.
 
 All four are hashable (frozen dataclasses, Linen modules): they hold options, and their arrays are in explicit states,
-pytrees of static shapes that `jaxtok.decoding.engine.State` has as its parts. Axes: batch, room (places of a text),
-nodes (of a draft), parts (of a token that has several, such as sub-codes; usually there is no such axis), vocab.
+pytrees of static shapes that are parts of `jaxtok.decoding.engine.State`. Axes: batch, room (the most tokens of a
+text), nodes (of a draft), parts (of a token that has several, such as sub-codes; usually there is no such axis), vocab.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from jaxtok.protocols import Params
 class TokenModel(Protocol):
     """What the engine decodes, in its smallest form: one step from a token to logits and a new state.
 
-    A `jaxtok.protocols.CausalLM` need not have this: the engine makes one of it. Others (words and then bytes, an
-    encoder-decoder, images) say here what a step is, and the engine does the rest.
+    A `jaxtok.protocols.CausalLM` need not implement this: `jaxtok.decoding.CachedTokens` does it for any of them. Other
+    models (words and then bytes, an encoder-decoder, images) define here what a step is, and the engine does the rest.
     """
 
     def step(
@@ -31,21 +31,21 @@ class TokenModel(Protocol):
         Args:
           params: the parameters.
           tokens: the newest token of each row, which the state has not seen.
-          state: of any structure, with shapes that stay.
-          live: the rows that still generate. Those of the others are of no use, and their state may stay or change.
+          state: any pytree whose shapes stay the same.
+          live: the rows that still generate. The results of the others are not used, and their states may change.
 
         Returns:
-          The logits in float32, the new state, and in which rows there are any: a row that waits for others (until all
-          have ended their words, say) chooses no token in this step and gets the same token again in the next one.
+          The logits in float32, the new state, and which rows have logits. A row that waits for others (say, until all
+          have ended their words) has none: it chooses no token in this step and gets the same token again in the next.
         """
         ...
 
 
 class Chooser(Protocol):
-    """Logits and its own state to tokens. `jaxtok.decoding.Sampling` is one; so is a constraint, or a recorded text."""
+    """Maps logits and its own state to tokens: `jaxtok.decoding.Sampling`, a constraint, or a recorded text."""
 
     def init(self, batch: int) -> Any:
-        """Its state before the first token: arrays with the axis batch first."""
+        """The chooser's state before the first token: arrays whose first axis is the batch."""
         ...
 
     def choose(
@@ -53,80 +53,80 @@ class Chooser(Protocol):
     ) -> tuple[Int[Array, "batch ..."], Any]:
         """A token for each row, and the state after it.
 
-        A row's token must depend on its own logits, key and state only. It is called once for every token that a row
-        gets, in their order, whether there are drafts or not, so what it counts is true; of rows that get none, both
-        results are thrown away.
+        A row's token must depend only on the row's own logits, key and state. The engine keeps the results of exactly
+        one call for every token that a row gets, in their order, with or without drafts, so a state can count tokens;
+        for rows that get no token, both results are thrown away.
         """
         ...
 
 
 @flax.struct.dataclass
 class Verified:
-    """What came of a draft, for `Drafter.observe`."""
+    """The outcome of a draft, for `Drafter.observe`."""
 
     tokens: Int[Array, "batch nodes"]
-    """As they were proposed; node 0 is the newest token of the row."""
+    """The tokens as they were proposed; node 0 is the newest token of the row."""
     parents: Int[Array, "batch nodes"]
     logits: Float[Array, "batch nodes vocab"]
-    """The model's own, after each node; of nodes that are none, of no use."""
+    """The model's own logits after each node; those of absent nodes (parent -1) mean nothing."""
     path: Int[Array, "batch nodes"]
-    """The accepted nodes in their order, node 0 first; from `count` on of no use."""
+    """The accepted nodes in their order, node 0 first; entries from `count` on mean nothing."""
     count: Int[Array, " batch"]
     """How many tokens the row got: one after each node of the path. 0: the row had stopped."""
     chosen: Int[Array, "batch nodes"]
-    """These tokens; from `count` on of no use."""
+    """The tokens that the row got; entries from `count` on mean nothing."""
 
 
 class Drafter(Protocol):
-    """Proposes a tree of tokens that may follow, of which the model then verifies all in one step.
+    """Proposes a tree of tokens that may follow; the model then verifies all of them in one step.
 
     Drafts change the speed and never the output, whatever is proposed (`jaxtok.decoding.engine`). An auxiliary model's
     parameters, a table of successors and the like are in the state, which can be kept for the next generation.
     """
 
     nodes: int
-    """Of a tree, its root included: static."""
+    """The number of nodes of a tree, its root included. It is static."""
     chain: bool
-    """Whether the parent of each node is the one before it (or none), for models that take no trees."""
+    """Whether the parent of each node is always the one before it (or none), for models that take no trees."""
 
     def init(self, batch: int, room: int, vocab: int) -> Any:
-        """Its state before the first step, for texts of at most `room` tokens, prompts included."""
+        """The drafter's state before the first step, for texts of at most `room` tokens, prompts included."""
         ...
 
     def propose(
         self, state: Any, text: Int[Array, "batch room"], length: Int[Array, " batch"]
     ) -> tuple[Int[Array, "batch nodes"], Int[Array, "batch nodes"]]:
-        """The tree's tokens, and the number of each node's parent, which is lower than its own; -1: there is no such
-        node. What it says of node 0, the root, is not read: that is the newest token of the row, text[length - 1]."""
+        """The tree's tokens, and the number of each node's parent, which is lower than the node's own; -1: the node is
+        absent. The entries of node 0, the root, are not read: it is the newest token of the row, text[length - 1]."""
         ...
 
     def observe(self, state: Any, verified: Verified) -> Any:
-        """Its state after a step."""
+        """The drafter's state after a step."""
         ...
 
 
 class Evictor(Protocol):
-    """Decides which slots of the cache stay, so that it is of the same size however long the text is."""
+    """Decides which slots of the cache stay, so that its size does not grow with the text."""
 
     slots: int
-    """At most so many stay in each row (in each layer, or in each of its heads)."""
+    """The most slots that stay in each row (in each layer, or in each of its heads)."""
     every: int
-    """A row is evicted from when it has so many more. So the cache is `slots + every` large, and a draft is accepted up
-    to this boundary, which makes the output with drafts equal to that without."""
+    """How many more slots a row may fill before it is evicted from. A draft is accepted only up to that boundary, which
+    makes the output with drafts equal to the output without."""
     observes: bool
-    """Whether it needs `observe`."""
+    """Whether the evictor needs `observe`."""
 
     def init(self, cache: Any) -> Any:
-        """Its state for an empty cache: what it keeps for slots has the axis that those have in the cache."""
+        """The evictor's state for an empty cache; arrays that belong to slots have the cache's axis of slots."""
         ...
 
     def observe(
         self, state: Any, cache: Any, sown: Any, path: Int[Array, "batch new"], count: Int[Array, " batch"]
     ) -> Any:
-        """Its state after a step of the model, or after the prompt.
+        """The evictor's state after a step of the model, or after the prompt.
 
         Args:
-          cache: with the new tokens appended.
+          cache: the cache with the new tokens appended.
           sown: the model's `intermediates`: the queries and keys of each layer, [layers, batch, new, heads, head_dim]
             (as `SelfAttention` sows them).
           path, count: which of these new tokens are in the cache now: the first `count` of `path`, in the last `count`
@@ -135,23 +135,23 @@ class Evictor(Protocol):
         ...
 
     def evict(self, state: Any, cache: Any, rows: Bool[Array, " batch"], size: int) -> tuple[Any, Any]:
-        """The cache with `size` slots, of which at most `slots` are in use in these rows; and the state that belongs to
-        it. In the other rows all slots that are in use stay. See `KVCache.gather`."""
+        """The cache with `size` slots, of which at most `slots` are in use in the chosen rows, and the state that
+        belongs to it. In the other rows all slots that are in use stay. See `KVCache.gather`."""
         ...
 
 
 def keep_slots(
     index: Int[Array, " *leading kept"], rows: Bool[Array, " batch"], length: Int[Array, " batch"], size: int
 ) -> tuple[Int[Array, " *leading size"], Int[Array, " batch"]]:
-    """What `KVCache.gather` takes, to keep the slots `index` in these rows, and in others all that are in use.
+    """The arguments of `KVCache.gather` that keep the slots `index` in the chosen rows, and all used slots in others.
 
     Args:
       index: [batch, kept], [layers, batch, kept] or [layers, batch, heads, kept].
-      length: slots that are in use.
-      size: slots of the new cache, of which the last ones are empty.
+      length: the number of slots in use in each row.
+      size: the number of slots of the new cache; the last ones are empty.
 
     Returns:
-      The index with `size` slots, and how many of each row count.
+      The index with `size` slots, and how many of them hold a token in each row.
     """
     kept = index.shape[-1]
     padded = jnp.pad(index, [(0, 0)] * (index.ndim - 1) + [(0, size - kept)])

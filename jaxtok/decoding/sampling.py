@@ -1,4 +1,4 @@
-"""Sampling: greedy, temperature, top-k and top-p (nucleus). One meaning of each option for every model of the house."""
+"""Sampling: greedy, temperature, top-k and top-p (nucleus). Each option means the same for every model."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Sampling:
             raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1.")
 
     def restrict(self, logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
-        """The logits, in float32, from whose softmax a token is drawn: minus infinity where none may be, at most 0.
+        """The logits, in float32, from whose softmax a token is drawn: at most 0, minus infinity for excluded tokens.
 
         At temperature 0, only the most likely token is left.
         """
@@ -64,7 +64,7 @@ class Sampling:
     def choose(
         self, logits: Float[Array, "batch *parts vocab"], keys: Key[Array, " batch"], state: Any = ()
     ) -> tuple[Int[Array, "batch ..."], Any]:
-        """A token for each row, with a key of its own; where a token has several parts, each is drawn on its own."""
+        """A token for each row, drawn with the row's key; the parts of a token are drawn independently."""
         if self.temperature == 0:
             return logits.argmax(-1).astype(jnp.int32), state
         drawn = jax.vmap(jax.random.categorical)(keys, self.restrict(logits))
@@ -72,10 +72,10 @@ class Sampling:
 
 
 def sampling_key(rng: jax.Array | None, chooser: Any) -> jax.Array:
-    """The key, or where none is needed any.
+    """The key, or a constant one if it is None and not needed.
 
     Raises:
-      ValueError: it is None, and needed, as the temperature is not 0.
+      ValueError: the key is None, and the chooser draws (its temperature is not 0).
     """
     if rng is None and getattr(chooser, "temperature", 1):
         raise ValueError("rng is None; give a key such as jax.random.key(0), or decode with temperature 0.")
@@ -83,19 +83,19 @@ def sampling_key(rng: jax.Array | None, chooser: Any) -> jax.Array:
 
 
 def row_keys(rng: jax.Array, rows: int) -> Key[Array, " rows"]:
-    """The key of each row: folded with its number."""
+    """The key of each row: `rng` folded with the row's number."""
     return jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(rows))
 
 
 def token_keys(keys: Key[Array, " rows"], number: Int[Array, " rows"] | int) -> Key[Array, " rows"]:
-    """The key of each row's new token of this number: the row's key, folded with it."""
+    """The key of each row's new token with this number: the row's key folded with the number."""
     return jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
 
 
 def sample(
     logits: Float[Array, "batch vocab"], rng: jax.Array | None, sampling: Sampling = Sampling()
 ) -> Int[Array, " batch"]:
-    """One token for each row, in float32. Each row has a key of its own, so rows do not depend on each other.
+    """One token for each row. Each row has a key of its own, so rows do not depend on each other.
 
     It is the first new token that generation with `rng` draws. `rng` is not used (and may be None) at temperature 0.
 

@@ -30,7 +30,7 @@ class SinksAndRecent:
     sinks: int = 4
     recent: int = 252
     every: int = 16
-    """Tokens between two evictions."""
+    """The number of tokens between two evictions."""
 
     observes = False
 

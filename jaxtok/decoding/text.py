@@ -1,4 +1,4 @@
-"""Continuing texts: tokens from the engine until there are so many bytes."""
+"""Continues texts with tokens from the engine, up to a number of bytes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from jaxtok.decoding.engine import Engine, State, new_tokens
 from jaxtok.protocols import Params
 
 OnText = Callable[[list[bytes]], None]
-"""Is called with the new bytes of each row."""
+"""A function that is called with the new bytes of each row."""
 
 
 class Continued(NamedTuple):
-    """What a row of text got."""
+    """The continuation of a row of text."""
 
     text: bytes
     tokens: list[int]
     logprobs: list[float]
-    """In nats, of each token; see `jaxtok.decoding.engine.State`."""
+    """The log probability of each token in nats; see `jaxtok.decoding.engine.State`."""
 
 
 def continue_texts(
@@ -33,13 +33,13 @@ def continue_texts(
     on_text: OnText | None = None,
     chunk: int = 16,
 ) -> list[Continued]:
-    """Steps until each row has `max_bytes` bytes of text or has stopped.
+    """The continuation of each row, up to `max_bytes` bytes of text or to its stop token.
 
     Args:
       engine, params, state: see `Engine.run`.
-      read: the bytes of the row of that number, from its new tokens, of which more must not change what is there. Text
-        that it gives for no tokens is of before; it counts, and is not shown again.
-      max_bytes: what is beyond is cut off, and so are the tokens that are not needed for it.
+      read: maps the number of a row and its new tokens to bytes; further tokens must only append bytes. Bytes that it
+        gives for no tokens are from an earlier call: they count towards `max_bytes`, and on_text does not get them.
+      max_bytes: further bytes are cut off, and so are the tokens that are not needed for the rest.
       on_text: called about every `chunk` tokens.
     """
     shown = [read(row, [])[:max_bytes] for row in range(len(state.live))]
@@ -68,6 +68,6 @@ def _cut(read, row: int, max_bytes: int, tokens: list[int], logprobs: list[float
 def texts_and_logprobs(
     rows: Sequence[Continued], logprobs: bool
 ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
-    """What `jaxtok.protocols.TextGenerator.continue_text` returns."""
+    """The result of `jaxtok.protocols.TextGenerator.continue_text`."""
     texts = [row.text for row in rows]
     return (texts, [row.logprobs for row in rows]) if logprobs else texts

@@ -1,4 +1,4 @@
-"""Byte2Word's parameters by the names of its specification (no code was released), and a BERT's body for it."""
+"""Byte2Word's folders, with the names of its specification (no code was released), and the layers of a BERT for it."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ _SYMBOLS = {
 
 
 def read_config(options: Mapping[str, Any]) -> Byte2WordConfig:
-    """Our config from a JSON with the specification's keys; others are ignored.
+    """Returns our config from a JSON with the specification's keys; others are ignored.
 
     Raises:
-      ValueError: a key is missing, or a symbol has another id than here.
+      ValueError: a key is missing, or a symbol does not have its id of here.
     """
     if missing := [name for name in _OPTIONS if name not in options]:
         raise ValueError(f"the config has no {missing[0]}; it needs {', '.join(_OPTIONS)}.")
     for name, value in _SYMBOLS.items():
         if options.get(name, value) != value:
-            raise ValueError(f"{name} is {options[name]}; only {value} can be read.")
+            raise ValueError(f"{name} is {options[name]}; it must be {value}.")
     return Byte2WordConfig(
         **{ours: options[name] for name, ours in _OPTIONS.items()},
         dropout=options.get("dropout", 0.0),
@@ -61,7 +61,7 @@ def read_config(options: Mapping[str, Any]) -> Byte2WordConfig:
 
 
 def sources(shapes: Shapes) -> dict[Place, Source]:
-    """Our parameter paths to the arrays, of those that a model has."""
+    """Returns our parameter paths to the arrays, for the parameters that a model has."""
     block = ("stack", "blocks")
     found = {
         "byte_embed": ("pool", "byte_embedding"),
@@ -97,7 +97,7 @@ def _shapes(config: Byte2WordConfig) -> Shapes:
 
 
 def params_from(config: Byte2WordConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameter tree from arrays by the specification's names.
+    """Returns our parameter tree from arrays by the specification's names.
 
     Raises:
       ValueError: as `read_params`; or the specification has no name for a parameter.
@@ -107,12 +107,12 @@ def params_from(config: Byte2WordConfig, tensors: Mapping[str, np.ndarray]) -> P
 
 
 def params_to(config: Byte2WordConfig, params: Params) -> dict[str, np.ndarray]:
-    """Arrays by the specification's names from our parameter tree."""
+    """Returns arrays by the specification's names from our parameter tree."""
     return write_params(sources(_shapes(config)), params)
 
 
 def with_bert_body(config: Byte2WordConfig, params: Params, bert: BertConfig, bert_params: Params) -> Params:
-    """The parameters with the layers of a BERT, RoBERTa or XLM-R; its embeddings and heads are left behind.
+    """Returns the parameters with the layers of a BERT, RoBERTa or XLM-R; its embeddings and heads are not used.
 
     Raises:
       ValueError: its layers are of another size or kind.
@@ -126,7 +126,7 @@ def with_bert_body(config: Byte2WordConfig, params: Params, bert: BertConfig, be
 
 
 def read_bert_body(config: Byte2WordConfig, params: Params, folder: str | Path) -> Params:
-    """`with_bert_body`, from a Hugging Face folder.
+    """Calls `with_bert_body` with the BERT in a Hugging Face folder.
 
     Raises:
       FileNotFoundError: there is no such folder.
@@ -139,7 +139,7 @@ def read_bert_body(config: Byte2WordConfig, params: Params, folder: str | Path) 
 
 
 def config_json(config: Byte2WordConfig) -> dict[str, Any]:
-    """The specification's keys.
+    """Returns the config with the specification's keys.
 
     Raises:
       ValueError: the model has an option that the specification does not have.
@@ -149,22 +149,22 @@ def config_json(config: Byte2WordConfig) -> dict[str, Any]:
     again = dataclasses.replace(read_config(options), dtype=config.dtype, remat=config.remat, pooling=config.pooling)
     for field in dataclasses.fields(config):
         if (ours := getattr(config, field.name)) != (theirs := getattr(again, field.name)):
-            raise ValueError(f"{field.name} is {ours!r}; the specification has {theirs!r} only.")
+            raise ValueError(f"{field.name} is {ours!r}; the specification has only {theirs!r}.")
     return options
 
 
 def task_and_data(config: Byte2WordConfig, texts: Texts, options: Options) -> tuple[ByteWords, WordPieceText]:
-    """Masked words, with the pieces of a tokenizer as targets."""
+    """Returns the task of masked words, with the pieces of a tokenizer as targets, and its data."""
     sizes = {"length": config.max_length, "max_bytes": config.max_bytes, "max_pieces": config.max_pieces}
     return ByteWords(model=config), WordPieceText(tokenizer=texts.spec, batch_size=8, **sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Byte2WordFormat(FolderFormat):
-    """Arrays by the specification's names; or the folder of a BERT, which lends its layers to a given model."""
+    """Arrays by the specification's names; or the folder of a BERT, whose layers a given model takes."""
 
     def read(self, path: Path, like: Any = None, *, tokenizer: str = "") -> Model:
-        """The model in a folder; of a BERT's, new parameters of `like` with its layers.
+        """Returns the model in a folder; from the folder of a BERT, new parameters of `like` with its layers.
 
         Raises:
           FileNotFoundError, ValueError: as `FolderFormat.read`; or the BERT's layers are of another size or kind.
@@ -172,7 +172,7 @@ class Byte2WordFormat(FolderFormat):
         if not is_folder(path):
             return super().read(path, like, tokenizer=tokenizer)
         if not isinstance(like, ByteWords):
-            raise ValueError(f"{path} lends its layers to a Byte2Word; give the config of one (--config).")
+            raise ValueError(f"{path} holds the layers for a Byte2Word; give the config of one (--config).")
         new = init_params(like.model, jax.random.key(0))
         return Model(task=like, params=read_bert_body(like.model, new, path), data=None, path=Path(path))
 

@@ -33,7 +33,7 @@ Variables = Mapping[str, np.ndarray]
 
 
 def task_and_data(config: ElectraConfig, texts: Texts, options: Options) -> tuple[Any, Any]:
-    """As of other encoders; a discriminator alone is trained with samples of which any word is as likely.
+    """Returns task and data as for other encoders; a discriminator alone is trained with uniformly drawn words.
 
     Raises:
       ValueError: as `jaxtok.interop.encoders.task_and_data`.
@@ -46,7 +46,7 @@ def task_and_data(config: ElectraConfig, texts: Texts, options: Options) -> tupl
 
 
 def params_of(task: Any, params: Params) -> Params:
-    """A task's parameters with the model that was read; of a given task, the generator's are new.
+    """Returns a task's parameters, with the model that was read; those of the task's generator are new.
 
     Raises:
       ValueError: the task's objective needs other heads than the discriminator's.
@@ -54,7 +54,7 @@ def params_of(task: Any, params: Params) -> Params:
     if not isinstance(task, ReplacedTokens):
         return params
     if task.discriminator_config != task.model:
-        raise ValueError(f"objective is {task.objective!r}; it must be one of a discriminator, such as replaced.")
+        raise ValueError(f"objective is {task.objective!r}; it must be that of a discriminator, such as replaced.")
     if task.generator == "uniform":
         return {"discriminator": params}
     new = jax.jit(task.init)(jax.random.key(0), {"tokens": np.zeros((1, 1), np.int32)})
@@ -62,7 +62,7 @@ def params_of(task: Any, params: Params) -> Params:
 
 
 def facts(model: Model) -> dict[str, int]:
-    """The symbols of a model's rows."""
+    """Returns the symbols of a model's rows."""
     masking = getattr(model.task, "masking", None)
     return encoders.facts(model) | ({"mask_id": masking.mask_id} if isinstance(masking, Masking) else {})
 
@@ -87,15 +87,15 @@ ELECTRA = FolderFormat(
 
 
 def variables(task: ReplacedTokens | MaskedWords) -> dict[Place, Source]:
-    """Our parameter paths to their variables.
+    """Returns our parameter paths to their variables.
 
     Raises:
-      ValueError: the task has parameters that are not theirs.
+      ValueError: the task has parameters that their code does not have.
     """
     if isinstance(task, MaskedWords):
         return _names(task.model, "electra")
     if task.objective not in ("replaced", "electric"):
-        raise ValueError(f"objective is {task.objective!r}; the authors' code has replaced and electric.")
+        raise ValueError(f"objective is {task.objective!r}; the authors' code has only replaced and electric.")
     found = {("discriminator", *path): name for path, name in _names(task.discriminator_config, "electra").items()}
     if task.generator == "uniform":
         return found
@@ -111,7 +111,7 @@ def variables(task: ReplacedTokens | MaskedWords) -> dict[Place, Source]:
 
 def _names(config: BertConfig, scope: str) -> dict[Place, Source]:
     if not isinstance(config, ElectraConfig):
-        raise ValueError(f"the model is a {type(config).__name__}; the authors' code has ElectraConfig.")
+        raise ValueError(f"the model is a {type(config).__name__}; the authors' code has only that of ElectraConfig.")
     return {path: Source(_name(source.name, scope)) for path, source in encoders.sources(config).items()}
 
 
@@ -125,7 +125,7 @@ def _name(name: str, scope: str) -> str:
 
 
 def from_official(task: ReplacedTokens | MaskedWords, theirs: Variables) -> Params:
-    """Our parameter tree from their variables; those of the optimizer are left out.
+    """Returns our parameter tree from their variables; those of the optimizer are left out.
 
     Raises:
       ValueError: a variable is missing, unknown or of another shape.
@@ -140,7 +140,7 @@ def _is_the_optimizers(name: str) -> bool:
 
 
 def to_official(task: ReplacedTokens | MaskedWords, params: Params) -> dict[str, np.ndarray]:
-    """Their variables from our parameter tree."""
+    """Returns their variables from our parameter tree."""
     return write_params(variables(task), params)
 
 
@@ -161,7 +161,7 @@ class TensorFlowVariables:
         return has_tensors(path, lambda names: "electra/embeddings/word_embeddings" in names)
 
     def read(self, path: Path, like: Any = None) -> Model:
-        """The model in a file.
+        """Returns the model in a file.
 
         Args:
           path: .npz or .safetensors.
@@ -169,7 +169,7 @@ class TensorFlowVariables:
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: no task is given, or one with other variables.
+          ValueError: no task is given, or its variables are others.
         """
         params = from_official(like, read_file(path, like))
         return Model(task=like, params=params, data=None, path=Path(path))
@@ -179,7 +179,7 @@ class TensorFlowVariables:
 
         Raises:
           FileExistsError: there is such a file already.
-          ValueError: the authors' code has no such model, or the file's name ends otherwise.
+          ValueError: the authors' code has no such model, or the file's name has another suffix.
         """
         return write_file(path, to_official(model.task, model.params))
 

@@ -1,8 +1,8 @@
 """ELM's checkpoints in the authors' layout: a flat state dict, in a .pth file or as safetensors.
 
-Linear layers are [out, in] there, and queries, keys and values are one matrix. A file does not say the number of heads,
-the grid, the kind of attention, nor (of a masked model) the sub-codes: these are arguments. A file of a training holds
-{model, ema, opt, args}; which of the first two is meant has to be said. Reading a .pth needs PyTorch.
+Linear layers are [out, in] there, and queries, keys and values are one matrix. A file does not tell the number of
+heads, the grid, the kind of attention, nor the sub-codes of a masked model: these are arguments. A checkpoint of a
+training run holds {model, ema, opt, args}, and `which` chooses between the first two. Reading a .pth needs PyTorch.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 from jaxtok.weights import read_weights
 
 _UNUSED = re.compile(r"output\..*|proj\..*|pos_embed\..*|freqs_cis")
-"""What the published class of the masked model has and does not use."""
+"""The names of what the published class of the masked model has but does not use."""
 
 
 def config_from(
     tensors: Mapping[str, np.ndarray], *, head_size: int = 64, sub_codes: int = 0, **options: Any
 ) -> ElmConfig:
-    """The config that the tensors' names and shapes say, a `MaskedElmConfig` where they are of a masked model.
+    """Returns the config that the tensors' names and shapes tell: a `MaskedElmConfig` if they are of a masked model.
 
     Args:
-      head_size: channels of a head; 64 in everything published.
-      sub_codes: of a masked model, whose tensors do not say; 0: one.
-      options: fields that no tensor says, such as grid, cosine_scores, loss_chunk or dtype.
+      head_size: the channels of a head; 64 in everything published.
+      sub_codes: the sub-codes of a masked model, whose tensors do not tell; 0: one.
+      options: fields that no tensor tells, such as grid, cosine_scores, loss_chunk or dtype.
 
     Raises:
-      ValueError: a tensor is missing, or the sizes are no ELM's.
+      ValueError: a tensor is missing, or the sizes are not those of an ELM.
     """
 
     def shape(name):
         if name not in tensors:
-            raise ValueError(f"the checkpoint has no {name}, so it is no ELM.")
+            raise ValueError(f"the checkpoint has no {name}, so it is not an ELM.")
         return tuple(np.shape(tensors[name]))
 
     masked = "mlm_layer.bias" in tensors
@@ -79,7 +79,7 @@ def config_from(
 
 
 def sources(config: ElmConfig) -> dict[Place, Source]:
-    """Our parameter paths to their tensors."""
+    """Returns our parameter paths to their tensors."""
     block, attention, ffn = ("stack", "blocks"), "layers.{layer}.attention.", "layers.{layer}.feed_forward."
     linears = {
         (*block, "attention", "output"): f"{attention}wo",
@@ -107,7 +107,7 @@ def sources(config: ElmConfig) -> dict[Place, Source]:
             ("head_dense", "bias"): Source("mlm_layer.fc.bias"),
             ("head_norm", "scale"): Source("mlm_layer.ln.weight"),
             ("head_norm", "bias"): Source("mlm_layer.ln.bias"),
-            ("head_bias",): Source("mlm_layer.bias", ones=2, padding=1),  # of the mask as a target, which is none
+            ("head_bias",): Source("mlm_layer.bias", ones=2, padding=1),  # for the mask, which is no target
             ("embedding",): Source("tok_embedder.weight", part=0, axis=0),
             ("mask_embedding",): Source("tok_embedder.weight", part=1, axis=0),
         }
@@ -123,13 +123,13 @@ def sources(config: ElmConfig) -> dict[Place, Source]:
 
 
 def expected_shapes(config: ElmConfig) -> Shapes:
-    """Parameter paths to shapes, without making any array."""
+    """Returns parameter paths to shapes, without making any array."""
     init = elm_masked.init_params if isinstance(config, MaskedElmConfig) else elm.init_params
     return shapes_of(lambda: init(config, jax.random.key(0)))
 
 
 def params_from(config: ElmConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameter tree from their tensors; raises as `read_params`."""
+    """Returns our parameter tree from their tensors; raises as `read_params`."""
 
     def ignored(name: str) -> bool:
         return name == "freqs_cis" or (isinstance(config, MaskedElmConfig) and bool(_UNUSED.fullmatch(name)))
@@ -139,19 +139,19 @@ def params_from(config: ElmConfig, tensors: Mapping[str, np.ndarray]) -> Params:
 
 
 def params_to(config: ElmConfig, params: Params) -> dict[str, np.ndarray]:
-    """Their tensors from our parameter tree."""
+    """Returns their tensors from our parameter tree."""
     return write_params(sources(config), params)
 
 
 def read_checkpoint(path: str | Path, *, which: str = "", **options: Any) -> tuple[ElmConfig, Params]:
-    """Config and parameters from a file of the authors' code; `options` as in `config_from`.
+    """Returns config and parameters from a file of the authors' code; `options` as in `config_from`.
 
     Args:
-      which: of a file of a training, `model` or its moving average `ema` (which the samples are made with).
+      which: for a checkpoint of a training run, `model` or its moving average `ema` (with which samples are made).
 
     Raises:
       FileNotFoundError: there is no such file.
-      ValueError: it is no ELM; see `jaxtok.weights.read_weights`, `config_from` and `params_from`.
+      ValueError: it is not an ELM; see `jaxtok.weights.read_weights`, `config_from` and `params_from`.
     """
     tensors = read_weights(path, which)
     config = config_from(tensors, **options)
@@ -169,7 +169,7 @@ def write_checkpoint(path: str | Path, config: ElmConfig, params: Params) -> Pat
 
 @dataclasses.dataclass(frozen=True)
 class ElmFile:
-    """A file of the authors' weights; what it does not say comes from a task."""
+    """A file of the authors' weights; what it does not tell comes from a task."""
 
     name: str = "elm"
     holds: str = "ELM, autoregressive or masked"
@@ -182,16 +182,16 @@ class ElmFile:
         return has_tensors(path, lambda names: any("cls_embedding.embedding_table" in name for name in names))
 
     def read(self, path: Path, like: Any = None, *, which: str = "") -> Model:
-        """The model in a file.
+        """Returns the model in a file.
 
         Args:
           path: .safetensors, .npz, or PyTorch's (needs PyTorch).
           like: a task whose model has the file's sizes.
-          which: of a file of a training, `model` or its moving average `ema`.
+          which: for a checkpoint of a training run, `model` or its moving average `ema`.
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: no task is given, or one of other sizes.
+          ValueError: no task is given, or its sizes are others.
         """
         tensors = read_file(path, like, which)
         return Model(task=like, params=params_from(like.model, tensors), data=None, path=Path(path))

@@ -36,23 +36,23 @@ ACTIVATIONS = {  # theirs -> ours
 
 
 def activation_from(name: str) -> str:
-    """Our name of an activation.
+    """Returns our name of an activation.
 
     Raises:
-      ValueError: there is none here.
+      ValueError: there is no such activation here.
     """
     if name not in ACTIVATIONS:
-        raise ValueError(f"the activation is {name!r}; the ones that can be read are {', '.join(ACTIVATIONS)}.")
+        raise ValueError(f"the activation is {name!r}; it must be one of {', '.join(ACTIVATIONS)}.")
     return ACTIVATIONS[name]
 
 
 def activation_to(name: str) -> str:
-    """Their name of an activation."""
+    """Returns their name of an activation."""
     return {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[name]
 
 
 def sources(config: BertConfig) -> dict[Place, Source]:
-    """Our parameter paths to their tensors."""
+    """Returns our parameter paths to their tensors."""
     electra, block = isinstance(config, ElectraConfig), ("stack", "blocks")
     base = "electra" if electra else "roberta" if config.positions_from_ids else "bert"
     found = {
@@ -97,13 +97,13 @@ def sources(config: BertConfig) -> dict[Place, Source]:
 
 
 def read_encoder_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> BertConfig:
-    """Our config from a config.json, with the heads that there are tensors of.
+    """Returns our config from a config.json, with the heads for which there are tensors.
 
     Raises:
-      ValueError: an option that the models here do not have.
+      ValueError: it has an option that the models here do not have.
     """
     if (kind := options.get("position_embedding_type") or "absolute") != "absolute":
-        raise ValueError(f"position_embedding_type is {kind!r}; only absolute can be read.")
+        raise ValueError(f"position_embedding_type is {kind!r}; it must be absolute.")
     electra = options["model_type"] == "electra"
     roberta = options["model_type"] not in ("bert", "electra")
 
@@ -148,7 +148,7 @@ def read_encoder_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) 
 
 
 def config_from(options: Options, tensors: Mapping[str, np.ndarray]) -> BertConfig:
-    """`read_encoder_config`, and the tensors' head is looked at.
+    """Calls `read_encoder_config`, and checks the head.
 
     Raises:
       ValueError: as there; or the head for masked words is not the embedding.
@@ -159,12 +159,12 @@ def config_from(options: Options, tensors: Mapping[str, np.ndarray]) -> BertConf
         embedding = next((name for name in hub_names(table) if name in tensors), None)
         for head in ("lm_head.decoder.weight", "cls.predictions.decoder.weight", "generator_lm_head.weight"):
             if head in tensors and embedding and not np.array_equal(tensors[head], tensors[embedding]):
-                raise ValueError(f"{head} is not the embedding; only encoders whose head is the embedding can be read.")
+                raise ValueError(f"{head} is not the embedding; an encoder's head must be its embedding.")
     return config
 
 
 def config_json(config: BertConfig) -> dict[str, Any]:
-    """The content of a config.json.
+    """Returns the content of a config.json.
 
     Raises:
       ValueError: Hugging Face has no such model.
@@ -173,9 +173,12 @@ def config_json(config: BertConfig) -> dict[str, Any]:
     kind = "electra" if electra else "roberta" if config.positions_from_ids else "bert"
     head_of_gelu = not electra or (config.head_activation or config.activation) == "gelu"
     if not head_of_gelu and (config.mask_head or config.num_classes):
-        raise ValueError("the heads of Hugging Face's ELECTRA are of gelu; set head_activation to it.")
+        head = config.head_activation or config.activation
+        raise ValueError(f"head_activation is {head!r}; it must be gelu, as in Hugging Face's ELECTRA.")
     if not electra and config.embedding_width != config.d_model:
-        raise ValueError(f"embedding_size is {config.embedding_size}; of Hugging Face's encoders, ELECTRA has one.")
+        raise ValueError(
+            f"embedding_size is {config.embedding_size}; of Hugging Face's encoders, only ELECTRA can have one."
+        )
     head = "ForMaskedLM" if config.mask_head else "ForSequenceClassification" if config.num_classes else "Model"
     head = "ForPreTraining" if config.next_sentence or (electra and config.replaced_head) else head
     options = {
@@ -200,18 +203,18 @@ def config_json(config: BertConfig) -> dict[str, Any]:
 
 
 def shapes(config: BertConfig) -> Shapes:
-    """Parameter paths to shapes."""
+    """Returns parameter paths to shapes."""
     return shapes_of(lambda: init_params(config, jax.random.key(0)))
 
 
 def params_from(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameter tree from their tensors; raises as `read_params`."""
+    """Returns our parameter tree from their tensors; raises as `read_params`."""
     tied = config.mask_head
     return read_hub_params(sources(config), shapes(config), tensors, dtype=config.param_dtype, tied=tied)
 
 
 def params_to(config: BertConfig, params: Params) -> dict[str, np.ndarray]:
-    """Their tensors by name from our parameter tree."""
+    """Returns their tensors by name from our parameter tree."""
     return write_params(sources(config), params)
 
 
@@ -219,7 +222,7 @@ _SYMBOLS = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "mask": ("[MASK]"
 
 
 def task_and_data(config: BertConfig, texts: Texts, options: Options) -> tuple[Any, EncoderData]:
-    """An encoder's task by its heads, and rows of text for it.
+    """Returns an encoder's task, by its heads, and rows of text for it.
 
     Raises:
       ValueError: it has no head to train, or its tokenizer has no symbols for [CLS], [SEP] and the mask.
@@ -231,7 +234,7 @@ def task_and_data(config: BertConfig, texts: Texts, options: Options) -> tuple[A
             vocabulary = tokenizers.Tokenizer.from_file(texts.spec).get_vocab(with_added_tokens=True)
             ids[role] = next((vocabulary[name] for name in names if name in vocabulary), None)
         if ids[role] is None and not (role == "mask" and config.num_classes):
-            raise ValueError(f"the tokenizer {texts.spec} has none of {' and '.join(names)}; give the encoder's own.")
+            raise ValueError(f"the tokenizer {texts.spec} has neither {' nor '.join(names)}; give the encoder's own.")
     data = EncoderData(
         tokenizer=texts.spec,
         length=min(128, config.max_length),
@@ -251,7 +254,7 @@ def task_and_data(config: BertConfig, texts: Texts, options: Options) -> tuple[A
 
 
 def facts(model: Model) -> dict[str, int]:
-    """The symbols of a model's rows, as far as its data and task tell them."""
+    """Returns the symbols of a model's rows, as far as its data and task tell them."""
     found = {}
     if hasattr(model.data, "cls_id"):
         found |= {"cls_id": model.data.cls_id, "sep_id": model.data.sep_id}
@@ -264,7 +267,7 @@ def facts(model: Model) -> dict[str, int]:
 
 
 def owns(task: Any) -> bool:
-    """Whether the task's model is an encoder of these, as a whole."""
+    """Whether the task's whole model is one of these encoders."""
     kinds = (MaskedWords, TextClassification, SubwordWords)
     return type(task) in kinds and isinstance(task.model, BertConfig) and not isinstance(task.model, ElectraConfig)
 

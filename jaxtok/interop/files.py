@@ -1,4 +1,4 @@
-"""Formats that are one file of named tensors: what they have in common."""
+"""What formats that are one file of named tensors have in common."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jaxtok.weights import SUFFIXES, read_weights, tensor_names, write_weights
 
 
 def has_tensors(path: Path, wanted: Callable[[Collection[str]], bool]) -> bool:
-    """Whether a file's tensors have the names that are wanted; of a PyTorch file, only its name is looked at."""
+    """Whether a file's tensors have the wanted names; for a PyTorch file, only the suffix is looked at."""
     path = Path(path)
     if not path.is_file() or path.suffix not in SUFFIXES:
         return False
@@ -36,11 +36,11 @@ def read_file(path: Path, like: Any, which: str = "") -> dict[str, np.ndarray]:
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
-    """`jaxtok.weights.write_weights`, in a folder that is made if there is none.
+    """Calls `jaxtok.weights.write_weights`, and makes the folder if there is none.
 
     Raises:
       FileExistsError: there is such a file already.
-      ValueError: the name ends otherwise than files of tensors do.
+      ValueError: the name does not have a suffix of files of tensors.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

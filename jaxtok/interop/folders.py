@@ -1,4 +1,4 @@
-"""Formats that are a folder of config.json and named tensors: what they have in common."""
+"""What formats that are a folder of config.json and named tensors have in common."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ Options = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class FolderFormat:
-    """A `Format`: what of it is its own, as functions."""
+    """A `Format` that is a folder; its functions are what is particular to it."""
 
     name: str
     holds: str
-    """The kinds of models, for messages."""
+    """The kinds of models that it holds, for messages."""
     owns: Callable[[Any], bool]
     """Whether a model of this task can be written in this format."""
     has: Callable[[Options], bool]
@@ -35,7 +35,7 @@ class FolderFormat:
     config_from: Callable[[Options, Mapping[str, np.ndarray]], Any]
     """The model's config; the tensors say what config.json does not."""
     options_of: Callable[[Any], dict[str, Any]]
-    """The content of config.json; the inverse. Raises a ValueError for a model that the format cannot express."""
+    """The inverse: the content of config.json. Raises a ValueError for a model that the format cannot express."""
     params_from: Callable[[Any, Mapping[str, np.ndarray]], Params]
     params_to: Callable[[Any, Params], dict[str, np.ndarray]]
     task_and_data: Callable[[Any, Texts | None, Options], tuple[Any, Any]]
@@ -45,9 +45,9 @@ class FolderFormat:
     params_of: Callable[[Any, Params], Params] = lambda task, params: params
     """The task's parameters, from those that were read."""
     facts: Callable[[Model], dict[str, Any]] = lambda model: {}
-    """What else `task_and_data` wants to know, for the entry `jaxtok` of config.json."""
+    """What else `task_and_data` needs, for the entry `jaxtok` of config.json."""
     has_texts: bool = True
-    """Whether the folder has a tokenizer; else that of the data is the only one."""
+    """Whether the folder has a tokenizer; otherwise that of the data is the only one."""
     default_tokenizer: str = ""
     """The tokenizer of a folder without any."""
     is_file: bool = False
@@ -60,16 +60,16 @@ class FolderFormat:
             return False
 
     def read(self, path: Path, like: Any = None, *, tokenizer: str = "") -> Model:
-        """The model in a folder.
+        """Returns the model in a folder.
 
         Args:
           path: the folder.
           like: a task of the same kind, whose other settings are taken.
-          tokenizer: the tokenizer to take instead of the folder's, as `jaxtok.tokenizers.load_tokenizer` has them.
+          tokenizer: the tokenizer to take instead of the folder's, as `jaxtok.tokenizers.load_tokenizer` takes it.
 
         Raises:
           FileNotFoundError: the folder, its config.json, its weights or its tokenizer are missing.
-          ValueError: they do not fit each other, or it is a kind of model that is not known here.
+          ValueError: they do not fit each other, or the kind of model is not known here.
         """
         path = Path(path)
         options = read_options(path)
@@ -78,18 +78,18 @@ class FolderFormat:
         task, data = self.task_and_data(config, texts, options)
         if like is not None:
             if type(like) is not type(task):
-                raise ValueError(f"{path} holds a {type(task).__name__}; the config must be of one, too.")
+                raise ValueError(f"{path} holds a {type(task).__name__}; the config must be that of one too.")
             task = dataclasses.replace(like, model=task.model)
         texts = texts or named_texts(data.tokenizer)
         return Model(task=task, params=self.params_of(task, params), data=data, path=path, **texts.facts())
 
     def write(self, path: Path, model: Model, *, shard_bytes: int = 5 * 10**9, torch_bin: bool = False) -> Path:
-        """Writes a folder; after a failure, there is none.
+        """Writes a folder; a failure leaves none.
 
         Args:
           path: the folder.
           model: of a task that this format owns.
-          shard_bytes: the most in one file of weights.
+          shard_bytes: the largest number of bytes in one file of weights.
           torch_bin: write pytorch_model.bin (needs PyTorch) instead of model.safetensors.
 
         Raises:
@@ -99,12 +99,12 @@ class FolderFormat:
         return self.write_model(path, config, params, model=model, shard_bytes=shard_bytes, torch_bin=torch_bin)
 
     def read_model(self, folder: str | Path) -> tuple[Any, Params]:
-        """Config and parameters alone; raises as `read`."""
+        """Returns only config and parameters; raises as `read`."""
         folder = Path(folder)
         options = read_options(folder)
         if quantized := options.get("quantization_config"):
             kind = quantized.get("quant_method", "some kind") if isinstance(quantized, dict) else quantized
-            raise ValueError(f"{folder} is quantised ({kind} in its config.json); it must hold the weights themselves.")
+            raise ValueError(f"{folder} is quantised ({kind} in its config.json); it must hold the original weights.")
         tensors = read_tensors(folder)
         config = self.config_from(options, tensors)
         return config, self.params_from(config, tensors)
@@ -119,7 +119,7 @@ class FolderFormat:
         shard_bytes: int = 5 * 10**9,
         torch_bin: bool = False,
     ) -> Path:
-        """Config and parameters, and of a `model` its tokenizer; as `write`."""
+        """Writes config and parameters, and the tokenizer if a `model` is given; as `write`."""
         folder, options = Path(folder), self.options_of(config)
         with whole_folder(folder) as half_done:
             if model is not None and self.has_texts:
@@ -132,11 +132,11 @@ class FolderFormat:
 
 
 def read_options(folder: str | Path) -> dict[str, Any]:
-    """The content of a folder's config.json.
+    """Returns the content of a folder's config.json.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: it is no JSON object.
+      ValueError: it is not a JSON object.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -153,13 +153,13 @@ _COPIES = {
     "generator_lm_head.weight",
     *(f"{head}.decoder.{leaf}" for head in ("lm_head", "cls.predictions") for leaf in ("weight", "bias")),
 }
-"""Tensors of a head that is the embedding."""
+"""The tensors of a head that is the embedding."""
 
 
 def read_hub_params(
     table: Table, shapes: Shapes, tensors: Mapping[str, np.ndarray], *, dtype: str, tied: bool
 ) -> Params:
-    """`read_params` of files as Hugging Face writes them: with buffers, copies of tied tensors, and old names.
+    """Calls `read_params` for files as Hugging Face writes them: with buffers, copies of tied tensors, and old names.
 
     Raises:
       ValueError: as `read_params`.
@@ -172,17 +172,17 @@ def read_hub_params(
 
 
 def hub_names(name: str) -> list[str]:
-    """The name, the one without the model's prefix, as files of base models have it, and the old ones of norms."""
+    """Returns a name, that without the model's prefix (as in files of base models), and the old names of norms."""
     old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
     return [name, name.split(".", 1)[1], old, old.split(".", 1)[1]]
 
 
 def dtype_of(name: str) -> np.dtype:
-    """NumPy's dtype of a config's `param_dtype`."""
+    """Returns NumPy's dtype for a config's `param_dtype`."""
     return np.dtype(jnp.dtype(name))
 
 
 def stored_dtype(options: Options) -> str:
-    """The `param_dtype` that a config.json asks for."""
+    """Returns the `param_dtype` that a config.json asks for."""
     dtype = options.get("torch_dtype") or options.get("dtype") or "float32"
     return "bfloat16" if dtype == "bfloat16" else "float32"

@@ -1,4 +1,4 @@
-"""All formats, and the choice among them: for what is there, and for what is to be written."""
+"""All formats, and the choice of one to read a folder or file, or to write a model."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ FORMATS: tuple[Format, ...] = (
     ELM,
     PEFT,
 )
-"""Where several can hold a model, the first is the default. A new format is a file of its own and a line here."""
+"""If several can hold a model, the first is the default. A new format is a file of its own and a line here."""
 
 
 def format_named(name: str) -> Format:
-    """The format of this name.
+    """Returns the format of this name.
 
     Raises:
       ValueError: there is none.
@@ -50,20 +50,20 @@ def format_named(name: str) -> Format:
 
 
 def recognised(path: str | Path) -> list[Format]:
-    """The formats that a folder or file may be in: one, several (files of tensors without names), or none."""
+    """Returns the formats that a folder or file may be in: one, several (PyTorch files), or none."""
     return [form for form in FORMATS if form.recognises(Path(path))]
 
 
 def format_of(path: str | Path, like: Any = None) -> Format:
-    """The format of a folder or file.
+    """Returns the format of a folder or file.
 
     Args:
       path: the folder or file.
-      like: a task, of whose model it is.
+      like: a task whose model it holds.
 
     Raises:
       FileNotFoundError: there is nothing at the path.
-      ValueError: it is in no format that is known here, or may be in several.
+      ValueError: it is in none of the formats here, or may be in several.
     """
     path = Path(path)
     if not path.exists():
@@ -94,7 +94,7 @@ def _what_it_holds(path: Path) -> str:
 
 
 def format_for(task: Any, target: str | Path = "") -> Format:
-    """The format in which a model of a task is written: the first that owns it and fits the target's name.
+    """Returns the format in which a model of a task is written: the first that owns it and fits the target's name.
 
     Raises:
       ValueError: there is none.
@@ -102,7 +102,7 @@ def format_for(task: Any, target: str | Path = "") -> Format:
     own = [form for form in FORMATS if form.owns(task)]
     if not own:
         raise ValueError(
-            f"it is of {type(task).__name__}, for which there is no format here "
+            f"it is a model of {type(task).__name__}, for which there is no format here "
             f"({', '.join(form.name for form in FORMATS)})."
         )
     is_file = Path(target).suffix in SUFFIXES

@@ -1,6 +1,6 @@
-"""The released HAT models' folders, in and out: config.json and safetensors, with the names of the authors' modules.
+"""The folders of the released HAT models: config.json and safetensors, with the names of the authors' modules.
 
-Where QK norms are kept was not to be seen; here they are `q_norm.weight` and `k_norm.weight` beside the projections.
+No file with QK norms was at hand; here they are `q_norm.weight` and `k_norm.weight` beside the projections.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PARTS = ("encoder", "backbone", "decoder")
 
 
 def read_config(options: Mapping[str, Any], dtype: str = "float32") -> ReleasedConfig:
-    """The model that a config.json describes.
+    """Returns the config of the model that a config.json describes.
 
     Raises:
       ValueError: it has an option that the models here do not have.
@@ -37,15 +37,15 @@ def read_config(options: Mapping[str, Any], dtype: str = "float32") -> ReleasedC
     def stack(part: str) -> LlamaStack:
         o = options[f"{part}_config"]
         if not o.get("is_neox_style", True):
-            raise ValueError(f"{part}_config.is_neox_style is false; only rotations of halves can be read.")
+            raise ValueError(f"{part}_config.is_neox_style is false; it must be true, for rotations of halves.")
         if o.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise ValueError(f"{part}_config.hidden_act is {o['hidden_act']!r}; only silu can be read.")
+            raise ValueError(f"{part}_config.hidden_act is {o['hidden_act']!r}; it must be silu.")
         heads, length = o["num_attention_heads"], o.get("max_position_embeddings", 8192)
         shared, own = o.get("num_key_value_heads") or heads, o["hidden_size"] // heads
         head_size, bias = o.get("head_dim") or own, o.get("attention_bias", False)
         base, scaling = rope_from_json(o, head_size, length)
         if scaling and scaling.kind == "llama3":
-            scaling = dataclasses.replace(scaling, length=0)  # which it does not use
+            scaling = dataclasses.replace(scaling, length=0)  # this kind does not use the length
         return LlamaStack(
             num_layers=o["num_hidden_layers"],
             d_model=o["hidden_size"],
@@ -83,7 +83,7 @@ def read_config(options: Mapping[str, Any], dtype: str = "float32") -> ReleasedC
 
 
 def config_json(config: ReleasedConfig) -> dict[str, Any]:
-    """The content of a config.json."""
+    """Returns the content of a config.json."""
 
     def stack(part: str) -> dict[str, Any]:
         c: LlamaStack = getattr(config, part)
@@ -132,7 +132,7 @@ def config_json(config: ReleasedConfig) -> dict[str, Any]:
 
 
 def sources(config: ReleasedConfig) -> dict[tuple[str, ...], Source]:
-    """Our parameter paths to their tensors; {layer} stands for the layer's number."""
+    """Returns our parameter paths to their tensors; {layer} stands for the layer's number."""
     found = {
         ("embedding",): Source("encoder.embedding_layer.weight"),
         ("head_matrix",): Source("lm_head.weight"),
@@ -178,21 +178,21 @@ def sources(config: ReleasedConfig) -> dict[tuple[str, ...], Source]:
 
 
 def params_from(config: ReleasedConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameter tree from their tensors; raises as `read_params`."""
+    """Returns our parameter tree from their tensors; raises as `read_params`."""
     one = jnp.zeros((1, 1), jnp.int32)
     shapes = shapes_of(lambda: init_params(ReleasedHAT(config), jax.random.key(0), one, one, one))
     return read_params(sources(config), shapes, tensors, dtype=dtype_of(config.encoder.param_dtype))
 
 
 def params_to(config: ReleasedConfig, params: Params) -> dict[str, np.ndarray]:
-    """Their tensors by name, from our parameter tree."""
+    """Returns their tensors by name, from our parameter tree."""
     return write_params(sources(config), params)
 
 
 def task_and_data(
     config: ReleasedConfig, texts: Texts | None = None, options: Options | None = None
 ) -> tuple[ReleasedModeling, WordText]:
-    """To evaluate and train a model that was read: rows of 256 words, with room for 16 bytes a word."""
+    """Returns task and data for a model that was read: rows of 256 words, with room for 16 bytes a word."""
     task = ReleasedModeling(model=config, row_bytes=4096)
     data = WordText(length=256, batch_size=4, max_units=config.max_word_size, splitter=task.splitter)
     return task, data

@@ -1,4 +1,4 @@
-"""Hugging Face folders: the decoders GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma; and one door to all kinds.
+"""Hugging Face folders: the decoders GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma; and functions for all kinds.
 
 Encoders are in `jaxtok.interop.encoders` and `jaxtok.interop.electra`, T5 and its kin in `jaxtok.interop.t5`. No code
 of a folder is run, and PyTorch is needed for .bin files only.
@@ -34,7 +34,7 @@ HEAD = "lm_head.weight"
 
 
 def decoder_sources(config: DecoderConfig) -> dict[Place, Source]:
-    """Our parameter paths to their tensors."""
+    """Returns our parameter paths to their tensors."""
     block, also = ("stack", "blocks"), (HEAD,) if config.tie_embeddings else ()
     if isinstance(config, GPT2Config):
         h = "transformer.h.{layer}."
@@ -72,26 +72,24 @@ def decoder_sources(config: DecoderConfig) -> dict[Place, Source]:
 
 
 def has_bias(config: LlamaConfig, path: tuple[str, str]) -> bool:
-    """Whether the projection at this place of a block has a bias."""
+    """Whether the projection at this path in a block has a bias."""
     own = config.mlp_bias if path[0] == "ffn" else config.qkv_bias if path[1] != "output" else None
     return config.use_bias if own is None else own
 
 
 def read_config(options: Options, tied: bool | None = None) -> DecoderConfig:
-    """Our config from a config.json; a key that is absent or null has Hugging Face's default.
+    """Returns our config from a config.json; a key that is absent or null has Hugging Face's default.
 
     Args:
       options: the file's content.
-      tied: whether the head is the embedding, if the tensors have said so.
+      tied: whether the head is the embedding; default: what the options say.
 
     Raises:
-      ValueError: an unknown kind of model, or an option that the models here do not have.
+      ValueError: the kind of model is unknown, or has an option that the models here do not have.
     """
     kind = options.get("model_type")
     if kind not in KINDS:
-        raise ValueError(
-            f"model_type is {kind!r}; the kinds that can be read are {', '.join(KINDS + encoders.KINDS + t5.KINDS)}."
-        )
+        raise ValueError(f"model_type is {kind!r}; it must be one of {', '.join(KINDS + encoders.KINDS + t5.KINDS)}.")
 
     def get(name: str, default: Any = None) -> Any:
         value = options.get(name)
@@ -116,7 +114,7 @@ def read_config(options: Options, tied: bool | None = None) -> DecoderConfig:
             **common,
         )
     if get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor is {options['partial_rotary_factor']}; only 1 can be read.")
+        raise ValueError(f"partial_rotary_factor is {options['partial_rotary_factor']}; it must be 1.")
     defaults = {
         "llama": {"intermediate_size": 11008, "num_key_value_heads": None, "max_position_embeddings": 2048},
         "mistral": {"intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 131072},
@@ -160,7 +158,7 @@ def read_config(options: Options, tied: bool | None = None) -> DecoderConfig:
 
 
 def _window(options: Mapping[str, Any], kind: str, layers: int) -> tuple[int, tuple[int, ...]]:
-    """The sliding window, 0 for none, and the layers without it."""
+    """Returns the sliding window (0: none) and the layers without it."""
     if kind == "mistral":
         return options.get("sliding_window", 4096) or 0, ()
     if kind != "qwen2" or not options.get("use_sliding_window"):
@@ -174,7 +172,7 @@ def _window(options: Mapping[str, Any], kind: str, layers: int) -> tuple[int, tu
 
 
 def rope_from_json(options: Mapping[str, Any], dim: int, length: int) -> tuple[float, RopeScaling | None]:
-    """The base of the frequencies and their scaling, from either spelling (`rope_scaling`, or `rope_parameters`)."""
+    """Returns the base of the frequencies and their scaling, from `rope_scaling` or `rope_parameters`."""
     rope = dict(options.get("rope_parameters") or options.get("rope_scaling") or {})
     base = float(rope.get("rope_theta") or options.get("rope_theta") or 10000.0)
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -188,7 +186,7 @@ def rope_from_json(options: Mapping[str, Any], dim: int, length: int) -> tuple[f
         "longrope": ("short_factor", "long_factor"),
     }
     if kind not in needed:
-        raise ValueError(f"rope_type is {kind!r}; it can be default, {', '.join(needed)}.")
+        raise ValueError(f"rope_type is {kind!r}; it must be one of default, {', '.join(needed)}.")
     if missing := [name for name in needed[kind] if rope.get(name) is None]:
         raise ValueError(f"rope_type is {kind}, which needs {', '.join(missing)} in rope_scaling.")
     original = rope.get("original_max_position_embeddings") or options.get("original_max_position_embeddings") or length
@@ -212,13 +210,13 @@ def rope_from_json(options: Mapping[str, Any], dim: int, length: int) -> tuple[f
 
 
 def decoder_json(config: DecoderConfig) -> dict[str, Any]:
-    """The content of a config.json.
+    """Returns the content of a config.json.
 
     Raises:
-      ValueError: it is not one of the models that Hugging Face has.
+      ValueError: Hugging Face does not have this model.
     """
     if not isinstance(config, GPT2Config | LlamaConfig):
-        raise ValueError(f"{type(config).__name__} is no model of Hugging Face's; export GPT-2 or Llama-style models.")
+        raise ValueError(f"the model is a {type(config).__name__}; it must be of the kind of GPT-2 or Llama.")
     common = {
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
@@ -307,7 +305,7 @@ def rope_to_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 
 def config_from(options: Options, tensors: Mapping[str, np.ndarray]) -> DecoderConfig:
-    """`read_config`; whether the head is the embedding, the tensors say.
+    """Calls `read_config`, with the tensors telling whether the head is the embedding.
 
     Raises:
       ValueError: as there; or there is no tensor of the head, and config.json says that it is not the embedding.
@@ -323,18 +321,18 @@ def config_from(options: Options, tensors: Mapping[str, np.ndarray]) -> DecoderC
 
 
 def task_and_data(config: DecoderConfig, texts: Texts, options: Options) -> tuple[LanguageModeling, TextData]:
-    """A language model on rows of text."""
+    """Returns the task of a language model, and rows of text."""
     data = TextData(tokenizer=texts.spec, length=min(1024, config.max_length), batch_size=8)
     return LanguageModeling(model=config), data
 
 
 def owns(task: Any) -> bool:
-    """Whether the task is a language model of these and nothing else (a lexinvariant one is more than its body)."""
+    """Whether the task is just a language model of these kinds (a lexinvariant one is more than its body)."""
     return type(task) is LanguageModeling and isinstance(task.model, GPT2Config | LlamaConfig)
 
 
 def decoder_params(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameter tree from their tensors; raises as `read_params`."""
+    """Returns our parameter tree from their tensors; raises as `read_params`."""
     table, tied = decoder_sources(config), config.tie_embeddings
     return read_hub_params(table, expected_shapes(config), tensors, dtype=config.param_dtype, tied=tied)
 
@@ -356,7 +354,7 @@ HUB = (DECODERS, encoders.ENCODERS, electra.ELECTRA, t5.T5)
 
 
 def _format(config: Any) -> FolderFormat:
-    """The format of a model's config."""
+    """Returns the format of a model's config."""
     if isinstance(config, T5Config):
         return t5.T5
     if isinstance(config, BertConfig):
@@ -365,44 +363,44 @@ def _format(config: Any) -> FolderFormat:
 
 
 def sources(config: Any) -> dict[Place, Source]:
-    """Our parameter paths to their tensors, of any model that Hugging Face has."""
+    """Returns our parameter paths to their tensors, for any model that Hugging Face has."""
     if isinstance(config, T5Config):
         return t5.sources(config)
     return encoders.sources(config) if isinstance(config, BertConfig) else decoder_sources(config)
 
 
 def shapes(config: Any) -> Shapes:
-    """Our parameter paths to shapes, of any model that Hugging Face has."""
+    """Returns our parameter paths to shapes, for any model that Hugging Face has."""
     if isinstance(config, T5Config):
         return t5.shapes(config)
     return encoders.shapes(config) if isinstance(config, BertConfig) else expected_shapes(config)
 
 
 def config_json(config: Any) -> dict[str, Any]:
-    """The content of a config.json.
+    """Returns the content of a config.json.
 
     Raises:
-      ValueError: it is not one of the models that Hugging Face has.
+      ValueError: Hugging Face does not have this model.
     """
     return _format(config).options_of(config)
 
 
 def params_from(config: Any, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameter tree from their tensors; raises as `jaxtok.interop.tensors.read_params`."""
+    """Returns our parameter tree from their tensors; raises as `jaxtok.interop.tensors.read_params`."""
     return _format(config).params_from(config, tensors)
 
 
 def params_to(config: Any, params: Params) -> dict[str, np.ndarray]:
-    """Their tensors by name, from our parameter tree."""
+    """Returns their tensors by name, from our parameter tree."""
     return _format(config).params_to(config, params)
 
 
 def read_folder(folder: str | Path) -> tuple[DecoderConfig | BertConfig | T5Config, Params]:
-    """Config and parameters from a folder of any kind of model that Hugging Face has.
+    """Reads config and parameters from a folder of any kind of model that Hugging Face has.
 
     Raises:
       FileNotFoundError: the folder, its config.json or its weights are missing.
-      ValueError: they do not fit each other, or it is a kind of model that is not known here.
+      ValueError: they do not fit each other, or the kind of model is not known here.
     """
     options = read_options(folder)
     return next((form for form in HUB if form.has(options)), DECODERS).read_model(folder)
@@ -412,13 +410,13 @@ def write_folder(folder: str | Path, config: Any, params: Params, *, shard_bytes
     """Writes config.json and model.safetensors, or shards of at most so many bytes and their index.
 
     Raises:
-      ValueError: it is not one of the models that Hugging Face has.
+      ValueError: Hugging Face does not have this model.
     """
     return _format(config).write_model(folder, config, params, shard_bytes=shard_bytes)
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether this is a Hugging Face folder: its config.json says the kind of model."""
+    """Whether this is a Hugging Face folder, whose config.json names the kind of model."""
     try:
         return "model_type" in read_options(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -426,11 +424,11 @@ def is_folder(path: str | Path) -> bool:
 
 
 def read_tokenizer(folder: str | Path) -> tuple[HuggingFaceTokenizer, list[int], list[int]]:
-    """The folder's tokenizer, the ids that begin a text, and those after which it has ended.
+    """Returns the folder's tokenizer, the ids that begin a text, and those each of which ends it.
 
     Raises:
       FileNotFoundError: there is no tokenizer that can be read.
-      ValueError: nothing says what ends a text.
+      ValueError: nothing tells what ends a text.
     """
     texts = read_texts(Path(folder), read_options(folder))
     return texts.tokenizer, list(texts.begin), list(texts.ends)

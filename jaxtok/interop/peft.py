@@ -1,6 +1,7 @@
-"""PEFT folders of LoRA adapters, in and out: adapter_config.json and adapter_model.safetensors.
+"""PEFT folders of LoRA adapters: adapter_config.json and adapter_model.safetensors.
 
-For the models of `jaxtok.interop.huggingface`; as a `Format`, a folder is read as its base with the differences in it.
+They are for the models of `jaxtok.interop.huggingface`. The `Format` reads a folder as its base model with the
+differences added.
 PEFT keeps A [r, d_in] and B [d_out, r] of each module, and the difference of its weight [d_out, d_in] is s B A; the
 joint queries, keys and values of GPT-2 are one module.
 """
@@ -44,19 +45,19 @@ class Adapter(NamedTuple):
 
 
 def read_adapter(folder: str | Path, model: Any) -> Adapter:
-    """The adapter in a PEFT folder, for a model's config.
+    """Reads the adapter in a PEFT folder, for a model's config.
 
     Raises:
       FileNotFoundError: the folder has no adapter_config.json or adapter_model.safetensors.
-      ValueError: it is no LoRA adapter, has options that are not known here, or is for another model.
+      ValueError: it is not a LoRA adapter, has options that are not known here, or is for another model.
     """
     return adapter_from(model, *_read(folder))
 
 
 def apply_adapter(folder: str | Path, model: Any, params: Params) -> tuple[Any, Params]:
-    """A model's config and parameters with the adapter of a PEFT folder in them.
+    """Returns a model's config and parameters with the adapter of a PEFT folder added.
 
-    Where the head is the embedding and the adapter is for one of the two, they come apart, as they do in PEFT.
+    If the head is the embedding and the adapter is for only one of them, they become two tables, as in PEFT.
 
     Raises:
       FileNotFoundError, ValueError: as `read_adapter`.
@@ -68,7 +69,7 @@ def apply_adapter(folder: str | Path, model: Any, params: Params) -> tuple[Any, 
 
 
 def untie(model: Any, params: Params, tensors: Mapping[str, Any]) -> tuple[Any, Params]:
-    """The model with a head of its own, if its head is the embedding and the adapter's tensors are for one of them."""
+    """Gives the model its own head if its head is the embedding and the adapter's tensors are for one of them."""
     if not getattr(model, "tie_embeddings", False):
         return model, params
     tables = {_module(sources(model)[("embedding",)].name), "lm_head"}
@@ -79,21 +80,23 @@ def untie(model: Any, params: Params, tensors: Mapping[str, Any]) -> tuple[Any, 
 
 
 def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Adapter:
-    """`read_adapter`, from the contents of its two files.
+    """Returns what `read_adapter` returns, from the contents of the two files.
 
     Raises:
       ValueError: as there.
     """
     if options.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"peft_type is {options['peft_type']!r}; only LORA can be read.")
+        raise ValueError(f"peft_type is {options['peft_type']!r}; it must be LORA.")
     if wrong := [name for name in _MUST_BE_OFF if options.get(name)]:
-        raise ValueError(f"{wrong[0]} is {options[wrong[0]]!r} in adapter_config.json; only plain LoRA can be read.")
+        raise ValueError(
+            f"{wrong[0]} is {options[wrong[0]]!r} in adapter_config.json; it must be off, as in plain LoRA."
+        )
     sizes, modules = shapes(model), _modules(model)
     left = {name.removeprefix(_PREFIX) for name in tensors}
     tied = getattr(model, "tie_embeddings", getattr(model, "mask_head", False))
 
     def take(name: str) -> np.ndarray | None:
-        base = name.removesuffix("weight") + "base_layer.weight"  # of a table with a difference, which PEFT may save
+        base = name.removesuffix("weight") + "base_layer.weight"  # PEFT may save a table that has a difference
         for known in (name, name.split(".", 1)[1], base, base.split(".", 1)[1]):
             if known in left:
                 left.remove(known)
@@ -113,7 +116,7 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
             parts = [take(f"{name}.lora_embedding_{x}" if lookup else f"{name}.lora_{x}.weight") for x in ("A", "B")]
             if all(part is None for part in parts):
                 if targeted(name, options, linear=not lookup and not transposed):
-                    raise ValueError(f"adapter_config.json targets {name}, of which the adapter has no tensors.")
+                    raise ValueError(f"adapter_config.json targets {name}, but the adapter has no tensors of it.")
                 continue
             if lookup and tied:
                 raise ValueError(f"{name} has a difference, but its table is also the head; `untie` the model first.")
@@ -122,8 +125,8 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
             wide, high = (rows, sum(widths)) if not transposed else (sum(widths), rows)  # d_in, d_out
             for part, letter, wanted in ((a, "A", (rank, wide)), (b, "B", (high, rank))):
                 if part is None or part.shape != wanted:
-                    had = "is missing" if part is None else f"has shape {part.shape}"
-                    raise ValueError(f"lora_{letter} of {name} {had}; this model and rank need {wanted}.")
+                    state = "is missing" if part is None else f"has shape {part.shape}"
+                    raise ValueError(f"lora_{letter} of {name} {state}; this model and rank need {wanted}.")
             found[layer] = (b, a) if transposed else (a.T, b.T)
             scales[layer] = scale
         if not found:
@@ -147,7 +150,7 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
     saved = _saved(model, sizes, take)
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-        raise ValueError(f"the adapter has {sorted(left)[0]}{more}, for which the model has no place.")
+        raise ValueError(f"the adapter has {sorted(left)[0]}{more}, which the model does not have.")
     if tied and "embedding" in saved:
         raise ValueError("the adapter saved the embedding, which is also the model's head; `untie` the model first.")
     return Adapter(tuple(sites), {"pairs": pairs, "saved": saved})
@@ -176,12 +179,12 @@ def write_adapter(
     """Writes a PEFT folder. Ranks and scales that differ between modules become patterns.
 
     Args:
-      base: name of the model that the adapter is for.
+      base: the name of the model that the adapter is for.
       rslora: write alphas for the scaling alpha / sqrt(r).
-      dropout: of the inputs, if somebody trains it on.
+      dropout: the dropout of the inputs, for further training.
 
     Raises:
-      ValueError: a part of a joint module has a difference of its own, or it is no model of Hugging Face's.
+      ValueError: a part of a joint module has its own difference, or Hugging Face does not have the model.
     """
     folder = Path(folder)
     options, tensors = adapter_to(model, sites, adapter, base=base, rslora=rslora)
@@ -196,7 +199,7 @@ def write_adapter(
 def adapter_to(
     model: Any, sites: Sequence[Site], adapter: Params, *, base: str = "", rslora: bool = False
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """The contents of the two files; the inverse of `adapter_from`.
+    """Returns the contents of the two files; the inverse of `adapter_from`.
 
     Raises:
       ValueError: as in `write_adapter`.
@@ -207,8 +210,8 @@ def adapter_to(
     for site in sites:
         if site.paths not in modules:
             whole = next((paths for paths in modules if site.paths[0] in paths), None)
-            told = f"target {', '.join(whole)} together" if whole else "it has no name for it"
-            raise ValueError(f"{site.name} cannot be written for PEFT: {told}.")
+            reason = f"target {', '.join(whole)} together" if whole else "PEFT has no name for it"
+            raise ValueError(f"{site.name} cannot be written for PEFT; {reason}.")
         u, v = (np.asarray(adapter["pairs"][site.name][part], np.float32) for part in ("in", "out"))
         u, v = (u, v) if u.ndim == 3 else (u[None], v[None])
         for layer, (rank, scale) in enumerate(zip(site.ranks, site.scales)):
@@ -268,9 +271,9 @@ def targeted(name: str, options: Mapping[str, Any], linear: bool) -> bool:
 
 
 def scale_of(name: str, options: Mapping[str, Any]) -> tuple[int, float]:
-    """The rank of a module and what its B A is multiplied by.
+    """Returns the rank of a module and the factor of its B A.
 
-    A pattern holds for a module whose whole name, or the end of it after a dot, it matches; the first one counts.
+    A pattern holds for a module if it matches the whole name, or its end after a dot; the first one counts.
 
     Raises:
       ValueError: the rank is not positive.
@@ -287,7 +290,7 @@ def scale_of(name: str, options: Mapping[str, Any]) -> tuple[int, float]:
 
 
 def _modules(model: Any) -> dict[str, list[tuple[str, ...]]]:
-    """Names of modules with a matrix, with {layer}, to our paths: several, where one module is joint."""
+    """Returns the names of modules with a matrix, with {layer}, and our paths; a joint module has several."""
     found: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
     for path, source in sources(model).items():
         if path[-1] in ("kernel", "embedding", "head_matrix"):
@@ -300,7 +303,7 @@ def _module(name: str) -> str:
 
 
 def _saved(model: Any, sizes: Shapes, take: Callable[[str], np.ndarray | None]) -> Params:
-    """Parameters of which the adapter has the whole tensor."""
+    """Returns the parameters of which the adapter has the whole tensor."""
     table, tensors = {}, {}
     for path, source in sources(model).items():
         layers = range(model.num_layers) if "{layer}" in source.name else [0]
@@ -318,13 +321,13 @@ def _saved(model: Any, sizes: Shapes, take: Callable[[str], np.ndarray | None]) 
 
 
 def _number(x: float) -> float | int:
-    """An alpha as a whole number, where it is one but for rounding."""
+    """Returns an alpha as a whole number, if it is one but for rounding."""
     return round(x) if abs(x - round(x)) < 1e-6 else x
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterFolder:
-    """The format: of a task that trains an adapter (`jaxtok.transfer.lora.Lora`) it writes this, without the base."""
+    """The format; from a task that trains an adapter (`jaxtok.transfer.lora.Lora`), it writes only the adapter."""
 
     name: str = "peft"
     holds: str = "LoRA adapters"
@@ -337,12 +340,12 @@ class AdapterFolder:
         return (Path(path) / "adapter_config.json").is_file()
 
     def read(self, path: Path, like: Any = None, *, base: str = "") -> Model:
-        """The base model with the adapter in it.
+        """Returns the base model with the adapter added.
 
         Args:
           path: the adapter's folder.
-          like: as of the base.
-          base: the base's folder; default: what adapter_config.json says.
+          like: as for the base's format.
+          base: the base's folder; default: the one that adapter_config.json names.
 
         Raises:
           FileNotFoundError: there is no folder of the base, or a file is missing.
@@ -353,7 +356,7 @@ class AdapterFolder:
         folder = next((place for place in (Path(named), Path(path) / named) if named and place.is_dir()), None)
         if folder is None:
             raise FileNotFoundError(
-                f"{path} is an adapter of the model {named!r}, which is no folder here; name the model's as base."
+                f"{path} is an adapter of the model {named!r}, which is not a folder here; give its folder as base."
             )
         options = read_options(folder)
         form = next((form for form in HUB if form.has(options)), None)

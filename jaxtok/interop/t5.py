@@ -15,7 +15,7 @@ from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.interop.folders import FolderFormat, Options, read_hub_params, stored_dtype
 from jaxtok.interop.tensors import Shapes, Source, shapes_of, write_params
 from jaxtok.interop.texts import Texts
-from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, new_controller
+from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, new_controller, without_controller
 from jaxtok.lm.mrt5_baselines import Convolution, FixedDeletion, RandomDeletion, Segments
 from jaxtok.lm.t5 import SequenceToSequence, T5Config, init_params
 from jaxtok.model import Model
@@ -36,7 +36,7 @@ _ACTIVATIONS = {  # as `feed_forward_proj` names them: theirs -> ours
 
 
 def sources(config: T5Config) -> dict[tuple[str, ...], Source]:
-    """Our parameter paths to their tensors."""
+    """Returns our parameter paths to their tensors."""
     also = COPIES + ((HEAD,) if config.tie_embeddings else ())
     found = {("embedding",): Source(EMBEDDING, also=also)}
     if not config.tie_embeddings:
@@ -102,12 +102,12 @@ def _reduction_sources(config: MrT5Config, block: str) -> dict[tuple[str, ...], 
 
 
 def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Config:
-    """Our config from a config.json. Whether the head is the embedding, the tensors say; its scale, the options.
+    """Returns our config from a config.json; the tensors tell whether the head is the embedding.
 
-    Options that belong to a MrT5 or to one of its baselines make a `MrT5Config`, whatever model_type is.
+    Options of MrT5 or of one of its baselines make a `MrT5Config`, whatever model_type is.
 
     Raises:
-      ValueError: an option that the models here do not have.
+      ValueError: it has an option that the models here do not have.
     """
     kind = options.get("model_type", "t5")
 
@@ -116,14 +116,14 @@ def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Con
         return default if value is None else value
 
     if get("has_absolute_position_embeddings", False):
-        raise ValueError("has_absolute_position_embeddings is true; only relative positions can be read.")
+        raise ValueError("has_absolute_position_embeddings is true; it must be false, for relative positions.")
     small = kind == "mt5"
     projection = get("feed_forward_proj", "gated-gelu" if small else "relu")
     gated, name = projection.startswith("gated-"), projection.removeprefix("gated-")
     name = "gelu_new" if projection == "gated-gelu" else name
     if name not in _ACTIVATIONS:
         raise ValueError(
-            f"feed_forward_proj is {projection!r}; it can be {', '.join(_ACTIVATIONS)}, also after 'gated-'."
+            f"feed_forward_proj is {projection!r}; it must be one of {', '.join(_ACTIVATIONS)}, also after 'gated-'."
         )
     scaled = get("scale_decoder_outputs", get("tie_word_embeddings", True)) and kind != "mt5"
     rate = float(get("dropout_rate", 0.1))
@@ -174,7 +174,7 @@ def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Con
         "fixed": functools.partial(FixedDeletion, amount=get("fixed_deletion_amount", 0.5)),
     }
     if deletion not in kinds:
-        raise ValueError(f"deletion_type is {deletion!r}; it can be {', '.join(kinds)}.")
+        raise ValueError(f"deletion_type is {deletion!r}; it must be one of {', '.join(kinds)}.")
     scale = float(get("sigmoid_mask_scale", -10.0))
     return kinds[deletion](
         **fields,
@@ -192,7 +192,7 @@ def _is_tied(tensors: Mapping[str, Any]) -> bool:
 
 
 def config_json(config: T5Config) -> dict[str, Any]:
-    """The content of a config.json."""
+    """Returns the content of a config.json."""
     name = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
     reduces = isinstance(config, MrT5Config)
     options = {
@@ -223,7 +223,7 @@ def config_json(config: T5Config) -> dict[str, Any]:
     if not reduces:
         return options
     if config.reduction == "nothing":
-        raise ValueError("reduction is nothing, of which there is no layout; export another reduction.")
+        raise ValueError("reduction is nothing, for which the authors have no layout; it must be another one.")
     if config.reduction == "boundaries":
         return options | {
             "boundary_predictor_layer": config.gate_layer,
@@ -248,18 +248,18 @@ def config_json(config: T5Config) -> dict[str, Any]:
 
 
 def shapes(config: T5Config) -> Shapes:
-    """Parameter paths to shapes."""
+    """Returns parameter paths to shapes."""
     return shapes_of(lambda: init_params(config, jax.random.key(0)))
 
 
 def params_from(config: T5Config, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameter tree from their tensors; raises as `read_params`."""
+    """Returns our parameter tree from their tensors; raises as `read_params`."""
     table, tied = sources(config), config.tie_embeddings
     return read_hub_params(table, shapes(config), tensors, dtype=config.param_dtype, tied=tied)
 
 
 def task_and_data(config: T5Config, texts: Texts, options: Options) -> tuple[SequenceToSequence, SpanCorruption]:
-    """Span corruption with the tokenizer's sentinels.
+    """Returns the task, and span corruption with the tokenizer's sentinels as its data.
 
     Raises:
       ValueError: the tokenizer has none.
@@ -274,7 +274,7 @@ def task_and_data(config: T5Config, texts: Texts, options: Options) -> tuple[Seq
 
 
 def first_sentinel(file: str | Path) -> int:
-    """The id of <extra_id_0> in a tokenizer.json, from which T5's sentinels count down.
+    """Returns the id of <extra_id_0> in a tokenizer.json, from which T5's sentinels count down.
 
     Raises:
       ValueError: the tokenizer has none.
@@ -286,18 +286,18 @@ def first_sentinel(file: str | Path) -> int:
 
 
 def facts(model: Model) -> dict[str, int]:
-    """The sentinels of a model's data."""
+    """Returns the first sentinel of a model's data."""
     first = getattr(model.data, "first_sentinel", None)
     return {} if first is None else {"first_sentinel": first}
 
 
 def model_of(task: SequenceToSequence, params: Params) -> tuple[T5Config, Params]:
-    """Config and parameters, without a controller's state."""
-    return task.model, {name: value for name, value in params.items() if name != "controller"}
+    """Returns config and parameters, without a controller's state."""
+    return task.model, without_controller(params)
 
 
 def params_of(task: SequenceToSequence, params: Params) -> Params:
-    """A task's parameters with the model that was read; a controller is new."""
+    """Returns a task's parameters, with the model that was read and a new controller if it has one."""
     return {**params, "controller": new_controller()} if getattr(task, "target_rate", 0.0) else params
 
 

@@ -1,4 +1,4 @@
-"""Named tensors of other code bases and our parameters: one table of names serves both directions.
+"""Conversion between the named tensors of other code and our parameters, by one table of names for both directions.
 
 A table has a `Source` for each of our parameters: its name there, and how it is laid out. `read_params` and
 `write_params` are inverse functions over such a table.
@@ -34,29 +34,29 @@ CONVOLUTION = (2, 3, 1, 0)
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a parameter is in their tensors, and how it lies there."""
+    """Where a parameter is in their tensors, and how it is laid out there."""
 
     name: str
-    """`{layer}` stands for a number: ours is then a stack of theirs."""
+    """The name of their tensor; `{layer}` stands for a number, and ours is then a stack of theirs."""
     transpose: bool = False
-    """Their axes are ours in reverse; PyTorch's Linear holds [out, in]."""
+    """Whether their axes are ours in reverse, as in PyTorch's Linear, which holds [out, in]."""
     axes: tuple[int, ...] = ()
-    """Their axes in our order, where it is another one."""
+    """Their axes in our order, if that is another one."""
     part: int | None = None
-    """Which part of their tensor it is, where that joins several of ours (queries, keys and values)."""
+    """Which part of their tensor it is, if that joins several of ours (queries, keys and values)."""
     axis: int = -1
-    """Their axis along which parts are joined."""
+    """The axis of theirs along which parts are joined."""
     padding: int = 0
-    """Entries after ours along that axis which nothing uses: left out when read, 0 when written."""
+    """The number of unused entries after ours along that axis: left out when read, 0 when written."""
     ones: int = 0
-    """Leading axes of size 1 that theirs has and ours has not; negative: that ours has."""
+    """The number of leading axes of size 1 that theirs has and ours lacks; negative: that ours has and theirs lacks."""
     first: int = 0
-    """The number of the first layer, of a stack that begins with a later one."""
+    """The number of the stack's first layer."""
     also: tuple[str, ...] = ()
     """Other names under which it is found."""
 
     def theirs(self, array: np.ndarray) -> np.ndarray:
-        """A parameter, or one layer of it, as it lies there."""
+        """Returns a parameter, or one layer of it, as it is laid out there."""
         if self.transpose:
             array = array.T
         elif self.axes:
@@ -64,7 +64,7 @@ class Source:
         return array.reshape((1,) * self.ones + array.shape[max(-self.ones, 0) :])
 
     def ours(self, array: np.ndarray) -> np.ndarray:
-        """The inverse."""
+        """Inverts `theirs`."""
         array = array.reshape((1,) * -self.ones + array.shape[max(self.ones, 0) :])
         return array.T if self.transpose else array.transpose(self.axes) if self.axes else array
 
@@ -79,14 +79,14 @@ class _Piece:
 
     place: Place
     index: int | None
-    """Of the layer in our stack."""
+    """The number of the layer in our stack."""
     source: Source
     shape: tuple[int, ...]
-    """As it lies there."""
+    """The shape there."""
 
 
 def _tensors(table: Table, shapes: Shapes) -> dict[str, list[_Piece]]:
-    """Their names to what is in each, in the order in which it is joined."""
+    """Returns their names, and the pieces in each tensor in the order in which they are joined."""
     if nameless := [place for place in shapes if place not in table]:
         raise ValueError(f"the format has no name for the parameter {'/'.join(nameless[0])} of this model.")
     found: dict[str, list[_Piece]] = {}
@@ -116,18 +116,18 @@ def read_params(
     aliases: Callable[[str], Iterable[str]] = lambda name: (name,),
     ignored: Callable[[str], Any] = lambda name: False,
 ) -> Params:
-    """Our parameter tree from their tensors.
+    """Returns our parameter tree from their tensors.
 
     Args:
       table: a source for each of our parameters.
-      shapes: of each of our parameters.
-      tensors: theirs, by name.
-      dtype: of the parameters; None: as they are.
+      shapes: the shape of each of our parameters.
+      tensors: their tensors, by name.
+      dtype: the dtype of the parameters; None: that of the tensors.
       aliases: the names under which a tensor is looked for, the likeliest first.
       ignored: whether a tensor that the table does not name may be there.
 
     Raises:
-      ValueError: tensors are missing, unknown, of another shape, or no floating-point numbers; the message names them.
+      ValueError: tensors are missing, unknown, of another shape or not of floats; the message names them.
     """
     left = {name for name in tensors if not ignored(name)}
     flat: dict[Place, np.ndarray] = {}
@@ -143,7 +143,7 @@ def read_params(
         left.discard(held)
         array = np.asarray(tensors[held])
         if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
-            problems.append(f"{held} holds {array.dtype}, which is no weight without its scales")
+            problems.append(f"{held} holds {array.dtype}, which are not weights without their scales")
             continue
         if _without_ones(array.shape) != _without_ones(wanted):
             problems.append(f"{held} has shape {tuple(array.shape)} instead of {wanted}")
@@ -171,7 +171,7 @@ def _without_ones(shape: Iterable[int]) -> list[int]:
 
 
 def write_params(table: Table, params: Params) -> dict[str, np.ndarray]:
-    """Their tensors by name from our parameter tree, or from a tree of its form (a gradient); the inverse."""
+    """Returns their tensors by name, from our parameter tree or one of its form (a gradient); inverts `read_params`."""
     flat = {place: np.asarray(leaf) for place, leaf in flax.traverse_util.flatten_dict(params).items()}
     found = {}
     for name, pieces in _tensors(table, {place: flat[place].shape for place in table}).items():
@@ -182,23 +182,23 @@ def write_params(table: Table, params: Params) -> dict[str, np.ndarray]:
             shape[source.axis] = source.padding
             arrays.append(np.zeros(shape, arrays[0].dtype))
         array = np.concatenate(arrays, source.axis) if len(arrays) > 1 else arrays[0]
-        found[name] = np.ascontiguousarray(array).reshape(array.shape)  # which makes no vector of a scalar
+        found[name] = np.ascontiguousarray(array).reshape(array.shape)  # the reshape keeps scalars
     return found
 
 
 def shapes_of(init: Callable[[], Params]) -> Shapes:
-    """Parameter paths to shapes, from a function that makes the parameters, without making any array."""
+    """Returns parameter paths to shapes, from a function that makes the parameters, without making any array."""
     tree = nn.meta.unbox(jax.eval_shape(init))
     return {place: leaf.shape for place, leaf in flax.traverse_util.flatten_dict(tree).items()}
 
 
 def expected_shapes(config: Any) -> Shapes:
-    """Parameter paths of a `Decoder` to shapes, from its config."""
+    """Returns the parameter paths of a `Decoder` to shapes, from its config."""
     return shapes_of(lambda: init_params(Decoder(config), jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """The tensors of safetensors files; each is read when it is asked for."""
+    """The tensors of safetensors files; each is read when it is used."""
 
     def __init__(self, files: dict[str, Path]):
         self._files = files
@@ -220,29 +220,31 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
-    """The tensors in model.safetensors, in the shards of its index, or in pytorch_model.bin (needs PyTorch).
+    """Returns the tensors in model.safetensors, in the shards of its index, or in pytorch_model.bin (needs PyTorch).
 
     Raises:
       FileNotFoundError: there are no weights, or a shard is missing.
-      ValueError: a file is damaged, or a shard has not what the index says.
+      ValueError: a file is damaged, or a shard lacks a tensor that the index names.
     """
     if (path := folder / "model.safetensors").is_file():
         return Tensors(dict.fromkeys(open_safetensors(path).keys(), path))
     if (path := folder / "model.safetensors.index.json").is_file():
-        places = json.loads(path.read_text())["weight_map"]
-        for shard in sorted(set(places.values())):
+        shard_of = json.loads(path.read_text())["weight_map"]
+        for shard in sorted(set(shard_of.values())):
             if Path(shard).name != shard:
                 raise ValueError(f"{path} names the shard {shard!r}; it must be a file of the same folder.")
             if not (folder / shard).is_file():
                 raise FileNotFoundError(f"{folder / shard} does not exist, but {path.name} names it; fetch it too.")
-            found = set(open_safetensors(folder / shard).keys())
-            if missing := [name for name, place in places.items() if place == shard and name not in found]:
-                raise ValueError(f"{folder / shard} has no tensor {missing[0]}, which {path.name} says it has.")
-        return Tensors({name: folder / shard for name, shard in places.items()})
+            held = set(open_safetensors(folder / shard).keys())
+            if missing := [name for name, where in shard_of.items() if where == shard and name not in held]:
+                raise ValueError(
+                    f"{folder / shard} has no tensor {missing[0]}, but {path.name} names it; fetch both again."
+                )
+        return Tensors({name: folder / shard for name, shard in shard_of.items()})
     for name in ("pytorch_model.bin", "mp_rank_00_model_states.pt"):
         if (path := folder / name).is_file():
-            return read_weights(path, "module")  # where DeepSpeed keeps the model
-    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin.")
+            return read_weights(path, "module")  # the key under which DeepSpeed keeps the model
+    raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin; fetch the weights too.")
 
 
 def save_tensors(
@@ -261,19 +263,19 @@ def save_tensors(
     if len(shards) == 1:
         safetensors.numpy.save_file(shards[0], folder / "model.safetensors", metadata=metadata)
         return
-    places = {}
+    file_of = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         safetensors.numpy.save_file(shard, folder / file, metadata=metadata)
-        places |= dict.fromkeys(shard, file)
+        file_of |= dict.fromkeys(shard, file)
     size = sum(array.nbytes for shard in shards for array in shard.values())
-    index = {"metadata": {"total_size": size}, "weight_map": places}
+    index = {"metadata": {"total_size": size}, "weight_map": file_of}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, FOLDER.part, whose files are in `folder` once all is well; after an error it is gone."""
+    """Yields a folder to write into, FOLDER.part, whose files are moved to `folder` at the end; an error removes it."""
     half_done = folder.with_name(folder.name + ".part")
     shutil.rmtree(half_done, ignore_errors=True)
     half_done.mkdir(parents=True)

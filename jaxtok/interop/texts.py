@@ -1,7 +1,7 @@
-"""What turns text into ids in a folder of somebody else's: the tokenizer, and what begins and ends a text.
+"""How text becomes ids in a folder of another format: the tokenizer, and what begins and ends a text.
 
-The facts stand in several files of a folder, of which one overrules the other; `read_texts` is the one place that knows
-them. A folder that jaxtok wrote has them in config.json under `jaxtok`, beside the entries that others read.
+The facts are in several files of a folder, some of which overrule others; only `read_texts` knows which. A folder that
+jaxtok wrote also has them in config.json under `jaxtok`, beside the entries that other code reads.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from jaxtok.protocols import Tokenizer
 from jaxtok.tokenizers import HuggingFaceTokenizer, load_tokenizer
 
 RECORD = "text.json"
-"""Where a run that was converted keeps the facts."""
+"""The file in which a converted run keeps the facts."""
 
 _BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 """Files that go along with a tokenizer.json."""
 _UNREAD = ("*.model", "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken")
-"""Files of tokenizers that cannot be read from a folder of somebody else's."""
+"""Files of tokenizers that cannot be read from a folder of another format."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,22 +40,22 @@ class Texts:
     pad: int | None = None
 
     def facts(self) -> dict[str, Any]:
-        """The fields of a `Model`."""
+        """Returns the fields of a `Model`."""
         return {name: getattr(self, name) for name in ("tokenizer", "begin", "ends", "pad")}
 
 
 def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", tokenizer: str = "") -> Texts:
-    """How a folder's texts become ids.
+    """Returns how a folder's texts become ids.
 
     Args:
-      folder: with a tokenizer.json, or the tokenizer that config.json names under `jaxtok`.
+      folder: a folder with a tokenizer.json, or with the tokenizer that config.json names under `jaxtok`.
       options: the content of its config.json.
       default: the tokenizer of a folder without any.
       tokenizer: the tokenizer to take instead of the folder's.
 
     Raises:
       FileNotFoundError: the folder holds no tokenizer that can be read, and none is given.
-      ValueError: nothing says what ends a text.
+      ValueError: nothing tells what ends a text.
     """
     own = options.get("jaxtok") or {}
     if not tokenizer and (folder / "tokenizer.json").is_file():
@@ -87,7 +87,7 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
 
 
 def named_texts(spec: str) -> Texts:
-    """How texts become ids for a run with this tokenizer: its end of a document begins a text, too."""
+    """Returns how texts become ids in a run with this tokenizer, whose end of a document also begins a text."""
     tokenizer = load_tokenizer(spec)
     return Texts(spec, tokenizer, begin=(tokenizer.eod_id,), ends=tokenizer.special.eos, pad=tokenizer.special.pad)
 
@@ -98,16 +98,16 @@ def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[
     generation, settings = read_json(folder / "generation_config.json"), read_json(folder / "tokenizer_config.json")
 
     def of_role(role: str) -> Any:
-        """From generation_config.json, config.json or tokenizer_config.json, the first that says so."""
-        for said in (generation, options):
-            if (found := said.get(f"{role}_token_id")) is not None:
-                return found
+        """Returns a role's ids from the first of generation_config, config and tokenizer_config.json that has them."""
+        for file in (generation, options):
+            if (ids := file.get(f"{role}_token_id")) is not None:
+                return ids
         named = settings.get(f"{role}_token")
         named = named.get("content") if isinstance(named, dict) else named
         return None if named is None else theirs.token_to_id(named)
 
     ends = own.get("ends", of_role("eos"))
-    if ends is None:  # of encoders
+    if ends is None:  # as in encoders
         ends = theirs.token_to_id("[SEP]")
     if ends is None or ends == []:
         raise ValueError(
@@ -122,11 +122,11 @@ def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[
 
 
 def _written_first(theirs: tokenizers.Tokenizer, ends: tuple[int, ...]) -> tuple[int, ...]:
-    """The ids that the post-processor writes before a text; it may write others after it."""
+    """Returns the ids that the post-processor writes before a text; it may write others after it."""
     bare, full = (theirs.encode("a", add_special_tokens=special).ids for special in (False, True))
-    for place in range(len(full) - len(bare) + 1):
-        if bare and full[place : place + len(bare)] == bare:
-            return tuple(full[:place])
+    for start in range(len(full) - len(bare) + 1):
+        if bare and full[start : start + len(bare)] == bare:
+            return tuple(full[:start])
     return tuple(token for token in theirs.encode("", add_special_tokens=True).ids if token not in ends)
 
 
@@ -155,7 +155,7 @@ def write_texts(folder: Path, model: Model) -> dict[str, Any]:
 def copy_tokenizer(spec: str, folder: Path) -> str:
     """Copies a tokenizer's file, and what is beside a tokenizer.json, into a folder; returns its name there.
 
-    The name of a tokenizer that is no file is returned as it is.
+    A tokenizer that is not a file keeps its name.
     """
     path = Path(spec)
     if path.is_dir():
@@ -185,23 +185,23 @@ def copy_record(source: Path, target: Path) -> None:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The fields of a `Model` that `write_record` kept; none where it did not."""
+    """Returns the fields of a `Model` that `write_record` kept; none if it kept none."""
     facts = read_json(folder / RECORD)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a file of options; empty if there is none.
+    """Returns the content of a file of options; empty if there is no such file.
 
     Raises:
-      ValueError: it is no JSON of that kind.
+      ValueError: it is not a JSON object.
     """
     if not path.is_file():
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON ({error}); fetch it again.") from error
+        raise ValueError(f"{path} is not JSON ({error}); fetch it again.") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds a {type(found).__name__}; it must be a JSON object.")
     return found

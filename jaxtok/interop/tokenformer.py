@@ -38,7 +38,7 @@ _NORM_LEAVES = {  # kind of norm -> our leaf and the authors'
 }
 
 
-_FIXED = {  # options of theirs with one value here, which is also their default
+_FIXED = {  # their options that have only one value here, which is also their default
     "layernorm_epsilon": 1e-5,
     "rms_norm_epsilon": 1e-8,
     "scalenorm_epsilon": 1e-8,
@@ -47,7 +47,7 @@ _FIXED = {  # options of theirs with one value here, which is also their default
 
 
 def sources(config: TokenFormerConfig) -> dict[Place, Source]:
-    """Our parameter paths to the authors' tensors; the first block is number 2."""
+    """Returns our parameter paths to the authors' tensors; the first block is number 2."""
     names = {("embedding",): "sequential.0.word_embeddings.weight"}
     blocks = ("stack", "blocks")
     for group, site in _SITES.items():
@@ -65,17 +65,17 @@ def sources(config: TokenFormerConfig) -> dict[Place, Source]:
 
 
 def config_from_official(official: Mapping[str, Any], tensors: Mapping[str, np.ndarray] | None = None, **overrides):
-    """Our config from the authors' options (the keys of their config.json or YAML), checked against tensors' shapes.
+    """Returns our config from the authors' options (the keys of their config.json or YAML), checked with the tensors.
 
     Raises:
-      ValueError: an option that the model here does not have, or one that contradicts the tensors.
+      ValueError: there is an option that the model here does not have, or one that contradicts the tensors.
     """
     get = official.get
     if get("pos_emb", "rotary") not in ("rotary", "none"):
-        raise ValueError(f"pos_emb is {get('pos_emb')!r}; only rotary and none can be read.")
+        raise ValueError(f"pos_emb is {get('pos_emb')!r}; it must be rotary or none.")
     for option, value in _FIXED.items():
         if get(option, value) != value:
-            raise ValueError(f"{option} is {get(option)!r}; only {value} can be read.")
+            raise ValueError(f"{option} is {get(option)!r}; it must be {value}.")
     for option in ("num_layers", "hidden_size", "num_attention_heads", "qkv_slot_num", "proj_slot_num", "ffn_slot_num"):
         if not get(option):
             raise ValueError(f"the config has no {option}; add it.")
@@ -92,7 +92,7 @@ def config_from_official(official: Mapping[str, Any], tensors: Mapping[str, np.n
                 raise ValueError(f"{name} has {rows} rows, but config.json says {getattr(counts, group)}.")
         layers = {int(m[1]) - 1 for name in tensors if (m := re.match(r"sequential\.(\d+)\.mlp\.", name))}
         if max(layers) != get("num_layers"):
-            raise ValueError(f"the tensors are of {max(layers)} layers, but config.json says {get('num_layers')}.")
+            raise ValueError(f"the tensors have {max(layers)} layers, but config.json says {get('num_layers')}.")
     return TokenFormerConfig(
         **{
             "num_layers": official["num_layers"],
@@ -131,7 +131,7 @@ def _inferred(tensors, name, official, key):
 
 
 def params_from_official(config: TokenFormerConfig, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameter tree from the authors' tensors by name; raises as `read_params`."""
+    """Returns our parameter tree from the authors' tensors by name; raises as `read_params`."""
     return read_params(
         sources(config),
         expected_shapes(config),
@@ -142,16 +142,16 @@ def params_from_official(config: TokenFormerConfig, tensors: Mapping[str, np.nda
 
 
 def params_to_official(config: TokenFormerConfig, params: Params) -> dict[str, np.ndarray]:
-    """The authors' tensors by name, from our parameter tree."""
+    """Returns the authors' tensors by name, from our parameter tree."""
     return write_params(sources(config), params)
 
 
 def official_config(config: TokenFormerConfig) -> dict[str, Any]:
-    """The options for config.json, by the authors' names.
+    """Returns the options for config.json, by the authors' names.
 
-    What their code cannot express (groups of unequal size among query, key and value; a fixed normalisation scale; the
-    TPU variant's GELU and epsilon) is added under names that begin with `jaxtok_`, so that `read_official` restores the
-    model exactly; their code would compute another function from it.
+    What their code cannot express (query, key and value groups of unequal sizes; a fixed normalisation scale; the TPU
+    variant's GELU and epsilon) is added under names that begin with `jaxtok_`, so that `read_official` restores the
+    model exactly. Their code ignores these, and would compute another function.
     """
     t = config.tokens
     options = {
@@ -187,7 +187,7 @@ def official_config(config: TokenFormerConfig) -> dict[str, Any]:
 
 
 def task_and_data(config: TokenFormerConfig, texts: Texts, options: Options) -> tuple[LanguageModeling, TextData]:
-    """A language model on rows of text."""
+    """Returns the task of a language model, and rows of text."""
     data = TextData(tokenizer=texts.spec, length=min(1024, config.max_length), batch_size=8)
     return LanguageModeling(model=config), data
 

@@ -1,9 +1,9 @@
-"""Checkpoints of VQGAN and BAE as the authors of ELM and of binary latent diffusion write them, both ways.
+"""Checkpoints of VQGAN and BAE as the authors of ELM and of binary latent diffusion write them.
 
-Names: `ae.encoder.blocks.3.conv1.weight`, `ae.quantize...`, `ae.generator...`, `disc.main.2.weight`, `perceptual...`;
-in .th or .pt (PyTorch, tensors only) or .safetensors. What their classes hold and nothing here uses (a 1 x 1
-convolution in residual blocks that keep their width, the bias of attention's keys, the `logsigma` of the generator) is
-kept aside, or written as zeros.
+Names are `ae.encoder.blocks.3.conv1.weight`, `ae.quantize...`, `ae.generator...`, `disc.main.2.weight` and
+`perceptual...`, in .th or .pt (PyTorch, tensors only) or .safetensors. What their classes hold but nothing here uses (a
+1 x 1 convolution in residual blocks that keep their width, the bias of attention's keys, the `logsigma` of the
+generator) is kept aside, or written as zeros.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ _INSIDE = {
     "down": {"conv": "conv"},
     "up": {"conv": "conv"},
 }
-"""Our names of a block's layers to theirs."""
+"""From our names of a block's layers to theirs."""
 
 
 def _layers(levels: list[list[Layer]], channels: int) -> Iterator[tuple[int, str, int, int]]:
-    """Number, kind, and channels before and after each block."""
+    """Yields the number and kind of each block, and the channels before and after it."""
     for number, (kind, features) in enumerate(layer for level in levels for layer in level):
         yield number, kind, channels, features
         channels = features
 
 
 def autoencoder_names(config: TokenizerConfig) -> dict[Place, str]:
-    """Paths of our parameters of the autoencoder to their names."""
+    """Returns the paths of our parameters of the autoencoder, and their names of them."""
     names: dict[Place, str] = {}
     for tower, levels, channels in _towers(config):
         for number, kind, before, features in _layers(levels, channels):
@@ -80,7 +80,7 @@ def _towers(config: TokenizerConfig):
 
 
 def unused_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
-    """The tensors of their autoencoder that ours has not."""
+    """Returns the shapes of the tensors of their autoencoder that ours lacks."""
     shapes: dict[str, tuple[int, ...]] = {}
     for tower, levels, channels in _towers(config):
         for number, kind, before, features in _layers(levels, channels):
@@ -99,7 +99,7 @@ def unused_shapes(config: TokenizerConfig) -> dict[str, tuple[int, ...]]:
 
 
 def autoencoder_params(config: TokenizerConfig, tensors: Tensors) -> Params:
-    """Our parameters of the autoencoder from their tensors (without `ae.`); those that nothing uses may be missing.
+    """Returns our parameters of the autoencoder from their tensors (without `ae.`); unused ones may be missing.
 
     Raises:
       ValueError: as `read_params`.
@@ -110,12 +110,12 @@ def autoencoder_params(config: TokenizerConfig, tensors: Tensors) -> Params:
 
 
 def autoencoder_tensors(config: TokenizerConfig, params: Params) -> dict[str, np.ndarray]:
-    """The inverse, without what nothing uses."""
+    """Returns the inverse, without unused tensors."""
     return write_params(_sources(autoencoder_names(config)), params)
 
 
 def _sources(names: Mapping[Place, str]) -> dict[Place, Source]:
-    """A table of names; all kernels are of convolutions."""
+    """Returns the table for these names; all kernels are those of convolutions."""
     return {path: Source(name, axes=CONVOLUTION if path[-1] == "kernel" else ()) for path, name in names.items()}
 
 
@@ -124,7 +124,7 @@ def _norms(config: DiscriminatorConfig) -> list[int]:
 
 
 def discriminator_names(config: DiscriminatorConfig) -> dict[Place, str]:
-    """Paths of our parameters of the discriminator to their names."""
+    """Returns the paths of our parameters of the discriminator, and their names of them."""
     names: dict[Place, str] = {}
     for number in (0, *(n - 1 for n in _norms(config)), 3 * config.layers + 2):
         names["main_" + str(number), "kernel"] = f"main.{number}.weight"
@@ -145,9 +145,9 @@ def _statistics_names(config: DiscriminatorConfig) -> dict[Place, str]:
 
 
 def discriminator_params(config: DiscriminatorConfig, tensors: Tensors) -> tuple[Params, Statistics]:
-    """Our parameters of the discriminator and its running statistics from their tensors (without `disc.`).
+    """Returns our parameters of the discriminator and its running statistics, from their tensors (without `disc.`).
 
-    Without statistics among them, these are new.
+    The statistics are new if there are none among the tensors.
 
     Raises:
       ValueError: a tensor is missing or unknown.
@@ -167,16 +167,16 @@ def discriminator_params(config: DiscriminatorConfig, tensors: Tensors) -> tuple
 
 
 def discriminator_tensors(config: DiscriminatorConfig, params: Params, statistics: Statistics) -> dict[str, np.ndarray]:
-    """The inverse, without the number of batches."""
+    """Returns the inverse, without the number of batches."""
     running = write_params(_sources(_statistics_names(config)), statistics)
     return write_params(_sources(discriminator_names(config)), params) | running
 
 
 def from_official(task: Autoencoding, tensors: Tensors) -> tuple[Params, dict[str, np.ndarray]]:
-    """The task's parameters from the tensors of a whole checkpoint, and what is kept aside, under its names.
+    """Returns the task's parameters from the tensors of a whole checkpoint, and what is kept aside, under its names.
 
-    The autoencoder's may have the prefix `ae.` or none. Of the discriminator and of LPIPS, what the task has none of is
-    kept aside; what is not there is left out, as encoding and decoding need neither.
+    The autoencoder's may have the prefix `ae.` or none. A discriminator or LPIPS that the task does not have is kept
+    aside; one that the checkpoint does not have is left out, as encoding and decoding need neither.
 
     Raises:
       ValueError: a tensor is missing or unknown, or has another shape.
@@ -201,9 +201,9 @@ def from_official(task: Autoencoding, tensors: Tensors) -> tuple[Params, dict[st
 
 
 def to_official(task: Autoencoding, params: Params, aside: Tensors | None = None) -> dict[str, np.ndarray]:
-    """The tensors of a whole checkpoint, as their classes load them with strict = True.
+    """Returns the tensors of a whole checkpoint, as their classes load them with strict = True.
 
-    What nothing here uses is taken from `aside`, or zero.
+    What nothing here uses is taken from `aside`, or 0.
     """
     aside = aside or {}
     found = {f"ae.{k}": v for k, v in autoencoder_tensors(task.model, params["autoencoder"]).items()}
@@ -221,7 +221,7 @@ def to_official(task: Autoencoding, params: Params, aside: Tensors | None = None
 
 
 def write_official(path: str | Path, task: Autoencoding, params: Params, aside: Tensors | None = None) -> Path:
-    """`to_official` in a file, whose format its name says.
+    """Writes `to_official` into a file, whose suffix tells its format.
 
     Raises:
       FileExistsError: there is such a file already.
@@ -231,7 +231,7 @@ def write_official(path: str | Path, task: Autoencoding, params: Params, aside: 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderFile:
-    """A file of the authors' weights; what it does not say comes from a task."""
+    """A file of the authors' weights; what it does not tell comes from a task."""
 
     name: str = "vqgan"
     holds: str = "VQGAN and BAE"
@@ -244,16 +244,16 @@ class AutoencoderFile:
         return has_tensors(path, lambda names: any(name.removeprefix("ae.") == _FIRST for name in names))
 
     def read(self, path: Path, like: Any = None, *, which: str = "") -> Model:
-        """The model in a file. Without its discriminator or LPIPS, it is enough to encode and decode, not to train.
+        """Returns the model in a file. Without discriminator or LPIPS, it can encode and decode, but not train.
 
         Args:
           path: .safetensors, .npz, or PyTorch's (needs PyTorch).
           like: a task whose model has the file's sizes.
-          which: of a file of a training, `model` or its moving average `ema`.
+          which: for a checkpoint of a training run, `model` or its moving average `ema`.
 
         Raises:
           FileNotFoundError: there is no such file.
-          ValueError: no task is given, or one of other sizes.
+          ValueError: no task is given, or its sizes are others.
         """
         params, _ = from_official(like, read_file(path, like, which))
         if not {"discriminator", "frozen"} <= params.keys():

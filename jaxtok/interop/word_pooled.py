@@ -25,7 +25,7 @@ from jaxtok.protocols import Params
 
 Config = WordPooledConfig | PlainConfig
 
-_BLOCK = {  # of ours -> of theirs; matrices are transposed
+_BLOCK = {  # ours -> theirs; matrices are transposed
     ("norm_attention",): "ln1",
     ("norm_ffn",): "ln2",
     ("attention", "query"): "attn.query",
@@ -46,10 +46,10 @@ _PACKED = ("query", "key", "value")
 
 
 def config_from(official: Mapping[str, Any], **overrides: Any) -> Config:
-    """Our config from the authors' hyper-parameters, with the three switches as their code has them.
+    """Returns our config from the authors' hyper-parameters, with the three switches set as in their code.
 
     Raises:
-      ValueError: one is missing.
+      ValueError: a hyper-parameter is missing.
     """
     plain = not official.get("num_prefix", 4)
     names = ["n_embd", "n_head", "n_layer", "block_size", "vocab_size"]
@@ -79,7 +79,7 @@ def config_from(official: Mapping[str, Any], **overrides: Any) -> Config:
 
 
 def config_to(config: Config) -> dict[str, Any]:
-    """The authors' hyper-parameters. What their code does otherwise is added under names that begin with `jaxtok_`.
+    """Returns the authors' hyper-parameters; what their code does not have is added under names with `jaxtok_`.
 
     Raises:
       ValueError: the plain model has positions or another MLP.
@@ -93,11 +93,11 @@ def config_to(config: Config) -> dict[str, Any]:
     if isinstance(config, PlainConfig):
         if config.learned_positions or config.rotary_fraction or config.tie_embeddings:
             raise ValueError(
-                "the authors' plain model has no positions and an untied head; this one cannot be written."
+                "the plain model has positions or a tied head; the authors' has neither, so this one cannot be written."
             )
         return {"num_prefix": 0, "block_size": config.max_length} | shared
     if config.encoder_mlp_dim != 2048:
-        raise ValueError(f"encoder_mlp_dim is {config.encoder_mlp_dim}; the authors' code has 2048 only.")
+        raise ValueError(f"encoder_mlp_dim is {config.encoder_mlp_dim}; it must be 2048, as in the authors' code.")
     return shared | {
         "num_prefix": config.prefixes,
         "n_e2e_head": config.encoder_heads,
@@ -116,7 +116,7 @@ def _switches(official: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sources(config: Config) -> dict[Place, Source]:
-    """Our parameter paths to the authors' tensors."""
+    """Returns our parameter paths to the authors' tensors."""
     found = {
         ("final_norm", "scale"): Source("ln_f.weight"),
         ("final_norm", "bias"): Source("ln_f.bias"),
@@ -149,15 +149,15 @@ def sources(config: Config) -> dict[Place, Source]:
 
 
 def params_to(config: Config, params: Params) -> dict[str, np.ndarray]:
-    """The authors' tensors by name, from our parameters (or their gradient)."""
+    """Returns the authors' tensors by name, from our parameters (or their gradient)."""
     tensors = write_params(sources(config), params)
-    if isinstance(config, PlainConfig):  # which theirs has and does not use
+    if isinstance(config, PlainConfig):  # their model has these, but does not use them
         tensors["in_pe"] = np.zeros((1, config.max_length, config.d_model), tensors["head.weight"].dtype)
     return tensors
 
 
 def params_from(config: Config, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Our parameters from the authors' tensors by name; their masks are passed over. Raises as `read_params`."""
+    """Returns our parameters from the authors' tensors by name, without their masks; raises as `read_params`."""
 
     def ignored(name: str) -> bool:
         return name.endswith("attn.mask") or (name == "in_pe" and isinstance(config, PlainConfig))
@@ -167,7 +167,7 @@ def params_from(config: Config, tensors: Mapping[str, np.ndarray]) -> Params:
 
 
 def task_and_data(config: Config, texts: Texts, options: Options) -> tuple[Any, Any]:
-    """Of a pooled model, rows of words; of the plain one, rows of tokens of the same words."""
+    """Returns task and data: rows of words for a pooled model, rows of tokens of the same words for the plain one."""
     rule = (options.get("jaxtok") or {}).get("rule", "paper")
     rows = {"tokenizer": texts.spec, "rule": rule, "length": min(256, config.max_length), "batch_size": 8}
     if isinstance(config, PlainConfig):
@@ -177,12 +177,12 @@ def task_and_data(config: Config, texts: Texts, options: Options) -> tuple[Any, 
 
 
 def owns(task: Any) -> bool:
-    """Whether it is Learn Your Tokens' model, or its authors' plain one."""
+    """Whether the task is that of Learn Your Tokens' model or of its authors' plain one."""
     return type(task) is WordPooling or (type(task) is LanguageModeling and isinstance(task.model, PlainConfig))
 
 
 def facts(model: Model) -> dict[str, str]:
-    """What words are."""
+    """Returns the rule that tells what words are."""
     return {"rule": model.data.rule} if hasattr(model.data, "rule") else {}
 
 

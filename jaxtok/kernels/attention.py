@@ -1,8 +1,8 @@
 """Attention between the tokens of whole rows: the plain definition, and JAX's flash attention for TPUs.
 
-The plain one writes the weights [batch, heads, length, length] to memory, which on a TPU takes longer than the
-products. The other (`jax.experimental.pallas.ops.tpu.splash_attention`) keeps a block of them on the chip, and skips
-the blocks that the causal mask empties.
+The plain definition writes the weights [batch, heads, length, length] to memory, which on a TPU takes longer than the
+products. Flash attention (`jax.experimental.pallas.ops.tpu.splash_attention`) keeps a block of them on the chip, and
+skips the blocks that the causal mask empties.
 """
 
 from __future__ import annotations
@@ -40,12 +40,13 @@ def dot_product_attention(
     """softmax(q k^T / sqrt(head_dim)) v within segments, with the softmax in float32.
 
     Args:
-      segments: numbers; a query sees the keys of its own number. Or a pair, of the queries' and of the keys' numbers.
+      segments: the number of each token's segment; a query sees the keys of its own number. Or a pair, the numbers of
+        the queries and those of the keys.
       implementation: xla: as XLA compiles the definition; splash: the kernel (TPU); splash_interpreted: the kernel as
         plain operations, for tests; auto: splash where it is compiled for a TPU and takes the length, else xla.
 
     Raises:
-      ValueError: the kernel was asked for by name, and does not take these arrays.
+      ValueError: the kernel was asked for by name, and cannot take these arrays.
     """
     if segments is not None and not isinstance(segments, tuple):
         segments = (segments, segments)
@@ -62,7 +63,7 @@ def dot_product_attention(
 
 
 def attention_reference(q: Array, k: Array, v: Array, segments: tuple[Array, Array] | None, *, causal: bool) -> Array:
-    """The definition. The backward pass computes the weights again: storing them takes longer than the products."""
+    """The definition. The backward pass computes the weights again, as storing them takes longer than the products."""
     mask = None if segments is None else (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     attention = functools.partial(jax.nn.dot_product_attention, mask=mask, is_causal=causal)
     q, k, v = (checkpoint_name(x, "attention") for x in (q, k, v))
@@ -78,10 +79,9 @@ def _why_not_splash(length: int) -> str:
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Any, *, causal: bool, interpret: bool) -> Array:
-    """On a mesh, each device has rows and heads of its own."""
-    k, v = (
-        jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v)
-    )  # the kernel has a key head for each query's
+    """The kernel's result. On a mesh, each device has rows and heads of its own."""
+    # The kernel takes one key head for each query head.
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     call = functools.partial(_splash_local, causal=causal, interpret=interpret)
     rules, mesh = nn.get_logical_axis_rules(), jax.sharding.get_abstract_mesh()
     if not rules or mesh.empty or mesh.size == 1:
@@ -100,7 +100,7 @@ def _splash_local(q: Array, k: Array, v: Array, segments: Any, *, causal: bool, 
         block_kv=block,
         block_kv_compute=block,
         block_q_dkv=block,
-        block_kv_dkv=whole,  # a sum over length / whole parts of dq follows
+        block_kv_dkv=whole,  # dq is then summed over length / whole parts
         block_kv_dkv_compute=block,
         use_fused_bwd_kernel=True,
     )
@@ -114,16 +114,17 @@ def _splash_local(q: Array, k: Array, v: Array, segments: Any, *, causal: bool, 
         residual_checkpoint_name="attention",
     )
     ids = None if segments is None else splash.SegmentIds(*segments)
-    # What is kept for the backward pass is kept as the kernel takes it.
+    # The backward pass keeps the arrays in the layout that the kernel takes.
     q, k, v = (checkpoint_name(jnp.swapaxes(x, 1, 2), "attention") for x in (q * head_dim**-0.5, k, v))
     in_axes = (0, 0, 0, None if ids is None else 0)
     return jnp.swapaxes(jax.vmap(kernel, in_axes=in_axes)(q, k, v, ids), 1, 2)
 
 
 def kernel_flops(name: str, shapes: list[tuple[int, ...]]) -> float:
-    """What the kernel computes in one call, by its name in a compiled program and the shapes of its operands.
+    """FLOPs of one call of the kernel, by its name in a compiled program and the shapes of its operands.
 
-    Causal rows count half, and heads as wide as the chip's lanes. 0 for kernels of others.
+    Attention counts as causal (half of the scores), and a head's channels are rounded up to the chip's lanes. The
+    result is 0 for other kernels.
     """
     queries = next((shape for shape in shapes if len(shape) == 4), None)
     if "splash_mha" not in name or queries is None:

@@ -1,7 +1,7 @@
 """BERT-style encoders: BERT (arXiv 1810.04805), RoBERTa (1907.11692) and XLM-R (1911.02116).
 
-A post-norm stack without a causal mask over sums of word, position and type embeddings. The heads of the published
-models are here too: masked words, the next sentence (BERT), and a class of the whole text (RoBERTa, XLM-R).
+Each is a post-norm stack without a causal mask over sums of word, position and type embeddings. The heads of the
+published models are here too: masked words, the next sentence (BERT), and a class of the whole text (RoBERTa, XLM-R).
 """
 
 from __future__ import annotations
@@ -26,24 +26,25 @@ class BertConfig(LinearStack):
 
     vocab_size: int = 30522
     max_positions: int = 512
-    """Rows of the position table; where positions are counted from the padding id, pad_id + 1 of them are not used."""
+    """Rows of the position table. With `positions_from_ids`, the first pad_id + 1 of them stand for no real token."""
     type_vocab_size: int = 2
     pad_id: int = 0
     positions_from_ids: bool = False
-    """Real tokens are numbered from pad_id + 1, padding is pad_id (RoBERTa); else 0, 1, ... by place (BERT)."""
+    """Whether real tokens have the positions pad_id + 1, pad_id + 2, ... and padding has pad_id (RoBERTa); otherwise
+    all tokens have 0, 1, ... (BERT)."""
     post_norm: bool = True
     causal: bool = False
     mask_keys: bool = True
     rotary_fraction: float = 0.0
     norm_eps: float = 1e-12
     embedding_size: int = 0
-    """Width of the embeddings, from which a projection leads to d_model where it is another; 0: d_model."""
+    """Width of the embeddings, which a projection takes to d_model if it differs; 0: d_model."""
     mask_head: bool = True
-    """With the head for masked words."""
+    """Whether there is a head for masked words."""
     pooler: bool = True
     next_sentence: bool = True
     num_classes: int = 0
-    """Of a classifier on the first token (dense, tanh, dense); 0: none."""
+    """Classes of a classifier on the first token (dense, tanh, dense); 0: no classifier."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,7 +52,7 @@ class BertConfig(LinearStack):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
         if self.max_length < 1:
-            raise ValueError(f"max_positions is {self.max_positions}, which leaves no place for a token; raise it.")
+            raise ValueError(f"max_positions is {self.max_positions}, which leaves no position for a token; raise it.")
 
     @property
     def embedding_width(self) -> int:
@@ -80,14 +81,14 @@ class BertConfig(LinearStack):
 
 
 class Bert(nn.Module):
-    """Tokens to hidden states; `masked_words`, `pooled`, `next_sentence` and `classes` are heads on them."""
+    """Tokens to hidden states. The methods `masked_words`, `pooled`, `next_sentence` and `classes` are its heads."""
 
     config: BertConfig
 
     def setup(self):
         cfg = self.config
         if not cfg.vocab_size:
-            raise ValueError("vocab_size is 0; set it to the number of rows of the embedding.")
+            raise ValueError("vocab_size is 0; it must be the number of rows of the embedding.")
 
         def table(name, rows, axis):
             init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), (axis, "d_model"))
@@ -133,11 +134,11 @@ class Bert(nn.Module):
         deterministic: bool = True,
         positions: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length d_model"]:
-        """Hidden states behind the last block.
+        """Hidden states after the last block.
 
         Args:
           tokens: ids.
-          mask: true for real tokens; what stands at the others is meaningless. Default: where the id is not pad_id.
+          mask: true for real tokens; the states of the others are meaningless. Default: all but pad_id.
           types: ids of the token types (BERT's first and second sentence); default: 0.
           positions: rows of the position table; default: as the config says.
 
@@ -151,7 +152,7 @@ class Bert(nn.Module):
             )
         mask = (tokens != cfg.pad_id) if mask is None else mask.astype(bool)
         x = jnp.take(self.embedding, tokens, axis=0)
-        if positions is None and cfg.positions_from_ids:  # by the ids, whatever the mask
+        if positions is None and cfg.positions_from_ids:  # by the ids, whatever the mask says
             real = tokens != cfg.pad_id
             positions = cfg.pad_id + jnp.cumsum(real, axis=1) * real
         elif positions is None:
@@ -165,13 +166,13 @@ class Bert(nn.Module):
         return x
 
     def head_activation(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """Of the head for masked words."""
+        """The activation of the head for masked words."""
         return (gelu if self.config.positions_from_ids else ACTIVATIONS[self.config.activation])(x)
 
     def masked_words(
         self, hidden: Float[Array, "batch length d_model"], places: Int[Array, "batch slots"] | None = None
     ) -> Float[Array, "batch slots vocab"] | Float[Array, "batch length vocab"]:
-        """Logits of the word at each place, or at `places` of each row only; float32."""
+        """Logits of the word at each place of a row, or only at the given `places`; float32."""
         if places is not None:
             hidden = constrain(jnp.take_along_axis(hidden, places[..., None], 1), "batch", None, "d_model")
         y = self.head_norm(self.head_activation(self.head_dense(hidden)))
@@ -179,19 +180,19 @@ class Bert(nn.Module):
         return constrain(logits + self.head_bias, "batch", "length" if places is None else None, "vocab")
 
     def pooled(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch d_model"]:
-        """tanh of a projection of the first token."""
+        """tanh of a projection of the first token's state."""
         return jnp.tanh(self.pooler(hidden[:, 0]))
 
     def next_sentence(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch 2"]:
-        """Logits: the second sentence follows the first (0), or is from elsewhere (1)."""
+        """Logits that the second sentence follows the first (0), and that it is from elsewhere (1); float32."""
         return self.next_sentence_head(self.pooled(hidden)).astype(jnp.float32)
 
     def classes(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch classes"]:
-        """Logits of the text's class, float32."""
+        """Logits of the text's class; float32."""
         return self.classifier(jnp.tanh(self.classifier_dense(hidden[:, 0]))).astype(jnp.float32)
 
     def everything(self, tokens, mask=None, types=None):
-        """Each head that the config asks for, so that `init` makes all parameters."""
+        """The outputs of all heads that the config asks for; `init` calls this to make all parameters."""
         cfg, hidden = self.config, self(tokens, mask, types)
         heads = {"hidden": hidden}
         if cfg.mask_head:
@@ -206,7 +207,7 @@ class Bert(nn.Module):
 
 
 def init_params(config: BertConfig, rng: jax.Array, length: int = 4):
-    """All parameters, of the heads too, as plain arrays."""
+    """All parameters, those of the heads too, as plain arrays."""
     variables = config.module().init(rng, jnp.ones((1, length), jnp.int32), method="everything")
     return nn.meta.unbox(variables["params"])
 

@@ -1,11 +1,11 @@
 """Byte2Word (Lee, Guo & Qiu, arXiv 2211.12677): an encoder over words that are pooled from their bytes.
 
-A word's bytes are embedded, and an attention with one query of its own pools them into the word's vector: a table of
-261 rows stands where BERT has 30,522 subwords. Above is BERT's body. In training, words are masked whole, and the
-subword pieces of each are predicted from its one hidden state.
+A word's bytes are embedded, and attention with one learned query pools them into the word's vector: a table of 261 rows
+takes the place of BERT's 30,522 subwords. BERT's body runs over these vectors. In training whole words are masked, and
+the subword pieces of each are predicted from its one hidden state.
 
-The paper released no code and leaves details open. The abstract's claims (BERT's quality at a tenth of its input
-embedding) are the paper's; the form of the pooling, the sizes below and the masking mixture are this package's choice.
+The paper came without code and leaves details open. Its abstract claims BERT's quality with a tenth of BERT's input
+embedding. The form of the pooling, the sizes below and the masking shares are this package's choice.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxtok.axes import constrain, gather
 from jaxtok.lm.fitting import fit_text
 from jaxtok.lm.masked_words import Slots, put, take
-from jaxtok.lm.whole_words import Predicted, WordModeling, choose_words, mean_state, scored
+from jaxtok.lm.whole_words import Predicted, WordModeling, choose_words, mean_state, score_pieces
 from jaxtok.nn.activations import gelu
 from jaxtok.nn.linear import Linear, LinearStack
 from jaxtok.nn.losses import cross_entropy, masked_mean
@@ -35,33 +35,35 @@ from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, symbol_mask, word_array
 
 BYTE_VOCAB = 261
-"""The 256 bytes, and the symbols of `jaxtok.tokenizers.byte_words`."""
+"""The number of byte ids: the 256 bytes, and the symbols of `jaxtok.tokenizers.byte_words`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Byte2WordConfig(LinearStack):
-    """Defaults: BERT-base's body with its vocabulary of subwords as targets."""
+    """Defaults: BERT-base's body, with BERT's subwords as targets."""
 
     vocab_size: int = 30522
-    """Of the pieces that are predicted; 0: the tokenizer's, rounded up to 128."""
+    """The number of pieces that can be predicted; 0: the tokenizer's, rounded up to 128."""
     max_length: int = 128
-    """Words in a row."""
+    """The longest row, in words."""
     max_bytes: int = 24
-    """Of a word; what is beyond is cut."""
+    """Bytes of a word that are read; longer words are cut."""
     max_pieces: int = 6
-    """Of a word that are predicted."""
+    """Pieces of a word that are predicted; longer words are cut."""
     type_vocab_size: int = 2
     pool_heads: int = 12
     pooling: Literal["factored", "plain"] = "factored"
-    """How it is computed: from small tables of scores and values, or byte by byte. The results are equal."""
+    """How the pooling is computed: from small tables of scores and values (factored), or byte by byte (plain). The
+    results are equal."""
     query: Literal["learned", "constant", "length", "first_byte"] = "learned"
-    """W_q q + b_q of a learned q; that vector itself; or q has a part from the word's length, or its first byte."""
+    """The pooling's query. learned: W_q q + b_q of a learned vector q; constant: q itself; length or first_byte: as
+    learned, but q also has a learned part for the word's length or its first byte."""
     num_queries: int = 1
-    """Each pools a vector; W_o joins them."""
+    """Queries of the pooling; each pools a vector, and W_o joins them."""
     pool_mlp_dim: int = 0
-    """Hidden units of an MLP that is added behind the pooling; 0: none."""
+    """Hidden units of a residual MLP after the pooling; 0: no MLP."""
     pool_norm: bool = False
-    """A layer norm on the pooled vector, in front of the sum with positions and types."""
+    """Whether a layer norm is applied to the pooled vector before positions and types are added."""
     post_norm: bool = True
     causal: bool = False
     mask_keys: bool = True
@@ -69,9 +71,9 @@ class Byte2WordConfig(LinearStack):
     norm_eps: float = 1e-12
     dropout: float = 0.1
     piece_head: bool = True
-    """With what predicts pieces; nothing else needs the vocabulary."""
+    """Whether there is a head that predicts pieces; nothing else needs the vocabulary."""
     num_classes: int = 0
-    """Of a classifier of the whole text (dense, tanh, dense on the first word's state); 0: none."""
+    """Classes of a classifier of the whole text (dense, tanh, dense on the first word's state); 0: no classifier."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -103,9 +105,9 @@ class Byte2WordConfig(LinearStack):
         )
 
     def input_params(self) -> int:
-        """Numbers between bytes and word vectors: tables of bytes and positions, and the pooling.
+        """The number of parameters between bytes and word vectors: tables of bytes and positions, and the pooling.
 
-        By default d (4d + 4 + 1 + 261 + max_bytes), against BERT's 30,522 d.
+        By default that is d (4d + 4 + 1 + 261 + max_bytes); BERT has 30,522 d.
         """
         d, queries = self.d_model, self.num_queries
         conditions = {"length": self.max_bytes, "first_byte": BYTE_VOCAB}.get(self.query, 0)
@@ -139,7 +141,7 @@ QUERIES = ("learned", "constant", "length", "first_byte")
 
 
 class _Projection(nn.Module):
-    """x W for each x, and b: for rows that are added to one another before the bias is."""
+    """Returns x W for each x, and b apart, for a caller that adds up projected rows before it adds the bias once."""
 
     features: int
     axes: tuple[str, str]
@@ -163,8 +165,9 @@ class _Projection(nn.Module):
 class BytePooling(nn.Module):
     """Bytes to word vectors: W_o concat_h softmax_j((W_q q + b_q)_h (W_k e_j + b_k)_h / sqrt(d_h)) (W_v e_j + b_v)_h.
 
-    e_j is the embedding of the word's byte j plus that of the place j. As e is a sum of rows of two small tables, so
-    are keys and values; as q does not depend on the word, so are the scores. The factored form looks them up.
+    e_j is the embedding of the word's byte j plus that of position j. As e_j is a sum of rows of two small tables, so
+    are its key and its value; and as q depends on the word's length or first byte at most, so is its score. The
+    factored form looks these rows up.
     """
 
     config: Byte2WordConfig
@@ -187,7 +190,7 @@ class BytePooling(nn.Module):
             return _Projection(d, axes, std, cfg.dtype, cfg.param_dtype, name=name)
 
         embedding, places = table("byte_embedding", BYTE_VOCAB), table("byte_position", cfg.max_bytes)[:m]
-        q, condition = self._queries(table, projection, byte_ids, byte_mask)  # [conditions, queries, heads, head_dim]
+        q, condition = self._queries(table, projection, byte_ids, byte_mask)
         key, value = projection("key", _IN, cfg.init_std), projection("value", _IN, 1 / math.sqrt(d))
         scale = 1 / math.sqrt(d // h)
         if cfg.pooling == "plain":
@@ -229,7 +232,7 @@ class BytePooling(nn.Module):
         return constrain(y, "d_model")
 
     def _queries(self, table, projection, byte_ids, byte_mask):
-        """Projected queries of each condition, and the condition of each word."""
+        """Projected queries [conditions, queries, heads, head_dim], and the condition of each word [batch, words]."""
         cfg = self.config
         q, condition = table("query", cfg.num_queries)[None], jnp.zeros(byte_ids.shape[:2], jnp.int32)
         if cfg.query == "length":
@@ -247,12 +250,12 @@ _IN, _OUT = ("d_model", "heads"), ("heads", "d_model")
 
 
 def _softmax(scores, mask):
-    """Over bytes; uniform where none is real."""
+    """Softmax over bytes; uniform for a word without real ones."""
     return jax.nn.softmax(jnp.where(mask[..., None, None], scores, -1e30), axis=2)
 
 
 class Byte2Word(nn.Module):
-    """Bytes of words to hidden states of words; `pieces` and `classes` are heads on them."""
+    """Bytes of words to hidden states of words; the methods `pieces` and `classes` are heads on them."""
 
     config: Byte2WordConfig
 
@@ -278,7 +281,7 @@ class Byte2Word(nn.Module):
         self.stack = Stack(cfg)
         if cfg.piece_head:
             if not cfg.vocab_size:
-                raise ValueError("vocab_size is 0; set it to the number of pieces.")
+                raise ValueError("vocab_size is 0; it must be the number of pieces.")
             self.piece_position = table("piece_position", cfg.max_pieces)
             self.head_dense, self.head_norm = linear(cfg.d_model, ("d_model", "channels")), norm()
             self.head_matrix = table("head_matrix", cfg.vocab_size, "vocab")
@@ -298,12 +301,12 @@ class Byte2Word(nn.Module):
         types: Int[Array, "batch words"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch words d_model"]:
-        """Hidden states behind the last block.
+        """Hidden states after the last block.
 
         Args:
-          byte_ids: below 256 for bytes, else the symbols of `jaxtok.tokenizers.byte_words`.
-          byte_mask: true for real symbols. A word without any has the mean of all as its vector, and should be hidden.
-          word_mask: true for words, false for padding, which they do not see; default: there is none.
+          byte_ids: bytes below 256; from 256 on, the symbols of `jaxtok.tokenizers.byte_words`.
+          byte_mask: true for real symbols. A word without any pools all symbols equally; `word_mask` should hide it.
+          word_mask: true for words, false for padding, which words do not see. Default: there is no padding.
           positions: of the words; default: 0, 1, ...
           types: ids of the types (BERT's first and second sentence); default: 0.
 
@@ -315,26 +318,26 @@ class Byte2Word(nn.Module):
         )
 
     def encode(self, words, word_mask=None, *, positions=None, types=None, deterministic: bool = True):
-        """Hidden states from word vectors [batch, words, d_model]: those of `pool`, or looked up (`WordTable`)."""
+        """Hidden states from word vectors [batch, words, d_model], which come from `pool` or from a `WordTable`."""
         cfg, (batch, length) = self.config, words.shape[:2]
         if length > cfg.max_length:
             raise ValueError(f"there are {length} words in a row, but the model's max_length is {cfg.max_length}.")
-        place = jnp.arange(length) if positions is None else positions
-        x = words + jnp.take(self.position_embedding, jnp.broadcast_to(place, (batch, length)), axis=0)
+        positions = jnp.broadcast_to(jnp.arange(length) if positions is None else positions, (batch, length))
+        x = words + jnp.take(self.position_embedding, positions, axis=0)
         x = x + jnp.take(self.type_embedding, jnp.zeros((batch, length), jnp.int32) if types is None else types, axis=0)
         x = self.embedding_dropout(constrain(self.embedding_norm(x), "d_model"), deterministic)
         segments = None if word_mask is None else (word_mask > 0).astype(jnp.int32)
-        x, _ = self.stack(x, jnp.broadcast_to(place, (batch, length)), segments, deterministic=deterministic)
+        x, _ = self.stack(x, positions, segments, deterministic=deterministic)
         return x
 
     def vectors(self, byte_ids, byte_mask):
-        """The words' vectors [batch, words, d_model], which depend on their bytes only."""
+        """The words' vectors [batch, words, d_model], which depend only on their bytes."""
         return self.pool(byte_ids, byte_mask)
 
     def pieces(
         self, hidden: Float[Array, "batch slots d_model"], number: Int[Array, "batch slots"] | None = None
     ) -> Float[Array, "batch slots ... vocab"]:
-        """Logits (float32) of piece `number` of each word; without it, of all `max_pieces`, on an axis of their own."""
+        """Logits (float32) of piece `number` of each word; by default of all `max_pieces`, on an axis of their own."""
         if number is None:
             u = hidden[:, :, None] + self.piece_position
         else:
@@ -348,7 +351,7 @@ class Byte2Word(nn.Module):
         return self.classifier(jnp.tanh(self.classifier_dense(hidden[:, 0]))).astype(jnp.float32)
 
     def everything(self, byte_ids, byte_mask, word_mask=None, **kwargs):
-        """Each head that the config asks for, so that `init` makes all parameters."""
+        """The outputs of all heads that the config asks for; `init` calls this to make all parameters."""
         heads = {"hidden": self(byte_ids, byte_mask, word_mask, **kwargs)}
         if self.config.piece_head:
             heads["pieces"] = self.pieces(heads["hidden"])
@@ -358,21 +361,21 @@ class Byte2Word(nn.Module):
 
 
 def init_params(config: Byte2WordConfig, rng: jax.Array) -> Params:
-    """All parameters, of the heads too, as plain arrays."""
+    """All parameters, those of the heads too, as plain arrays."""
     ids = jnp.full((1, 1, 1), CLS, jnp.int32)
     return nn.meta.unbox(Byte2Word(config).init(rng, ids, jnp.ones_like(ids), method="everything")["params"])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByteWords(WordModeling):
-    """Byte2Word's objective: the pieces of masked words, each from the word's hidden state and its own number."""
+    """Byte2Word's objective: to predict each piece of a masked word from the word's state and the piece's number."""
 
     model: Byte2WordConfig
 
     def __post_init__(self):
         super().__post_init__()
         if not self.model.piece_head:
-            raise ValueError("model.piece_head is False; pieces are predicted by this head: set it.")
+            raise ValueError("model.piece_head is False; it must be True, as this head predicts the pieces.")
 
     def module(self) -> Byte2Word:
         return Byte2Word(self.model)
@@ -389,7 +392,7 @@ class ByteWords(WordModeling):
         rngs = {"dropout": dropout} if train else None
         hidden = apply(read, symbol_mask(read), batch["mask"], deterministic=not train, rngs=rngs)
         logits = apply(take(hidden, slots.places), method="pieces")
-        return scored(logits, take(batch["pieces"], slots.places), slots.weights), slots
+        return score_pieces(logits, take(batch["pieces"], slots.places), slots.weights), slots
 
     def masked(self, batch: Batch, slots: Slots, draws, rng: jax.Array) -> Int[Array, "batch length max_bytes"]:
         """The rows as the model reads them: a masked word is the one symbol MASK."""
@@ -399,7 +402,7 @@ class ByteWords(WordModeling):
         other = jnp.take(words.reshape(-1, m), swapped, axis=0)
         word = masking.candidates(other[..., 0], jnp.take(batch["mask"].reshape(-1), swapped))
         symbol = jnp.full((m,), PAD, words.dtype).at[0].set(MASK)
-        is_mask = (draws < masking.mask_share) | ~word  # what would be swapped for padding is masked
+        is_mask = (draws < masking.mask_share) | ~word  # a word that would be swapped for padding is masked
         changed = slots.weights * (draws < masking.mask_share + masking.random_share)
         return put(words, slots.places, changed, jnp.where(is_mask[..., None], symbol, other))
 
@@ -408,11 +411,11 @@ class ByteWords(WordModeling):
         return mean_state(self.module().apply({"params": params}, words, symbol_mask(words), mask), mask)
 
     def input_params(self) -> int:
-        """Numbers between bytes and word vectors."""
+        """The number of parameters between bytes and word vectors."""
         return self.model.input_params()
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        """FLOPs of a training step: three times the forward pass, with attention counted over whole rows."""
         rows, length = batch["words"].shape[:2]
         pieces = self.masking.slots(length) * self.model.max_pieces
         return 3 * rows * (length * self.model.flops(length) + pieces * self.model.head_flops())
@@ -420,9 +423,9 @@ class ByteWords(WordModeling):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByteWordsClassification(Task):
-    """Fine-tunes the whole model on texts with a class, from batches of
+    """Fine-tunes the whole model on texts with a class. A batch has
 
-    words   int32    [batch, length, max_bytes], the first of each row [CLS]
+    words   int32    [batch, length, max_bytes]; the first word of each row is [CLS]
     mask    float32  [batch, length], 1 for words, 0 for padding
     labels  int32    [batch]
     """
@@ -433,7 +436,7 @@ class ByteWordsClassification(Task):
 
     def __post_init__(self):
         if not self.model.num_classes:
-            raise ValueError("model.num_classes is 0; set it to the number of classes.")
+            raise ValueError("model.num_classes is 0; it must be the number of classes.")
 
     def module(self) -> Byte2Word:
         return Byte2Word(self.model)
@@ -453,7 +456,7 @@ class ByteWordsClassification(Task):
         return apply(hidden, method="classes")
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats; also logs the accuracy."""
+        """Returns the mean cross entropy in nats; also logs the accuracy."""
         logits, real = self.logits(params, batch, rng), batch["mask"][:, 0]
         right = logits.argmax(-1) == batch["labels"]
         return masked_mean(cross_entropy(logits, batch["labels"]), real), {"accuracy": masked_mean(right, real)}
@@ -461,22 +464,22 @@ class ByteWordsClassification(Task):
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         logits, labels, real = self.logits(params, batch), batch["labels"], batch["mask"][:, 0]
         right = (logits.argmax(-1) == labels).astype(jnp.float32)
-        found = {"nats": cross_entropy(logits, labels), "right": right, "texts": jnp.ones_like(real)}
-        return {name: jnp.sum(x * real) for name, x in found.items()}
+        of_texts = {"nats": cross_entropy(logits, labels), "right": right, "texts": jnp.ones_like(real)}
+        return {name: jnp.sum(x * real) for name, x in of_texts.items()}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss (nats), accuracy, and texts, the number of them."""
+        """Returns loss (nats), accuracy, and texts, their number."""
         texts = sums["texts"]
         return {"loss": sums["nats"] / texts, "accuracy": sums["right"] / texts, "texts": texts}
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass."""
+        """FLOPs of a training step: three times the forward pass."""
         rows, length = batch["words"].shape[:2]
         return 3 * rows * length * self.model.flops(length)
 
 
 class WordTable:
-    """Vectors of words, each computed once: they depend on the bytes only."""
+    """The vectors of words, each of which is computed once, as it depends only on its bytes."""
 
     def __init__(self, config: Byte2WordConfig, params: Params):
         self._config, self._params = config, params
@@ -488,7 +491,7 @@ class WordTable:
         return len(self._number)
 
     def __call__(self, words: Sequence[bytes | int]) -> Float[np.ndarray, "words d_model"]:
-        """The words' vectors, for the method `encode`; a number stands for a symbol, such as CLS."""
+        """The vectors of these words, for `Byte2Word.encode`; a word given as a number is a symbol, such as CLS."""
         new = [word for word in dict.fromkeys(words) if word not in self._number]
         if new:
             ids, _ = word_array(new, self._config.max_bytes)
@@ -501,4 +504,4 @@ class WordTable:
 
 
 PUBLISHED = {"base": Byte2WordConfig()}
-"""BERT-base's body; the paper's own sizes beyond that could not be confirmed."""
+"""BERT-base's body; the paper's other sizes could not be confirmed."""

@@ -1,6 +1,6 @@
-"""A decoder-only language model around any stack: embedding, blocks, final norm, head. Fills the CausalLM waist.
+"""A decoder-only language model around any stack: embedding, blocks, final norm, head. It fills the CausalLM waist.
 
-Its middle, from input embeddings to hidden states, is a module of its own, for systems that embed something else.
+From input embeddings to hidden states it is a module of its own, `Backbone`, for systems that embed something else.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from jaxtok.nn.transformer import Stack, StackConfig, layer_range
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig(StackConfig):
-    """A decoder; `projection`, from a subclass, says of what kind."""
+    """A decoder of any kind; a subclass says which, by its `projection`."""
 
     vocab_size: int = 0
-    """Rows of the embedding, all of which take part in the softmax; 0: the tokenizer's, rounded up to 128."""
+    """Rows of the embedding, all of which take part in the softmax; 0: the tokenizer's ids, rounded up to 128."""
     max_length: int = 2048
-    """The longest context."""
+    """The longest context, in tokens."""
     final_norm: str = ""
-    """Of the hidden states in front of the head; empty: as `norm`."""
+    """The norm before the head; empty: the same as `norm`."""
     tie_embeddings: bool = True
     learned_positions: bool = False
-    """A learned vector for each of the `max_length` positions, added to the embedding."""
+    """Whether a learned vector for each of the `max_length` positions is added to the embedding."""
     relative_buckets: int = 0
-    """Of a bias on attention scores by distance, which all layers share (T5); 0: none."""
+    """Buckets of distances, each with a learned bias on attention scores that all layers share (T5); 0: no bias."""
     relative_distance: int = 128
-    """From which on all distances are in the last bucket."""
+    """The distance from which on all are in the last bucket."""
     scale_embeddings: bool = False
-    """The embedding times sqrt(d_model), a factor that is rounded to `dtype` (Gemma)."""
+    """Whether the embedding is multiplied by sqrt(d_model), a factor that is rounded to `dtype` (Gemma)."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.vocab_size < 0:
-            raise ValueError(f"vocab_size is {self.vocab_size}; it must be positive (or 0, to take the tokenizer's).")
+            raise ValueError(f"vocab_size is {self.vocab_size}; it must be positive, or 0 to take the tokenizer's.")
         if self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; it must be at least 1.")
         if self.final_norm and self.final_norm not in NORMS:
-            raise ValueError(f"final_norm is {self.final_norm!r}, which is unknown; it can be {', '.join(NORMS)}.")
+            raise ValueError(f"final_norm is {self.final_norm!r}; it can be {', '.join(NORMS)}.")
         if self.relative_buckets < 0:
-            raise ValueError(f"relative_buckets is {self.relative_buckets}; it must be positive (or 0, for no bias).")
+            raise ValueError(f"relative_buckets is {self.relative_buckets}; it must be positive, or 0 for no bias.")
         if self.relative_buckets:
             distance_buckets(self.relative_buckets, self.relative_distance)
 
     def flops(self, length: int) -> float:
-        """Forward FLOPs of one token at a context of `length`: blocks and head."""
+        """Forward FLOPs of one token at a context of `length`: those of the blocks and the head."""
         return self.stack_flops(length) + 2 * self.vocab_size * self.d_model
 
 
@@ -95,7 +95,7 @@ class Backbone(nn.Module):
         cfg, (batch, length) = self.config, x.shape[:2]
         check_row(length, cfg.max_length, segments, cache)
         first, end = layer_range(layers, cfg.num_layers)
-        # The bias is by places: within a segment they differ as positions do, and all rows have the same.
+        # The bias takes indices in the row for positions: within a segment distances are the same, and rows share it.
         places, known = entered(x, None if segments is not None else positions, cache, first)
         positions = jnp.broadcast_to(places if positions is None else positions, (batch, length))
         if first == 0:
@@ -119,7 +119,7 @@ class Decoder(Backbone):
         super().setup()
         cfg = self.config
         if not cfg.vocab_size:
-            raise ValueError("vocab_size is 0; set it to the number of rows of the embedding.")
+            raise ValueError("vocab_size is 0; it must be the number of rows of the embedding.")
 
         def matrix(name):
             init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), ("vocab", "d_model"))
@@ -144,9 +144,9 @@ class Decoder(Backbone):
         Args:
           tokens: ids below vocab_size.
           positions: default: 0, 1, ..., or those after what each row's cache holds.
-          segments: tokens attend within their segment only (not together with a cache).
+          segments: tokens attend within their own segment only; not together with a cache.
           mask: who sees whom among these tokens; default: each sees those up to itself.
-          cache: keys and values of what came before, from `init_cache` or an earlier call.
+          cache: keys and values of the tokens before, from `init_cache` or an earlier call.
 
         Raises:
           ValueError: more tokens than max_length, or segments together with a cache.
@@ -169,11 +169,11 @@ class Decoder(Backbone):
         return constrain(x, "d_model")
 
     def head(self, x) -> Float[Array, "batch length vocab"]:
-        """Logits in float32, from hidden states behind the final norm."""
+        """Logits in float32, from hidden states after the final norm."""
         logits = jnp.einsum("bld,vd->blv", x, self.head_matrix, preferred_element_type=jnp.float32)
         return constrain(logits, "vocab")
 
 
 def init_params(model: nn.Module, rng: jax.Array, *inputs: Any) -> Any:
-    """The parameters as plain arrays (without the boxes in which Linen keeps their logical axis names)."""
+    """The parameters as plain arrays, without the boxes in which Linen keeps the names of their logical axes."""
     return nn.meta.unbox(model.init(rng, *inputs)["params"])

@@ -1,10 +1,10 @@
 """ELECTRA (arXiv 2003.10555): encoders that learn to tell which tokens of a text a small generator has replaced.
 
-A generator, an encoder for masked words, fills chosen places with samples; the discriminator, which is the model that
-is kept, says for every place whether its token is the original one. The variants of the paper's section 3.4 and
-Electric (arXiv 2012.08561) are options of the one Task.
+A generator, which is an encoder for masked words, fills chosen places with samples. The discriminator says for every
+place whether its token is the original one; it is the model that is kept. The variants of the paper's section 3.4 and
+Electric (arXiv 2012.08561) are options of one Task.
 
-Initial weights are normal with deviation 0.02, where the authors cut the normal at two deviations.
+Initial weights are normal with standard deviation 0.02; the authors truncate this normal at two deviations.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ElectraConfig(BertConfig):
-    """An encoder: BERT's, with embeddings of a width of their own. Defaults: the small discriminator."""
+    """BERT's encoder with embeddings of their own width. Defaults: the small discriminator."""
 
     d_model: int = 256
     num_heads: int = 4
@@ -42,23 +42,24 @@ class ElectraConfig(BertConfig):
     pooler: bool = False
     next_sentence: bool = False
     replaced_head: bool = True
-    """With the head that says which tokens are replaced."""
+    """Whether there is a head that says which tokens are replaced."""
     head_activation: Literal["", "gelu", "gelu_tanh", "silu", "relu"] = ""
-    """Of the heads for masked words and classes; empty: as `activation` (the authors); gelu: Hugging Face."""
+    """The activation of the heads for masked words and classes; empty: the same as `activation` (the authors). Hugging
+    Face has gelu."""
 
     def __post_init__(self):
         super().__post_init__()
         if self.head_activation and self.head_activation not in ACTIVATIONS:
             raise ValueError(f"head_activation is {self.head_activation!r}; it can be {', '.join(ACTIVATIONS)}.")
         if self.pooler or self.next_sentence or self.positions_from_ids:
-            raise ValueError("ELECTRA has no pooler, no next_sentence and no positions_from_ids; leave them out.")
+            raise ValueError("an ELECTRA has no pooler, next_sentence or positions_from_ids; they must be False.")
 
     def module(self) -> Electra:
         return Electra(self)
 
 
 class Electra(Bert):
-    """Tokens to hidden states; `replaced`, `masked_words` and `classes` are heads on them."""
+    """Tokens to hidden states. The methods `replaced`, `masked_words` and `classes` are its heads."""
 
     config: ElectraConfig
 
@@ -71,7 +72,7 @@ class Electra(Bert):
             self.replaced_output = self.linear(1, ("d_model", "classes"), glorot)
 
     def replaced(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length"]:
-        """Logits that the tokens are replaced, float32."""
+        """Logits that the tokens are replaced; float32."""
         y = ACTIVATIONS[self.config.activation](self.replaced_dense(hidden))
         return constrain(self.replaced_output(y)[..., 0].astype(jnp.float32))
 
@@ -88,11 +89,11 @@ class Electra(Bert):
 
 
 class Towers(nn.Module):
-    """Electric's generator: a causal encoder from each side; at each place they have read what is around it.
+    """Electric's generator: a causal encoder from each side. Together they have read all that is around a place.
 
-    Shifted by one place, their states are joined in front of the head for masked words. The state that leaves the row
-    at one end comes in at the other, as in the authors' code: the first and the last place of a row, [CLS] and padding
-    or [SEP], are no candidates.
+    Their states are shifted by one place and joined before the head for masked words. The state that leaves the row at
+    one end comes in at the other, as in the authors' code. That does no harm: the first and the last place of a row
+    hold [CLS] and padding or [SEP], which are never chosen.
     """
 
     config: ElectraConfig
@@ -102,7 +103,7 @@ class Towers(nn.Module):
         self.right = Electra(dataclasses.replace(self.config, causal=True, mask_head=False))
 
     def __call__(self, tokens, mask, types, deterministic: bool = True) -> Float[Array, "batch length vocab"]:
-        """Logits of every word given all others."""
+        """Logits of every word, given all others."""
         left = self.left(tokens, mask, types, deterministic)
         places = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         flipped = (jnp.flip(x, 1) for x in (tokens, mask, types))
@@ -111,13 +112,13 @@ class Towers(nn.Module):
 
 
 class Choices(NamedTuple):
-    """All that is random in a step but dropout."""
+    """All that is random in a step, except for dropout."""
 
     slots: Slots
     draws: Float[Array, "batch slots"]
-    """Uniform: whether the place becomes the mask, for the generator."""
+    """Uniform in [0, 1); they decide which places become the mask for the generator."""
     noise: Float[Array, "batch slots vocab"]
-    """Uniform: behind the samples."""
+    """Uniform in [0, 1); the samples are made from it."""
 
 
 _EMBEDDINGS = ("embedding", "position_embedding", "type_embedding", "embedding_norm")
@@ -127,10 +128,10 @@ _OBJECTIVES = ("replaced", "replaced_masked", "replace_mlm", "all_tokens_mlm", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReplacedTokens(Task):
-    """Trains a discriminator together with its generator, on batches as `jaxtok.lm.masked_words.MaskedWords` has them.
+    """Trains a discriminator together with its generator, on the batches of `jaxtok.lm.masked_words.MaskedWords`.
 
     loss = generator_weight * L_MLM + discriminator_weight * L_Disc (section 2). No gradient goes through the samples.
-    The parameters are {"discriminator": ..., "generator": ...}; what they share is the discriminator's.
+    The parameters are {"discriminator": ..., "generator": ...}; the discriminator's hold what both share.
     """
 
     counted = "words"
@@ -139,23 +140,26 @@ class ReplacedTokens(Task):
     """The discriminator."""
     masking: Masking = Masking()
     generator_width: float = 0.25
-    """Of the discriminator's d_model; the generator's MLP is 4 times its own, with a head for every 64 channels."""
+    """The generator's d_model, as a part of the discriminator's. Its MLP is 4 times as wide, and it has a head for
+    every 64 channels."""
     generator_depth: float = 1.0
-    """Of the discriminator's layers."""
+    """The generator's layers, as a part of the discriminator's."""
     sharing: Literal["embeddings", "nothing", "everything"] = "embeddings"
-    """embeddings: tokens, positions, types and their norm; nothing: the generator's embeddings have its own width;
-    everything: one encoder is both, of the discriminator's size, and only the heads differ."""
+    """What the generator shares with the discriminator. embeddings: those of tokens, positions and types, and their
+    norm; nothing: its embeddings have its own width; everything: one encoder of the discriminator's size is both, and
+    only the heads differ."""
     generator: Literal["encoder", "uniform", "towers"] = "encoder"
-    """uniform: any word is as likely; towers: Electric's, which reads the text without masks and learns all places."""
+    """The kind of generator. encoder: it predicts masked words; uniform: every word is equally likely; towers:
+    Electric's, which reads the text without masks and learns to predict all places."""
     objective: Literal["replaced", "replaced_masked", "replace_mlm", "all_tokens_mlm", "electric"] = "replaced"
-    """replaced: which tokens differ from the original (ELECTRA); replaced_masked: the same, at the chosen places only
-    (ELECTRA 15%); replace_mlm: the original words at the chosen places; all_tokens_mlm: at all places, by a mixture of
-    copying the input and the softmax (for both, take a discriminator_weight near 1); electric: which places were
-    chosen, from the energy of the text."""
+    """What the discriminator predicts. replaced: which tokens differ from the original (ELECTRA); replaced_masked: the
+    same, at the chosen places only (ELECTRA 15%); replace_mlm: the original words at the chosen places; all_tokens_mlm:
+    the original words at all places, by a mixture of copying the input and the softmax; electric: which places were
+    chosen, from the energy of the text. With replace_mlm and all_tokens_mlm, discriminator_weight should be near 1."""
     temperature: float = 1.0
-    """Of the samples."""
+    """The temperature of the samples."""
     disallow_correct: bool = False
-    """No sample is the original word."""
+    """Whether a sample is never the original word."""
     generator_weight: float = 1.0
     discriminator_weight: float = 50.0
 
@@ -174,15 +178,17 @@ class ReplacedTokens(Task):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
         if self.objective == "electric" and self.generator != "towers":
-            raise ValueError(f"generator is {self.generator!r}, but the objective electric needs towers.")
+            raise ValueError(
+                f"generator is {self.generator!r}; it must be 'towers', as the objective electric needs towers."
+            )
         if self.sharing == "everything" and self.generator != "encoder":
-            raise ValueError(f"sharing is 'everything' and generator {self.generator!r}; only an encoder can be both.")
+            raise ValueError(f"generator is {self.generator!r}; it must be 'encoder', as sharing is 'everything'.")
         self.masking.check(self.model.vocab_size)
         self.generator_config  # noqa: B018  (raises what does not fit)
 
     @property
     def discriminator_config(self) -> ElectraConfig:
-        """The model, with the heads that the objective needs."""
+        """`model`, with the heads that the objective needs."""
         words = self.objective in ("replace_mlm", "all_tokens_mlm")
         return dataclasses.replace(self.model, mask_head=words, replaced_head=self.objective != "replace_mlm")
 
@@ -231,7 +237,7 @@ class ReplacedTokens(Task):
         return {name: value for name, value in params.items() if self.owns(name)}
 
     def generator_params(self, params: Params) -> Params:
-        """The generator's, with what it shares: for `generator_config` (or the towers)."""
+        """The generator's parameters and those that it shares, for the module of `generator_config` (or the towers)."""
         shared = params["discriminator"]
         if self.sharing == "nothing":
             return params["generator"]
@@ -242,8 +248,7 @@ class ReplacedTokens(Task):
         return {**shared, **params["generator"]}
 
     def export(self, params: Params) -> tuple[ElectraConfig, Params]:
-        """The model that is kept, the discriminator, as one of its own; the generator is `generator_config` with
-        `generator_params`."""
+        """The discriminator as a model of its own: its config and its parameters."""
         return self.discriminator_config, params["discriminator"]
 
     def choose(self, rng: jax.Array, batch: Batch) -> Choices:
@@ -255,14 +260,14 @@ class ReplacedTokens(Task):
         return Choices(slots, jax.random.uniform(draw, shape), constrain(noise, "batch", None, "vocab"))
 
     def run(self, params: Params, batch: Batch, choices: Choices, dropout: jax.Array | None = None) -> dict[str, Array]:
-        """One forward pass of both.
+        """Runs both models forward.
 
         Returns:
           masked [batch, length]: what the generator reads.
           words [batch, slots, vocab], nats [batch, slots]: its logits, and its cross entropy at the original words.
-          samples [batch, slots], corrupted [batch, length]: its words, and the text with them.
-          labels [batch, length]: 1 where the discriminator should say so.
-          replaced [batch, length]: the discriminator's logits (of copying, for all_tokens_mlm; none for replace_mlm).
+          samples [batch, slots], corrupted [batch, length]: words drawn from it, and the text with them.
+          labels [batch, length]: 1 where a token is replaced (for electric: chosen), as the discriminator should say.
+          replaced [batch, length]: the discriminator's logits (all_tokens_mlm: those of copying; replace_mlm: none).
           generator_loss, discriminator_loss, loss: scalars.
         """
         slots, tokens = choices.slots, batch["tokens"]
@@ -298,7 +303,7 @@ class ReplacedTokens(Task):
             values, weights = None, real
             if self.objective == "all_tokens_mlm":
                 values = copying_nats(logits, discriminator(hidden, method="masked_words"), corrupted, tokens)
-            elif self.objective == "electric":  # the density of the text, and of places that are chosen
+            elif self.objective == "electric":  # log q of the generator, and the log odds of a chosen place
                 energy = jax.lax.stop_gradient(-cross_entropy(everywhere, corrupted))
                 logits = logits + energy + math.log(self.masking.rate / (1 - self.masking.rate))
             elif self.objective == "replaced_masked":
@@ -311,7 +316,7 @@ class ReplacedTokens(Task):
         return result | {"discriminator_loss": discriminator_loss, "loss": loss}
 
     def _generate(self, params, masked, tokens, real, types, slots, dropout):
-        """The generator's logits at the slots and, of the towers, at all places."""
+        """The generator's logits at the slots; and at all places, if it is towers."""
         if self.generator == "uniform":
             return jnp.zeros((*slots.places.shape, self.model.vocab_size), jnp.float32), None
         theirs = self.generator_params(params)
@@ -328,7 +333,7 @@ class ReplacedTokens(Task):
         return take(everywhere, slots.places), everywhere
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """The joint loss; also logs both parts."""
+        """Returns the joint loss; also logs both parts."""
         choose, dropout = jax.random.split(rng)
         result = self.run(params, batch, self.choose(choose, batch), dropout)
         return result["loss"], {name: result[name] for name in ("generator_loss", "discriminator_loss")}
@@ -359,16 +364,16 @@ class ReplacedTokens(Task):
         }
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Means over all places of all batches.
+        """Returns means over all places of all batches.
 
-        loss: of both, as in training.
-        generator_loss, bits_per_byte, generator_accuracy, sampled_accuracy: of the chosen words: nats, bits per byte of
-          their text, and how often the likeliest and the sampled word are right. (For towers too: of the chosen.)
-        discriminator_loss: over the places that count in training.
-        accuracy, baseline_accuracy, precision, recall, auc: of telling replaced tokens at all real places, where the
-          objective is to tell them; the baseline calls each one original; auc: how often a replaced token has a higher
-          logit than an original one.
-        replaced, tokens: how many there were.
+        loss: the joint loss, as in training.
+        generator_loss, bits_per_byte, generator_accuracy, sampled_accuracy: nats a chosen word, bits per byte of the
+          chosen words' text, and how often the likeliest and the sampled word are right.
+        discriminator_loss: the mean over the places that count in training.
+        accuracy, baseline_accuracy, precision, recall, auc: how well replaced tokens are told at all real places, if
+          that is the objective; the baseline calls every token original, and auc says how often a replaced token has a
+          higher logit than an original one.
+        replaced, tokens: the numbers of replaced tokens and of all real ones.
         """
         words, counts = sums["words"], sums["histograms"]
         generator_loss = sums["nats"] / words
@@ -396,7 +401,7 @@ class ReplacedTokens(Task):
         return metrics
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        """FLOPs of a training step: three times the forward pass, with attention counted over whole rows."""
         rows, length = batch["tokens"].shape
         slots = self.masking.slots(length)
         model, theirs = self.discriminator_config, self.generator_config
@@ -416,7 +421,7 @@ def sample(
     temperature: float = 1.0,
     disallowed: Int[Array, "batch slots"] | None = None,
 ) -> Int[Array, "batch slots"]:
-    """Words drawn from softmax(logits / temperature) by Gumbel noise from uniform `noise`; without gradient."""
+    """Words drawn from softmax(logits / temperature) by Gumbel noise made of uniform `noise`; without gradient."""
     logits = jax.lax.stop_gradient(logits.astype(jnp.float32)) / temperature
     if disallowed is not None:
         logits = logits - 1000.0 * jax.nn.one_hot(disallowed, logits.shape[-1])
@@ -434,15 +439,14 @@ _BINS, _RANGE = 4096, 16.0
 
 
 def histograms(logits: Array, labels: Array, weights: Array) -> Float[Array, "2 bins"]:
-    """How many logits of each label are in each of the bins between -16 and 16; the upper half is above 0."""
+    """How many logits of each label are in each bin between -16 and 16; the upper half of the bins is above 0."""
     bins = jnp.clip(jnp.ceil((logits / _RANGE + 1) * (_BINS // 2)) - 1, 0, _BINS - 1).astype(jnp.int32)
     return jnp.zeros((2, _BINS)).at[labels, bins].add(weights)
 
 
 def area_under_curve(counts: np.ndarray) -> float:
-    """Of the ROC, from `histograms`: the chance that one of label 1 is in a higher bin than one of 0 (the same: half).
-
-    0.5 where one label is missing.
+    """The area under the ROC curve, from `histograms`: how likely a logit of label 1 is in a higher bin than one of
+    label 0, where the same bin counts half. It is 0.5 if a label is missing.
     """
     original, replaced = counts
     if not original.sum() or not replaced.sum():
@@ -459,5 +463,5 @@ PUBLISHED = {
     "base": ReplacedTokens(model=ElectraConfig(**_BASE), generator_width=1 / 3),
     "large": ReplacedTokens(model=ElectraConfig(**_LARGE), masking=Masking(rate=0.25)),
 }
-"""The sizes of the paper (appendix A), discriminator and generator. The released small one, trained for longer, has a
-generator of the discriminator's width: `dataclasses.replace(PUBLISHED["small"], generator_width=1.0)`."""
+"""The paper's sizes (appendix A) of discriminator and generator. The released small model was trained longer, with a
+generator as wide as the discriminator: `dataclasses.replace(PUBLISHED["small"], generator_width=1.0)`."""

@@ -1,4 +1,4 @@
-"""What language models take from their data, and which data they refuse."""
+"""How a language model is fitted to rows of text, and which rows it refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def fit_text(task: T, data: Any) -> T:
-    """A task on rows of text, with its model's vocabulary taken from the tokenizer where it is open (0).
+    """The task, with a vocabulary size of 0 replaced by the tokenizer's, rounded up to 128. Other data leave it alone.
 
     Raises:
       ValueError: the tokenizer has more ids than the model, or a row is longer than the model's context.
@@ -24,7 +24,7 @@ def fit_text(task: T, data: Any) -> T:
     if model.vocab_size < ids:
         raise ValueError(
             f"task.model.vocab_size is {model.vocab_size}, but the tokenizer {data.tokenizer} has {ids} "
-            "ids; raise it, or set 0 to take the tokenizer's."
+            "ids; raise it, or set it to 0 to take the tokenizer's."
         )
     if data.length > model.max_length:
         raise ValueError(

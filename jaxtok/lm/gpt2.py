@@ -19,11 +19,11 @@ class GPT2Config(LinearStack, DecoderConfig):
     learned_positions: bool = True
     activation: str = "gelu_tanh"
     scale_by_layer: bool = False
-    """Divide attention scores also by 1, 2, ... in the first, second, ... layer."""
+    """Whether attention scores are also divided by the number of the layer, from 1 on."""
 
     @property
     def output_init_std(self) -> float:
-        """0.02 / sqrt(2 layers), for what is added to the residual stream."""
+        """init_std / sqrt(2 layers), for the projections that add to the residual stream."""
         return self.init_std / math.sqrt(2 * self.num_layers)
 
     def scored(self, q, k, layer):

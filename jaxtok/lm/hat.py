@@ -1,13 +1,14 @@
-"""HAT: hierarchical autoregressive transformers (arXiv 2501.10322). Bytes in words, words in a text.
+"""HAT (arXiv 2501.10322): hierarchical autoregressive transformers over the bytes of words and the words of a text.
 
-A word's bytes become one vector (bidirectional, within the word), a causal transformer runs over these vectors, and a
-small causal transformer spells the next word from what comes out:
+A small bidirectional transformer makes one vector of each word's bytes, a causal transformer runs over these vectors,
+and a small causal transformer spells the next word from its output:
 
     e_i = W_E encoder(C[W], C[c_1], ..., C[c_n])_0     p_i = W_D backbone(e_1, ..., e_i)_i
     decoder(p_i, C[c_1], ..., C[c_n]) predicts c_1, ..., c_n, [W] of word i + 1
 
-The paper does not say whether its encoder and decoder end in a norm, nor the base of the rotation; here all three
-modules do, and it is 10,000. No code for training was published. The released models differ: `jaxtok.lm.hat_released`.
+The paper does not say whether its encoder and decoder end in a norm, nor which base its rotary positions have; here all
+three modules end in a norm, and the base is 10,000. No training code was published. The released models differ from the
+paper: see `jaxtok.lm.hat_released`.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.words import WordSplitter
 
-_BUCKET = 16  # prompts are padded to a multiple of so many words
+_BUCKET = 16  # prompts are padded to a multiple of this many words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,25 +49,25 @@ class HATConfig:
     backbone: LlamaStack = LlamaStack(num_layers=4, d_model=128, num_heads=4, mlp_dim=344)
     decoder: LlamaStack = LlamaStack(num_layers=1, d_model=64, num_heads=2, mlp_dim=176)
     max_units: int = 16
-    """Bytes of a word, at most."""
+    """The most bytes of a word."""
     alphabet: int = 256
-    """Rows of the byte table. [W] and [S] are bytes that UTF-8 does not use; with 258 they can be 256 and 257, so that
-    bytes of every kind can be learned."""
+    """Rows of the byte table. With 256, [W] and [S] are bytes that UTF-8 does not use; with 258, they can be 256 and
+    257, so that text can have all bytes."""
     w_id: int = 255
-    """[W]: the first input of the encoder, and what ends a word."""
+    """The id of [W], which is the first input of the encoder and ends a word."""
     s_id: int = 254
-    """[S]: what ends a document."""
+    """The id of [S], which ends a document."""
     start: bool = True
-    """A learned vector stands for the word in front of a document, so that its first word is predicted; the paper's
-    first word is not."""
+    """Whether a learned vector stands for the word before a document, so that the first word is predicted too; in the
+    paper it is not."""
 
     def __post_init__(self):
         if self.encoder.causal or not self.decoder.causal or not self.backbone.causal:
-            raise ValueError("encoder.causal has to be False, and that of backbone and decoder True.")
+            raise ValueError("encoder.causal must be False, and backbone.causal and decoder.causal must be True.")
         if self.encoder.d_model != self.decoder.d_model:
             raise ValueError(
-                f"decoder.d_model is {self.decoder.d_model}, but encoder.d_model = {self.encoder.d_model}; they share "
-                "a table of bytes, so make them equal."
+                f"decoder.d_model is {self.decoder.d_model}, but encoder.d_model = {self.encoder.d_model}; they "
+                "must be equal, as both modules share a table of bytes."
             )
         if self.max_units < 1:
             raise ValueError(f"max_units is {self.max_units}; it must be at least 1.")
@@ -75,19 +76,19 @@ class HATConfig:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be below alphabet = {self.alphabet}.")
         if self.w_id == self.s_id or self.alphabet < 256:
             raise ValueError(
-                f"w_id is {self.w_id}, s_id {self.s_id} and alphabet {self.alphabet}; the ids must differ, and the "
-                "alphabet have the 256 bytes."
+                f"w_id is {self.w_id}, s_id {self.s_id} and alphabet {self.alphabet}; the ids must differ, and "
+                "alphabet must be at least 256."
             )
 
     def flops(self, words: int) -> float:
-        """Forward FLOPs of one word in a row of `words`, with all its places, in use or not, counted."""
+        """Forward FLOPs of one word in a row of `words`; all its `max_units` + 1 places count, used or not."""
         places, width = self.max_units + 1, self.encoder.d_model
         place = self.encoder.stack_flops(places) + self.decoder.stack_flops(places) + 2 * self.alphabet * width
         return places * place + self.backbone.stack_flops(words) + 4 * width * self.backbone.d_model
 
 
 def _size(heads: int, char_heads: int, **options: Any) -> HATConfig:
-    """The paper's shapes: heads of 128, as many layers as heads in the backbone and half as many in the others."""
+    """The paper's shapes: heads of 128 channels; as many layers as heads in the backbone, half as many elsewhere."""
 
     def stack(heads: int, layers: int, **more: Any) -> LlamaStack:
         width = 128 * heads
@@ -103,17 +104,17 @@ def _size(heads: int, char_heads: int, **options: Any) -> HATConfig:
 
 
 PUBLISHED = {"1b": _size(18, 6), "3b": _size(28, 6), "7b": _size(36, 8)}
-"""The paper's sizes, which are compared with Llama-style models of 1B, 3B and 7B on 64k subwords."""
+"""The paper's sizes, which it compares with Llama-style models of 1B, 3B and 7B with 64k subwords."""
 
 
 def everywhere(config: HATConfig, **options: Any) -> HATConfig:
-    """The config with options (dtype, remat, ...) of all three modules replaced."""
+    """The config with these options (dtype, remat, ...) in all three modules."""
     parts = {part: dataclasses.replace(getattr(config, part), **options) for part in ("encoder", "backbone", "decoder")}
     return dataclasses.replace(config, **parts)
 
 
 class HAT(nn.Module):
-    """Words and the words that follow them to logits of the latter's bytes. The parts are methods."""
+    """Words, and the words that follow them, to logits of the latter's bytes. Each part is a method."""
 
     config: HATConfig
 
@@ -145,26 +146,26 @@ class HAT(nn.Module):
         positions: Int[Array, "batch words"] | None = None,
         segments: Int[Array, "batch words"] | None = None,
     ) -> Float[Array, "batch words places alphabet"]:
-        """Logits of each target word's bytes, and of what ends it, in float32; there are units + 1 places.
+        """Logits of each target word's bytes and of what ends it, at units + 1 places; float32.
 
         Args:
-          words, lengths: the words that have been read; a word of length 0 is the start of a document.
-          targets: the word that follows each. Behind its end anything can stand.
-          positions, segments: of the words, for the backbone.
+          words, lengths: the words that are read; a word of length 0 is the start of a document.
+          targets: the word that follows each; anything may stand after its end.
+          positions, segments: those of the words, for the backbone.
         """
         vectors = self.encode(words, lengths)
         outputs, _ = self.backbone(vectors, positions=positions, segments=segments)
         return self.spell(self.predictive(outputs), targets)
 
     def encode(self, words, lengths) -> Float[Array, "batch words d_model"]:
-        """One vector for each word, from its bytes alone: e_i."""
+        """The vector e_i of each word, from its bytes alone."""
         cfg = self.config
         with rows_only():
             ids = words.reshape(-1, words.shape[-1])
             first = jnp.full((len(ids), 1), cfg.w_id, ids.dtype)
             x = self.letters(jnp.concatenate([first, ids], 1))
             places = jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
-            real = (places <= lengths.reshape(-1, 1)).astype(jnp.int32)  # a place behind the end sees its like only
+            real = (places <= lengths.reshape(-1, 1)).astype(jnp.int32)  # places after the end see only each other
             x, _ = self.encoder(x, places, real)
             vectors = self.word_in(self.encoder_norm(x[:, 0]))
         vectors = constrain(vectors.reshape(*lengths.shape, -1), "d_model")
@@ -181,7 +182,7 @@ class HAT(nn.Module):
         return self.backbone_norm(x), cache
 
     def predictive(self, outputs) -> Float[Array, "batch words char_dim"]:
-        """p_i, all that the decoder of word i + 1 knows of the text."""
+        """p_i, which is all that the decoder knows of the text before word i + 1."""
         return self.word_out(outputs)
 
     def spell(self, predictive, targets) -> Float[Array, "batch words places alphabet"]:
@@ -190,23 +191,23 @@ class HAT(nn.Module):
             letters = self.letters(targets.reshape(-1, targets.shape[-1]))
             first = predictive.reshape(-1, 1, predictive.shape[-1]).astype(letters.dtype)
             logits, _ = self.spell_on(jnp.concatenate([first, letters], 1))
-        return logits.reshape(*targets.shape[:2], *logits.shape[1:])  # divided as the rows are, also by `tensor`
+        return logits.reshape(*targets.shape[:2], *logits.shape[1:])  # divided as the rows are, by `tensor` too
 
     def spell_on(self, x: Float[Array, "rows new char_dim"], cache: KVCache | None = None):
-        """Logits [rows, new, alphabet] behind these inputs of the decoder, and the cache with them appended."""
+        """Logits [rows, new, alphabet] after these inputs of the decoder, and the cache with them appended."""
         x, cache = self.decoder(x, places_of(x, cache), None, cache)
         matrix = gather(self.head_matrix.astype(x.dtype), "vocab", "d_model")
         logits = jnp.einsum("nld,vd->nlv", self.decoder_norm(x), matrix, preferred_element_type=jnp.float32)
         return logits, cache
 
     def letters(self, ids: Int[Array, "rows new"]) -> Float[Array, "rows new char_dim"]:
-        """The decoder's inputs for bytes."""
+        """Embeddings of bytes, which the encoder and the decoder share."""
         table = gather(self.embedding.astype(self.config.encoder.dtype), "vocab", "d_model")
         return constrain(jnp.take(table, ids, axis=0), "d_model")
 
 
 def spelled(config: HATConfig, targets, lengths) -> tuple[Int[Array, "*words places"], Bool[Array, "*words places"]]:
-    """What each place predicts, a word's bytes and [W] (or [S], for a word of length 0), and which places do."""
+    """What each place predicts: a word's bytes, then [W] (for a word of length 0, [S]); and which places predict."""
     places = jnp.arange(targets.shape[-1] + 1)
     end = jnp.where(lengths == 0, config.s_id, config.w_id)[..., None]
     ids = jnp.pad(targets, [(0, 0)] * (targets.ndim - 1) + [(0, 1)])
@@ -221,13 +222,13 @@ class HATModeling(Task):
 
     model: HATConfig = HATConfig()
     splitter: WordSplitter = WordSplitter()
-    """As the data's: it cuts the prompts of `continue_text`."""
+    """What cuts the prompts of `continue_text` into words; it should be the data's."""
 
     def module(self) -> HAT:
         return HAT(self.model)
 
     def fit(self, data: Data, train: Any = None) -> HATModeling:
-        """Itself. Raises ValueError: the data's words have more or fewer places than the model's."""
+        """Returns the task itself. Raises a ValueError if the data's max_units is not the model's."""
         if isinstance(data, WordText) and data.max_units != self.model.max_units:
             raise ValueError(
                 f"data.max_units is {data.max_units}, but task.model.max_units is {self.model.max_units}; make them "
@@ -239,7 +240,7 @@ class HATModeling(Task):
         return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats a byte or end of a word (section 2.3); also logs bits per byte of text."""
+        """Returns the mean cross entropy in nats a byte or end of a word (section 2.3); also logs bits per byte."""
         nats, mask, _ = self._spell(params, batch)
         return text_loss(nats, mask, jnp.sum(self._bytes(batch)))
 
@@ -249,15 +250,15 @@ class HATModeling(Task):
         words = (mask[..., 0] > 0) & (n[..., 0] > 0)
         places = jnp.arange(mask.shape[-1])
         letters, whole = (jnp.all(right | (places >= end), -1) & words for end in (n, n + 1))
-        found = {"nats": nats * mask, "targets": mask, "bytes": self._bytes(batch)}
-        found |= {"words": words, "right": letters, "right_with_end": whole}
-        return {name: jnp.sum(x) for name, x in found.items()}
+        sums = {"nats": nats * mask, "targets": mask, "bytes": self._bytes(batch)}
+        sums |= {"words": words, "right": letters, "right_with_end": whole}
+        return {name: jnp.sum(x) for name, x in sums.items()}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss (nats a target), bits_per_byte with the ends of words counted in, words, bytes, and accuracies.
+        """Returns loss (nats a target), bits_per_byte (with the bits of the words' ends), words, bytes, and
 
-        word_accuracy           the share of the words whose bytes are each the likeliest after the true ones before
-        word_accuracy_with_end  and so is what ends them
+        word_accuracy           the share of the words of which each byte is the likeliest one after the true ones
+        word_accuracy_with_end  the share of the words of which the end is the likeliest too
         """
         words = max(sums["words"], 1.0)
         return {
@@ -270,7 +271,7 @@ class HATModeling(Task):
         }
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, with padding counted."""
+        """FLOPs of a training step: three times the forward pass, with padding counted."""
         rows, words = batch["lengths"].shape
         return 3 * rows * words * self.model.flops(words)
 
@@ -286,13 +287,14 @@ class HATModeling(Task):
         logprobs: bool = False,
         open_last: bool = True,
     ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
-        """Up to max_bytes bytes after each prompt, fewer where the document ends. See `jaxtok.protocols.TextGenerator`.
+        """Up to max_bytes bytes after each prompt, fewer if the document ends. See `jaxtok.protocols.TextGenerator`.
 
-        The last word of a prompt is taken for the beginning of one, of which [W] is predicted like the bytes;
-        `open_last=False`: for a whole word. A row does not depend on the others.
+        The last word of a prompt may go on: its [W] is predicted like its bytes. With `open_last=False` it is whole. A
+        row does not depend on the others.
 
         Raises:
-          ValueError: no prompt, one that holds the byte of [W] or [S], an empty one without a start vector; no rng.
+          ValueError: there is no prompt, a prompt has the byte of [W] or [S], a prompt is empty but the model has no
+            start vector, or rng is missing.
         """
         words = [self._prompt(prompt, open_last) for prompt in prompts]
         return texts_and_logprobs(
@@ -301,7 +303,7 @@ class HATModeling(Task):
 
     def _prompt(self, prompt: bytes, open_last: bool) -> tuple[list[bytes], bytes]:
         if taken := {self.model.w_id, self.model.s_id} & set(prompt):
-            raise ValueError(f"the prompt holds the byte {min(taken)}, which is no text; take it out.")
+            raise ValueError(f"a prompt holds the byte {min(taken)}, which is [W] or [S] and not text; take it out.")
         splitter = self.splitter
         if splitter.max_word_size > self.model.max_units:
             splitter = dataclasses.replace(splitter, max_word_size=self.model.max_units)
@@ -330,7 +332,7 @@ def generate_words(
     sampling: Chooser = Sampling(),
     rng: jax.Array | None = None,
 ) -> list[list[bytes]]:
-    """The words after each prompt, which is words and the beginning of the next; that beginning is not repeated.
+    """The words after each prompt, which is whole words and the beginning of the next; that beginning is not repeated.
 
     Raises:
       ValueError: see `HATModeling.continue_text`.
@@ -358,32 +360,32 @@ def spell_on_prompts(
     rng: jax.Array | None = None,
     on_text: OnText | None = None,
 ) -> list[Continued]:
-    """As `generate_words`, with tokens (bytes, [W] and [S]) and their log probabilities.
+    """Does what `generate_words` does, and returns tokens (bytes, [W] and [S]) and their log probabilities.
 
-    These are of the model's distribution over what can come: no [W] at the beginning of a word, [S] only there, and [W]
-    for certain after `max_units` bytes.
+    These are of the model's distribution over what can follow: at the beginning of a word [S] but not [W], later [W]
+    but not [S], and after `max_units` bytes only [W].
     """
     if not prompts or max_bytes < 1:
         raise ValueError(f"there are {len(prompts)} prompts and max_bytes is {max_bytes}; both must be at least 1.")
     rng = sampling_key(rng, sampling)
     starts = [[b"", *words] if config.start else list(words) for words, _ in prompts]
     if not all(starts):
-        raise ValueError("a prompt is empty; give at least a word, or a model with a start vector.")
+        raise ValueError("a prompt is empty; it must have at least a word, as the model has no start vector.")
     longest = -(-max(map(len, starts)) // _BUCKET) * _BUCKET
     widest = max((len(word) for start in starts for word in start), default=0)
     words = np.zeros((len(prompts), longest, max(widest, config.max_units)), np.int32)
     lengths = np.zeros(words.shape[:2], np.int32)
     for row, start in enumerate(starts):
-        for place, word in enumerate(start):
-            lengths[row, place] = len(word)
-            words[row, place, : len(word)] = list(word)
+        for number, word in enumerate(start):
+            lengths[row, number] = len(word)
+            words[row, number, : len(word)] = list(word)
     begun = np.zeros((len(prompts), config.max_units), np.int32)
     for row, (_, word) in zip(begun, prompts):
         row[: len(word)] = list(word)
     counts, sizes = (np.array(list(map(len, of)), np.int32) for of in (starts, [word for _, word in prompts]))
     model = Spelling(HAT(config))
     engine = Engine(model=model, chooser=sampling)
-    # The newest token: the last byte of the open word, or what ended the word before.
+    # The newest token is the last byte of the open word, or else the [W] that ended the word before.
     newest = [word[-1] if word else config.w_id for _, word in prompts]
     state = engine.begin(
         model.start(params, words, lengths, counts, begun, sizes, max_bytes=max_bytes),
@@ -401,29 +403,30 @@ def spell_on_prompts(
 
 @flax.struct.dataclass
 class _State:
-    """Between two bytes, of which the newest has been read by none of the modules."""
+    """The state between two bytes: no module has read the newest one."""
 
     backbone: KVCache
-    """Of all words that have ended and been read."""
+    """The cache of all words that have ended and been read."""
     decoder: KVCache
-    """Of the open word: p, then its bytes."""
+    """The cache of the open word: p, then its bytes."""
     word: Int[Array, "batch units"]
+    """The word that the backbone has not read yet."""
     length: Int[Array, " batch"]
     waits: Bool[Array, " batch"]
-    """Rows whose word has ended. They wait for the others' words, as the backbone costs the same for one row as for
-    all of them."""
+    """Rows whose word has ended. They wait until all rows' words have, as the backbone costs the same for one row as
+    for all."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Spelling:
-    """A HAT as the `jaxtok.decoding.TokenModel` of its bytes, with [W] where a word ends and [S] where a text does."""
+    """A HAT as a `jaxtok.decoding.TokenModel` of bytes, with [W] at the end of a word and [S] at the end of a text."""
 
     model: HAT
 
     @functools.partial(jax.jit, static_argnames=("self", "max_bytes"))
     def start(self, params, words, lengths, counts, begun, sizes, *, max_bytes) -> _State:
-        """The state of prompts: `counts` whole words, and `sizes` bytes of the next. If these are none, the last whole
-        word is taken back, for the first step to read."""
+        """The state after prompts of `counts` whole words and `sizes` bytes of the next word. If there are no such
+        bytes, the last whole word is left for the first step to read."""
         cfg, run, (batch, longest) = self.model.config, self._run(params), lengths.shape
         outputs, cache = run(
             "backbone",
@@ -449,8 +452,8 @@ class Spelling:
         cfg, run, rows = self.model.config, self._run(params), jnp.arange(len(tokens))
         letter = live & ~state.waits & (tokens != cfg.w_id)
         waits = live & ~letter
-        place = jnp.where(letter, state.length, state.word.shape[1])
-        word, length = state.word.at[rows, place].set(tokens, mode="drop"), state.length + letter
+        index = jnp.where(letter, state.length, state.word.shape[1])
+        word, length = state.word.at[rows, index].set(tokens, mode="drop"), state.length + letter
 
         def spell():
             logits, decoder = run("spell_on", run("letters", tokens[:, None]), state.decoder)
@@ -465,7 +468,7 @@ class Spelling:
 
         logits, state = jax.lax.cond((waits | ~live).all(), close, spell)
         ids, n = jnp.arange(cfg.alphabet), state.length[:, None]
-        never = ids == jnp.where(n == 0, cfg.w_id, cfg.s_id)  # a word has a byte, and [S] is a word of its own
+        never = ids == jnp.where(n == 0, cfg.w_id, cfg.s_id)  # a word has at least a byte, and [S] is a word of its own
         never |= (n == cfg.max_units) & (ids != cfg.w_id)
         return jnp.where(never, -jnp.inf, logits[:, 0]), state, ~state.waits
 

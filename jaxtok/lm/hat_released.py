@@ -1,14 +1,14 @@
 """The released HAT models ("A Family of LLMs Liberated from Static Vocabularies", arXiv 2603.15953).
 
 Unlike the paper's variant (`jaxtok.lm.hat`), the byte encoder is causal and runs over the whole text with a window, a
-word's vector is pooled from the states of its bytes, and the decoder goes on from these states, guided by the word
+word's vector is pooled from the states of its bytes, and the decoder starts from these states, guided by the words
 before:
 
     h = encoder(bytes)          latent_i = O attention(q_i, k_t, v_t over the bytes t of word i)
     b = backbone(latents)       logits_t = head(norm(decoder(h; guide b_{i-1} of byte t in word i)))_t for byte t + 1
 
-with a learned guide for the first word, and no norm behind encoder and backbone. Followed are the authors' modules
-(Aleph-Alpha/vllm, `hat.py`); no code for training was published, the loss is next-byte cross entropy.
+with a learned guide for the first word, and no norm after encoder and backbone. This follows the authors' modules
+(Aleph-Alpha/vllm, `hat.py`). They published no training code; the loss here is next-byte cross entropy.
 """
 
 from __future__ import annotations
@@ -39,50 +39,52 @@ from jaxtok.nn.transformer import REMAT_POLICIES, Block, Call, Stack
 from jaxtok.protocols import Batch, Params, Sums, Task
 from jaxtok.tokenizers.words import NEVER_IN_UTF8, WordSplitter, split_specials
 
-_BUCKET = 64  # texts are padded to a multiple of so many bytes
+_BUCKET = 64  # prompts are padded to a multiple of this many bytes, and of this many words
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReleasedConfig:
-    """The modules and what joins them; defaults: a small model for a laptop."""
+    """The three modules, and what joins them. Defaults: a small model for a laptop."""
 
     encoder: LlamaStack = LlamaStack(num_layers=1, d_model=64, num_heads=2, mlp_dim=176, window=64, rotary_base=1e5)
     backbone: LlamaStack = LlamaStack(num_layers=4, d_model=128, num_heads=4, mlp_dim=344)
     decoder: LlamaStack = LlamaStack(num_layers=1, d_model=64, num_heads=2, mlp_dim=176, window=64, rotary_base=1e5)
     alphabet: int = 256
     connector_heads: int = 4
-    """Of the encoder's head size and rotation."""
+    """Heads of the connector, with the encoder's head size and rotary positions."""
     connector_kv_heads: int = 0
-    """0: as many."""
+    """Heads of the connector's keys and values; 0: as many as of its queries."""
     guide_heads: int = 2
-    """Only seen in checkpoints and by QK norms: of one key, the weight is 1 whatever query and key are."""
+    """Heads of the attention to the guide. They matter only to the shapes in checkpoints: with a single key, the weight
+    is 1 whatever query and key are."""
     guide_kv_heads: int = 0
     max_word_size: int = 100
     special_tokens: tuple[tuple[str, int], ...] = (("<|eot_id|>", 192),)
-    """Strings and the bytes they are; <|eot_id|>, or else the first one, ends a document."""
+    """Strings of special tokens and the bytes that stand for them; <|eot_id|>, or else the first, ends a document."""
 
     def __post_init__(self):
         if not (self.encoder.causal and self.backbone.causal and self.decoder.causal):
-            raise ValueError("encoder.causal, backbone.causal and decoder.causal have to be True.")
+            raise ValueError("encoder.causal, backbone.causal and decoder.causal must be True.")
         if self.encoder.d_model != self.decoder.d_model:
             raise ValueError(
-                f"decoder.d_model is {self.decoder.d_model}, but encoder.d_model = {self.encoder.d_model}; the decoder "
-                "goes on from the encoder's states, so make them equal."
+                f"decoder.d_model is {self.decoder.d_model}, but encoder.d_model = {self.encoder.d_model}; they "
+                "must be equal, as the decoder starts from the encoder's states."
             )
         for heads in ("connector", "guide"):
             count, shared = getattr(self, f"{heads}_heads"), getattr(self, f"{heads}_kv_heads")
             if count < 1 or shared < 0 or count % (shared or count):
                 raise ValueError(
-                    f"{heads}_heads is {count} and {heads}_kv_heads {shared}; the second divides the first."
+                    f"{heads}_heads is {count} and {heads}_kv_heads {shared}; the second must divide the first."
                 )
         if self.max_word_size < 1:
             raise ValueError(f"max_word_size is {self.max_word_size}; it must be at least 1.")
         if not self.special_tokens:
-            raise ValueError("special_tokens is empty; it needs the token that ends a document.")
+            raise ValueError("special_tokens is empty; it must have the token that ends a document.")
         for name, byte in self.special_tokens:
             if byte not in NEVER_IN_UTF8:
                 raise ValueError(
-                    f"special_tokens puts {name!r} on the byte {byte}, which text can hold; use 192 or 193."
+                    f"special_tokens puts {name!r} on the byte {byte}, which text can hold; it must be one that UTF-8 "
+                    "never has, such as 192."
                 )
 
     @property
@@ -90,7 +92,7 @@ class ReleasedConfig:
         return dict(self.special_tokens).get("<|eot_id|>", self.special_tokens[0][1])
 
     def flops(self, letters: int, words: int) -> tuple[float, float]:
-        """Forward FLOPs of one byte and of one word in a row of so many bytes and words."""
+        """Forward FLOPs of one byte and of one word, in a row of `letters` bytes and `words` words."""
         d, width = self.backbone.d_model, self.encoder.d_model
         pooled = self.connector_heads * self.encoder.head_dim
         window = min(letters, self.encoder.window or letters), min(letters, self.decoder.window or letters)
@@ -128,11 +130,11 @@ PUBLISHED = {
     "llama-3.1-8b-tfree-hat": _released(False, RopeScaling(kind="llama3", factor=8.0, original_length=8192)),
     "tfree-hat-pretrained-7b": _released(True, None),
 }
-"""The released sizes: one from Llama 3.1 8B, one from scratch (whose backbone's rotation is our reading)."""
+"""The released sizes: one from Llama 3.1 8B, and one from scratch (the rotation in its backbone is our reading)."""
 
 
 class Connector(nn.Module):
-    """Pools the states of each word's bytes into a vector: attention of one learned query, within the word."""
+    """Pools the states of each word's bytes into a vector, by attention of one learned query within the word."""
 
     config: ReleasedConfig
 
@@ -144,7 +146,7 @@ class Connector(nn.Module):
         positions: Int[Array, "batch length"],
         word_positions: Int[Array, "batch words"],
     ) -> Float[Array, "batch words d_model"]:
-        """The query is rotated by the number of the word, the keys by those of the bytes; 0 for a word of no byte."""
+        """The words' vectors, 0 for a word without bytes. Queries rotate by words' positions, keys by bytes'."""
         cfg, char = self.config, self.config.encoder
         dim, heads = char.head_dim, cfg.connector_heads
         shared = cfg.connector_kv_heads or heads
@@ -177,14 +179,15 @@ class Connector(nn.Module):
             )
             return pooled / jnp.where(total > 0, total, 1)[..., None]
 
-        pool = jax.checkpoint(jax.vmap(pool), prevent_cse=False)  # what is between is wide, and cheap to compute again
+        # What it makes on the way is wide, and cheap to compute again.
+        pool = jax.checkpoint(jax.vmap(pool), prevent_cse=False)
         pooled = pool(query, key, value, jnp.where(word < 0, words, word))
         pooled = constrain(pooled.reshape(*word_positions.shape, heads * dim), "heads")
         return constrain(_linear(char, d_model, ("heads", "d_model"), "output")(pooled), "d_model")
 
 
 class GuidedBlock(nn.Module):
-    """s + O V norm(guide of the byte's word), then an ordinary block."""
+    """Adds O V norm(g) to the states, with the guide g of each byte's word; then runs an ordinary block."""
 
     config: ReleasedConfig
 
@@ -195,9 +198,9 @@ class GuidedBlock(nn.Module):
         dim, width = stack.head_dim, stack.d_model
         source = stack.norm_module("kv_norm")(guides)
         value = _linear(stack, width, ("d_model", "heads"), "value")(source)
-        guide = _linear(stack, width, ("heads", "d_model"), "output")(value)  # of words, which are fewer than bytes
+        guide = _linear(stack, width, ("heads", "d_model"), "output")(value)  # by word, as they are fewer than bytes
         x = x + constrain(jnp.take_along_axis(guide, word[..., None], axis=1), "d_model")
-        # Of one key, softmax is 1: query and key change nothing, but checkpoints have them.
+        # The softmax over a single key is 1: query and key change nothing, but checkpoints have them.
         _linear(stack, cfg.guide_heads * dim, ("d_model", "heads"), "query")(stack.norm_module("query_norm")(x[:, :1]))
         _linear(stack, width, ("d_model", "heads"), "key")(source[:, :1])
         for name in ("query_head_norm", "key_head_norm") if stack.qk_norm else ():
@@ -206,7 +209,7 @@ class GuidedBlock(nn.Module):
 
 
 class GuidedStack(nn.Module):
-    """The decoder's blocks, scanned over."""
+    """The decoder's blocks, under a scan."""
 
     config: ReleasedConfig
 
@@ -237,7 +240,7 @@ def _linear(of: LlamaStack, features: int, axes: tuple[str, str], name: str) -> 
 
 
 class ReleasedHAT(nn.Module):
-    """Bytes in words to logits of the next bytes. The parts are methods."""
+    """Bytes in words to logits of the next bytes. Each part is a method."""
 
     config: ReleasedConfig
 
@@ -268,16 +271,16 @@ class ReleasedHAT(nn.Module):
         word_segments: Int[Array, "batch words"] | None = None,
         unknown: Bool[Array, "batch words"] | None = None,
     ) -> Float[Array, "batch length alphabet"]:
-        """Logits of the byte behind each one, in float32.
+        """Logits of the byte after each one; float32.
 
         Args:
-          tokens: bytes; behind the end of a row anything.
-          word: which word of the row a byte is in, from 0, ascending; `words` for those in a last word that no other
-            follows, and for what is behind the row's end.
-          word_positions: the number of each word in its document.
-          positions, segments: of the bytes: their numbers in the document, and the document's in the row.
-          word_segments: the same of the words.
-          unknown: words that are none; what follows them has the first word's guide.
+          tokens: bytes; anything after the end of a row.
+          word: the index of the word that a byte is in, from 0, ascending. It is `words` for bytes of a last word that
+            no other follows, and after the end of the row.
+          word_positions: the position of each word in its document.
+          positions, segments: of each byte, its position in the document and the document's number in the row.
+          word_segments: of each word, the document's number in the row.
+          unknown: true where there is no word; a word after it has the first word's guide.
         """
         states = self.encode(tokens, positions=positions, segments=segments)[0]
         latents = self.connect(states, word, word_positions, positions=positions)
@@ -298,7 +301,7 @@ class ReleasedHAT(nn.Module):
         return self.connector(states, word, _places(word, positions, None), word_positions)
 
     def backbone(self, latents, *, positions=None, segments=None, cache: KVCache | None = None):
-        """The guides of the words behind these, without a norm; and the cache."""
+        """The guides of the words after these, without a norm; and the cache with these appended."""
         latents = latents.astype(self.config.backbone.dtype)
         return self.backbone_stack(latents, _places(latents, positions, cache), segments, cache)
 
@@ -307,7 +310,7 @@ class ReleasedHAT(nn.Module):
         return self._first(self.first_word)
 
     def decode(self, states, guides, word, *, positions=None, segments=None, cache: KVCache | None = None):
-        """Logits [batch, length, alphabet] from the encoder's states and, of each byte, the guide number `word`."""
+        """Logits [batch, length, alphabet] from the encoder's states and each byte's guide, the one of index `word`."""
         guides = guides.astype(self.config.decoder.dtype)
         x, cache = self.decoder(states, _places(states, positions, cache), segments, guides, word, cache)
         matrix = gather(self.head_matrix.astype(x.dtype), "vocab", "d_model")
@@ -325,11 +328,11 @@ def _places(x, positions, cache):
 def byte_stream(batch: Batch, length: int, eot: int) -> dict[str, jax.Array]:
     """Rows of words (`jaxtok.data.words.WordText`) as rows of `length` bytes: what `ReleasedHAT` takes, and
 
-    targets       the byte behind each, eot behind the last of a document
-    mask          1 where it counts: the second to last byte of the target words, their first one if a byte is in front
-    target_word   the place in `batch` of the word that the target is in; `words` for eot and where none counts
+    targets       the byte after each one; eot after the last byte of a document
+    mask          1 where the target counts: eot, and bytes of target words except the first of a row or document
+    target_word   the index in `batch` of the word that the target is in; `words` for eot and where no target counts
 
-    What does not fit in is lost. The bytes of a row's first input word, if it has one, are context.
+    Bytes beyond `length` are lost. The bytes of a row's first input word, if it has one, are context.
     """
     lengths, following, segments = batch["lengths"], batch["target_lengths"], batch["segments"]
     words, places = lengths.shape[1], jnp.arange(length)
@@ -339,7 +342,7 @@ def byte_stream(batch: Batch, length: int, eot: int) -> dict[str, jax.Array]:
     ends = jnp.cumsum(sizes, 1)
     starts = ends - sizes
     real = places < ends[:, -1:]
-    word = jax.vmap(lambda row: jnp.searchsorted(row, places, side="right"))(ends)  # the first one that ends behind it
+    word = jax.vmap(lambda row: jnp.searchsorted(row, places, side="right"))(ends)  # the first that ends after the byte
     word = jnp.minimum(word, words).astype(jnp.int32)
 
     def of_word(values):
@@ -347,7 +350,7 @@ def byte_stream(batch: Batch, length: int, eot: int) -> dict[str, jax.Array]:
 
     unit = word * units.shape[-1] + jnp.clip(places - of_word(starts), 0, units.shape[-1] - 1)
     tokens = jnp.where(real, jnp.take_along_axis(units.reshape(len(units), -1), unit, 1), 0)
-    opens = lengths == 0  # documents that begin in the row
+    opens = lengths == 0  # where a document begins in the row
     first = jax.lax.cummax(jnp.pad(jnp.where(opens, starts[:, 1:], 0), ((0, 0), (1, 0))), axis=1)
     begun = (segments > 1) | opens[:, :1]
     last = places == of_word(ends) - 1
@@ -373,13 +376,13 @@ def byte_stream(batch: Batch, length: int, eot: int) -> dict[str, jax.Array]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReleasedModeling(Task):
-    """Trains a released HAT on rows of words by its next byte."""
+    """Trains a released HAT to predict the next byte, on rows of words (`jaxtok.data.words.WordText`)."""
 
     counted = "targets"
 
     model: ReleasedConfig = ReleasedConfig()
     row_bytes: int = 0
-    """Bytes that a row of words can hold, a multiple of 128 for the attention kernel; words beyond are lost. 0: all."""
+    """The most bytes that are read of a row of words, for the attention kernel a multiple of 128; 0: all."""
 
     def module(self) -> ReleasedHAT:
         return ReleasedHAT(self.model)
@@ -393,7 +396,7 @@ class ReleasedModeling(Task):
         return self.module().init(rng, *inputs, **options)["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats a byte; also logs bits per byte of text. First bytes of documents do not count."""
+        """Returns the mean cross entropy in nats a byte, without documents' first bytes; also logs bits per byte."""
         stream, nats, _ = self._nats(params, batch)
         return text_loss(nats, stream["mask"], self._bytes(batch, stream))
 
@@ -403,13 +406,13 @@ class ReleasedModeling(Task):
         count = jax.vmap(lambda values, word: jax.ops.segment_sum(values, word, words))
         good, bad = (count(x.astype(jnp.float32) * mask, stream["target_word"]) for x in (right, ~right))
         whole = (good + bad == batch["target_lengths"]) & (batch["target_lengths"] > 0) & (batch["mask"] > 0)
-        found = {"nats": nats * mask, "targets": mask, "words": whole, "right": whole & (bad == 0)}
-        return {name: jnp.sum(x) for name, x in found.items()} | {"bytes": self._bytes(batch, stream)}
+        sums = {"nats": nats * mask, "targets": mask, "words": whole, "right": whole & (bad == 0)}
+        return {name: jnp.sum(x) for name, x in sums.items()} | {"bytes": self._bytes(batch, stream)}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss, bits_per_byte, word_accuracy, words and bytes, as those of `jaxtok.lm.hat.HATModeling`.
+        """Returns loss, bits_per_byte, word_accuracy, words and bytes; see `jaxtok.lm.hat.HATModeling`.
 
-        The first byte of a document is left out, and so is the accuracy of its first word.
+        The first byte of a document does not count, so neither does its first word in the accuracy.
         """
         return {
             "loss": sums["nats"] / sums["targets"],
@@ -420,7 +423,7 @@ class ReleasedModeling(Task):
         }
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, with padding counted."""
+        """FLOPs of a training step: three times the forward pass, with padding counted."""
         rows, words, units = batch["words"].shape
         letters = self.row_bytes or (words + 1) * units
         byte, word = self.model.flops(letters, words)
@@ -438,23 +441,23 @@ class ReleasedModeling(Task):
         logprobs: bool = False,
         specials: bool = False,
     ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
-        """Up to max_bytes bytes after each prompt, fewer where the document ends. See `jaxtok.protocols.TextGenerator`.
+        """Up to max_bytes bytes after each prompt, fewer if the document ends. See `jaxtok.protocols.TextGenerator`.
 
-        With `specials`, the strings of special tokens in a prompt stand for them (the authors' code does that always);
-        never do so with a user's text.
+        With `specials`, the strings of special tokens in a prompt become those tokens, as always in the authors' code;
+        never use it with a user's text.
 
         Raises:
-          ValueError: no prompt, an empty one, or one with a special byte; no rng.
+          ValueError: there is no prompt, a prompt is empty or has the byte of a special token, or rng is missing.
         """
         for prompt in prompts:
             if taken := {byte for _, byte in self.model.special_tokens} & set(prompt):
                 raise ValueError(
-                    f"the prompt holds the byte {min(taken)}, which stands for a special token; take it out."
+                    f"a prompt holds the byte {min(taken)}, which stands for a special token; take it out."
                 )
         strings = dict(self.model.special_tokens) if specials else {}
         words = [split_specials(self.splitter, prompt, strings) for prompt in prompts]
-        found = generate_bytes(self.model, params, words, max_bytes, sampling, rng, on_text)
-        return texts_and_logprobs([new for new, _ in found], logprobs)
+        rows = generate_bytes(self.model, params, words, max_bytes, sampling, rng, on_text)
+        return texts_and_logprobs([new for new, _ in rows], logprobs)
 
     def _stream(self, batch):
         _, words, units = batch["words"].shape
@@ -485,9 +488,9 @@ def generate_bytes(
     rng: jax.Array | None = None,
     on_text: OnText | None = None,
 ) -> list[tuple[Continued, list[bytes]]]:
-    """What comes after each prompt, which is words of which the last is open; and all words, the prompt's included.
+    """What follows each prompt, and all words, the prompt's included. A prompt is words, of which the last is open.
 
-    The tokens are bytes, and eot where the document ends.
+    Tokens are bytes, and eot at the end of the document.
 
     Raises:
       ValueError: see `ReleasedModeling.continue_text`.
@@ -495,7 +498,7 @@ def generate_bytes(
     if not prompts or max_bytes < 1:
         raise ValueError(f"there are {len(prompts)} prompts and max_bytes is {max_bytes}; both must be at least 1.")
     if not all(prompts):
-        raise ValueError("a prompt is empty; give at least a byte, as the first one is not predicted.")
+        raise ValueError("a prompt is empty; it must have at least a byte, as the first one is not predicted.")
     rng = sampling_key(rng, sampling)
     model, count = ReleasedBytes(ReleasedHAT(config)), len(prompts)
     size = -(-max(sum(map(len, words)) for words in prompts) // _BUCKET) * _BUCKET
@@ -514,12 +517,12 @@ def generate_bytes(
     def read(row: int, new: list[int]) -> bytes:
         return bytes(new[:-1] if new and new[-1] == config.eot_id else new)
 
-    found = continue_texts(engine, params, state, read, max_bytes, on_text)
-    return [(new, _words(model.splitter, words, new.text)) for words, new in zip(prompts, found)]
+    rows = continue_texts(engine, params, state, read, max_bytes, on_text)
+    return [(new, _words(model.splitter, words, new.text)) for words, new in zip(prompts, rows)]
 
 
 def _words(splitter: WordSplitter, words: Sequence[bytes], text: bytes) -> list[bytes]:
-    """The words of a prompt and of the bytes that came after it."""
+    """The words of a prompt and of the bytes that follow it."""
     words = list(words)
     for number in range(len(text)):
         opened, byte = splitter.opens(words[-1], text[number]), text[number : number + 1]
@@ -529,36 +532,36 @@ def _words(splitter: WordSplitter, words: Sequence[bytes], text: bytes) -> list[
     return words
 
 
-_CHARACTER = 4  # bytes, at most, with which a word can open
+_CHARACTER = 4  # the most bytes that a word can open with: those of a character
 
 
 @flax.struct.dataclass
 class _State:
-    """Between two bytes, of which the newest has been read by nothing."""
+    """The state between two bytes: no module has read the newest one."""
 
     encoder: KVCache
     backbone: KVCache
-    """Of the closed words."""
+    """The cache of the closed words."""
     decoder: KVCache
     states: Float[Array, "batch slots char_dim"]
-    """The encoder's, of the text."""
+    """The encoder's states of the text."""
     guide: Float[Array, "batch d_model"]
-    """Of the open word."""
+    """The guide of the open word."""
     word: Int[Array, "batch max_word_size+1"]
-    """The open word, which the byte that ends it can make longer, and how many bytes it has."""
+    """The open word, with room for the byte that ends it."""
     length: Int[Array, " batch"]
+    """How many bytes the open word has."""
     begun: Bool[Array, ""]
-    """Whether bytes have been generated: where the prompt's words end is known."""
+    """Whether a byte has been generated; before, the prompt says where words end."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ReleasedBytes:
-    """A released HAT as the `jaxtok.decoding.TokenModel` of bytes.
+    """A released HAT as a `jaxtok.decoding.TokenModel` of bytes.
 
-    `WordSplitter.opens` says where words end; it needs the tables of Unicode, so each step asks the host. The authors'
-    code leaves the first bytes of a new word's first character under the old guide and shifts the closed word's
-    positions by them; here they are computed again and the positions are true, so that all is as if computed anew from
-    the words.
+    `WordSplitter.opens` says where words end; it needs Unicode's tables, so each step asks the host. In the authors'
+    code, the first bytes of a new word's first character stay under the old guide and shift the closed word's
+    positions. Here they are decoded again and positions are true, so that all is as if computed anew from the words.
     """
 
     model: ReleasedHAT
@@ -569,8 +572,8 @@ class ReleasedBytes:
 
     @functools.partial(jax.jit, static_argnames=("self", "max_bytes"))
     def start(self, params, tokens, word, numbers, total, closed, *, max_bytes: int) -> _State:
-        """The state of texts [batch, length] of `total` bytes, in `closed` words and an open one; `word` is the number
-        of each byte's word. The newest byte is left for the first step."""
+        """The state after texts [batch, length] of `total` bytes, in `closed` words and an open one. `word` [batch,
+        length] is the index of each byte's word. The newest byte is left for the first step to read."""
         cfg, run, (batch, length), most = self.model.config, self._run(params), tokens.shape, numbers.shape[1]
         slots = length + max_bytes + _CHARACTER
         states, encoder = run("encode", tokens, cache=cfg.encoder.init_cache(batch, slots))
@@ -592,10 +595,10 @@ class ReleasedBytes:
         )
 
     def step(self, params: Params, byte, state: _State, live):
-        run, rows, place = self._run(params), jnp.arange(len(byte)), state.encoder.length
+        run, rows, index = self._run(params), jnp.arange(len(byte)), state.encoder.length
         new, encoder = run("encode", byte[:, None], cache=state.encoder)
-        states = state.states.at[rows, jnp.where(live, place, state.states.shape[1])].set(new[:, 0], mode="drop")
-        total, length = place + live, state.length + live
+        states = state.states.at[rows, jnp.where(live, index, state.states.shape[1])].set(new[:, 0], mode="drop")
+        total, length = index + live, state.length + live
         opened = jax.pure_callback(
             self._opens,
             jax.ShapeDtypeStruct(byte.shape, jnp.int32),
@@ -632,14 +635,14 @@ class ReleasedBytes:
             number = state.backbone.length[:, None]
             latents = run("connect", bytes_, inside, number, positions=places)
             outputs, cache = run("backbone", latents, cache=state.backbone)
-            some = opened > 0
+            closes = opened > 0
             return state.replace(
-                backbone=cache.truncate(state.backbone.length + some),
-                guide=jnp.where(some[:, None], outputs[:, 0], state.guide),
+                backbone=cache.truncate(state.backbone.length + closes),
+                guide=jnp.where(closes[:, None], outputs[:, 0], state.guide),
                 word=jnp.where(
-                    some[:, None], _window(state.word, state.length - opened, state.word.shape[1]), state.word
+                    closes[:, None], _window(state.word, state.length - opened, state.word.shape[1]), state.word
                 ),
-                length=jnp.where(some, opened, state.length),
+                length=jnp.where(closes, opened, state.length),
             )
 
         logits, state = jax.lax.cond(
@@ -661,6 +664,6 @@ class ReleasedBytes:
 
 
 def _window(x: Array, start: Int[Array, " batch"], width: int) -> Array:
-    """x[b, start[b] : start[b] + width]; what is beyond the end is its last entry."""
+    """x[b, start[b] : start[b] + width], where entries beyond the end repeat the last one."""
     places = start[:, None] + jnp.arange(width)
     return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), 1, mode="clip")

@@ -1,4 +1,4 @@
-"""Next-token prediction, the Task of every causal language model."""
+"""Next-token prediction: the Task of every causal language model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class LanguageModeling(Task):
 
     model: DecoderConfig
     frozen_tokens: TokenCounts = TokenCounts()
-    """If any is positive, only the parameter tokens after these train."""
+    """How many parameter tokens of each projection stay as they are. If any is positive, only the later ones train."""
 
     def module(self) -> Decoder:
         return Decoder(self.model)
@@ -36,21 +36,22 @@ class LanguageModeling(Task):
         return self.module().init(rng, batch["tokens"])["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats a token; also logs bits per byte of text."""
-        return text_loss(self._nats(params, batch, rng), batch["mask"], jnp.sum(batch["bytes"] * batch["mask"]))
+        """Returns the mean cross entropy in nats a token; also logs bits per byte of text."""
+        mask = batch["mask"]
+        return text_loss(self._nats(params, batch, rng), mask, jnp.sum(batch["bytes"] * mask))
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         return text_sums(self._nats(params, batch), batch["mask"], batch["bytes"])
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss (nats a token), perplexity, bits_per_byte (which compares models across tokenizers), tokens, bytes."""
+        """Returns loss (nats a token), perplexity, bits_per_byte (comparable across tokenizers), tokens and bytes."""
         return text_metrics(sums)
 
     def trainable(self, params: Params) -> Params | None:
         return new_token_mask(params, self.frozen_tokens) if self.frozen_tokens.total() else None
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        """FLOPs of a training step: three times the forward pass, with attention counted over whole rows."""
         rows, length = batch["tokens"].shape
         return 3 * rows * length * self.model.flops(length)
 

@@ -1,18 +1,18 @@
-"""Lexinvariant language models: no token embeddings, but fresh random vectors in every sequence (arXiv 2305.16349).
+"""Lexinvariant language models (arXiv 2305.16349): fresh random vectors in every sequence, not learned embeddings.
 
-A model p is lexinvariant if p(x_1..x_n) = p(pi(x_1)..pi(x_n)) for every permutation pi of the vocabulary. Here, for
-each sequence, every symbol v gets a vector E_v ~ N(0, I), and that table stands at both ends of the model:
-h = body(E[x_1]..E[x_n]), logits = s h E^T. Then all that a prediction can come from is which symbols of the sequence
-are the same; with a long enough context, the model learns to decipher them.
+A model p is lexinvariant if p(x_1..x_n) = p(pi(x_1)..pi(x_n)) for every permutation pi of the vocabulary. Here,
+every symbol v gets a vector E_v ~ N(0, I) for each sequence, and this table is at both ends of the model:
+h = body(E[x_1]..E[x_n]), logits = s h E^T. A prediction can then depend only on which symbols of the sequence are the
+same; with a long enough context, the model learns to decipher them.
 
-Any body will do (`jaxtok.lm.decoder.Backbone` around a Transformer, Llama, GPT-2, TokenFormer...). A semi-lexinvariant
-model has a learned table W as well, of which a sequence sees the rows of all symbols but a random part.
+The body can be any `jaxtok.lm.decoder.Backbone` (a Transformer, Llama, GPT-2, TokenFormer, ...). A semi-lexinvariant
+model also has a learned table W; in each sequence, a random part of the symbols has random rows in place of W's.
 
-A row E_v is a hash of the sequence's key and v, so that a table need not exist: `block` rows at a time are drawn where
-they are met, and drawn again in the backward pass.
+A row E_v is a hash of the sequence's key and v, so a whole table need not exist: `block` rows at a time are drawn when
+they are needed, and drawn again in the backward pass.
 
-The authors released no code, so s, the initialisation and the place of the norms are ours: s = d^-1/2 gives logits of a
-standard deviation near 1; s = 1 is the paper's plain inner product.
+The authors released no code, so s, the initialisation and the position of the norms are our choice: s = d^-1/2 gives
+logits of a standard deviation near 1; s = 1 is the paper's plain inner product.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LexinvariantConfig(LinearStack, DecoderConfig):
     use_bias: bool = False
 
     def linear(self, features: int, axes: tuple[str, str], std: float, bias: bool | None, name: str | None) -> Linear:
-        """With entries of variance 1 / d_in, as the random rows have a norm of sqrt(d)."""
+        """A projection with entries of variance 1 / d_in, as the random rows have a norm near sqrt(d)."""
         d_in = {"d_model": self.d_model, "heads": self.num_heads * self.head_dim, "mlp": self.mlp_dim}[axes[0]]
         return super().linear(features, axes, d_in**-0.5, bias, name)
 
@@ -74,7 +74,7 @@ def sequence_keys(key: Key[Array, ""], batch: int) -> Key[Array, " batch"]:
 def random_rows(
     keys: Key[Array, " batch"], symbols: Int[Array, "batch n"], width: int
 ) -> Float[Array, "batch n width"]:
-    """E_v ~ N(0, I) of these symbols in each sequence's table, float32: the same key and symbol, the same row."""
+    """The rows E_v ~ N(0, I) of these symbols in each sequence's table, float32; key and symbol determine a row."""
 
     def row(key, symbol):
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, 0), symbol), (width,))
@@ -83,7 +83,7 @@ def random_rows(
 
 
 def random_mask(keys: Key[Array, " batch"], symbols: Int[Array, "batch n"], part: float) -> Bool[Array, "batch n"]:
-    """True with probability `part`, for each sequence and symbol: those whose row is random."""
+    """Whether each symbol's row in a sequence is random: true with probability `part`, by key and symbol."""
 
     def one(key, symbol):
         return jax.random.bernoulli(jax.random.fold_in(jax.random.fold_in(key, 1), symbol), part)
@@ -93,7 +93,7 @@ def random_mask(keys: Key[Array, " batch"], symbols: Int[Array, "batch n"], part
 
 @flax.struct.dataclass
 class LexinvariantCache(KVCache):
-    """Keys and values, and the key of each row's table, which stays the same while the row grows."""
+    """Keys and values, and the random key of each row's table, which stays the same while the row grows."""
 
     tables: Key[Array, " batch"] | None = None
 
@@ -101,19 +101,19 @@ class LexinvariantCache(KVCache):
 class Lexinvariant(Backbone):
     """Tokens to next-token logits with a table for each sequence; see `jaxtok.protocols.CausalLM`.
 
-    Every method takes the tables as `keys`, one for each row, or as `table`, the rows themselves; without either, they
-    come from `seed` and the number of the row.
+    Every method takes the tables as `keys`, one for each row, or as `table`, the vectors themselves. Without either,
+    they come from `seed` and the number of the row.
     """
 
     random_symbols: float = 1.0
-    """Probability of a symbol to have a random row: 1 is lexinvariant, 0 a standard language model with a tied table,
-    and between them semi-lexinvariant."""
+    """The probability p that a symbol has a random row. 1: a lexinvariant model; 0: a standard language model with a
+    tied table; between them: a semi-lexinvariant one."""
     readout_scale: float = 0.0
-    """s; 0: d_model^-1/2."""
+    """The factor s of the logits; 0: d_model^-1/2."""
     block: int = 0
-    """So many rows of a table exist at a time; 0: all."""
+    """The number of rows of a table that exist at a time; 0: all."""
     seed: int = 0
-    """Of the tables where no keys are given."""
+    """The seed of the tables if no keys are given."""
 
     def setup(self):
         super().setup()
@@ -136,11 +136,11 @@ class Lexinvariant(Backbone):
         keys: Key[Array, " batch"] | None = None,
         table: Float[Array, "batch vocab d_model"] | None = None,
     ) -> tuple[Float[Array, "batch length vocab"], LexinvariantCache | None]:
-        """Logits of the token behind each one (float32), and the cache with these tokens appended.
+        """Logits of the token after each one (float32), and the cache with these tokens appended.
 
         Args:
-          tokens: ids below vocab_size (others make NaN); the rest as in `jaxtok.lm.decoder.Decoder`. The documents of a
-            row share a table, and do not see each other.
+          tokens: ids below vocab_size; others give NaN. The documents of a row share a table but do not see each other.
+          positions, segments, mask: as in `jaxtok.lm.decoder.Decoder`.
           cache: from `init_cache` or an earlier call; its tables are used.
 
         Raises:
@@ -148,7 +148,7 @@ class Lexinvariant(Backbone):
         """
         if cache is not None:
             if keys is not None or table is not None:
-                raise ValueError("keys or a table were given together with a cache, which has its own.")
+                raise ValueError("keys or a table are given together with a cache, which has its own; leave them out.")
             keys = cache.tables
         if table is None and not self.block:
             table = self.table(self._keys(keys, tokens.shape[0]))
@@ -163,7 +163,7 @@ class Lexinvariant(Backbone):
         return self.head(x, keys=keys, table=table), cache
 
     def table(self, keys: Key[Array, " batch"]) -> Float[Array, "batch vocab d_model"] | Float[Array, "vocab d_model"]:
-        """Each sequence's whole table; W, if no symbol is random."""
+        """Each sequence's whole table, or W if no symbol is random."""
         if not self.random_symbols:
             return self.embedding
         symbols = jnp.broadcast_to(jnp.arange(self.config.vocab_size), (keys.shape[0], self.config.vocab_size))
@@ -188,7 +188,7 @@ class Lexinvariant(Backbone):
         return constrain(x, "d_model")
 
     def head(self, x, *, keys=None, table=None) -> Float[Array, "batch length vocab"]:
-        """Logits s x E^T in float32, from hidden states behind the final norm."""
+        """Logits s x E^T in float32, from hidden states x after the final norm."""
         if table is None and not (self.block and self.random_symbols):
             table = self.table(self._keys(keys, x.shape[0]))
         if table is None:
@@ -208,10 +208,10 @@ class Lexinvariant(Backbone):
         table: Float[Array, "batch vocab d_model"] | None = None,
         **options: Any,
     ) -> Float[Array, "batch length"]:
-        """-log p(target) at each position; with `block`, no more than so many rows or logits a token exist at a time.
+        """-log p(target) at each position. With `block`, only that many rows, or logits of a token, exist at a time.
 
         Args:
-          options: as for a call.
+          options: positions, segments and deterministic, as for a call.
         """
         if table is not None or not (self.block and self.random_symbols):
             logits, _ = self(tokens, keys=keys, table=table, **options)
@@ -226,10 +226,10 @@ class Lexinvariant(Backbone):
             logits = jnp.where(symbols < self.config.vocab_size, logits, -jnp.inf)
             higher = jnp.maximum(top, jax.lax.stop_gradient(logits.max(-1)))
             total = total * jnp.exp(top - higher) + jnp.exp(logits - higher[..., None]).sum(-1)
-            place = targets - part[0]
-            here = jnp.take_along_axis(logits, jnp.clip(place, 0, self.block - 1)[..., None], -1)[..., 0]
-            found = (place >= 0) & (place < self.block) & (targets < self.config.vocab_size)
-            return (higher, total, jnp.where(found, here, chosen)), None
+            index = targets - part[0]
+            of_target = jnp.take_along_axis(logits, jnp.clip(index, 0, self.block - 1)[..., None], -1)[..., 0]
+            inside = (index >= 0) & (index < self.block) & (targets < self.config.vocab_size)
+            return (higher, total, jnp.where(inside, of_target, chosen)), None
 
         lowest = jnp.full(targets.shape, jnp.finfo(jnp.float32).min)
         start = (lowest, jnp.zeros(targets.shape), jnp.full(targets.shape, jnp.nan))
@@ -237,7 +237,7 @@ class Lexinvariant(Backbone):
         return top + jnp.log(total) - chosen
 
     def init_cache(self, batch: int, length: int, keys: Key[Array, " batch"] | None = None) -> LexinvariantCache:
-        """An empty cache; `keys` are those of the rows' tables."""
+        """An empty cache; `keys` are the random keys of the rows' tables."""
         cache = super().init_cache(batch, length)
         fields = {field.name: getattr(cache, field.name) for field in dataclasses.fields(cache)}
         return LexinvariantCache(**fields, tables=self._keys(keys, batch))
@@ -252,7 +252,7 @@ class Lexinvariant(Backbone):
         return jnp.where(random_mask(keys, symbols, self.random_symbols)[..., None], rows, learned)
 
     def _parts(self):
-        """For each block of the vocabulary, its first symbol and its rows of W (None, if there is no W)."""
+        """The first symbol of each block of the vocabulary, and its rows of W (None if there is no W)."""
         cfg = self.config
         count = -(-cfg.vocab_size // self.block)
         learned = None
@@ -274,33 +274,33 @@ class Lexinvariant(Backbone):
 
 def _check(config: DecoderConfig, random_symbols: float, readout_scale: float, block: int) -> None:
     if not 0 <= random_symbols <= 1:
-        raise ValueError(f"random_symbols is {random_symbols}; it is a probability, in [0, 1].")
+        raise ValueError(f"random_symbols is {random_symbols}; it is a probability, so it must be in [0, 1].")
     if not 0 <= readout_scale < math.inf:
-        raise ValueError(f"readout_scale is {readout_scale}; it must be positive (or 0, for d_model^-1/2).")
+        raise ValueError(f"readout_scale is {readout_scale}; it must be positive, or 0 for d_model^-1/2.")
     if block < 0:
-        raise ValueError(f"block is {block}; it must be positive (or 0, for the whole table at once).")
+        raise ValueError(f"block is {block}; it must be positive, or 0 for the whole table at once.")
     if not 0 < config.vocab_size < 2**31:
         raise ValueError(f"vocab_size is {config.vocab_size}; it must be positive and below 2^31.")
     if not config.tie_embeddings:
         raise ValueError(
-            "tie_embeddings is False; a lexinvariant model reads out with the rows that it reads in, so set it True."
+            "tie_embeddings is False; it must be True, as the model reads out with the rows that it reads in."
         )
 
 
 class Bin(NamedTuple):
-    """The loss at positions `first` to `last` of a document's part in a row, both included."""
+    """The loss at the positions `first` to `last` (included) of documents, counted as in `nats_by_position`."""
 
     first: int
     last: int
     nats: float
-    """The mean over tokens and draws of the tables."""
+    """The mean over tokens and over draws of the tables."""
     stderr: float
-    """Of the mean over draws; 0 where nothing is drawn."""
+    """The standard error of that mean over draws; 0 if nothing is drawn."""
     tokens: float
 
 
 def position_edges(length: int) -> tuple[int, ...]:
-    """0, 1, 2, 4, 8, ... length: where bins of positions begin, and the end."""
+    """0, 1, 2, 4, 8, ..., length: where each bin of positions begins, and where the last one ends."""
     return (0, *(2**k for k in range((length - 1).bit_length())), length)
 
 
@@ -308,30 +308,30 @@ def position_edges(length: int) -> tuple[int, ...]:
 class LexinvariantModeling(LanguageModeling):
     """Trains a lexinvariant, semi-lexinvariant or standard language model on rows of text.
 
-    A row is a sequence: it has one table, whatever documents it holds. End-of-document tokens are symbols like others.
-    Evaluation and generation use the learned table, where there is one.
+    A row is a sequence: it has one table, whatever documents it holds. The end-of-document token is a symbol like any
+    other. Evaluation and generation use the learned table if there is one.
     """
 
     random_symbols: float = 1.0
-    """p; see `Lexinvariant`."""
+    """The probability p that a symbol has a random row; see `Lexinvariant`."""
     readout_scale: float = 0.0
-    """s; 0: d_model^-1/2."""
+    """The factor s of the logits; 0: d_model^-1/2."""
     block: int = 0
-    """So many rows of a table exist at a time; 0: all, which is faster for small vocabularies."""
+    """The number of rows of a table that exist at a time; 0: all, which is faster for small vocabularies."""
     draws: int = 4
-    """Tables for each sequence of an evaluation."""
+    """How many tables an evaluation draws for each sequence."""
     seed: int = 0
-    """Of the tables in evaluation and generation."""
+    """The seed of the tables in evaluation and generation."""
 
     def __post_init__(self):
-        vocab = self.model.vocab_size or 1  # not known yet
+        vocab = self.model.vocab_size or 1  # 0 is not known yet
         sized = dataclasses.replace(self.model, vocab_size=vocab)
         _check(sized, self.random_symbols, self.readout_scale, self.block)
         if self.draws < 1:
             raise ValueError(f"draws is {self.draws}; it must be at least 1.")
 
     def module(self, training: bool = False) -> Lexinvariant:
-        """The model; in training, with the random part of a semi-lexinvariant one."""
+        """The model. Only in training does a semi-lexinvariant one have random rows."""
         part = self.random_symbols if training or self.random_symbols == 1 else 0.0
         scale, block = self.readout_scale, self.block
         return Lexinvariant(self.model, random_symbols=part, readout_scale=scale, block=block, seed=self.seed)
@@ -340,8 +340,8 @@ class LexinvariantModeling(LanguageModeling):
         return _position_sums(self, (0, 2**31 - 1), False, params, batch, rng)
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss (nats a token, over `draws` tables for each sequence) and loss_stderr, its standard error over them,
-        perplexity, bits_per_byte, tokens, bytes."""
+        """Returns loss (nats a token, the mean over `draws` tables for each sequence), loss_stderr (its standard error
+        over the draws), perplexity, bits_per_byte, tokens and bytes."""
         nats, tokens = sums["nats"].sum(1), float(sums["tokens"].sum())
         loss = nats / tokens
         mean = text_metrics({"nats": float(nats.mean()), "tokens": tokens, "bytes": sums["bytes"]})
@@ -350,44 +350,44 @@ class LexinvariantModeling(LanguageModeling):
     def evaluate(
         self, params: Params, batches: Iterable[Batch], rng: jax.Array | None = None, **options: Any
     ) -> dict[str, float]:
-        """See `Task.evaluate`. The tables are those of `seed`, unless there is a key."""
+        """See `Task.evaluate`; without `rng`, the tables are drawn from `seed`."""
         return super().evaluate(params, batches, jax.random.key(self.seed) if rng is None else rng, **options)
 
     def nats_by_position(
         self, params: Params, batches: Iterable[Batch], *, edges: tuple[int, ...] = (), permuted: bool = False
     ) -> list[Bin]:
-        """The loss against the position in the context, counted from a document's beginning in its row.
+        """The loss by position in the context, counted from a document's beginning in its row.
 
         Args:
           edges: where bins begin, and where the last one ends; default: `position_edges`.
-          permuted: in each sequence and draw, the symbols are renamed by a random permutation of all of them.
+          permuted: whether the symbols of each sequence are renamed, in each draw, by a random permutation of them all.
 
         Raises:
-          ValueError: there was not a single target to predict.
+          ValueError: there was no target to predict.
         """
         batches = iter(batches)
-        ahead = list(itertools.islice(batches, 1))
-        edges = edges or position_edges(max((batch["tokens"].shape[1] for batch in ahead), default=1))
+        first = list(itertools.islice(batches, 1))
+        edges = edges or position_edges(max((batch["tokens"].shape[1] for batch in first), default=1))
         seed = jax.random.key(self.seed)
         sums = add_up(
             (
                 _position_sums(self, edges, permuted, params, batch, jax.random.fold_in(seed, number))
-                for number, batch in enumerate(itertools.chain(ahead, batches))
+                for number, batch in enumerate(itertools.chain(first, batches))
             ),
             self.counted,
         )
         nats, tokens = sums["nats"], sums["tokens"]
         means = nats / np.maximum(tokens, 1)
         return [
-            Bin(first, stop - 1, float(means[:, k].mean()), _stderr(means[:, k]), float(tokens[k]))
-            for k, (first, stop) in enumerate(itertools.pairwise(edges))
+            Bin(start, stop - 1, float(means[:, k].mean()), _stderr(means[:, k]), float(tokens[k]))
+            for k, (start, stop) in enumerate(itertools.pairwise(edges))
         ]
 
     def _nats(self, params, batch, rng=None, *, keys=None):
         if batch["tokens"].shape[1] < 2:
             raise ValueError(
-                "rows hold 1 token; of a symbol that stands alone a lexinvariant model knows nothing, so choose a "
-                "data.length of 2 or more."
+                "rows hold 1 token; data.length must be at least 2, as a lexinvariant model knows nothing of a single "
+                "symbol."
             )
         options: dict[str, Any] = {}
         if rng is not None:
@@ -421,9 +421,9 @@ def permute_symbols(
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _position_sums(task: LexinvariantModeling, edges: tuple[int, ...], permuted: bool, params, batch, key):
-    """Nats [draws, bins], tokens [bins] and bytes."""
+    """The sums of nats [draws, bins], tokens [bins] and bytes."""
     batch = dict(batch)
-    bins = jnp.searchsorted(jnp.array(edges), batch["positions"], side="right") - 1  # those outside count nowhere
+    bins = jnp.searchsorted(jnp.array(edges), batch["positions"], side="right") - 1  # positions outside count nowhere
     inside = jax.nn.one_hot(bins, len(edges) - 1) * batch["mask"][..., None]
 
     def draw(number):

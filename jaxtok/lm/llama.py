@@ -1,7 +1,7 @@
 """Llama-style decoders: Llama 2 and 3 (arXiv 2302.13971, 2407.21783), Mistral (2310.06825), Qwen2 (2407.10671), Gemma.
 
-One pre-norm decoder with rotary positions, RMS norms, a gated MLP and grouped-query attention; the families differ in
-biases, windows, the scaling of the rotary frequencies, and (Gemma) the norm and the embedding.
+All are one pre-norm decoder with rotary positions, RMS norms, a gated MLP and grouped-query attention. The families
+differ in biases, windows and the scaling of the rotary frequencies; Gemma also in the norm and the embedding.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LLAMA32 = dataclasses.replace(_LLAMA3, max_length=131072, tie_embeddings=True, 
 _QWEN25 = LlamaConfig(norm_eps=1e-6, rotary_base=1e6, max_length=32768, qkv_bias=True, vocab_size=151936)
 
 
-def _of(config: LlamaConfig, layers: int, width: int, heads: int, kv_heads: int, mlp: int, **more) -> LlamaConfig:
+def _sized(config: LlamaConfig, layers: int, width: int, heads: int, kv_heads: int, mlp: int, **more) -> LlamaConfig:
     return dataclasses.replace(
         config, num_layers=layers, d_model=width, num_heads=heads, num_kv_heads=kv_heads, mlp_dim=mlp, **more
     )
@@ -43,17 +43,17 @@ def _of(config: LlamaConfig, layers: int, width: int, heads: int, kv_heads: int,
 
 PUBLISHED = {
     "llama-2-7b": LlamaConfig(),
-    "llama-2-13b": _of(LlamaConfig(), 40, 5120, 40, 40, 13824),
-    "llama-2-70b": _of(LlamaConfig(), 80, 8192, 64, 8, 28672),
+    "llama-2-13b": _sized(LlamaConfig(), 40, 5120, 40, 40, 13824),
+    "llama-2-70b": _sized(LlamaConfig(), 80, 8192, 64, 8, 28672),
     "llama-3-8b": _LLAMA3,
-    "llama-3-70b": _of(_LLAMA3, 80, 8192, 64, 8, 28672),
+    "llama-3-70b": _sized(_LLAMA3, 80, 8192, 64, 8, 28672),
     "llama-3.1-8b": dataclasses.replace(_LLAMA3, max_length=131072, rotary_scaling=_llama3(8.0)),
-    "llama-3.2-1b": _of(_LLAMA32, 16, 2048, 32, 8, 8192),
-    "llama-3.2-3b": _of(_LLAMA32, 28, 3072, 24, 8, 8192),
+    "llama-3.2-1b": _sized(_LLAMA32, 16, 2048, 32, 8, 8192),
+    "llama-3.2-3b": _sized(_LLAMA32, 28, 3072, 24, 8, 8192),
     "mistral-7b-v0.1": LlamaConfig(num_kv_heads=8, mlp_dim=14336, max_length=32768, window=4096),
-    "qwen2.5-0.5b": _of(_QWEN25, 24, 896, 14, 2, 4864, tie_embeddings=True),
-    "qwen2.5-1.5b": _of(_QWEN25, 28, 1536, 12, 2, 8960, tie_embeddings=True),
-    "qwen2.5-7b": _of(_QWEN25, 28, 3584, 28, 4, 18944, vocab_size=152064),
+    "qwen2.5-0.5b": _sized(_QWEN25, 24, 896, 14, 2, 4864, tie_embeddings=True),
+    "qwen2.5-1.5b": _sized(_QWEN25, 28, 1536, 12, 2, 8960, tie_embeddings=True),
+    "qwen2.5-7b": _sized(_QWEN25, 28, 3584, 28, 4, 18944, vocab_size=152064),
     "gemma-2b": LlamaConfig(
         num_layers=18,
         d_model=2048,

@@ -1,7 +1,7 @@
-"""Masked words: places of a row that are chosen on the device and hidden, and the Task of predicting what stood there.
+"""Masked words: some places of a row are chosen and hidden, on the device; the Task is to predict what stood there.
 
-BERT's objective (arXiv 1810.04805, section 3.1), with the number of places per row of `google-research/electra`
-(`pretrain_helpers.mask`). All shapes are static: a row has a fixed number of slots, some of which may have weight 0.
+This is BERT's objective (arXiv 1810.04805, section 3.1), with as many places in a row as in `google-research/electra`
+(`pretrain_helpers.mask`). All shapes are static: a row has a fixed number of slots, of which some may have weight 0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 
 class Slots(NamedTuple):
-    """Places of each row: 0 with weight 0 where there are fewer of them than slots."""
+    """The chosen places of each row. A slot that is left over has place 0 and weight 0."""
 
     places: Int[Array, "batch slots"]
     weights: Float[Array, "batch slots"]
@@ -28,19 +28,19 @@ class Slots(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Masking:
-    """How many places of a row are chosen, and what stands there then. Defaults: ELECTRA's, with BERT's word pieces."""
+    """How many places of a row are chosen, and what hides them. Defaults: ELECTRA's, with BERT's word pieces."""
 
     rate: float = 0.15
-    """The chosen part of the real places of a row."""
+    """The part of a row's real places that is chosen."""
     mask_share: float = 0.85
-    """The part of the chosen that becomes the mask; BERT: 0.8."""
+    """The part of the chosen places that becomes the mask; BERT: 0.8."""
     random_share: float = 0.0
-    """The part of the chosen that becomes any word of the vocabulary; BERT: 0.1. The rest stays."""
+    """The part of the chosen places that becomes any word of the vocabulary; BERT: 0.1. The rest stays as it is."""
     mask_id: int = 103
     kept_ids: tuple[int, ...] = (101, 102)
-    """Ids that are never chosen, besides the mask: [CLS] and [SEP]."""
+    """Ids that are never chosen, besides the mask itself; by default [CLS] and [SEP]."""
     with_replacement: bool = False
-    """A place may be chosen more than once (the authors' code); else all are distinct (the paper)."""
+    """Whether a place may be chosen more than once (the authors' code); otherwise all are distinct (the paper)."""
 
     def __post_init__(self):
         if not 0 < self.rate < 1:
@@ -48,22 +48,22 @@ class Masking:
         if min(self.mask_share, self.random_share) < 0 or self.mask_share + self.random_share > 1:
             raise ValueError(
                 f"masking.mask_share is {self.mask_share} and random_share {self.random_share}; "
-                "they are parts of the chosen places, whose sum is at most 1."
+                "they must be 0 or more, and their sum at most 1."
             )
         if min(self.mask_id, *self.kept_ids, 0) < 0:
-            raise ValueError(f"masking.mask_id is {self.mask_id} and kept_ids {self.kept_ids}; ids are 0 or more.")
+            raise ValueError(f"masking.mask_id is {self.mask_id} and kept_ids {self.kept_ids}; ids must be 0 or more.")
 
     def check(self, vocab_size: int) -> None:
-        """Raises ValueError: an id is not in the vocabulary (of 0 rows: not known yet)."""
+        """Raises a ValueError if an id is not in the vocabulary; a vocab_size of 0 is not known yet, and passes."""
         highest = max(self.mask_id, *self.kept_ids, 0)
         if vocab_size and highest >= vocab_size:
             raise ValueError(
                 f"masking has the id {highest}, but the model's vocab_size is {vocab_size}; "
-                "raise that, or give ids that it has."
+                "raise that, or give ids below it."
             )
 
     def slots(self, length: int) -> int:
-        """Slots of a row of `length` places."""
+        """The number of slots of a row of `length` places."""
         return max(1, int((self.rate + 0.005) * length))
 
     def candidates(self, tokens: Int[Array, "batch length"], real: Array) -> Bool[Array, "batch length"]:
@@ -74,14 +74,14 @@ class Masking:
         """round(rate * real places) of the candidates, at least one where there is one, and at most `slots`."""
         count = self.slots(candidates.shape[1])
         wanted = jnp.clip(jnp.round(self.rate * jnp.sum(real > 0, 1).astype(jnp.float32)), 1, count)
-        there = jnp.sum(candidates, 1)
+        available = jnp.sum(candidates, 1)
         score = jax.random.gumbel(rng, (*candidates.shape, count) if self.with_replacement else candidates.shape)
         if self.with_replacement:
             places = jnp.argmax(jnp.where(candidates[..., None], score, -jnp.inf), 1)
-            wanted = jnp.where(there > 0, wanted, 0)
+            wanted = jnp.where(available > 0, wanted, 0)
         else:
             _, places = jax.lax.top_k(jnp.where(candidates, score, -jnp.inf), count)
-            wanted = jnp.minimum(wanted, there)
+            wanted = jnp.minimum(wanted, available)
         valid = jnp.arange(count) < wanted[:, None]
         return Slots(jnp.where(valid, places, 0).astype(jnp.int32), valid.astype(jnp.float32))
 
@@ -95,7 +95,8 @@ class Masking:
         """The row as the model sees it.
 
         Args:
-          draws: uniform in [0, 1); below mask_share a place becomes the mask, then up to random_share `random_ids`.
+          draws: uniform in [0, 1). A place becomes the mask below mask_share, then its entry of `random_ids` below
+            mask_share + random_share, and stays as it is above.
         """
         masked, changed = draws < self.mask_share, draws < self.mask_share + self.random_share
         values = jnp.full_like(slots.places, self.mask_id)
@@ -112,7 +113,7 @@ def take(x: Array, places: Int[Array, "batch slots"]) -> Array:
 def put(x: Int[Array, "batch length *rest"], places: Int[Array, "batch slots"], weights: Array, values: Array) -> Array:
     """x with `values` [batch, slots, ...] at the places whose weight is not 0.
 
-    Where a place is there more than once it gets the mean of its values, rounded down, as in the authors' code.
+    A place that occurs more than once gets the mean of its values, rounded down, as in the authors' code.
     """
     counted = (weights > 0).astype(x.dtype)
     sums = jax.vmap(lambda row, at, v: jnp.zeros_like(row).at[at].add(v))
@@ -124,7 +125,7 @@ def put(x: Int[Array, "batch length *rest"], places: Int[Array, "batch slots"], 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MaskedWords(Task):
-    """Trains an encoder to predict hidden words from rows of
+    """Trains an encoder to predict hidden words. A batch has
 
     tokens  int32    [batch, length]
     types   int32    the kinds of the tokens (BERT's first and second sentence)
@@ -139,7 +140,7 @@ class MaskedWords(Task):
 
     def __post_init__(self):
         if not self.model.mask_head:
-            raise ValueError("model.mask_head is False; masked words are predicted by this head: set it.")
+            raise ValueError("model.mask_head is False; it must be True, as this head predicts the masked words.")
         self.masking.check(self.model.vocab_size)
 
     def fit(self, data: Data, train: Any = None) -> MaskedWords:
@@ -151,12 +152,12 @@ class MaskedWords(Task):
         return self.model.module().init(rng, batch["tokens"], method="everything")["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy of the hidden words in nats (all places of all rows count the same)."""
+        """Returns the mean cross entropy of all hidden words in nats; also logs the accuracy."""
         nats, correct, slots, _ = self.predict(params, batch, rng, train=True)
         return weighted_mean(nats, slots.weights), {"accuracy": weighted_mean(correct, slots.weights)}
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array, train: bool = False):
-        """Nats and whether the likeliest word is right, for each slot; the slots; and the bytes they stand for."""
+        """Returns nats and whether the likeliest word is right, for each slot; the slots; and the bytes of each."""
         choose, draw, any_word, dropout = jax.random.split(rng, 4)
         tokens, real = batch["tokens"], batch["mask"]
         slots = self.masking.choose(choose, self.masking.candidates(tokens, real), real)
@@ -170,11 +171,11 @@ class MaskedWords(Task):
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         nats, correct, slots, text_bytes = self.predict(params, batch, rng)
-        found = {"nats": nats, "right": correct, "words": jnp.ones_like(nats), "bytes": text_bytes}
-        return {name: jnp.sum(x * slots.weights) for name, x in found.items()}
+        of_slots = {"nats": nats, "right": correct, "words": jnp.ones_like(nats), "bytes": text_bytes}
+        return {name: jnp.sum(x * slots.weights) for name, x in of_slots.items()}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss (nats a hidden word), bits_per_byte of the hidden words' text, accuracy, and words, their number."""
+        """Returns loss (nats a hidden word), bits_per_byte of the hidden text, accuracy, and words, their number."""
         return {
             "loss": sums["nats"] / sums["words"],
             "bits_per_byte": bits_per_byte(sums["nats"], sums["bytes"]),
@@ -183,7 +184,7 @@ class MaskedWords(Task):
         }
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        """FLOPs of a training step: three times the forward pass, with attention counted over whole rows."""
         rows, length = batch["tokens"].shape
         slots = self.masking.slots(length)
         return 3 * rows * (length * self.model.flops(length) + slots * self.model.mask_head_flops())
@@ -192,12 +193,12 @@ class MaskedWords(Task):
 def slot_logits(
     model: BertConfig, params: Params, tokens: Array, real: Array, types: Array, slots: Slots, dropout: Any
 ) -> Float[Array, "batch slots vocab"]:
-    """Logits of the words at the slots."""
+    """Logits of the words at the slots, in float32."""
     module, rngs = model.module(), None if dropout is None else {"dropout": dropout}
     hidden = module.apply({"params": params}, tokens, real > 0, types, deterministic=dropout is None, rngs=rngs)
     return module.apply({"params": params}, hidden, slots.places, method="masked_words")
 
 
 def weighted_mean(values: Array, weights: Array) -> Array:
-    """As the authors have it: 1e-6 in the denominator, and so 0 where no weight is positive."""
+    """The weighted mean with the authors' 1e-6 in the denominator: 0 where no weight is positive."""
     return jnp.sum(values * weights) / (jnp.sum(weights) + 1e-6)

@@ -1,12 +1,13 @@
-"""MrT5 (arXiv 2410.20771): a ByT5 whose encoder drops bytes after its first blocks.
+"""MrT5 (arXiv 2410.20771): a ByT5 whose encoder deletes bytes after its first blocks.
 
-A gate scores every byte. In training the score is added to what later layers attend with (soft deletion: same length,
-differentiable); in evaluation and generation bytes with low scores are taken out (hard deletion: shorter rows). The
-paper's baselines are in `jaxtok.lm.mrt5_baselines`: each fills the hooks of `MrT5Config` and `MrT5Encoder`.
+A gate scores every byte. In training its score is added to the attention scores of later layers (soft deletion: rows
+keep their length, and all is differentiable); in evaluation and generation bytes with low scores are taken out (hard
+deletion: rows get shorter). The paper's baselines are in `jaxtok.lm.mrt5_baselines`: each fills the hooks of
+`MrT5Config` and `MrT5Encoder`.
 
-Shapes are static. A hard step of training, which need not be faster, hides deleted bytes instead of taking them out:
-as positions keep their bias, the rest sees the same. Evaluation takes them out into one of a few capacities, each of
-which is compiled once.
+Shapes are static. A training step with hard deletion, which need not be faster, hides deleted bytes and does not take
+them out: as positions keep their bias, the other bytes see the same. Evaluation takes them out and shortens rows to one
+of a few capacities, each of which is compiled once.
 """
 
 from __future__ import annotations
@@ -48,26 +49,26 @@ DELETED = -1e9
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MrT5Config(T5Config):
-    """Defaults: those of the authors' training script, around a T5 of any size.
+    """A T5 of any size with a gate. Defaults: those of the authors' training script.
 
-    Their config class has other ones (gate_layer 2, gate_scale -10).
+    Their config class has others (gate_layer 2, gate_scale -10).
     """
 
     gate_layer: int = 3
     """The number of the encoder's blocks before the gate."""
     gate: Literal["sigmoid", "log_sigmoid"] = "sigmoid"
-    """gate_scale * sigmoid(-z), or log(sigmoid(z)), of the logit z."""
+    """The gate of a logit z. sigmoid: gate_scale * sigmoid(-z); log_sigmoid: log(sigmoid(z))."""
     gate_scale: float = -30.0
     threshold: float = -15.0
-    """A byte stays if its gate is above."""
+    """The gate above which a byte stays."""
     gate_norm: bool = True
     """Whether an RMS norm comes before the gate."""
     gumbel_noise: bool = False
-    """Whether training adds it to the logits."""
+    """Whether training adds Gumbel noise to the logits."""
     softmax1: bool = True
 
     reduction: ClassVar[str] = "gate"
-    """What shortens the rows; the baselines have other ones."""
+    """The name of what shortens the rows; each baseline has another."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,7 +99,7 @@ class MrT5Config(T5Config):
 
     @property
     def plain(self) -> T5Config:
-        """The model around the gate, with softmax1 if this has it."""
+        """The T5 around the gate; it has softmax1 if this model has."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(T5Config)}
         return T5Config(**fields)
 
@@ -109,22 +110,22 @@ class MrT5Config(T5Config):
         return MrT5Encoder(self.encoder_stack)
 
     def deletion_rate(self, begun: Begun) -> Float[Array, ""]:
-        """The part of the real tokens whose gate is below the threshold, as the authors count."""
+        """The part of the real tokens whose gate is below the threshold, which is how the authors count."""
         return (begun.mask & (begun.gate < self.threshold)).sum() / jnp.maximum(begun.mask.sum(), 1)
 
     def own_loss(self, begun: Begun) -> Float[Array, ""] | float:
-        """What a baseline adds to the loss."""
+        """What a baseline adds to the loss; here nothing."""
         return 0.0
 
     def capacity(self, most: int, length: int) -> int:
-        """The places into which rows of this length are shortened whose longest keeps `most`; 0: no hard deletion."""
+        """The places to which rows of this length are shortened if the fullest keeps `most`; 0: rows stay long."""
         return next(capacity for capacity in capacities(length) if capacity >= most)
 
     def encoder_flops(self, inputs: int, slots: int = 0) -> float:
         """Forward FLOPs of the encoder and of the decoder's keys and values, for one row.
 
         Args:
-          slots: places that are left after the gate; 0: all, as in training.
+          slots: the places that are left after the gate; 0: all, as in training.
         """
         return self._flops(inputs, slots or inputs, 2 * self.d_model)
 
@@ -144,22 +145,22 @@ class MrT5Config(T5Config):
 
 @flax.struct.dataclass
 class Begun:
-    """Rows after the first blocks, and what the gate says of them."""
+    """Rows after the first blocks, with their gates."""
 
     states: Float[Array, "batch length d_model"]
     mask: Bool[Array, "batch length"]
     kept: Bool[Array, "batch length"]
-    """The places that hard deletion leaves, of real tokens only."""
+    """The places of real tokens that hard deletion keeps."""
     gate: Float[Array, "batch length"] | None = None
     logits: Float[Array, "batch length"] | None = None
 
     @property
     def counts(self) -> Int[Array, " batch"]:
-        """Places that each row needs, at least 1."""
+        """The number of places that each row needs, at least 1."""
         return jnp.maximum(self.kept.sum(-1), 1)
 
     def truncated(self, capacity: int) -> Int[Array, " batch"]:
-        """Places of each row that are lost where it gets so many only."""
+        """The number of places that each row loses when it is shortened to `capacity` places."""
         return jnp.maximum(self.counts - capacity, 0)
 
 
@@ -215,14 +216,14 @@ class MrT5Encoder(nn.Module):
         return self.scored(x, tokens, mask, cfg.threshold if threshold is None else threshold, deterministic)
 
     def scored(self, x, tokens, mask, threshold, deterministic: bool) -> Begun:
-        """The gates, and which bytes are kept (section 3.1)."""
+        """The rows with their gates and the bytes that are kept (section 3.1)."""
         gate, z = self.gates(x, tokens, mask, deterministic)
         return Begun(x, mask, (gate > threshold) & mask, gate, z)
 
     def gates(
         self, x, tokens, mask, deterministic: bool
     ) -> tuple[Float[Array, "batch length"], Float[Array, "batch length"] | None]:
-        """G = gate_scale sigmoid(-z), or log(sigmoid(z)), with the lowest value at padding; and the logits z."""
+        """The gates gate_scale sigmoid(-z) or log(sigmoid(z)), with the lowest value at padding; and the logits z."""
         cfg = self.config
         z = self.delete_gate(x)
         if cfg.gumbel_noise and not deterministic:
@@ -234,13 +235,13 @@ class MrT5Encoder(nn.Module):
     def finish(
         self, begun: Begun, hard: bool | Bool[Array, ""] = False, capacity: int = 0, deterministic: bool = True
     ) -> Encoded:
-        """The rest of the encoder.
+        """Runs the rest of the encoder.
 
         Args:
-          hard: whether deleted bytes are hidden, where they are not taken out.
-          capacity: take them out, into so many places; of a row that needs more, those with the highest gates stay
-            (`Begun.truncated` says how many do not; `MrT5Training` never asks for fewer than are needed). 0: leave
-            them.
+          hard: whether deleted bytes are hidden, if they are not taken out.
+          capacity: the places to which rows are shortened by taking deleted bytes out; 0: they are not taken out. A row
+            that needs more places keeps those with the highest gates (`Begun.truncated` counts the others;
+            `MrT5Training` never asks for fewer than are needed).
         """
         x, places, mask, keys, cross = self.reduced(begun, hard, capacity)
         bias = self.relative_bias(places, places)
@@ -249,10 +250,10 @@ class MrT5Encoder(nn.Module):
         return Encoded(self.drop(self.final_norm(x), deterministic), cross)
 
     def reduced(self, begun: Begun, hard: bool | Bool[Array, ""], capacity: int) -> tuple[Any, ...]:
-        """Deletion (section 3.1): soft, hard but hidden, or hard.
+        """Deletes bytes (section 3.1): softly, by hiding them, or by taking them out.
 
         Returns the states of the slots that are left, their places [batch or 1, slots], the mask of the real ones, and
-        the biases on the scores of the blocks to come and of cross-attention, each a tuple.
+        two tuples of biases: on the scores of the remaining blocks, and on those of cross-attention.
         """
         x, mask = begun.states, begun.mask
         if capacity:
@@ -266,9 +267,9 @@ class MrT5Encoder(nn.Module):
 
 
 def compact(begun: Begun, capacity: int) -> tuple[Int[Array, "batch slots"], Bool[Array, "batch slots"]]:
-    """The places that are kept, in order and to the left, and which slots are filled. Empty slots hold place 0.
+    """The kept places in order, moved to the left, and which slots they fill. Empty slots hold place 0.
 
-    A row that keeps none has its place 0. Of a row that keeps more than `capacity`, those with the highest gates stay.
+    A row that keeps none has its place 0. A row that keeps more than `capacity` has those with the highest gates.
     """
     kept, (rows, length) = begun.kept, begun.kept.shape
     if capacity < length:
@@ -281,9 +282,9 @@ def compact(begun: Begun, capacity: int) -> tuple[Int[Array, "batch slots"], Boo
 
 
 class MrT5(T5):
-    """As `T5`; `encode` and its halves take the options of deletion.
+    """A `T5` whose `encode`, with its halves `begin` and `finish`, takes the options of deletion.
 
-    Keys come from the collections "gate" (Gumbel noise, and what the baselines draw) and "dropout".
+    It draws from the random keys "gate" (Gumbel noise, and what the baselines draw) and "dropout".
     """
 
     config: MrT5Config
@@ -303,10 +304,10 @@ class MrT5(T5):
         return self.finish(self.begin(inputs, mask, threshold, deterministic), hard, capacity, deterministic)
 
     def begin(self, inputs, mask=None, threshold=None, deterministic: bool = True) -> Begun:
-        """The first blocks and the gate.
+        """Runs the first blocks and the gate.
 
         Args:
-          threshold: instead of the config's.
+          threshold: the one to use in place of the config's.
         """
         mask = (inputs != self.config.pad_id) if mask is None else mask.astype(bool)
         return self.encoder.begin(self.embed(inputs), inputs, mask, threshold, deterministic)
@@ -316,12 +317,12 @@ class MrT5(T5):
 
 
 def capacities(length: int) -> list[int]:
-    """Numbers of places that rows of this length are shortened to: its eighths."""
+    """The numbers of places to which rows of this length are shortened: its eighths, rounded up."""
     return sorted({-(-length * part // 8) for part in range(1, 9)})
 
 
 def from_t5(config: MrT5Config, params: Params, rng: jax.Array) -> Params:
-    """A MrT5 that goes on from a T5: its parameters, and a new gate.
+    """The parameters of an MrT5 that starts from a T5: the T5's, and those of a new gate.
 
     Raises:
       ValueError: the T5 has other sizes.
@@ -337,25 +338,27 @@ def from_t5(config: MrT5Config, params: Params, rng: jax.Array) -> Params:
     encoder["rest"] = {"blocks": jax.tree.map(lambda x: x[first:], blocks)}
     if first:
         encoder["stack"] = {"blocks": jax.tree.map(lambda x: x[:first], blocks)}
-    found = {**params, "encoder": encoder}
+    started = {**params, "encoder": encoder}
     expected = jax.eval_shape(functools.partial(init_params, config), rng)
-    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, expected):
-        raise ValueError("the T5's parameters have other shapes than the MrT5's; give configs of the same sizes.")
-    return found
+    if jax.tree.map(jnp.shape, started) != jax.tree.map(jnp.shape, expected):
+        raise ValueError(
+            "the T5's parameters have other shapes than the MrT5's; their configs must have the same sizes."
+        )
+    return started
 
 
-# Regularisers (section 3.2; authors' `training/trainer.py`): each pushes towards deletion when it is minimised.
+# Regularisers (section 3.2; authors' `training/trainer.py`): minimising any of them makes the gate delete more.
 
 REGULARISERS = ("gate_mean", "logits_mean", "clamped_logits_mean", "gate_var")
 
 
 def regulariser(name: str, begun: Begun, threshold: float) -> Float[Array, ""]:
-    """Over the real tokens of the batch, in float32.
+    """The regulariser of this name over the real tokens of a batch, in float32.
 
     gate_mean            the mean gate
     logits_mean          the mean logit
-    clamped_logits_mean  the same, of logits that are not below 2 * threshold
-    gate_var             minus the variance of the gate (unbiased)
+    clamped_logits_mean  the mean logit, where logits below 2 * threshold count as that
+    gate_var             minus the unbiased variance of the gate
     """
     mask = begun.mask.astype(jnp.float32)
     total = jnp.maximum(mask.sum(), 1)
@@ -372,7 +375,7 @@ def regulariser(name: str, begun: Begun, threshold: float) -> Float[Array, ""]:
 
 
 def entropies(log_gate: Float[Array, "batch length"]) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
-    """Of each row: the mean entropy of its gates, and the entropy of its mean gate; padding counts in both."""
+    """The mean entropy of each row's gates, and the entropy of its mean gate; padding counts in both."""
 
     def entropy(g):
         p = jnp.exp(g)
@@ -383,10 +386,10 @@ def entropies(log_gate: Float[Array, "batch length"]) -> tuple[Float[Array, " ba
 
 
 def score_excess(intermediates: Any, mask: Bool[Array, "batch length"], limit: float = 5.0) -> Float[Array, ""]:
-    """By how much attention scores are above the limit on average (Appendix D): in the encoder behind the gate, and in
-    all cross-attention, without the gate; hidden keys count as 0.
+    """The mean excess of attention scores over the limit (appendix D), in the encoder after the gate and in all
+    cross-attention. The scores are those without the gate; hidden keys count as 0.
 
-    In a hard step the authors' average is over shortened rows, this one over whole ones.
+    In a step with hard deletion, the authors average over shortened rows, and this averages over whole ones.
     """
 
     def layer(bias, layer):
@@ -405,12 +408,18 @@ def score_excess(intermediates: Any, mask: Bool[Array, "batch length"], limit: f
 
 
 def new_controller() -> dict[str, Array]:
+    """The state of a controller before training."""
     return {name: jnp.zeros(()) for name in ("p", "i", "alpha")}
 
 
+def without_controller(params: Params) -> Params:
+    """The model's own parameters."""
+    return {name: part for name, part in params.items() if name != "controller"}
+
+
 def control(state: dict[str, Array], rate: Array, target: float, k_p: float, k_i: float) -> dict[str, Array]:
-    """One step of the PI controller of the regulariser's weight alpha (section 3.3): it grows while the deletion rate
-    is below the target, and is never negative."""
+    """One step of the PI controller of the regulariser's weight alpha (section 3.3), which grows while the deletion
+    rate is below the target and is never negative."""
     error = target - rate
     p = 0.9 * state["p"] + 0.1 * k_p * error
     i = state["i"] + k_i * error
@@ -419,33 +428,34 @@ def control(state: dict[str, Array], rate: Array, target: float, k_p: float, k_i
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MrT5Training(SequenceToSequence):
-    """Trains a MrT5, or a baseline, on pairs of texts; batches as in `SequenceToSequence`.
+    """Trains an MrT5, or a baseline, on pairs of texts; batches are those of `SequenceToSequence`.
 
-    The loss is cross entropy + alpha * regulariser (+ score_weight * `score_excess`) of softly deleted rows. With a
-    target rate, alpha is what the controller makes of it. The controller is a part of the parameters (`controller`)
-    that no gradient moves; `after_step` does, once an update, by the rate over the whole batch.
+    The loss is cross entropy + alpha * regulariser (+ score_weight * `score_excess`) with soft deletion. With a target
+    rate, a controller sets alpha. Its state is a part of the parameters (`controller`) that no gradient moves:
+    `after_step` moves it, once an update, by the deletion rate of the whole batch.
     """
 
     model: MrT5Config
     alpha: float = 0.0
-    """The weight of the regulariser, where there is no target rate."""
+    """The weight of the regulariser if there is no target rate."""
     target_rate: float = 0.0
-    """The part of real bytes to delete; 0: no controller."""
+    """The part of the real bytes that the controller aims to delete; 0: no controller."""
     k_p: float = 0.5
     k_i: float = 1e-5
     regulariser: Literal["gate_mean", "logits_mean", "clamped_logits_mean", "gate_var"] = "gate_mean"
     entropy_weights: tuple[float, float] = (0.0, 0.0)
-    """Also alpha * (c1 * the mean entropy of gates - c2 * the entropy of the mean gate); for log-sigmoid gates."""
+    """The weights (c1, c2) in c1 * mean entropy of gates - c2 * entropy of the mean gate, which is added to the
+    regulariser; only for log_sigmoid gates."""
     regulariser_delay: int = 0
-    """Steps before which the regulariser is left out and the controller stands still."""
+    """The number of first steps without the regulariser, in which the controller stands still."""
     score_weight: float = 0.0
-    """Of `score_excess`; 0.5 is recommended from scratch."""
+    """The weight of `score_excess`; the authors recommend 0.5 for training from scratch."""
     hard_probability: float = 0.0
-    """Of a training step with hard deletion."""
+    """The probability that a training step deletes hard."""
 
     def __post_init__(self):
         if not 0 <= self.target_rate < 1:
-            raise ValueError(f"target_rate is {self.target_rate}; it must be in [0, 1) (0: no controller).")
+            raise ValueError(f"target_rate is {self.target_rate}; it must be in [0, 1), where 0 is no controller.")
         if self.regulariser not in REGULARISERS:
             raise ValueError(f"regulariser is {self.regulariser!r}; it can be {', '.join(REGULARISERS)}.")
         if not 0 <= self.hard_probability <= 1:
@@ -454,9 +464,13 @@ class MrT5Training(SequenceToSequence):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")
         if self.target_rate and self.model.reduction != "gate":
-            raise ValueError(f"target_rate is {self.target_rate}, but reduction {self.model.reduction} has no gate.")
+            raise ValueError(
+                f"target_rate is {self.target_rate}, but reduction {self.model.reduction} has no gate; it must be 0."
+            )
         if any(self.entropy_weights) and self.model.gate != "log_sigmoid":
-            raise ValueError("entropy_weights are for the log_sigmoid gate, whose values are logarithms; set gate too.")
+            raise ValueError(
+                f"entropy_weights is {self.entropy_weights}; it must be (0, 0) unless model.gate is log_sigmoid."
+            )
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         params = initial(self.model, rng, batch["tokens"])
@@ -471,7 +485,7 @@ class MrT5Training(SequenceToSequence):
         return {**jax.tree.map(lambda _: 1.0, params), "controller": fixed}
 
     def after_step(self, params: Params, metrics: dict[str, jax.Array], step: jax.Array) -> Params:
-        """The parameters behind update number `step`: the controller has seen the deletion rate."""
+        """The parameters after update number `step`, with a controller that has seen the deletion rate."""
         if "controller" not in params:
             return params
         old = params["controller"]
@@ -480,11 +494,11 @@ class MrT5Training(SequenceToSequence):
         return {**params, "controller": jax.tree.map(lambda a, b: jnp.where(active, b, a), old, new)}
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Also logs cross_entropy, bits per byte and deletion_rate."""
+        """Returns the loss; also logs its parts, bits per byte and deletion_rate."""
         model = self.module()
         of_hard, of_gate, *of_dropout = jax.random.split(rng, 5)
         hard = jax.random.bernoulli(of_hard, self.hard_probability) if self.hard_probability else False
-        weights = {"params": {name: part for name, part in params.items() if name != "controller"}}
+        weights = {"params": without_controller(params)}
 
         def run(method, *args, key, **options):
             return model.apply(
@@ -522,14 +536,14 @@ class MrT5Training(SequenceToSequence):
         return total
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Of softly deleted rows, as in training; evaluations are of shortened rows, see `batch_sums`."""
+        """The sums with soft deletion, as in training. Evaluations delete hard by default; see `batch_sums`."""
         begun, counts = begin(self, params, batch["tokens"], rng)
         return finish_sums(self, 0, params, begun, batch) | self._rates(counts, 0, begun.mask.shape[1])
 
     def batch_sums(
         self, params: Params, batch: Batch, rng: jax.Array, deletion: Literal["hard", "soft"] = "hard"
     ) -> dict[str, Any]:
-        """`sums`, with the least places in which all rows of the batch find room, or softly deleted.
+        """The sums with hard deletion to the smallest capacity that holds all rows of the batch, or with soft deletion.
 
         Raises:
           ValueError: the gate deletes everything in the batch.
@@ -546,10 +560,10 @@ class MrT5Training(SequenceToSequence):
         return rates | {"slots": (capacity or length) / length, "batches": 1.0}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """As in `SequenceToSequence`: loss, perplexity, bits_per_byte, tokens, bytes.
+        """Returns loss, perplexity, bits_per_byte, tokens and bytes, as `SequenceToSequence` does.
 
-        Also deletion_rate, slots (the part of the length that is computed with, after the reduction) and emptied (rows
-        of which nothing but their first place stayed).
+        Also deletion_rate, slots (the part of the length that is left after the reduction) and emptied (the number of
+        rows that would have kept nothing, and keep their first place).
         """
         return text_metrics(sums) | {
             "deletion_rate": sums["deleted"] / max(sums["real"], 1.0),
@@ -565,7 +579,7 @@ class MrT5Training(SequenceToSequence):
         return finish(self, capacity, params, begun)
 
     def _capacity(self, counts: dict[str, Any], length: int) -> int:
-        """The smallest in which all rows of a batch find room."""
+        """The smallest capacity that holds all rows of a batch."""
         counts.update(jax.device_get(counts))
         if counts["nothing_left"]:
             raise ValueError(
@@ -577,8 +591,8 @@ class MrT5Training(SequenceToSequence):
 
 @functools.partial(jax.jit, static_argnames="task")
 def begin(task: MrT5Training, params: Params, tokens, rng) -> tuple[Begun, dict[str, Array]]:
-    """Rows after the first blocks, and what deletion will do with them, in numbers."""
-    params = {name: part for name, part in params.items() if name != "controller"}
+    """Rows after the first blocks, and counts of what deletion will do to them."""
+    params = without_controller(params)
     begun = task.module().apply({"params": params}, tokens, method="begin", rngs={"gate": rng})
     real = begun.mask.sum()
     nothing_left = jnp.all(begun.gate < task.model.threshold) if begun.gate is not None else jnp.asarray(False)
@@ -593,21 +607,21 @@ def begin(task: MrT5Training, params: Params, tokens, rng) -> tuple[Begun, dict[
 
 @functools.partial(jax.jit, static_argnames=("task", "capacity"))
 def finish(task: MrT5Training, capacity: int, params: Params, begun: Begun) -> Encoded:
-    params = {name: part for name, part in params.items() if name != "controller"}
+    params = without_controller(params)
     return task.module().apply({"params": params}, begun, False, capacity, method="finish")
 
 
 @functools.partial(jax.jit, static_argnames=("task", "capacity"))
 def finish_sums(task: MrT5Training, capacity: int, params: Params, begun: Begun, batch: Batch):
     encoded = finish(task, capacity, params, begun)
-    params = {name: part for name, part in params.items() if name != "controller"}
+    params = without_controller(params)
     outputs = shift_right(batch["targets"], task.model.pad_id)
     logits, _ = task.module().apply({"params": params}, outputs, encoded, method="decode")
     return text_sums(cross_entropy(logits, batch["targets"]), batch["mask"], batch["bytes"])
 
 
 def mrt5(base: T5Config, kind: type[MrT5Config] | None = None, **options: Any) -> MrT5Config:
-    """A MrT5 around a T5, or one of the baselines (`kind`); of another MrT5, it also takes what they share."""
+    """An MrT5, or the baseline `kind`, around a T5. From another MrT5 it also takes the options that both have."""
     kind = kind or MrT5Config
     known = {field.name for field in dataclasses.fields(kind)}
     shared = {field.name: getattr(base, field.name) for field in dataclasses.fields(base) if field.name in known}
@@ -618,4 +632,4 @@ PUBLISHED = {
     f"mrt5-{size}": mrt5(T5_PUBLISHED[f"byt5-{size}"], softmax1=True)
     for size in ("small", "base", "large", "xl", "xxl")
 }
-"""Around ByT5's sizes; the paper trained small and large."""
+"""MrT5 in ByT5's sizes; the paper trained small and large."""

@@ -1,7 +1,7 @@
 """The baselines of MrT5 (arXiv 2410.20771, section 4.2): other ways to shorten rows after the encoder's first blocks.
 
-Each is a `MrT5Config` of its own, which says what its encoder does in place of the gate. None has a gate to control,
-so `MrT5Training` takes no target rate for them.
+Each is a kind of `MrT5Config` whose encoder does something else in place of the gate. As none has a gate to control,
+`MrT5Training` takes no target rate for them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from jaxtok.nn.activations import gelu
 from jaxtok.nn.norms import Norm
 
 SEPARATORS = (1, 12, 13, *range(35, 51), *range(61, 68), *range(94, 100), *range(126, 130))
-"""Ids of ByT5 that begin a segment for `FixedDeletion`: blanks, punctuation, the end."""
+"""ByT5's ids that begin a segment for `FixedDeletion`: the end, blanks and punctuation."""
 
 
-# Deletion without a gate that is learned.
+# Deletion without a learned gate.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RandomDeletion(MrT5Config):
-    """About `amount` of the places of a batch, padding or not, are deleted."""
+    """Deletes about `amount` of the places of a batch, padding included, at random."""
 
     amount: float = 0.5
+    """The part that is deleted."""
     reduction: ClassVar[str] = "random"
 
     def __post_init__(self):
@@ -52,7 +53,7 @@ class RandomDeletion(MrT5Config):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FixedDeletion(RandomDeletion):
-    """The last `amount` of each word is deleted."""
+    """Deletes the last `amount` of each word."""
 
     reduction: ClassVar[str] = "fixed"
 
@@ -79,7 +80,7 @@ class FixedEncoder(RandomEncoder):
 
 
 def random_gate(rng: jax.Array, shape: tuple[int, int], amount: float, scale: float) -> Float[Array, "batch length"]:
-    """`scale` at N(amount, 0.05) of all the places of a batch, 0 elsewhere."""
+    """`scale` at a random part of a batch's places, N(amount, 0.05) of all; 0 elsewhere."""
     of_count, of_places = jax.random.split(rng)
     places = math.prod(shape)
     count = ((amount + 0.05 * jax.random.normal(of_count)) * places).astype(jnp.int32)
@@ -92,7 +93,7 @@ def fixed_gate(
 ) -> Float[Array, "batch length"]:
     """0 at the first ceil((1 - amount) n) of the n real tokens from one separator to the next, `scale` elsewhere.
 
-    Each row has segments of its own; in the authors' code those of a batch are mixed up.
+    Segments are counted in each row; the authors' code mixes up those of a batch.
     """
     rows, length = tokens.shape
     places = jnp.arange(length)
@@ -110,14 +111,14 @@ def fixed_gate(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Segments(MrT5Config):
-    """The bytes between learned boundaries become their mean."""
+    """Replaces the bytes between learned boundaries by their mean."""
 
     temperature: float = 0.5
     """The temperature of the boundaries' relaxed Bernoulli distribution."""
     prior: float = 0.2
     """The prior probability of a boundary."""
     mask_surplus: bool = False
-    """Whether the places of a row after its last segment are hidden. The authors' code sees them, so that there a row
+    """Whether the slots of a row after its last segment are hidden. In the authors' code they are not, so that a row
     depends on the others of its batch."""
     reduction: ClassVar[str] = "boundaries"
 
@@ -133,7 +134,7 @@ class Segments(MrT5Config):
         return SegmentEncoder(self.encoder_stack)
 
     def deletion_rate(self, begun: Begun) -> Float[Array, ""]:
-        """The part of the places that are merged into others."""
+        """The part of the real places that are merged into others."""
         return 1 - begun.kept.sum() / jnp.maximum(begun.mask.sum(), 1)
 
     def own_loss(self, begun: Segmented) -> Float[Array, ""]:
@@ -146,14 +147,14 @@ class Segments(MrT5Config):
 
 @flax.struct.dataclass
 class Segmented(Begun):
-    """`kept` is where a segment begins."""
+    """Rows with segments; `kept` is true where a segment begins."""
 
     boundaries: Float[Array, "batch length"] | None = None
     """1 where a segment ends, with the gradient of the probability."""
 
 
 class BoundaryPredictor(nn.Module):
-    """The logit of a segment's end at each state: an MLP on its norm."""
+    """The logit of a segment's end at each state, by an MLP on the norm of the state."""
 
     config: Segments
 
@@ -173,7 +174,8 @@ class BoundaryPredictor(nn.Module):
 
 
 class SegmentEncoder(MrT5Encoder):
-    """The noise of the boundaries is drawn, unless the collection "noise" gives it as `uniform`."""
+    """An encoder that averages segments. It draws the noise of the boundaries, unless the collection "noise" has it, as
+    `uniform`."""
 
     config: Segments
 
@@ -195,11 +197,11 @@ class SegmentEncoder(MrT5Encoder):
         return Segmented(x, mask, first & mask, logits=z, boundaries=ends)
 
     def reduced(self, begun: Segmented, hard, capacity: int):
-        """The mean of each segment, at the place where it begins; `capacity` is the number of segments (0: length)."""
+        """The mean of each segment, at the place where it begins. `capacity` is the number of slots; 0: the length."""
         ends, states = begun.boundaries, begun.states
         rows, length = ends.shape
         slots = capacity or length
-        number = jnp.cumsum(ends, axis=1) - ends  # of the segment that a place is in, with a gradient
+        number = jnp.cumsum(ends, axis=1) - ends  # the number of the segment that a place is in, with a gradient
         which = jnp.round(jax.lax.stop_gradient(number)).astype(jnp.int32)
         slot = jnp.arange(slots)
         inside = which[..., None] == slot
@@ -210,9 +212,9 @@ class SegmentEncoder(MrT5Encoder):
         target = jnp.where(begun.kept, which, slots)
         places = jnp.zeros((rows, slots), jnp.int32).at[jnp.arange(rows)[:, None], target]
         places = places.set(jnp.broadcast_to(jnp.arange(length), ends.shape), mode="drop")
-        mine = slot < counts
-        seen = mine if self.config.mask_surplus else jnp.broadcast_to(slot < counts.max(), mine.shape)
-        return x, places, seen & jnp.take_along_axis(begun.mask, places, 1), (), (hide(mine),)
+        filled = slot < counts
+        seen = filled if self.config.mask_surplus else jnp.broadcast_to(slot < counts.max(), filled.shape)
+        return x, places, seen & jnp.take_along_axis(begun.mask, places, 1), (), (hide(filled),)
 
 
 def boundary_loss(begun: Segmented, prior: float) -> Float[Array, ""]:
@@ -229,9 +231,10 @@ def boundary_loss(begun: Segmented, prior: float) -> Float[Array, ""]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Convolution(MrT5Config):
-    """`stride` neighbours become one place."""
+    """Makes one place of `stride` neighbours."""
 
     stride: int = 4
+    """The number of neighbours that become one place."""
     reduction: ClassVar[str] = "convolution"
 
     def __post_init__(self):
@@ -253,7 +256,7 @@ class Convolution(MrT5Config):
 
 
 class StridedConvolution(nn.Module):
-    """gelu of a convolution of the norm, whose kernel is as long as its stride; a remainder is dropped."""
+    """gelu of a convolution of the states' norm, with a kernel as long as its stride; a remainder is dropped."""
 
     config: Convolution
 
@@ -289,7 +292,7 @@ class ConvolutionEncoder(MrT5Encoder):
     def reduced(self, begun: Begun, hard, capacity: int):
         (rows, length), stride = begun.mask.shape, self.config.stride
         if length < stride:
-            raise ValueError(f"rows have {length} places, fewer than stride = {stride}; give longer ones.")
+            raise ValueError(f"rows have {length} places; they must have at least stride = {stride}.")
         slots = length // stride
         windows = begun.mask[:, : slots * stride].reshape(rows, slots, stride)
         places = jnp.arange(slots)[None] * stride
@@ -301,7 +304,7 @@ class ConvolutionEncoder(MrT5Encoder):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoInput(MrT5Config):
-    """The encoder sees an end and nothing else."""
+    """Shows the encoder an end and nothing else."""
 
     gate_layer: int = 0
     reduction: ClassVar[str] = "nothing"
@@ -347,7 +350,7 @@ BASELINES = {kind.reduction: kind for kind in (RandomDeletion, FixedDeletion, Se
 
 
 def saved_before(fields: dict[str, Any]) -> tuple[type[MrT5Config], dict[str, Any]]:
-    """See `MrT5Config.saved_before`: options of other reductions than the config's own had no effect, and are dropped.
+    """See `MrT5Config.saved_before`. Options of reductions other than the config's own had no effect; they are dropped.
 
     Raises:
       ValueError: the reduction is unknown.

@@ -1,7 +1,7 @@
 """T5 (arXiv 1910.10683), its version 1.1, mT5 (2010.11934) and ByT5 (2105.13626): encoder and decoder.
 
-Pre-norm stacks with a relative position bias that all layers of a stack share, and scores that are not divided by
-sqrt(d_kv): that factor is in the initialisation. `Conditioned` makes of the decoder, with its input given, a CausalLM.
+Both are pre-norm stacks with a relative position bias that all layers of a stack share. Attention scores are not
+divided by sqrt(d_kv): that factor is in the initialisation. `Conditioned` is the decoder for one input, as a CausalLM.
 """
 
 from __future__ import annotations
@@ -34,19 +34,21 @@ from jaxtok.nn.transformer import Block, Call, MultiHead, Stack, layer_range
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.byt5 import ByT5Tokenizer
 
-_BUCKET = 64  # inputs are padded to a multiple of this, so that those of similar length share a compiled function
+_BUCKET = 64  # inputs are padded to a multiple of this many ids, so that similar lengths share a compiled function
 HIDDEN = float(np.finfo(np.float32).min)
-"""The bias of a key that is not to be seen."""
+"""The bias of a hidden key."""
+SENTINEL = 258
+"""ByT5's first sentinel. The others count down from it, on the ids of bytes that UTF-8 does not have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class T5Config(LinearStack):
-    """Defaults: T5-small, of the first version. `num_heads` times `head_size` (d_kv) need not be d_model."""
+    """Defaults: T5-small of the first version. `num_heads` times `head_size` (d_kv) need not be d_model."""
 
     num_layers: int = 6
-    """Of the encoder."""
+    """The number of the encoder's blocks."""
     decoder_layers: int = 0
-    """0: as many as the encoder has."""
+    """The number of the decoder's blocks; 0: as many as the encoder has."""
     d_model: int = 512
     num_heads: int = 8
     head_size: int = 64
@@ -54,16 +56,16 @@ class T5Config(LinearStack):
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "relu"
     vocab_size: int = 32128
     max_length: int = 2048
-    """The longest input and the longest output that are taken; the model itself has no limit."""
+    """The longest input and the longest output, in tokens; the model itself has no limit."""
     tie_embeddings: bool = True
     scale_outputs: bool = True
-    """The decoder's states times d_model^-0.5 in front of the head (T5's first version)."""
+    """Whether the decoder's states are multiplied by d_model^-0.5 before the head (T5's first version)."""
     relative_buckets: int = 32
     relative_distance: int = 128
     depth_scaled_init: bool = False
-    """Initialise as MrT5's authors do from scratch, not as T5's: see `T5.initial`."""
+    """Whether parameters are initialised as MrT5's authors do, and not as T5's; see `initial`."""
     pad_id: int = 0
-    """Also the first input of the decoder."""
+    """The id of padding, which is also the first input of the decoder."""
     eos_id: int = 1
     norm: str = "rms"
     norm_eps: float = 1e-6
@@ -71,11 +73,12 @@ class T5Config(LinearStack):
     scale_scores: bool = False
     use_bias: bool = False
     softmax1: bool = False
-    """Attention weights exp(s_i) / (1 + sum_j exp(s_j)), with which a query can attend to nothing (MrT5's ByT5)."""
+    """Whether attention weights are exp(s_i) / (1 + sum_j exp(s_j)), so that a query can attend to nothing (MrT5)."""
     cross: bool = False
-    """A stack whose blocks also attend to the encoder's states, as the decoder's do."""
+    """Whether the blocks of this stack also attend to the encoder's states, as the decoder's do."""
     dropout: float = 0.0
-    """T5 was trained with 0.1 here, in `attention_dropout` and in `mlp_dropout`; version 1.1, pre-trained without."""
+    """Dropout of embeddings, block outputs and final states. T5 was trained with 0.1 here, in `attention_dropout` and
+    in `mlp_dropout`; version 1.1 was pre-trained without."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,7 +86,7 @@ class T5Config(LinearStack):
             if getattr(self, field) < low:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least {low}.")
         if self.relative_buckets < 4 or self.relative_buckets % 2:
-            raise ValueError(f"relative_buckets is {self.relative_buckets}; it must be an even number from 4 on.")
+            raise ValueError(f"relative_buckets is {self.relative_buckets}; it must be even and at least 4.")
         if self.relative_distance <= self.relative_buckets // 2:
             raise ValueError(
                 f"relative_distance is {self.relative_distance}; it must be above half of "
@@ -101,7 +104,7 @@ class T5Config(LinearStack):
 
     @property
     def output_init_std(self) -> float:
-        return self.mlp_dim**-0.5  # the MLP's; that of attention is in `projection`
+        return self.mlp_dim**-0.5  # that of the MLP; `projection` has the one of attention
 
     def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
         width = self.d_model
@@ -122,7 +125,7 @@ class T5Config(LinearStack):
         return T5(self)
 
     def encoder_flops(self, inputs: int) -> float:
-        """Forward FLOPs of the encoder for one row of that length, and of the decoder's keys and values of it."""
+        """Forward FLOPs of the encoder, and of the decoder's keys and values, for one row of `inputs` ids."""
         width = self.d_model * self.num_heads * self.head_dim
         return inputs * (self.encoder_stack.stack_flops(inputs) + self.decoder_stack.num_layers * 4 * width)
 
@@ -142,20 +145,20 @@ def softmax1(scores: Float[Array, "*batch slots"]) -> Float[Array, "*batch slots
 
 @flax.struct.dataclass
 class Encoded:
-    """What the decoder gets of its input."""
+    """What the decoder gets of the input."""
 
     states: Float[Array, "batch slots d_model"]
     bias: tuple[Array, ...]
-    """On the scores of cross-attention, each of a shape that broadcasts to [batch, heads, length, slots]."""
+    """Biases on the scores of cross-attention, each of a shape that broadcasts to [batch, heads, length, slots]."""
 
 
 def hide(mask: Bool[Array, "batch slots"], value: float = HIDDEN) -> Float[Array, "batch 1 1 slots"]:
-    """A bias that hides the keys outside of the mask."""
+    """A bias that hides the keys outside the mask."""
     return jnp.where(mask, 0.0, value)[:, None, None, :].astype(jnp.float32)
 
 
 class CrossAttention(MultiHead):
-    """Multi-head attention from tokens to a context, whose keys and values a cache keeps from the first call on."""
+    """Multi-head attention from tokens to a context, of which a cache keeps keys and values after the first call."""
 
     @nn.compact
     def __call__(self, x, cache: KVCache | None, layer, call: Call):
@@ -175,7 +178,7 @@ class CrossAttention(MultiHead):
 
 
 class T5Block(Block):
-    """With cross-attention to what is encoded, between self-attention and MLP."""
+    """A block with cross-attention to the encoder's states before its MLP, if the config has `cross`."""
 
     def parts(self):
         own = super().parts()
@@ -184,8 +187,8 @@ class T5Block(Block):
         return {"attention": own["attention"], "cross": CrossAttention(self.config, name="cross"), "ffn": own["ffn"]}
 
 
-class Side(nn.Module):
-    """What encoder and decoder have in common: dropout, blocks, their position bias, and a norm."""
+class BiasedStack(nn.Module):
+    """What encoder and decoder have in common: dropout, blocks with a shared position bias, and a final norm."""
 
     config: T5Config
 
@@ -208,7 +211,7 @@ def position_bias(cfg: T5Config) -> RelativeBias:
     )
 
 
-class Encoder(Side):
+class Encoder(BiasedStack):
     def __call__(self, x: Float[Array, "batch length d_model"], mask, deterministic: bool = True) -> Encoded:
         places = jnp.arange(x.shape[1])[None]
         x, _ = self.stack(
@@ -221,7 +224,7 @@ class Encoder(Side):
         return Encoded(self.drop(self.final_norm(x), deterministic), (hide(mask),))
 
 
-class Decoder(Side):
+class Decoder(BiasedStack):
     def __call__(
         self,
         x: Float[Array, "batch length d_model"],
@@ -233,7 +236,7 @@ class Decoder(Side):
         cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
-        """As `hidden` of `jaxtok.protocols.CausalLM`."""
+        """The decoder's `hidden`, given what is encoded; see `jaxtok.protocols.CausalLM`."""
         first, end = layer_range(layers, self.config.num_layers)
         positions, known = entered(x, positions, cache, first)
         x, cache = self.stack(
@@ -251,14 +254,14 @@ class Decoder(Side):
 
 
 class T5(nn.Module):
-    """Inputs and the beginning of the output to logits of what follows."""
+    """An input, and the beginning of its output, to logits of what follows."""
 
     config: T5Config
 
     def setup(self):
         cfg = self.config
         if not cfg.vocab_size:
-            raise ValueError("vocab_size is 0; set it to the number of rows of the embedding.")
+            raise ValueError("vocab_size is 0; it must be the number of rows of the embedding.")
 
         def matrix(name, std):
             init = nn.with_logical_partitioning(nn.initializers.normal(std), ("vocab", "d_model"))
@@ -280,11 +283,11 @@ class T5(nn.Module):
         mask: Bool[Array, "batch length"] | Int[Array, "batch length"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch outputs vocab"]:
-        """Logits (float32) of the token at each place of the output, from the input and those before (teacher forcing).
+        """Logits (float32) of each token of the output, from the input and the true tokens before (teacher forcing).
 
         Args:
-          inputs: ids; at places outside of the mask they mean nothing.
-          outputs: the decoder's inputs, as `shift_right` makes them of targets.
+          inputs: ids; outside the mask they mean nothing.
+          outputs: the decoder's inputs, which `shift_right` makes of the targets.
           mask: the real inputs; default: all but pad_id.
         """
         return self.decode(
@@ -313,7 +316,7 @@ class T5(nn.Module):
         """Logits, and the cache with these tokens appended.
 
         Args:
-          encoded: without `states`, where the cache has the keys and values of the input already.
+          encoded: without `states` if the cache has the keys and values of the input already.
         """
         x, cache = self.decoder(self.embed(outputs), encoded, cache=cache, deterministic=deterministic)
         return self.head(x), cache
@@ -334,7 +337,7 @@ class T5(nn.Module):
 
 
 def shift_right(targets: Int[Array, "batch length"], start: int = 0) -> Int[Array, "batch length"]:
-    """The decoder's inputs: the start id, then the targets but the last."""
+    """The decoder's inputs: the start id, then all targets but the last."""
     return jnp.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=start)
 
 
@@ -345,7 +348,7 @@ def init_params(config: T5Config, rng: jax.Array) -> Params:
 
 def initial(config: T5Config, rng: jax.Array, inputs: Int[Array, "batch length"]) -> Params:
     """All parameters in Linen's boxes, drawn as T5's are: N(0, s), with s = 1 for the embedding, (d d_kv)^-0.5 for
-    queries, (heads d_kv)^-0.5 for what attention gives, d_ff^-0.5 for the MLP's output, and d^-0.5 else; norms are 1.
+    queries, (heads d_kv)^-0.5 for attention's output, d_ff^-0.5 for the MLP's output, and d^-0.5 else; norms are 1.
 
     With `depth_scaled_init` they are drawn as MrT5's authors do: s = f fan_in^-0.5, f = (layers of the stack)^-0.5, for
     all projections (queries too) and the position bias; norms are f, and embedding and head d^-0.5.
@@ -371,10 +374,10 @@ def initial(config: T5Config, rng: jax.Array, inputs: Int[Array, "batch length"]
 
 @dataclasses.dataclass(frozen=True)
 class Conditioned:
-    """The decoder as a CausalLM whose parameters hold its input too, as `condition` makes them.
+    """The decoder as a CausalLM, whose parameters also hold the input: `condition` makes them.
 
-    So all that is written against CausalLM (`jaxtok.decoding`) generates outputs: prompts begin with the start id. The
-    rows are those of the input.
+    So everything written against CausalLM (`jaxtok.decoding`) can generate outputs. Prompts begin with the start id,
+    and rows are those of the input.
     """
 
     module: T5
@@ -389,7 +392,7 @@ class Conditioned:
         if method in ("embed", "head"):
             return self.module.apply(model, x, method=method)
         known = cache
-        if cache is None:  # one that holds nothing but the input
+        if cache is None:  # make one that holds nothing but the input
             known = self.init_cache(*x.shape[:2])
             if (options.get("layers") or (0,))[0]:
                 known = entered(x, options.get("positions"), known)[1]
@@ -413,7 +416,7 @@ class Conditioned:
 
 @functools.partial(jax.jit, static_argnames="module")
 def condition(module: T5, params: Params, encoded: Encoded) -> Params:
-    """Parameters of `Conditioned`: the model's, and the keys and values of an input, computed once."""
+    """The parameters of `Conditioned`: the model's, and an input's keys and values, computed once."""
     batch, slots = encoded.states.shape[:2]
     start = jnp.full((batch, 1), module.config.pad_id, jnp.int32)
     cache = module.init_cache(batch, 1, slots)
@@ -425,8 +428,12 @@ def condition(module: T5, params: Params, encoded: Encoded) -> Params:
 class SequenceToSequence(Task):
     """Trains an encoder-decoder on pairs of texts.
 
-    A batch has `tokens` [batch, inputs] int32 (padded with pad_id), and [batch, outputs] each `targets` int32, `mask`
-    float32 (1 where the target counts) and `bytes` int32 (of text that the target stands for).
+    A batch has
+
+    tokens   int32    [batch, inputs], padded with pad_id
+    targets  int32    [batch, outputs]
+    mask     float32  [batch, outputs], 1 where the target counts
+    bytes    int32    [batch, outputs], how many bytes of text the target stands for
     """
 
     counted = "tokens"
@@ -444,21 +451,19 @@ class SequenceToSequence(Task):
         return initial(self.model, rng, batch["tokens"])
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats a target; also logs bits per byte of the targets' text."""
-        model = self.module()
-        dropout = {"dropout": rng}
-        logits = model.apply(
+        """Returns the mean cross entropy in nats a target; also logs bits per byte of the targets' text."""
+        logits = self.module().apply(
             {"params": params},
             batch["tokens"],
             shift_right(batch["targets"], self.model.pad_id),
             deterministic=False,
-            rngs=dropout,
+            rngs={"dropout": rng},
         )
         return self._loss(logits, batch)
 
     def _loss(self, logits, batch):
-        nats = cross_entropy(logits, batch["targets"])
-        return text_loss(nats, batch["mask"], jnp.sum(batch["bytes"] * batch["mask"]))
+        nats, mask = cross_entropy(logits, batch["targets"]), batch["mask"]
+        return text_loss(nats, mask, jnp.sum(batch["bytes"] * mask))
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         outputs = shift_right(batch["targets"], self.model.pad_id)
@@ -466,21 +471,21 @@ class SequenceToSequence(Task):
         return text_sums(cross_entropy(logits, batch["targets"]), batch["mask"], batch["bytes"])
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss (nats a target), perplexity, bits_per_byte of the targets' text; tokens and bytes of the targets.
+        """Returns loss (nats a target), perplexity, bits_per_byte of the targets' text, and their tokens and bytes.
 
-        Sentinels and ends count in the bits and not in the bytes; the ByT5 and MrT5 papers' bits per byte are loss /
-        ln 2.
+        Sentinels and ends count in the bits but not in the bytes; the bits per byte of the ByT5 and MrT5 papers are
+        loss / ln 2.
         """
         return text_metrics(sums)
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass."""
+        """FLOPs of a training step: three times the forward pass."""
         rows, inputs = batch["tokens"].shape
         targets = batch["targets"].shape[1]
         return 3 * rows * (self.model.encoder_flops(inputs) + self.model.decoder_flops(inputs, targets))
 
     def encoded(self, params: Params, tokens: Int[np.ndarray, "batch length"]) -> Encoded:
-        """What the decoder gets, in evaluation and generation."""
+        """What the decoder gets of the input in evaluation and generation."""
         return encode(self.module(), params, tokens)
 
     def generate(
@@ -495,16 +500,16 @@ class SequenceToSequence(Task):
         encoding: Mapping[str, Any] = {},
         **options: Any,
     ) -> Generation:
-        """Outputs for inputs; the encoder runs once. See `jaxtok.decoding.generate`, which has more options.
+        """Generates an output for each input; the encoder runs once. For more options see `jaxtok.decoding.generate`.
 
         Args:
           inputs: ids, of any lengths, each with its end.
-          begin: ids with which each output begins; they are not returned.
+          begin: ids that each output begins with; they are not returned.
           stop_tokens: default: eos_id.
           encoding: options of `encoded`.
 
         Raises:
-          ValueError: no input, an empty one, one with an unknown id, or one longer than max_length.
+          ValueError: there is no input, or one is empty, has an unknown id or is longer than max_length.
         """
         cfg = self.model
         tokens = pad_inputs(cfg, inputs)
@@ -529,40 +534,36 @@ class SequenceToSequence(Task):
         on_text: OnText | None = None,
         logprobs: bool = False,
     ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
-        """What a ByT5 trained on span corruption puts in the place of a sentinel after each prompt.
+        """Continues each prompt by what a ByT5 trained on span corruption puts in the place of a sentinel after it.
 
         See `jaxtok.protocols.TextGenerator`.
 
         Raises:
-          ValueError: the model's vocabulary is not ByT5's, or as in `generate`.
+          ValueError: the model's vocabulary is not ByT5's; or see `generate`.
         """
         tokenizer = ByT5Tokenizer()
         if self.model.vocab_size != tokenizer.vocab_size:
             raise ValueError(
-                f"vocab_size is {self.model.vocab_size}; text is continued with ByT5's ids, {tokenizer.vocab_size}."
+                f"vocab_size is {self.model.vocab_size}; it must be {tokenizer.vocab_size}, as text is continued with "
+                "ByT5's ids."
             )
-        sentinel = SENTINEL
 
         def text_of(tokens: Sequence[int]) -> bytes:
-            return tokenizer.decode(token for token in tokens if token != sentinel - 1)
+            return tokenizer.decode(token for token in tokens if token != SENTINEL - 1)
 
-        found = self.generate(
+        generated = self.generate(
             params,
-            [[*tokenizer.encode(prompt), sentinel, self.model.eos_id] for prompt in prompts],
+            [[*tokenizer.encode(prompt), SENTINEL, self.model.eos_id] for prompt in prompts],
             max_new_tokens=max_bytes,
             chooser=sampling,
             rng=rng,
-            begin=[sentinel],
-            stop_tokens=(self.model.eos_id, sentinel - 1),
-            num_ids=sentinel + 1,
+            begin=[SENTINEL],
+            stop_tokens=(self.model.eos_id, SENTINEL - 1),
+            num_ids=SENTINEL + 1,
             on_tokens=on_text and (lambda piece: on_text([text_of(new) for new in piece.tokens])),
         )
-        rows = [Continued(text_of(row), row, likely) for row, likely in zip(found.tokens, found.logprobs)]
+        rows = [Continued(text_of(row), row, likely) for row, likely in zip(generated.tokens, generated.logprobs)]
         return texts_and_logprobs(rows, logprobs)
-
-
-SENTINEL = 258
-"""ByT5's first; the others count down, on the ids of the highest bytes, which UTF-8 does not have."""
 
 
 @functools.partial(jax.jit, static_argnames="module")
@@ -574,19 +575,19 @@ def pad_inputs(config: T5Config, inputs: Sequence[Sequence[int]]) -> Int[np.ndar
     """Inputs of any lengths as one array.
 
     Raises:
-      ValueError: no input, an empty one, one with an unknown id, or one longer than max_length.
+      ValueError: there is no input, or one is empty, has an unknown id or is longer than max_length.
     """
     if not len(inputs):
         raise ValueError("there is no input; give at least one.")
     for number, row in enumerate(inputs):
         if not 1 <= len(row) <= config.max_length:
             raise ValueError(
-                f"input {number} has {len(row)} ids; it must have between 1 and max_length = {config.max_length}."
+                f"input {number} has {len(row)} ids; it must have from 1 to max_length = {config.max_length}."
             )
         if min(row) < 0 or max(row) >= config.vocab_size:
             raise ValueError(
-                f"input {number} has an id outside of 0 to {config.vocab_size - 1}, the model's vocabulary; encode it "
-                "with the model's own tokenizer."
+                f"input {number} has an id outside of 0 to {config.vocab_size - 1}, the model's vocabulary; it must be "
+                "encoded with the model's own tokenizer."
             )
     length = -(-max(map(len, inputs)) // _BUCKET) * _BUCKET
     tokens = np.full((len(inputs), min(length, config.max_length)), config.pad_id, np.int32)

@@ -1,4 +1,4 @@
-"""Text classification, the Task of an encoder that is fine-tuned."""
+"""Text classification: the Task of an encoder that is fine-tuned."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextClassification(Task):
-    """Trains an encoder and its head for classes on rows as `jaxtok.data.encoders.EncoderData` has them, and
+    """Trains an encoder and its classifier on rows of `jaxtok.data.encoders.EncoderData`, which also have
 
     labels  int32  [batch], the class of a row; a row without tokens does not count
 
-    ELECTRA's fine-tuning (arXiv 2003.10555, appendix B) decays the rate by layers: `OptimizerConfig.layer_decay`.
+    For ELECTRA's fine-tuning (arXiv 2003.10555, appendix B), where lower layers learn more slowly, see
+    `OptimizerConfig.layer_decay`.
     """
 
     counted = "texts"
@@ -30,7 +31,7 @@ class TextClassification(Task):
 
     def __post_init__(self):
         if not self.model.num_classes:
-            raise ValueError("model.num_classes is 0; set it to the number of classes.")
+            raise ValueError("model.num_classes is 0; it must be the number of classes.")
 
     def fit(self, data: Data, train: Any = None) -> TextClassification:
         """See `jaxtok.lm.fitting.fit_text`."""
@@ -40,38 +41,38 @@ class TextClassification(Task):
         return self.model.module().init(rng, batch["tokens"], method="everything")["params"]
 
     def start_from(self, trained: Params, params: Params) -> Params:
-        """New parameters with those of a trained encoder, whose heads are left."""
+        """The new parameters, with those of the same name from a trained encoder in their place."""
         return {name: trained.get(name, value) for name, value in params.items()}
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats; also logs the accuracy."""
-        nats, correct, rows = self._judge(params, batch, rng)
+        """Returns the mean cross entropy in nats; also logs the accuracy."""
+        nats, correct, rows = self._scores(params, batch, rng)
         return masked_mean(nats, rows), {"accuracy": masked_mean(correct, rows)}
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        nats, correct, rows = self._judge(params, batch)
+        nats, correct, rows = self._scores(params, batch)
         classes = jax.nn.one_hot(batch["labels"], self.model.num_classes) * rows[:, None]
         return {"nats": nats @ classes, "right": correct @ classes, "texts": rows @ classes}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss (nats), accuracy, mean_class_accuracy (over the classes that there are, each of which counts the same),
-        and rows, the number of texts."""
+        """Returns loss (nats), accuracy, mean_class_accuracy (the mean of the accuracies of all classes that occur) and
+        rows, the number of texts."""
         nats, correct, rows = (sums[name] for name in ("nats", "right", "texts"))
-        there = rows > 0
+        occurs = rows > 0
         return {
             "loss": float(nats.sum() / rows.sum()),
             "accuracy": float(correct.sum() / rows.sum()),
-            "mean_class_accuracy": float(np.mean(correct[there] / rows[there])),
+            "mean_class_accuracy": float(np.mean(correct[occurs] / rows[occurs])),
             "rows": float(rows.sum()),
         }
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        """FLOPs of a training step: three times the forward pass, with attention counted over whole rows."""
         rows, length = batch["tokens"].shape
         head = 2 * self.model.d_model * (self.model.d_model + self.model.num_classes)
         return 3 * rows * (length * self.model.flops(length) + head)
 
-    def _judge(self, params, batch, rng=None):
+    def _scores(self, params, batch, rng=None):
         module, rngs = self.model.module(), None if rng is None else {"dropout": rng}
         args = batch["tokens"], batch["mask"] > 0, batch["types"]
         hidden = module.apply({"params": params}, *args, deterministic=rng is None, rngs=rngs)

@@ -1,10 +1,10 @@
-"""TokenFormer: a transformer whose parameters are tokens too (arXiv 2410.23168).
+"""TokenFormer (arXiv 2410.23168): a transformer whose parameters are tokens too.
 
-Every projection attends from the input's tokens to learned key-value *parameter tokens* (`nn.parameter_attention`),
-also the feed-forward, which is a single one. Width, depth and heads never change; the model grows by appending
-parameter tokens (`jaxtok.transfer.growth`).
+Every projection is attention from the input's tokens to learned pairs of keys and values, the *parameter tokens*
+(`jaxtok.nn.parameter_attention`). The feed-forward is one such projection. Width, depth and heads never change; the
+model grows by appending parameter tokens (`jaxtok.transfer.growth`).
 
-Where the authors' PyTorch and TPU code differ, the PyTorch code is followed; `tpu_variant` has the other's choices.
+Where the authors' PyTorch and TPU code differ, this follows the PyTorch code; `tpu_variant` makes the other's choices.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from jaxtok.nn.parameter_attention import ParameterAttentionStack, TokenCounts, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenFormerConfig(ParameterAttentionStack, DecoderConfig):
-    """A TokenFormer language model; defaults: the 124M model of the growth study, with PyTorch's conventions."""
+    """A TokenFormer language model. Defaults: the 124M model of the growth study, as the PyTorch code would have it."""
 
     final_norm: str = "layernorm"
 
     def num_params(self) -> int:
-        """V d + 2 d + 2 L d (3 n_qkv + n_output + n_ffn), for a tied model with its default norms."""
+        """V d + 2 d + 2 L d (n_query + n_key + n_value + n_output + n_ffn), for a tied model with its default norms."""
         return (
             self.vocab_size * self.d_model + 2 * self.d_model + self.num_layers * 2 * self.d_model * self.tokens.total()
         )
 
 
 def tpu_variant(config: TokenFormerConfig) -> TokenFormerConfig:
-    """The authors' TPU code's choices: tanh GELU, epsilon added to the norm, no position embedding.
+    """The config with the choices of the authors' TPU code: tanh GELU, epsilon added to the norm, no positions.
 
-    `norm_tokens` is that code's `zoom_dim` (with four times the number in the feed-forward).
+    `norm_tokens` is `zoom_dim` there, which is four times as large in the feed-forward.
     """
     eps = 1e-5 if config.normalization == "l2_norm_gelu" else 1e-8
     return dataclasses.replace(config, tanh_gelu=True, normalization_eps=eps, rotary_fraction=0.0)
@@ -57,8 +57,8 @@ PUBLISHED = {
     # PyTorch growth runs on OpenWebText2: 354M, grown to 757M
     "owt-354m": _size(24, 1024, 16, 768, 3072, 1024),
     "owt-757m": _size(24, 1024, 16, 1792, 7168, 1024),
-    # the incremental-scaling study on OpenWebText (TPU code): 124M, grown to 354M, 757M, 1.4B. The slots of the last
-    # two are not public; these give the published parameter counts to within a per cent.
+    # the growth study on OpenWebText (TPU code): 124M, grown to 354M, 757M and 1.4B. The parameter tokens of the last
+    # two are not public; these numbers give the published parameter counts to within a per cent.
     "124m": _size(12, 768, 12, 576, 2304, 1024),
     "354m": _size(12, 768, 12, 2140, 8560, 1024),
     "757m": _size(12, 768, 12, 4850, 19400, 1024),

@@ -1,7 +1,7 @@
-"""Whole words masked, and their pieces predicted: the objective that models of words and of subwords share.
+"""Whole-word masking: whole words are masked and their pieces predicted, by models of words and of subwords alike.
 
-Batches are those of `jaxtok.data.word_pieces.WordPieceText`, whose rows are words. With the same key all models choose
-the same words, and are compared by the loss of a word, which is the sum over its pieces.
+Batches are those of `jaxtok.data.word_pieces.WordPieceText`, whose rows are words. With the same key, all models choose
+the same words. They are compared by the loss of a word, which is the sum over its pieces.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ WORD_MASKING = Masking(mask_share=0.8, random_share=0.1, mask_id=MASK, kept_ids=
 
 
 def choose_words(rng: jax.Array, batch: Batch, masking: Masking) -> tuple[Slots, Float[Array, "batch slots"]]:
-    """The words of each row that are predicted, and a number in [0, 1) for each that says what is read there.
+    """The words of each row to predict, and for each a number in [0, 1) that says what the model reads there.
 
-    The same for every model that reads these rows with this key.
+    Both are the same for every model that reads these rows with this key.
     """
     choose, draw = jax.random.split(rng)
     candidates = masking.candidates(batch["words"][..., 0], batch["mask"])
@@ -36,28 +36,29 @@ def choose_words(rng: jax.Array, batch: Batch, masking: Masking) -> tuple[Slots,
 
 
 class Predicted(NamedTuple):
-    """What a model said of the pieces of the chosen words."""
+    """How a model predicted the pieces of the chosen words."""
 
     nats: Float[Array, "batch slots pieces"]
     weights: Float[Array, "batch slots pieces"]
     """1 where there is a piece, else 0."""
     correct: Bool[Array, "batch slots pieces"]
-    """The likeliest piece is the right one."""
+    """Whether the likeliest piece is the right one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WordModeling(Task):
-    """Base of tasks that predict the pieces of masked words, of batches of `jaxtok.data.word_pieces.WordPieceText`."""
+    """The base of tasks that predict the pieces of masked words; see `jaxtok.data.word_pieces.WordPieceText`."""
 
     counted = "words"
 
     model: Any
     masking: Masking = WORD_MASKING
-    """Of words, by their first symbol; mask_share, random_share, rest: masked, another word of the batch, itself."""
+    """The masking of words, whose ids are first symbols. In place of a chosen word stand the mask (mask_share), another
+    word of the batch (random_share) or itself (the rest)."""
 
     def __post_init__(self):
         if self.masking.with_replacement:
-            raise ValueError("masking.with_replacement is True; words are chosen once: set False.")
+            raise ValueError("masking.with_replacement is True; it must be False, as a word is chosen once.")
 
     def fit(self, data: Data, train: Any = None) -> WordModeling:
         """See `jaxtok.lm.fitting.fit_text`."""
@@ -65,43 +66,45 @@ class WordModeling(Task):
 
     @abc.abstractmethod
     def predict(self, params: Params, batch: Batch, rng: jax.Array, train: bool = False) -> tuple[Predicted, Slots]:
-        """What the model says of the words that the key chooses."""
+        """How the model predicts the words that the key chooses, and their slots."""
 
     @abc.abstractmethod
     def features(self, params: Params, batch: Batch) -> Float[Array, "batch d_model"]:
-        """A vector for each row: the mean of the hidden states of its words."""
+        """A vector for each row: the mean of its hidden states."""
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy of all pieces of all masked words, in nats a piece; also logs that of a word."""
-        found, _ = self.predict(params, batch, rng, train=True)
-        total = jnp.sum(found.nats * found.weights)
-        words = jnp.sum(found.weights[..., 0])
+        """Returns the mean cross entropy of all pieces of masked words, in nats a piece; also logs nats a word."""
+        predicted, _ = self.predict(params, batch, rng, train=True)
+        total = jnp.sum(predicted.nats * predicted.weights)
+        words = jnp.sum(predicted.weights[..., 0])
         metrics = {"nats_per_word": total / jnp.maximum(words, 1)}
-        return masked_mean(found.nats, found.weights), metrics
+        return masked_mean(predicted.nats, predicted.weights), metrics
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        found, slots = self.predict(params, batch, rng)
-        there = found.weights[..., 0]
-        rest = (found.correct | (found.weights == 0)).all(-1)
+        predicted, slots = self.predict(params, batch, rng)
+        words = predicted.weights[..., 0]
+        right = (predicted.correct | (predicted.weights == 0)).all(-1)
         of_slots = {
-            "words": there,
-            "bytes": take(batch["bytes"], slots.places) * there,
-            "right_words": rest * there,
-            "cut": take(batch["cut"], slots.places) * there,
+            "words": words,
+            "bytes": take(batch["bytes"], slots.places) * words,
+            "right_words": right * words,
+            "cut": take(batch["cut"], slots.places) * words,
         }
-        of_pieces = {"nats": found.nats, "pieces": jnp.ones_like(found.nats), "right": found.correct}
-        of_pieces = {name: x * found.weights for name, x in of_pieces.items()}
+        of_pieces = {"nats": predicted.nats, "pieces": jnp.ones_like(predicted.nats), "right": predicted.correct}
+        of_pieces = {name: x * predicted.weights for name, x in of_pieces.items()}
         return {name: jnp.sum(x) for name, x in (of_slots | of_pieces).items()}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Of the masked words, which are the same in every evaluation and for every model:
+        """Returns, of the masked words, which are the same in every evaluation and for every model:
 
         loss             nats a piece
-        nats_per_word    the sum over a word's pieces
-        bits_per_byte    of their pieces' text
-        accuracy         of pieces; word_accuracy: of whole words
-        words            how many; pieces_per_word
-        cut              the share of words with more bytes or pieces than are kept
+        nats_per_word    nats a word, the sum over its pieces
+        bits_per_byte    bits a byte of the words' text
+        accuracy         the share of the pieces that are right
+        word_accuracy    the share of the words whose pieces are all right
+        words            their number
+        pieces_per_word  the mean number of a word's pieces
+        cut              the share of the words with more bytes or pieces than are kept
         """
         return {
             "loss": sums["nats"] / sums["pieces"],
@@ -115,11 +118,11 @@ class WordModeling(Task):
         }
 
 
-def scored(logits, pieces, weights) -> Predicted:
-    """Of the pieces [batch, slots, pieces] (-1: none) of slots with weights."""
-    there = (pieces >= 0) * weights[..., None]
+def score_pieces(logits, pieces, weights) -> Predicted:
+    """How logits [batch, slots, pieces, vocab] predict `pieces` [batch, slots, pieces] (-1: none) of weighted slots."""
+    counted = (pieces >= 0) * weights[..., None]
     correct = logits.argmax(-1) == pieces
-    return Predicted(cross_entropy(logits, jnp.maximum(pieces, 0)), there, correct)
+    return Predicted(cross_entropy(logits, jnp.maximum(pieces, 0)), counted, correct)
 
 
 def mean_state(hidden, mask) -> Float[Array, "batch d_model"]:
@@ -130,24 +133,23 @@ def mean_state(hidden, mask) -> Float[Array, "batch d_model"]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SubwordWords(WordModeling):
-    """BERT with whole-word masking: the row's words as a row of pieces, in which each piece of a masked word is masked.
+    """BERT with whole-word masking. It reads the words as one row of pieces, and masks every piece of a masked word.
 
-    The last four rows of the embedding are the mask, [CLS], [SEP] and padding: vocab_size has to leave them room behind
-    the tokenizer's ids.
+    The last four rows of the embedding are padding, [SEP], [CLS] and the mask: vocab_size must leave room for them
+    after the tokenizer's ids.
     """
 
     model: BertConfig
     max_tokens: int = 0
-    """Pieces of a row, of which a word beyond is not seen; 0: twice its words."""
+    """Pieces of a row; the model does not see those beyond. 0: twice the number of words."""
 
     def __post_init__(self):
         super().__post_init__()
         if not self.model.mask_head:
-            raise ValueError("model.mask_head is False; pieces are predicted by this head: set it.")
+            raise ValueError("model.mask_head is False; it must be True, as this head predicts the pieces.")
         if self.max_tokens < 0 or self.max_tokens > self.model.max_length:
             raise ValueError(
-                f"max_tokens is {self.max_tokens}; it must be 0 or more, and at most the model's max_length = "
-                f"{self.model.max_length}."
+                f"max_tokens is {self.max_tokens}; it must be from 0 to model.max_length = {self.model.max_length}."
             )
 
     def module(self) -> Bert:
@@ -169,13 +171,13 @@ class SubwordWords(WordModeling):
         rngs = {"dropout": dropout} if train else None
         hidden = self.module().apply({"params": params}, tokens, real, deterministic=not train, rngs=rngs)
         places = take(starts, slots.places)[..., None] + jnp.arange(targets.shape[-1])
-        there = (places < tokens.shape[1]) & (targets >= 0)
-        flat = jnp.where(there, places, 0).reshape(len(places), -1)
+        seen = (places < tokens.shape[1]) & (targets >= 0)
+        flat = jnp.where(seen, places, 0).reshape(len(places), -1)
         logits = self.module().apply({"params": params}, hidden, flat, method="masked_words")
-        return scored(logits.reshape(*targets.shape, -1), jnp.where(there, targets, -1), slots.weights), slots
+        return score_pieces(logits.reshape(*targets.shape, -1), jnp.where(seen, targets, -1), slots.weights), slots
 
     def row(self, pieces: Int[Array, "batch length pieces"], batch: Batch):
-        """The pieces one after the other, which of them are real, and where each word begins; [batch, tokens]."""
+        """The pieces in a row and which are real, both [batch, tokens]; and where each word begins, [batch, length]."""
         first, top = batch["words"][..., :1], self.model.vocab_size
         pieces = jnp.where(batch["mask"][..., None] > 0, pieces, -1)
         for symbol, token in ((CLS, top - 2), (SEP, top - 3)):
@@ -196,11 +198,11 @@ class SubwordWords(WordModeling):
         return mean_state(self.module().apply({"params": params}, tokens, real), real)
 
     def input_params(self) -> int:
-        """Numbers in the table of pieces."""
+        """The number of parameters in the table of pieces."""
         return self.model.vocab_size * self.model.embedding_width
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted at the whole length of a row."""
+        """FLOPs of a training step: three times the forward pass, with attention counted over whole rows."""
         rows, length = batch["words"].shape[:2]
         tokens = self.max_tokens or 2 * length
         pieces = self.masking.slots(length) * batch["pieces"].shape[-1]

@@ -1,12 +1,12 @@
 """Learn Your Tokens: word-pooled tokenization (Thawani et al., Findings of EMNLP 2023, arXiv 2310.11628).
 
 The units of a word (bytes, characters or subwords: eByte, eChar, eSub) are pooled by a small transformer into a few
-vectors, a decoder runs over these, and a small causal transformer spells the next word from the last of them. All
-words of a batch are pooled at once, and spelled at once.
+vectors, a decoder runs over these, and a small causal transformer spells the next word from the decoder's output. All
+words of a batch are pooled at once and spelled at once.
 
-The authors' code (avi-jit/eTok) is followed where the paper leaves things open. It has three peculiarities, each of
-which is a switch of the config: `prefix_ids`, `mask_pads`, `loss_on_pads`. A fourth, that its forward pass lengthens
-the caller's words in place, is not copied.
+What the paper leaves open follows the authors' code (avi-jit/eTok). It has three peculiarities, each of which is a
+switch of the config: `prefix_ids`, `mask_pads` and `loss_on_pads`. A fourth, that its forward pass lengthens the
+caller's words in place, is not copied.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather, rows_only
-from jaxtok.data.word_units import BYTE_OFFSET, RULES, Rule, WordUnitText, load_units
+from jaxtok.data.word_units import BYTE_OFFSET, RULES, WordRule, WordUnitText, load_units
 from jaxtok.data.words import WordText
 from jaxtok.decoding.engine import Engine, State, new_tokens
 from jaxtok.decoding.protocols import Chooser
@@ -42,46 +42,46 @@ from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 END = 0
-"""The unit that ends a word, and fills up the rest of its canvas. No real unit has this number."""
+"""The unit that ends a word and fills the rest of its canvas. No real unit has this number."""
 HIDDEN = -1e30
-"""What is added to the score of a key that is not to be seen."""
+"""The bias of a hidden key."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WordPooledConfig:
-    """Sizes and switches; defaults: the authors', for bytes (config.json's names in brackets)."""
+    """Sizes and switches, with their names in the authors' config.json in brackets. Defaults: theirs for bytes."""
 
     vocab_size: int = 384
-    """Units, the end mark 0 included; 384 are ByT5's bytes; 0: the data's, rounded up to 128. [vocab_size]"""
+    """The number of units, end mark included; 384: ByT5's ids; 0: the data's units, rounded up to 128. [vocab_size]"""
     max_units: int = 16
-    """Units of the longest word (the canvas). [canvas_size]"""
+    """The units of the longest word, which is the width of the canvas. [canvas_size]"""
     max_words: int = 192
     """The longest context, in words. [block_size]"""
     prefixes: int = 4
-    """Vectors a word. [num_prefix]"""
+    """The number of vectors of a word. [num_prefix]"""
     d_model: int = 512
     num_layers: int = 8
-    """Of the decoder over words. [n_layer]"""
+    """The number of layers of the decoder over words. [n_layer]"""
     num_heads: int = 8
-    """Of the decoder over words and of the speller. [n_head]"""
+    """The number of heads of the decoder over words and of the speller. [n_head]"""
     unit_layers: int = 2
-    """Of the word encoder, and of the speller. [n_e2e_layer]"""
+    """The number of layers of the word encoder, and of the speller. [n_e2e_layer]"""
     encoder_heads: int = 4
-    """[n_e2e_head]"""
+    """The number of heads of the word encoder. [n_e2e_head]"""
     encoder_mlp_dim: int = 2048
-    """PyTorch's default, whatever d_model."""
+    """Hidden units of the word encoder's MLPs; PyTorch's default, whatever d_model is."""
     dropout: float = 0.1
-    """On embeddings, attention weights, and what each half of a block adds to the residual stream."""
+    """Dropout of embeddings, attention weights, and what each half of a block adds to the residual stream."""
     encoder_dropout: float = 0.1
-    """The same in the word encoder; PyTorch's default."""
+    """Dropout in the word encoder; PyTorch's default."""
     prefix_ids: Literal["own", "official"] = "own"
-    """own: the prefixes have embeddings of their own; official: prefix i has row `canvas + i` of the units and then
-    the prefixes, where the canvas is as wide as the batch."""
+    """The embeddings of the prefixes. own: they have their own; official: prefix i has row `canvas + i` of a table of
+    the units and then the prefixes, where `canvas` is the width of the batch."""
     mask_pads: bool = False
-    """No place of a word sees the padding behind its end mark. Without it (official), only padding does not see
-    padding, so that a word's vectors depend on the width of the canvas. Recommended for new models."""
+    """Whether the padding after a word's end mark is hidden from the whole word, as is best for new models. If not
+    (official), it is hidden only from padding, so that a word's vectors depend on the width of the canvas."""
     loss_on_pads: bool = True
-    """The loss is a mean over the whole canvas of each word (official); or over its units and one end mark."""
+    """Whether the loss is a mean over the whole canvas of each word (official) or over its units and one end mark."""
     init_std: float = 0.02
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -96,7 +96,9 @@ class WordPooledConfig:
             if (value := getattr(self, field)) < low:
                 raise ValueError(f"{field} is {value}; it must be at least {low}.")
         if self.vocab_size == 1:
-            raise ValueError("vocab_size is 1, which is the end mark alone; it must be at least 2 (or 0).")
+            raise ValueError(
+                "vocab_size is 1, which is the end mark alone; it must be at least 2, or 0 for the data's units."
+            )
         if self.d_model % self.encoder_heads:
             raise ValueError(
                 f"encoder_heads is {self.encoder_heads}, which does not divide d_model = {self.d_model}; "
@@ -109,7 +111,7 @@ class WordPooledConfig:
         if self.prefix_ids == "official" and self.vocab_size and self.max_units > self.vocab_size:
             raise ValueError(
                 f"max_units is {self.max_units}, above vocab_size = {self.vocab_size}, where prefix_ids = official "
-                "finds no rows for the prefixes; choose fewer units, or prefix_ids = own."
+                "finds no rows for the prefixes; lower max_units, or set prefix_ids to own."
             )
         _ = self.body, self.encoder  # checks the rest
 
@@ -124,7 +126,7 @@ class WordPooledConfig:
 
     @property
     def encoder(self) -> LinearStack:
-        """PyTorch's `TransformerEncoderLayer`s: norms behind the sums, ReLU."""
+        """The word encoder: PyTorch's `TransformerEncoderLayer`, with norms after the sums and ReLU."""
         return self._stack(
             EncoderStack,
             num_layers=self.unit_layers,
@@ -140,17 +142,17 @@ class WordPooledConfig:
 
     @property
     def body(self) -> LinearStack:
-        """GPT blocks over the words' vectors."""
+        """The decoder over words: GPT blocks over the words' vectors."""
         sizes = dict(num_layers=self.num_layers, num_heads=self.num_heads, mlp_dim=4 * self.d_model)
         return self._stack(BlockStack, dropout=self.dropout, attention_dropout=self.dropout, **sizes)
 
     @property
     def speller(self) -> LinearStack:
-        """The same blocks over the units of a word."""
+        """The speller: the same blocks over the units of a word."""
         return dataclasses.replace(self.body, num_layers=self.unit_layers)
 
     def flops(self) -> float:
-        """Forward FLOPs of one word, in a full row: the encoder, the decoder, the speller and the head."""
+        """Forward FLOPs of one word in a full row, with all places of its canvas."""
         canvas, context = self.prefixes + self.max_units, self.max_words * self.prefixes
         small = canvas * (self.encoder.stack_flops(canvas) + self.speller.stack_flops(canvas))
         head = 2 * self.max_units * self.vocab_size * self.d_model
@@ -158,7 +160,7 @@ class WordPooledConfig:
 
 
 class BlockStack(LinearStack):
-    """minGPT's blocks: every matrix begins with the same deviation."""
+    """minGPT's blocks, whose matrices are all initialised with the same standard deviation."""
 
     @property
     def output_init_std(self) -> float:
@@ -166,19 +168,19 @@ class BlockStack(LinearStack):
 
 
 class EncoderStack(BlockStack):
-    """Queries, keys and values begin as PyTorch's packed matrix of all three does: Xavier's, uniform."""
+    """PyTorch's blocks, which initialise queries, keys and values as one packed matrix: Xavier's, uniform."""
 
     def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
         if group not in ("query", "key", "value"):
             return super().projection(group, features, name)
-        packed = nn.initializers.variance_scaling(0.5, "fan_in", "uniform")  # 6 / (d + 3 d), the bound's square
+        packed = nn.initializers.variance_scaling(0.5, "fan_in", "uniform")  # the square of the bound is 6 / (d + 3 d)
         return Linear(features, kernel_init=packed, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
 
 class WordPooled(nn.Module):
-    """Words, as units behind each other [words, units], to logits of their units.
+    """Words, each a row of units, to logits of the units of the words after them.
 
-    In shapes: p prefixes, and units as wide as the batch has them, at most `max_units`.
+    In shapes, `units` is the width of the batch, at most `max_units`.
     """
 
     config: WordPooledConfig
@@ -186,7 +188,7 @@ class WordPooled(nn.Module):
     def setup(self):
         cfg = self.config
         if not cfg.vocab_size:
-            raise ValueError("vocab_size is 0; set it to the number of units.")
+            raise ValueError("vocab_size is 0; it must be the number of units.")
 
         def table(name, rows, axis, std):
             init = nn.with_logical_partitioning(nn.initializers.normal(std), (axis, "d_model"))
@@ -214,14 +216,14 @@ class WordPooled(nn.Module):
         segments: Int[Array, "batch words"] | None = None,
         deterministic: bool = True,
     ) -> Float[Array, "batch words units vocab"]:
-        """Logits of every unit of the word behind each one, from the words and units in front of it (float32).
+        """Logits of every unit of the word after each one, from the words and the units before it; float32.
 
         Args:
-          words: the units of each word, filled up with `END`; a word of none stands for the start of a document.
-          lengths: how many they are. A word that fills the canvas has no end mark.
-          targets: the words that follow, likewise.
-          positions: of the words in their document; default: 0, 1, ...
-          segments: words attend within their document only.
+          words: the units of each word, filled up with `END`. A word without units is the start of a document.
+          lengths: the number of each word's units. A word that fills the canvas has no end mark.
+          targets: the words that follow, in the same form.
+          positions: those of the words in their document; default: 0, 1, ...
+          segments: words attend within their own document only.
 
         Raises:
           ValueError: words are longer than max_units, or more than max_words.
@@ -233,7 +235,7 @@ class WordPooled(nn.Module):
     def pool(
         self, words: Int[Array, "batch words units"], lengths: Int[Array, "batch words"], deterministic: bool = True
     ) -> Float[Array, "batch words prefixes d_model"]:
-        """Each word's vectors, from its own units alone."""
+        """The vectors of each word, from its own units alone."""
         self._check(words)
         cfg, (batch, count, width) = self.config, words.shape
         prefixes = self.prefix_embedding
@@ -259,9 +261,9 @@ class WordPooled(nn.Module):
         cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "batch words prefixes d_model"], KVCache | None]:
-        """What the decoder over words makes of their vectors, and the cache with these words appended.
+        """The outputs of the decoder over words for their vectors, and the cache with these words appended.
 
-        The vectors of a word see those of earlier words, and the earlier ones of the same word.
+        A vector sees all vectors of earlier words, and the earlier ones of its own word.
         """
         cfg, (batch, words, p, _) = self.config, pooled.shape
         if words > cfg.max_words:
@@ -282,9 +284,9 @@ class WordPooled(nn.Module):
         targets: Int[Array, "batch words units"],
         deterministic: bool = True,
     ) -> Float[Array, "batch words units vocab"]:
-        """Logits of the units of each target, the word behind the one that the decoder turned into z.
+        """Logits of the units of each target, from the decoder's output z for the word before it.
 
-        z stands in the prefixes' places of the target's canvas; its units get their positions twice.
+        z takes the prefixes' places in the target's canvas. The positions of units are added twice, as by the authors.
         """
         self._check(targets)
         batch, words, p, d = z.shape
@@ -300,12 +302,12 @@ class WordPooled(nn.Module):
     def spell_first(
         self, z: Float[Array, "rows prefixes d_model"], cache: KVCache
     ) -> tuple[Float[Array, "rows vocab"], KVCache]:
-        """Logits of the first unit of the words behind z; and the cache, for `spell_next`."""
+        """Logits of the first unit of the words after z; and the cache, for `spell_next`."""
         x, cache = self.speller(z + self.unit_positions[: self.config.prefixes], _places(z), None, cache)
         return self._head(x[:, -1]), cache
 
     def spell_next(self, unit: Int[Array, " rows"], cache: KVCache) -> tuple[Float[Array, "rows vocab"], KVCache]:
-        """Logits of the unit behind the one that was chosen."""
+        """Logits of the unit after the chosen one; and the cache with it appended."""
         x = jnp.take(self.embedding, unit, axis=0) + 2 * jnp.take(self.unit_positions, cache.length, axis=0)
         x, cache = self.speller(x[:, None], cache.length[:, None], None, cache)
         return self._head(x[:, 0]), cache
@@ -327,7 +329,7 @@ def _places(x: Float[Array, "rows places d_model"]) -> Int[Array, "rows places"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlainConfig(BlockStack, DecoderConfig):
-    """The authors' baseline: the decoder over units alone. As released, it has no positions at all."""
+    """The authors' baseline: the decoder over plain units. As in the released code, it has no positions at all."""
 
     vocab_size: int = 384
     max_length: int = 192
@@ -352,7 +354,7 @@ def init_params(config: WordPooledConfig | PlainConfig, rng: jax.Array) -> Any:
 def unit_weights(
     lengths: Int[Array, "*words"], width: int, mask: Float[Array, "*words"], on_pads: bool
 ) -> Float[Array, "*words units"]:
-    """Which units of the targets in `mask` count in the loss: all, or each word's own and one end mark."""
+    """Which units of the targets in `mask` count: all (`on_pads`), or each word's own and one end mark."""
     counts = jnp.full((width,), True) if on_pads else jnp.arange(width) <= lengths[..., None]
     return counts * mask[..., None]
 
@@ -368,16 +370,16 @@ def spell_words(
     sampling: Sampling = Sampling(temperature=0),
     stop: bool = True,
 ) -> Int[Array, "rows max_units"]:
-    """The words behind z, unit after unit, with what was chosen fed back; all rows at once.
+    """Spells the words after z, unit by unit, each from the chosen ones before; all rows at once.
 
     Args:
       model, params: the model and its parameters.
       z: the decoder's vectors of the words before, from any number of rows and words.
       rng: a key; not needed for greedy spelling.
-      allowed: the units that can be chosen at each place (or at all of them, where there is one row only).
+      allowed: the units that can be chosen at each place; a single row holds for all places.
       sampling: how a unit is chosen.
-      stop: a word is over behind its first end mark, and `END` fills its canvas. Otherwise it goes on to the end of the
-        canvas (the authors' validation).
+      stop: whether a word ends with its first end mark, after which `END` fills its canvas. Otherwise it goes on to the
+        end of the canvas, as in the authors' validation.
     """
     cfg, rows = model.config, len(z)
     allowed = jnp.ones((1, cfg.vocab_size), bool) if allowed is None else allowed
@@ -390,7 +392,7 @@ def spell_words(
 
 @dataclasses.dataclass(frozen=True)
 class WordSpelling:
-    """The speller as the `jaxtok.decoding.TokenModel` of the units of one word, which all rows spell in step."""
+    """The speller as a `jaxtok.decoding.TokenModel` of the units of one word, which all rows spell in step."""
 
     model: WordPooled
 
@@ -406,8 +408,8 @@ class WordSpelling:
             lambda: spell(z, cache, method="spell_first"),
             lambda: spell(units, cache, method="spell_next"),
         )
-        chosen = cache.length[0] - self.model.config.prefixes
-        return jnp.where(allowed[chosen], logits, -jnp.inf), (cache, z, allowed), live
+        place = cache.length[0] - self.model.config.prefixes
+        return jnp.where(allowed[place], logits, -jnp.inf), (cache, z, allowed), live
 
 
 @functools.partial(jax.jit, static_argnames=("model", "sampling", "stop"))
@@ -423,7 +425,7 @@ def guess_words(
     sampling: Sampling = Sampling(temperature=0),
     stop: bool = True,
 ) -> Int[Array, "batch words max_units"]:
-    """What the model spells behind every word of every row, all of them in parallel, each behind the true words."""
+    """The word that the model spells after each word of each row, given the true words before it; all in parallel."""
     apply = functools.partial(model.apply, {"params": params})
     pooled = apply(words, lengths, method="pool")
     z, _ = apply(pooled, positions=positions, segments=segments, method="body")
@@ -435,10 +437,10 @@ def guess_words(
 def word_accuracies(
     spelled: Int[Array, "*words width"], truth: Int[Array, "*words units"]
 ) -> tuple[Bool[Array, "*words width"], Bool[Array, "*words"]]:
-    """Whether each unit is right, where the word has one (elsewhere false); and whether the whole canvas is.
+    """Whether each unit of a word is right (false at places without units); and whether the whole canvas is.
 
-    The authors' two accuracies are the right units over all units, and the mean of the second: "banker" for "bank" is
-    wrong.
+    The authors' two accuracies are the right units over all units, and the mean of the second, for which "banker" is
+    wrong in place of "bank".
     """
     more = spelled.shape[-1] - truth.shape[-1]
     truth = jnp.pad(truth, [(0, 0)] * (truth.ndim - 1) + [(0, more)], constant_values=END)
@@ -458,20 +460,20 @@ def generate_words(
     new: int,
     sampling: Chooser = Sampling(temperature=0),
 ) -> Int[np.ndarray, "batch new max_units"]:
-    """`new` words after the first `counts` words of each row, fewer where the text ends; the others have no units.
+    """`new` words after the first `counts` words of each row. Words after the end of the text have no units.
 
-    A text ends with a word that begins with the end mark, where `allowed` lets it.
+    A text ends when a word begins with the end mark, which `allowed` may forbid.
     """
     engine, state = begin_words(model, params, words, lengths, counts, rng, allowed, new=new, sampling=sampling)
-    found = np.full((len(lengths), new, model.config.max_units), END, np.int32)
-    for row, units in zip(found, new_tokens(engine.run(params, state)).tokens):
+    generated = np.full((len(lengths), new, model.config.max_units), END, np.int32)
+    for row, units in zip(generated, new_tokens(engine.run(params, state)).tokens):
         for word, spelled in zip(row, split_words(model.config, units)):
             word[: len(spelled)] = spelled
-    return found
+    return generated
 
 
 def split_words(config: WordPooledConfig, units: Sequence[int]) -> list[tuple[int, ...]]:
-    """The words of a row that `WordGeneration` has made, the last of which can be open."""
+    """The words of a row of `WordGeneration`'s units; the last word may be open."""
     words: list[list[int]] = [[]]
     for unit in units:
         if unit == END:
@@ -490,32 +492,34 @@ def begin_words(
     allowed = np.ones((1, cfg.vocab_size), bool) if allowed is None else allowed
     allowed = jnp.broadcast_to(allowed, (cfg.max_units, cfg.vocab_size))
     first = steps.start(params, words, lengths, counts, allowed, new=new)
-    ended = np.full((len(lengths), 1), END)  # is the last word of each row
+    ended = np.full((len(lengths), 1), END)  # ended the last word of each row
     return engine, engine.begin(first, ended, new=new * (cfg.max_units + 1) + 1, rng=rng, stop=[cfg.vocab_size])
 
 
 @flax.struct.dataclass
 class _Words:
-    """Between two units, of which the newest has been read by nothing."""
+    """The state between two units: no module has read the newest one."""
 
     body: KVCache
-    """Of all words that have ended and been read."""
+    """The cache of all words that have ended and been read."""
     speller: KVCache
     word: Int[Array, "batch max_units"]
-    """The open one."""
+    """The open word."""
     length: Int[Array, " batch"]
+    """The number of its units."""
     waits: Bool[Array, " batch"]
-    """Rows whose word has ended. They wait for the others' words, as the body costs the same for one row as for all."""
+    """Rows whose word has ended. They wait until all rows' words have, as the body costs the same for one row as
+    for all."""
     left: Int[Array, " batch"]
-    """Words that may still begin."""
+    """The number of words that may still begin."""
     allowed: Bool[Array, "max_units vocab"]
 
 
 @dataclasses.dataclass(frozen=True)
 class WordGeneration:
-    """The model as the `jaxtok.decoding.TokenModel` of the units of texts.
+    """The model as a `jaxtok.decoding.TokenModel` of the units of texts.
 
-    After the units, `END` ends a word; the id `vocab_size` ends the text, in place of a first `END`.
+    `END` ends a word. The id `vocab_size` ends the text; it takes the place of an `END` at the beginning of a word.
     """
 
     model: WordPooled
@@ -579,15 +583,15 @@ class WordGeneration:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WordPooling(Task):
-    """Trains the model on rows of words; see `jaxtok.data.word_units.WordUnitText`."""
+    """Trains a word-pooled model on rows of words (`jaxtok.data.word_units.WordUnitText`)."""
 
     counted = "units"
 
     model: WordPooledConfig
     tokenizer: str = "bytes"
-    """As in the data: whose ids are the units."""
-    rule: Rule = "paper"
-    """As in the data: what words are."""
+    """The tokenizer whose ids are the units; it should be the data's."""
+    rule: WordRule = "paper"
+    """The rule for what words are; it should be the data's."""
 
     def module(self) -> WordPooled:
         return WordPooled(self.model)
@@ -597,10 +601,10 @@ class WordPooling(Task):
             raise ValueError(f"rule is {self.rule!r}; it can be {', '.join(RULES)}.")
 
     def fit(self, data: Data, train: Any = None) -> WordPooling:
-        """With the units of the data, where their number is open.
+        """The task, with a vocab_size of 0 replaced by the number of the data's units, rounded up to 128.
 
         Raises:
-          ValueError: the model has too few units, another canvas than the data, or a shorter context than their rows.
+          ValueError: the model has too few units, another canvas than the data, or a context shorter than their rows.
         """
         if isinstance(data, WordText) and data.max_units != self.model.max_units:  # texts are continued on the model's
             raise ValueError(
@@ -619,9 +623,9 @@ class WordPooling(Task):
         return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats a unit (see `loss_on_pads`).
+        """Returns the mean cross entropy in nats a unit (see `loss_on_pads`).
 
-        Also logs bits per byte, which count each word's units and one end mark.
+        Also logs bits per byte, in which each word's units and one end mark count.
         """
         nats, _ = self._nats(params, batch, rng)
         size, lengths, mask = nats.shape[-1], batch["target_lengths"], batch["mask"]
@@ -634,20 +638,19 @@ class WordPooling(Task):
         lengths, mask = batch["target_lengths"], batch["mask"]
         trained = unit_weights(lengths, nats.shape[-1], mask, self.model.loss_on_pads)
         words = mask * (lengths > 0)
-        found = {"trained": nats * trained, "units": trained, "nats": of_words * mask, "bytes": batch["bytes"] * mask}
-        found |= {"right": right * words, "expected": jnp.exp(-of_words) * words, "words": words}
-        return {name: jnp.sum(x) for name, x in found.items()}
+        sums = {"trained": nats * trained, "units": trained, "nats": of_words * mask, "bytes": batch["bytes"] * mask}
+        sums |= {"right": right * words, "expected": jnp.exp(-of_words) * words, "words": words}
+        return {name: jnp.sum(x) for name, x in sums.items()}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """What is trained, and what compares models of any units.
+        """Returns the loss of training, and what compares models of any units.
 
-        loss                   as in training
-        bits_per_byte          of the units and end marks of each word and document, over the bytes of text
-        next_word_accuracy     the part of the words that are right in every unit and the end, spelled greedily behind
-                               the true words (a wrong unit makes a word wrong, so that the rest of it need not be
-                               spelled behind that unit)
-        sampled_word_accuracy  what is to be expected of the same at temperature 1: the mean probability of a word
-        words, bytes           of text
+        loss                   nats a unit, as in training
+        bits_per_byte          the bits of all units and end marks, over the bytes of text
+        next_word_accuracy     the share of the words that greedy spelling after the true words gets right, with their
+                               end (one wrong unit makes a word wrong, so the true units before it can be given)
+        sampled_word_accuracy  what to expect of the same at temperature 1: the mean probability of a word
+        words, bytes           the numbers of words and of bytes of text
         """
         words = max(sums["words"], 1.0)
         return {
@@ -660,7 +663,7 @@ class WordPooling(Task):
         }
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass, attention counted over whole rows and canvases."""
+        """FLOPs of a training step: three times the forward pass, attention counted over whole rows and canvases."""
         return 3 * math.prod(batch["lengths"].shape) * self.model.flops()
 
     def continue_text(
@@ -674,15 +677,13 @@ class WordPooling(Task):
         on_text: OnText | None = None,
         logprobs: bool = False,
     ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
-        """Continues each prompt by up to `max_bytes` bytes, word by word, or to the end of the document.
+        """Up to max_bytes bytes after each prompt, fewer if the document ends. See `jaxtok.protocols.TextGenerator`.
 
-        See `jaxtok.protocols.TextGenerator`.
-
-        The last word of a prompt counts as whole. Where prompt and continuation have more than `max_words` words, the
+        The last word of a prompt counts as whole. If prompt and continuation have more than `max_words` words, the
         model sees the last of them.
 
         Raises:
-          ValueError: no prompt, no room, or no rng.
+          ValueError: there is no prompt, max_bytes is less than 1, or rng is missing.
         """
         if not prompts:
             raise ValueError("there is no prompt; give at least one.")
@@ -696,7 +697,7 @@ class WordPooling(Task):
         allowed = np.zeros((1, cfg.vocab_size), bool)
         allowed[0, : units.size] = units.allowed[: cfg.vocab_size]
         new = max(1, min(_CHUNK, cfg.max_words // 2))
-        found, over, part = [Continued(b"", [], []) for _ in prompts], np.zeros(len(prompts), bool), 0
+        continued, over, part = [Continued(b"", [], []) for _ in prompts], np.zeros(len(prompts), bool), 0
 
         def read(row: int, units: list[int]) -> bytes:
             return data.join(prompts[row], [*rows[row][starts[row] :], *split_words(cfg, units)])
@@ -724,14 +725,14 @@ class WordPooling(Task):
             for row, more in enumerate(continue_texts(engine, params, state, read, max_bytes, on_text)):
                 if over[row]:
                     continue
-                before, whole = found[row], split_words(cfg, more.tokens)
-                found[row] = Continued(more.text, before.tokens + more.tokens, before.logprobs + more.logprobs)
+                before, whole = continued[row], split_words(cfg, more.tokens)
+                continued[row] = Continued(more.text, before.tokens + more.tokens, before.logprobs + more.logprobs)
                 over[row] = len(more.text) >= max_bytes or len(whole) < new
                 rows[row] += whole
-        return texts_and_logprobs(found, logprobs)
+        return texts_and_logprobs(continued, logprobs)
 
     def _nats(self, params, batch, rng=None):
-        """Of each unit; and where it is the likeliest."""
+        """Nats of each unit, and whether it is the likeliest."""
         logits = self.module().apply(
             {"params": params},
             batch["words"],
@@ -745,14 +746,14 @@ class WordPooling(Task):
         return cross_entropy(logits, batch["targets"]), logits.argmax(-1) == batch["targets"]
 
 
-_CHUNK = 32  # words that are generated at a time; contexts are padded to a multiple of it
+_CHUNK = 32  # the number of words generated at a time; contexts are padded to a multiple of it
 
 
 @functools.partial(jax.jit, static_argnames="task")
 def score_words(
     task: WordPooling, params: Params, batch: Batch
 ) -> tuple[Float[Array, "batch words units"], Float[Array, "batch words"], Bool[Array, "batch words"]]:
-    """Nats of each unit of the targets, nats of each whole word with its end, and whether greedy spelling is right."""
+    """Nats of each unit of the targets, nats of each word with its end, and whether greedy spelling is right."""
     nats, likeliest = task._nats(params, batch)
     own = unit_weights(batch["target_lengths"], nats.shape[-1], jnp.ones_like(batch["mask"]), False)
     return nats, jnp.sum(nats * own, -1), jnp.all(likeliest | (own == 0), -1)
@@ -763,6 +764,6 @@ PUBLISHED = {
     "echar": WordPooledConfig(),
     "esub": WordPooledConfig(vocab_size=50304, max_units=8),
 }
-"""The authors' configuration for their three bases: ByT5's bytes, characters (there is room for 127, beside the bytes
-that spell rarer ones; set vocab_size for more), and GPT-2's tokens. Their canvas is as wide as the longest word of a
-corpus; here, longer words are split."""
+"""The authors' configurations for their three kinds of units: ByT5's bytes; characters, with room for 127 beside the
+bytes that spell rarer ones (raise vocab_size for more); and GPT-2's tokens. Their canvas is as wide as the longest word
+of a corpus; here, longer words are split."""

@@ -35,20 +35,21 @@ def attend(
     Args:
       q, k, v: queries, keys and values; without a cache there are as many slots as queries. With fewer key-value heads
         than heads, neighbouring queries share one (grouped-query attention, arXiv 2305.13245).
-      window: query i sees the last `window` slots up to its own only. An array, where layers of a scan differ in it; a
-        number costs as much as it is wide, where rows are longer than twice that.
-      causal: query i sees the keys up to its own place.
+      window: query i sees only the last `window` slots up to its own. It is an array if the layers of a scan differ in
+        it. If it is a number, and rows are longer than twice that, the cost grows with the window and not with the row.
+      causal: query i sees only the keys at its own position and before.
       segments: no query sees a key of another segment; see `jaxtok.kernels.attention`.
-      visible: all that says who sees whom, in place of causal, window and segments; its heads are one, or those of the
-        keys or of the queries. With a cache it is made by `visible_slots`.
-      implementation: without `visible`; see `jaxtok.kernels.attention`.
-      bias: added to the scores, each of a shape that broadcasts to [batch, heads, length, slots]; a very negative
-        number hides a key.
-      softmax: what makes weights of scores along the last axis, in place of softmax; a hidden key has float32's lowest.
-      dropout: of weights, with the key `rng`.
+      visible: which query sees which key, in place of causal, window and segments. Its number of heads is 1, or that of
+        the keys or of the queries. With a cache it is made by `visible_slots`.
+      implementation: used without `visible`; see `jaxtok.kernels.attention`.
+      bias: arrays added to the scores, each of a shape that broadcasts to [batch, heads, length, slots]; a very
+        negative number hides a key.
+      softmax: turns scores into weights along the last axis, in place of softmax; the score of a hidden key is
+        float32's lowest number.
+      dropout: the probability that a weight is dropped, with the key `rng`.
     """
     heads = "heads" if k.shape[2] == q.shape[2] else "kv_heads"
-    k, v = (constrain(x, "batch", None, heads, "head_dim") for x in (k, v))  # whole rows, where queries are divided
+    k, v = (constrain(x, "batch", None, heads, "head_dim") for x in (k, v))  # whole rows, even if queries are divided
     plain = not bias and not softmax and not dropout
     if visible is None and plain:
         if window is None:
@@ -57,10 +58,10 @@ def attend(
             local = functools.partial(_local_attention, window=window)
             return jax.checkpoint(local, prevent_cse=False)(q, k, v, segments)
     if visible is None:
-        slots, place = jnp.arange(k.shape[1]), jnp.arange(q.shape[1])[None, :, None]
-        visible = slots <= place if causal else jnp.ones((1, q.shape[1], k.shape[1]), bool)
+        slots, own = jnp.arange(k.shape[1]), jnp.arange(q.shape[1])[None, :, None]
+        visible = slots <= own if causal else jnp.ones((1, q.shape[1], k.shape[1]), bool)
         if window is not None:
-            visible &= slots > place - window
+            visible &= slots > own - window
         if segments is not None:
             of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
             visible &= of_queries[:, :, None] == of_keys[:, None, :]
@@ -85,9 +86,9 @@ def visible_slots(
     """The slots that the newest tokens of a cache see in a layer: filled ones, at their positions or before.
 
     Args:
-      positions: of the newest tokens, which have their slots already (`KVCache.advance`).
-      mask: who sees whom among them; default: each sees those up to itself.
-      window: a token sees the positions that are less than so many before its own.
+      positions: the positions of the newest tokens, which have their slots already (`KVCache.advance`).
+      mask: which of the newest tokens each of them sees; default: itself and those before it.
+      window: a token sees only positions less than `window` before its own.
     """
     new = positions.shape[1]
     stored = cache.positions[layer if cache.positions.shape[0] > 1 else 0]
@@ -110,7 +111,7 @@ def visible_tokens(
     window: int | Int[Array, ""] | None = None,
     segments: Int[Array, "batch new"] | None = None,
 ) -> Bool[Array, "#batch 1 new new"]:
-    """As `visible_slots`, for tokens that are all there is."""
+    """As `visible_slots`, for tokens without a cache."""
     visible = mask if window is None else mask & (positions[:, None, :] > positions[:, :, None] - window)
     return (visible if segments is None else visible & (segments[:, :, None] == segments[:, None, :]))[:, None]
 
@@ -131,7 +132,7 @@ def _local_attention(q: Array, k: Array, v: Array, segments: Segments | None, *,
         return jnp.concatenate([previous, own], 2).reshape(batch * blocks, 2 * window, *x.shape[2:])
 
     distance = jnp.arange(window)[:, None] - (jnp.arange(2 * window) - window)
-    first = jnp.arange(batch * blocks) % blocks == 0  # has nothing before it
+    first = jnp.arange(batch * blocks) % blocks == 0  # a row's first block has none before it
     visible = (distance >= 0) & (distance < window) & ~(first[:, None, None] & (jnp.arange(2 * window) < window))
     if segments is not None:
         visible &= cut(of_queries)[:, :, None] == with_previous(of_keys)[:, None, :]
@@ -150,7 +151,7 @@ def _biased_attention(
     softmax: Callable[[Array], Array],
     dropout: float,
 ) -> Array:
-    """The definition with everything that `jax.nn.dot_product_attention` does not have."""
+    """The plain definition, with the options that `jax.nn.dot_product_attention` does not have."""
     k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("blhd,bshd->bhls", q, k, preferred_element_type=jnp.float32) / math.sqrt(q.shape[-1])
     scores = jnp.where(visible, sum(bias, scores), jnp.finfo(jnp.float32).min)

@@ -1,4 +1,4 @@
-"""Bits to codes and back: ELM's vocabulary decomposition (section 3). For arrays of NumPy and of JAX."""
+"""Converts bits to codes and back: ELM's vocabulary decomposition (section 3). For arrays of NumPy and of JAX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Array, Int, Shaped
 
 MAX_BITS = 31
-"""Of a code, which is an int32."""
+"""The most bits of a code, which is an int32."""
 
 
 def pack_bits(bits: Shaped[Array, "*shape bits"], sub_codes: int = 1) -> Int[Array, "*shape sub_codes"]:
@@ -25,16 +25,18 @@ def unpack_bits(codes: Int[Array, "*shape sub_codes"], count: int) -> Int[Array,
     """The inverse of `pack_bits`, int32; `count` is the number of bits in all sub-codes together."""
     sub_codes = codes.shape[-1]
     check_bits(count, sub_codes)
-    places = np.arange(count // sub_codes - 1, -1, -1, dtype=np.int32)
-    bits = (codes.astype(np.int32)[..., None] >> places) & 1
+    shifts = np.arange(count // sub_codes - 1, -1, -1, dtype=np.int32)
+    bits = (codes.astype(np.int32)[..., None] >> shifts) & 1
     return bits.reshape(*codes.shape[:-1], count)
 
 
 def check_bits(count: int, sub_codes: int) -> None:
-    """Raises ValueError where so many bits are not so many sub-codes."""
+    """Raises ValueError if `count` bits cannot be cut into `sub_codes` equal sub-codes of at most `MAX_BITS`."""
     if count < 1 or sub_codes < 1 or count % sub_codes:
-        raise ValueError(f"bits is {count} and sub_codes {sub_codes}; both must be positive, and the second a divisor.")
+        raise ValueError(
+            f"bits is {count} and sub_codes {sub_codes}; both must be positive, and sub_codes must divide bits."
+        )
     if count // sub_codes > MAX_BITS:
         raise ValueError(
-            f"bits is {count} in {sub_codes} sub-codes; one holds at most {MAX_BITS}: choose more sub_codes."
+            f"bits is {count} in {sub_codes} sub-codes; a sub-code must have at most {MAX_BITS}: choose more sub_codes."
         )

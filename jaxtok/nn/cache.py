@@ -16,18 +16,19 @@ EMPTY = -1
 class KVCache:
     """Keys (after rotation) and values of every layer, and the positions of their tokens.
 
-    Who sees a slot depends on its position, not on its number, so slots can be dropped and moved. A row's next token
-    goes to slot `length`, and slots from there on are empty; so are others, where rows, layers or heads keep fewer than
-    the longest of their row does.
+    Which queries see a slot depends on its position, not on its number, so slots can be dropped and moved. A row's next
+    token goes to slot `length`, and slots from there on are empty. A layer or head that keeps fewer tokens than the
+    longest of its row has more empty slots.
     """
 
     keys: Float[Array, "layers batch slots heads head_dim"]
     values: Float[Array, "layers batch slots heads head_dim"]
     positions: Int[Array, "#layers batch slots #heads"]
-    """-1: the slot is empty. One for all layers or heads, until `gather` keeps other slots in each."""
+    """The position of each slot's token; -1: the slot is empty. Layers and heads share one until `gather` keeps
+    different slots in each."""
     length: Int[Array, " batch"]
     context: tuple[Array, Array] | None = None
-    """Keys and values of what cross-attention looks at, of the same layout; None: there is none (yet)."""
+    """The keys and values of what cross-attention looks at, in the same layout; None: there is none (yet)."""
 
     rewindable: ClassVar[bool] = True
 
@@ -58,8 +59,8 @@ class KVCache:
     def advance(self, positions: Int[Array, "#batch new"]) -> KVCache:
         """Counts new slots, for tokens at these positions; each layer then appends its keys and values.
 
-        A token at position -1 is padding: its slot stays empty. The caller sees to it that length + new <= slots; what
-        is beyond is lost.
+        A token at position -1 is padding: its slot stays empty. The caller must see to it that length + new <= slots;
+        tokens beyond that are lost.
         """
         rows, new = jnp.arange(self.length.shape[0])[:, None], positions.shape[1]
         longer = self.replace(length=self.length + new)
@@ -70,14 +71,14 @@ class KVCache:
     def append(self, layer, keys: Array, values: Array) -> KVCache:
         """Writes one layer's keys and values [batch, new, heads, head_dim] to each row's last `new` slots."""
         batch, new = keys.shape[:2]
-        place = (layer, jnp.arange(batch)[:, None], self.newest(new))
+        index = (layer, jnp.arange(batch)[:, None], self.newest(new))
         return self.replace(
-            keys=self.keys.at[place].set(keys.astype(self.keys.dtype), mode="drop"),
-            values=self.values.at[place].set(values.astype(self.values.dtype), mode="drop"),
+            keys=self.keys.at[index].set(keys.astype(self.keys.dtype), mode="drop"),
+            values=self.values.at[index].set(values.astype(self.values.dtype), mode="drop"),
         )
 
     def truncate(self, length: Int[Array, " batch"]) -> KVCache:
-        """Forgets the slots from `length` on, for each row (never lengthens)."""
+        """Empties the slots from `length` on, for each row. It never lengthens a row."""
         length = jnp.minimum(self.length, length)
         kept = (jnp.arange(self.slots) < length[:, None])[None, :, :, None]
         return self.replace(positions=jnp.where(kept, self.positions, EMPTY), length=length)
@@ -100,12 +101,11 @@ class KVCache:
     ) -> KVCache:
         """Keeps the slots `index` of each row, or of each layer, or of each of its heads, in that order.
 
-        The positions move with the slots. The new cache has `kept` slots, so room for what comes after is asked for by
-        a longer index.
+        The positions move with the slots. The new cache has `kept` slots; a longer index makes room for later tokens.
 
         Args:
-          count: so many of the slots hold something, the others are empty; [batch], or of the shape of the index but
-            its last dimension. Default: all of them.
+          count: how many of the kept slots hold a token; the others are empty. Its shape is [batch], or that of the
+            index without its last dimension. Default: all of them.
         """
         kept = index.shape[-1]
         if index.ndim == 2:
@@ -125,13 +125,13 @@ class KVCache:
 
 
 def check_row(length: int, longest: int, segments: Array | None, cache: KVCache | None) -> None:
-    """Of a causal model's call.
+    """Checks the arguments of a causal model's call.
 
     Raises:
-      ValueError: the row is longer than the model's longest, or has segments and a cache.
+      ValueError: the row has more than `longest` tokens, or there are both segments and a cache.
     """
     if length > longest:
-        raise ValueError(f"there are {length} tokens in a row, but the model's max_length is {longest}.")
+        raise ValueError(f"there are {length} tokens in a row; the model's max_length is {longest}.")
     if cache is not None and segments is not None:
         raise ValueError("segments and a cache were given together; a cached row is one segment.")
 
@@ -145,10 +145,10 @@ def places_of(x: Array, cache: KVCache | None) -> Int[Array, "batch length"]:
 def entered(
     x: Array, positions: Array | None, cache: KVCache | None, first_layer: int = 0
 ) -> tuple[Int[Array, "#batch length"], KVCache | None]:
-    """The positions of tokens x [batch, length, ...] on their way into a stack, and the cache with slots for them.
+    """The positions of tokens x [batch, length, ...] that enter a stack, and the cache with slots for them.
 
-    Tokens that enter at a layer after the first are those in the newest slots already. Without a cache, positions that
-    are not given are of one row, as all are equal.
+    Tokens that enter at a layer after the first are in the newest slots already. Without a cache, and if they are not
+    given, the positions have a batch of 1, as all rows are equal.
     """
     if cache is not None and first_layer:
         if positions is None:

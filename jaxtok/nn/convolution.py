@@ -1,7 +1,7 @@
 """Convolutional encoder and generator of VQGAN (arXiv 2012.09841), in the form of samb-t/unleashing-transformers.
 
-Images are [batch, height, width, channels]. Beside the form in latent diffusion: no activation between the last norm
-and the last convolution, and as many residual blocks a level in the generator as in the encoder.
+Images are [batch, height, width, channels]. Unlike the form in latent diffusion, it has no activation between the last
+norm and the last convolution, and as many residual blocks a level in the generator as in the encoder.
 """
 
 from __future__ import annotations
@@ -18,60 +18,60 @@ from jaxtyping import Array, Float
 from jaxtok.axes import constrain, gather
 
 GROUPS = 32
-"""Of every group norm."""
+"""The number of groups of every group norm."""
 EPS = 1e-6
 
 Layer = tuple[str, int]
-"""A kind of `BLOCKS`, and the channels behind it."""
+"""A kind of `BLOCKS`, and the number of channels after it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
-    """An encoder to a grid of vectors and a generator from it; defaults: ELM's."""
+    """An encoder from images to a grid of vectors, and a generator from the grid to images; defaults: ELM's."""
 
     image_size: int = 256
-    """Side of the images in pixels; attention stands where this, halved from level to level, is in
-    `attention_resolutions`."""
+    """The side of the images in pixels. It is halved from level to level; a level whose side is in
+    `attention_resolutions` has attention."""
     channels: int = 3
     width: int = 128
-    """Channels of the first level."""
+    """The channels of the first level."""
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    """Channels of each level over `width`; the side is halved between two levels."""
+    """The channels of each level, divided by `width`; the side is halved between two levels."""
     res_blocks: int = 2
-    """Residual blocks a level."""
+    """The number of residual blocks in each level of the encoder."""
     attention_resolutions: tuple[int, ...] = (16,)
-    """Sides at which attention follows each residual block."""
+    """The sides at which attention follows each residual block."""
     embed_dim: int = 256
-    """Of the vectors between encoder and generator."""
+    """The size of the vectors between encoder and generator."""
     norm_first: bool = True
-    """The generator begins with a group norm."""
+    """Whether the generator begins with a group norm."""
     generator_multiplier: float = 1.0
-    """Residual blocks a level of the generator over those of the encoder, rounded down."""
+    """The residual blocks in each level of the generator, divided by those of the encoder, rounded down."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and operands; norms, softmax, quantiser and losses are float32 in any case."""
+    """The type of activations and operands; norms, softmax, quantiser and losses are float32 in any case."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat_levels: bool = False
-    """The backward pass finds only what goes into each level stored, and computes the level again."""
+    """Whether only the inputs of the levels are stored for the backward pass, which then computes each level again."""
 
     def __post_init__(self):
         for field in ("image_size", "channels", "width", "res_blocks", "embed_dim"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
         if not self.multipliers or min(self.multipliers) < 1:
-            raise ValueError(f"multipliers is {self.multipliers}; it needs a number of at least 1 for each level.")
+            raise ValueError(f"multipliers is {self.multipliers}; it must have a number of at least 1 for each level.")
         if self.width % GROUPS:
-            raise ValueError(f"width is {self.width}; group norms need a multiple of {GROUPS}.")
+            raise ValueError(f"width is {self.width}; it must be a multiple of {GROUPS}, for the group norms.")
         if self.norm_first and self.embed_dim % GROUPS:
             raise ValueError(f"embed_dim is {self.embed_dim}; with norm_first it must be a multiple of {GROUPS}.")
         if self.image_size % self.stride:
             raise ValueError(
-                f"image_size is {self.image_size}, which {len(self.multipliers)} levels (multipliers) do not divide: "
-                f"choose a multiple of {self.stride}."
+                f"image_size is {self.image_size}; with {len(self.multipliers)} levels (multipliers) it must be a "
+                f"multiple of {self.stride}."
             )
         if int(self.res_blocks * self.generator_multiplier) < 1:
             raise ValueError(
-                f"generator_multiplier is {self.generator_multiplier}, which leaves the generator no residual block "
-                f"of the encoder's {self.res_blocks}."
+                f"generator_multiplier is {self.generator_multiplier}; times res_blocks = {self.res_blocks}, it must "
+                "leave the generator at least 1 residual block a level."
             )
         for field in ("dtype", "param_dtype"):
             if getattr(self, field) not in ("float32", "bfloat16"):
@@ -88,15 +88,15 @@ class AutoencoderConfig:
         return (self.image_size // self.stride,) * 2
 
     def encoder_flops(self) -> float:
-        """Forward FLOPs of the encoder for one image, of convolutions and attention."""
+        """Forward FLOPs of the encoder for one image, in convolutions and attention."""
         return _flops(encoder_levels(self), self.channels, self.image_size)
 
     def generator_flops(self) -> float:
-        """The same of the generator."""
+        """Forward FLOPs of the generator for one image, in convolutions and attention."""
         return _flops(generator_levels(self), self.embed_dim, self.grid[0])
 
     def flops(self) -> float:
-        """Of both."""
+        """Forward FLOPs of encoder and generator for one image."""
         return self.encoder_flops() + self.generator_flops()
 
 
@@ -147,7 +147,7 @@ def conv2d(
     stride: int = 1,
     padding: tuple[int, int] = (0, 0),
 ) -> Float[Array, "batch rows_out columns_out features"]:
-    """A convolution; `padding` is the number of zeros in front of and behind each side."""
+    """A convolution; `padding` is the number of zeros before and after each side."""
     dimensions = ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(x, kernel, (stride, stride), (padding, padding), dimension_numbers=dimensions)
     return y if bias is None else y + bias
@@ -162,7 +162,7 @@ class Conv(nn.Module):
     padding: tuple[int, int] = (1, 1)
     use_bias: bool = True
     axis: str = "d_model"
-    """Of the features: `d_model`, which a mesh divides, or `channels`, which it does not."""
+    """The logical axis of the features: `d_model`, which a mesh divides, or `channels`, which it does not."""
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -192,10 +192,10 @@ class GroupNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
-        """Raises ValueError where the channels are no multiple of `GROUPS`."""
+        """Raises ValueError if the number of channels is no multiple of `GROUPS`."""
         features = x.shape[-1]
         if features % GROUPS:
-            raise ValueError(f"there are {features} channels; a group norm needs a multiple of {GROUPS}.")
+            raise ValueError(f"there are {features} channels; their number must be a multiple of {GROUPS}.")
 
         def param(name, init):
             return self.param(name, nn.with_logical_partitioning(init, ("channels",)), (features,), self.param_dtype)
@@ -229,7 +229,7 @@ class Residual(nn.Module):
 class Attention(nn.Module):
     """Attention with one head over all positions, added to its input.
 
-    The keys have no bias: it would add one number to all scores of a query, which changes nothing. (The authors' have.)
+    The keys have no bias: it would add one number to all scores of a query, which changes nothing. (The authors' do.)
     """
 
     features: int
@@ -253,7 +253,7 @@ class Attention(nn.Module):
 
 
 class Down(nn.Module):
-    """Halves the sides (rounded down): a zero row below and a zero column at the right, then stride 2."""
+    """Halves the sides (rounded down): adds a zero row below and a zero column at the right, then strides by 2."""
 
     features: int
     dtype: Any = jnp.float32
@@ -266,7 +266,7 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """Doubles the sides: each pixel four times, then a convolution."""
+    """Doubles the sides: repeats each pixel four times, then applies a convolution."""
 
     features: int
     dtype: Any = jnp.float32
@@ -294,8 +294,7 @@ def _blocks(config: AutoencoderConfig, levels: list[list[Layer]]) -> list[nn.Mod
 
 
 def _run(module: nn.Module, x: jax.Array, levels: list[list[Layer]]) -> jax.Array:
-    """The first layers of `module.blocks`, as many as there are in `levels`."""
-
+    """x after the first layers of `module.blocks`, as many as there are in `levels`."""
     first = 0
     for layers in levels:
 
@@ -310,7 +309,7 @@ def _run(module: nn.Module, x: jax.Array, levels: list[list[Layer]]) -> jax.Arra
 
 
 class Encoder(nn.Module):
-    """Images to a grid of vectors."""
+    """Maps images to a grid of vectors."""
 
     config: AutoencoderConfig
 
@@ -320,13 +319,13 @@ class Encoder(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch rows columns embed_dim"]:
-        """In float32. Images of other sides than the config's pass too; attention stays where it is."""
+        """Vectors in float32. Images may have other sides than the config's; attention stays in the same levels."""
         x = _run(self, images.astype(self.config.dtype), encoder_levels(self.config))
         return x.astype(jnp.float32)
 
 
 class Generator(nn.Module):
-    """A grid of vectors to images."""
+    """Maps a grid of vectors to images."""
 
     config: AutoencoderConfig
 
@@ -336,11 +335,11 @@ class Generator(nn.Module):
     def __call__(
         self, vectors: Float[Array, "batch rows columns embed_dim"]
     ) -> Float[Array, "batch height width channels"]:
-        """In float32; not limited to [0, 1]."""
+        """Images in float32, not limited to [0, 1]."""
         return self.last(self.features(vectors))
 
     def features(self, vectors: Float[Array, "batch rows columns embed_dim"]) -> Float[Array, "batch height width ch"]:
-        """What goes into the last convolution."""
+        """The input of the last convolution."""
         *levels, last = generator_levels(self.config)
         return _run(self, vectors.astype(self.config.dtype), [*levels, last[:-1]])
 

@@ -54,14 +54,14 @@ class LinearStack(StackConfig):
     mlp_dim: int = 3072
     activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"
     gated: bool = False
-    """down(activation(gate x) * up x) instead of down(activation(up x)) (arXiv 2002.05202)."""
+    """Whether the MLP is down(activation(gate x) * up x) instead of down(activation(up x)) (arXiv 2002.05202)."""
     use_bias: bool = True
     qkv_bias: bool | None = None
-    """Of queries, keys and values; None: as `use_bias`."""
+    """Whether queries, keys and values have a bias; None: as `use_bias`."""
     mlp_bias: bool | None = None
-    """Of the MLP; None: as `use_bias`."""
+    """Whether the MLP has biases; None: as `use_bias`."""
     mlp_dropout: float = 0.0
-    """On the MLP's hidden units."""
+    """The dropout of the MLP's hidden units."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -110,7 +110,7 @@ class MLP(nn.Module):
             layer = cfg.linear(cfg.mlp_dim, ("d_model", "mlp"), cfg.init_std, cfg.mlp_bias, name)
             return constrain(layer(x), "mlp")
 
-        # As in ParameterAttention, what is between the products is computed again in the backward pass.
+        # As in ParameterAttention, the backward pass computes what is between the products again.
         activation = jax.checkpoint(ACTIVATIONS[cfg.activation], prevent_cse=False)
         y = activation(hidden("gate")) * hidden("up") if cfg.gated else activation(hidden("up"))
         y = nn.Dropout(cfg.mlp_dropout)(y, deterministic)
@@ -128,7 +128,7 @@ class LlamaStack(LinearStack):
     gated: bool = True
     use_bias: bool = False
     full_layers: tuple[int, ...] = ()
-    """Layers without the window."""
+    """The layers without the window."""
 
     @property
     def output_init_std(self) -> float:

@@ -1,13 +1,13 @@
 """LoRA (Hu et al., arXiv 2106.09685): a trained difference of low rank for each of some matrices of any model.
 
 y = x W + b becomes y = x (W + s D) + b, with D = U V of rank r and s = alpha / r, or alpha / sqrt(r) (rsLoRA, arXiv
-2312.03732). It works on trees of parameters: `merge` gives the model the matrices with the difference in them, so no
-model knows of it. That costs a copy of these matrices in a step, and one of their gradient; the base has no state in
-the optimizer.
+2312.03732). This module works on trees of parameters: `merge` adds the differences to the matrices, so no model needs
+to know of LoRA. A step costs a copy of these matrices and one of their gradient; the optimizer has no state for the
+base.
 
-An adapter is a tree {"pairs": {site: {"in", "out"}}, "saved": parameters that are trained whole}. "in" is U [..., d_in,
-r] and "out" V [..., r, d_out] of a kernel [..., d_in, d_out], whose first axis may be that of stacked layers. In PEFT's
-terms, of a kernel, in = A^T and out = B^T.
+An adapter is a tree {"pairs": {site: {"in", "out"}}, "saved": parameters that are trained whole}. For a kernel [...,
+d_in, d_out], whose first axis may be that of stacked layers, "in" is U [..., d_in, r] and "out" is V [..., r, d_out].
+In PEFT's terms, in = A^T and out = B^T.
 """
 
 from __future__ import annotations
@@ -26,31 +26,33 @@ import numpy as np
 
 Params = Any
 TABLES = ("embedding", "head_matrix")
-"""Matrices [vocab, d_model] that can have a difference too: of inputs, and of logits."""
+"""Matrices [vocab, d_model] that can have a difference too: the input embedding and the head."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which matrices have a difference, and of which rank."""
+    """Which matrices have a difference, and of what rank."""
 
     rank: int = 8
     alpha: float = 16.0
     rank_stabilized: bool = False
-    """Scaled by alpha / sqrt(rank) instead of alpha / rank."""
+    """Whether a difference is scaled by alpha / sqrt(rank) instead of alpha / rank."""
     targets: tuple[str, ...] = (r".*/kernel",)
-    """Regular expressions of whole paths of parameters, such as `.*/attention/(query|value)/kernel`; by default every
-    projection."""
+    """Regular expressions that match whole paths of parameters, such as `.*/attention/(query|value)/kernel`; by default
+    every projection."""
     joint: tuple[str, ...] = ()
-    """Expressions whose parameters have one difference together, with one U: as PEFT has it for GPT-2, whose queries,
-    keys and values are one matrix, `.*/attention/(query|key|value)/kernel`. They come before the targets."""
+    """Regular expressions, each of whose parameters share one difference with one U. They take precedence over
+    `targets`. PEFT does this for GPT-2, whose queries, keys and values are one matrix:
+    `.*/attention/(query|key|value)/kernel`."""
     ranks: tuple[tuple[str, int], ...] = ()
-    """(expression, rank): the first that is a whole path has its rank instead."""
+    """Pairs (expression, rank): a path has the rank of the first expression that matches it, instead of `rank`."""
     alphas: tuple[tuple[str, float], ...] = ()
+    """Pairs (expression, alpha), as in `ranks`."""
     saved: tuple[str, ...] = ()
-    """Expressions of paths of parameters that are trained whole."""
+    """Regular expressions that match the paths of parameters that are trained whole."""
     dropout: float = 0.0
-    """Of the inputs of the difference, in training: the same channels for all tokens of a step (PEFT: others for each
-    token, which a difference that is added to the matrix cannot have)."""
+    """The dropout of a difference's inputs in training. It drops the same channels for all tokens of a step. (PEFT
+    draws anew for each token, which is impossible for a difference that is added to the matrix.)"""
 
     def __post_init__(self):
         for rank in (self.rank, *(rank for _, rank in self.ranks)):
@@ -59,7 +61,7 @@ class LoraConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"lora.dropout is {self.dropout}; it must be in [0, 1).")
         if not self.targets and not self.joint and not self.saved:
-            raise ValueError("lora.targets, joint and saved are empty; name parameters that are to train.")
+            raise ValueError("lora.targets, joint and saved are empty; one of them must name parameters to train.")
 
     def scale(self, rank: int, alpha: float) -> float:
         return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
@@ -67,18 +69,19 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Site:
-    """A difference: of one parameter, or of several that are joined along their last axis."""
+    """The place of a difference: one parameter, or several that are joined along their last axis."""
 
     paths: tuple[str, ...]
     ranks: tuple[int, ...]
-    """Of each layer, 0 for none; one number where there are no layers."""
+    """The rank in each layer, 0 for none; one number if there are no layers."""
     scales: tuple[float, ...]
+    """The factor s in each layer; one number if there are no layers."""
     widths: tuple[int, ...]
-    """Columns of each parameter."""
+    """The columns of each parameter."""
     lookup: bool = False
-    """The matrix is a table whose rows are looked up."""
+    """Whether the matrix is a table whose rows are looked up."""
     transposed: bool = False
-    """The matrix is [d_out, d_in], as that of a head."""
+    """Whether the matrix is [d_out, d_in], as that of a head is."""
 
     @property
     def name(self) -> str:
@@ -90,10 +93,10 @@ class Site:
 
 
 def find_sites(config: LoraConfig, params: Params) -> tuple[Site, ...]:
-    """The differences that a config asks for in a model's parameters (or their shapes).
+    """The differences that a config asks for in a model's parameters (or in their shapes).
 
     Raises:
-      ValueError: a target matches nothing, or what is no matrix.
+      ValueError: an expression matches nothing, or something that is no matrix.
     """
     shapes = {path: value_of(leaf).shape for path, leaf in flat(params).items()}
 
@@ -126,13 +129,13 @@ def find_sites(config: LoraConfig, params: Params) -> tuple[Site, ...]:
         name = path.split("/")[-2] if "/" in path else path
         return (_JOINT.index(name) if name in _JOINT else len(_JOINT), path)
 
-    found = [site(sorted(matched(pattern, "joint"), key=order), "joint") for pattern in config.joint]
-    taken = {path for one in found for path in one.paths}
+    sites = [site(sorted(matched(pattern, "joint"), key=order), "joint") for pattern in config.joint]
+    taken = {path for one in sites for path in one.paths}
     for pattern in config.targets:
         new = [path for path in matched(pattern, "targets") if path not in taken]
-        found += [site([path], "targets") for path in new]
+        sites += [site([path], "targets") for path in new]
         taken.update(new)
-    return tuple(found)
+    return tuple(sites)
 
 
 _JOINT = ("query", "key", "value")
@@ -142,7 +145,7 @@ def saved_paths(config: LoraConfig, params: Params) -> tuple[str, ...]:
     """The parameters that are trained whole.
 
     Raises:
-      ValueError: an expression matches none.
+      ValueError: an expression matches no parameter.
     """
     paths, found = list(flat(params)), []
     for pattern in config.saved:
@@ -154,9 +157,10 @@ def saved_paths(config: LoraConfig, params: Params) -> tuple[str, ...]:
 
 
 def init_adapter(rng: jax.Array, sites: Sequence[Site], saved: Sequence[str], params: Params) -> Params:
-    """An adapter that changes nothing: U uniform within 1/sqrt(d_in) and V zero; of a table, U zero and V normal.
+    """An adapter that changes nothing yet: U is uniform within 1/sqrt(d_in) and V zero; for a table, U is zero and V
+    normal.
 
-    Parameters in Linen's boxes give an adapter in boxes, so that it is divided on a mesh as they are.
+    If the parameters are in Linen's boxes, so is the adapter; a mesh then divides it as it divides them.
     """
     leaves, pairs = flat(params), {}
     for key, site in zip(jax.random.split(rng, max(len(sites), 1)), sites):
@@ -183,7 +187,7 @@ def init_adapter(rng: jax.Array, sites: Sequence[Site], saved: Sequence[str], pa
 
 
 def differences(sites: Sequence[Site], pairs: Mapping[str, Any], dropout: float = 0.0, rng: Any = None) -> Params:
-    """s U V of each parameter that has one, by path; float32."""
+    """The difference s U V of each parameter that has one, by path, in float32."""
     found = {}
     for number, site in enumerate(sites):
         u, v = (pairs[site.name][part].astype(jnp.float32) for part in ("in", "out"))
@@ -207,9 +211,9 @@ def merge(
     dropout: float = 0.0,
     rng: Any = None,
 ) -> Params:
-    """The parameters, or what the adapter has saved in their place, with its differences times `weight` in them.
+    """The parameters plus `weight` times the adapter's differences; the adapter's saved parameters replace theirs.
 
-    With -1 for the weight, differences are taken out again. Adapters can be merged one after the other.
+    A weight of -1 takes the differences out again. Adapters can be merged one after the other.
 
     Raises:
       ValueError: the adapter is for matrices of another width.
@@ -230,7 +234,7 @@ def unmerge(params: Params, sites: Sequence[Site], adapter: Params, base_saved: 
 
 
 def check(params: Params, sites: Sequence[Site], adapter: Params) -> None:
-    """Raises ValueError: an adapter is not for this model; the message names the place and the widths."""
+    """Raises ValueError if an adapter is not for this model; the message names the parameter and the shapes."""
     leaves = flat(params)
     for site in sites:
         if missing := [path for path in site.paths if path not in leaves]:
@@ -241,8 +245,7 @@ def check(params: Params, sites: Sequence[Site], adapter: Params) -> None:
         for part, shape in wanted.items():
             if (ours := adapter["pairs"][site.name][part].shape) != shape:
                 raise ValueError(
-                    f"the adapter's part {part!r} of {site.name} has shape {ours}, but the model's matrix needs "
-                    f"{shape}; give an adapter of a model of this size."
+                    f"the adapter's part {part!r} of {site.name} has shape {ours}; for this model it must have {shape}."
                 )
     for path, array in flat(adapter.get("saved", {})).items():
         if path not in leaves or leaves[path].shape != array.shape:
@@ -251,7 +254,7 @@ def check(params: Params, sites: Sequence[Site], adapter: Params) -> None:
 
 
 def flat(tree: Params) -> dict[str, Any]:
-    """Leaves, in Linen's boxes or not, by their paths."""
+    """The leaves of a tree by their paths, still in Linen's boxes if they are in any."""
     return {"/".join(path): leaf for path, leaf in flax.traverse_util.flatten_dict(tree).items()}
 
 
@@ -261,5 +264,5 @@ def nested(leaves: Mapping[str, Any]) -> Params:
 
 
 def value_of(leaf: Any) -> Any:
-    """What is in a box of Linen's."""
+    """The array in one of Linen's boxes, or the leaf itself."""
     return leaf.value if isinstance(leaf, nn.meta.Partitioned) else leaf

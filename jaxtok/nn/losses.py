@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 def cross_entropy(
     logits: Float[Array, "*batch vocab"], targets: Int[Array, "*batch"], smoothing: float = 0.0
 ) -> Float[Array, "*batch"]:
-    """-log softmax(logits)[target] in nats, for each position; with label smoothing, mixed with the uniform target."""
+    """-log softmax(logits)[target] in nats, for each position; smoothing mixes the target with a uniform one."""
     logits = logits.astype(jnp.float32)
     normalizer = jax.nn.logsumexp(logits, -1)
     chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -23,23 +23,23 @@ def cross_entropy(
 
 
 def by_parts(function: Callable[..., Array], part: int, *arrays: Array) -> Array:
-    """function(*arrays), for `part` places of a row at a time, in the backward pass too.
+    """function(*arrays), computed for `part` positions of a row at a time, in the backward pass too.
 
-    What it makes on the way, such as logits over a large vocabulary, then exists for these places only. Arrays and
-    result are [batch, length, ...]; places must not depend on each other. Those of one part are spread over the whole
-    row, so that a mesh that divides the length divides each part too.
+    Intermediate results, such as logits over a large vocabulary, then exist for these positions only. Arrays and result
+    are [batch, length, ...], and the function must treat each position alone. The positions of one part are spread over
+    the whole row, so that a mesh that divides the length divides each part too.
 
     Args:
-      part: places at a time, a divisor of the length; 0: all at once.
+      part: positions at a time, a divisor of the length; 0: all at once.
 
     Raises:
-      ValueError: it is no divisor.
+      ValueError: `part` does not divide the length.
     """
     batch, length = arrays[0].shape[:2]
     if not part or part == length:
         return function(*arrays)
     if part < 0 or length % part:
-        raise ValueError(f"the loss is cut into parts of {part} places, which do not divide the length {length}.")
+        raise ValueError(f"part is {part}; it must divide the number of positions in a row, {length}.")
 
     def cut(x):  # [parts, batch, part, ...]
         return jnp.moveaxis(x.reshape(batch, part, length // part, *x.shape[2:]), 2, 0)
@@ -54,9 +54,9 @@ def masked_mean(values: Shaped[Array, "*shape"], mask: Shaped[Array, "*shape"]) 
 
 
 def text_loss(
-    nats: Shaped[Array, "*shape"], mask: Shaped[Array, "*shape"], text_bytes: Shaped[Array, ""]
+    nats: Float[Array, "*shape"], mask: Shaped[Array, "*shape"], text_bytes: Shaped[Array, ""]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """A loss in training and what is logged beside it: the mean where the mask is 1; and bits per byte of the text."""
+    """The mean of the nats over the positions where the mask is 1; and, to log, their bits per byte of text."""
     bits = jnp.sum(nats * mask) / math.log(2)
     return masked_mean(nats, mask), {"bits_per_byte": bits / jnp.maximum(text_bytes, 1)}
 
@@ -64,17 +64,17 @@ def text_loss(
 def text_sums(
     nats: Float[Array, "batch length"], mask: Float[Array, "batch length"], text_bytes: Int[Array, "batch length"]
 ) -> dict[str, Float[Array, ""]]:
-    """Of a batch, for `text_metrics`: nats, tokens and bytes of text at the positions where the mask is 1."""
+    """The sums of a batch for `text_metrics`: nats, tokens and bytes of text at the positions where the mask is 1."""
     return {"nats": jnp.sum(nats * mask), "tokens": jnp.sum(mask), "bytes": jnp.sum(text_bytes * mask)}
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float:
-    """Of a text's nats; it compares models across tokenizers."""
+    """The bits per byte of a text, from its nats; they can be compared across tokenizers."""
     return nats / math.log(2) / max(text_bytes, 1.0)
 
 
 def text_metrics(sums: Mapping[str, float]) -> dict[str, float]:
-    """Loss (nats a token), perplexity, and bits per byte, from an evaluation's nats, tokens and bytes of text."""
+    """Loss (nats per token), perplexity and bits per byte, from an evaluation's nats, tokens and bytes of text."""
     nats, tokens, text_bytes = (sums[name] for name in ("nats", "tokens", "bytes"))
     return {
         "loss": nats / tokens,

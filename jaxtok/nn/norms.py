@@ -17,7 +17,7 @@ NORMS = {
     "rms": 1e-6,
     "rms_plus_one": 1e-6,
 }
-"""Kinds, and the epsilon of each where none is given."""
+"""The kinds of norm, and the default epsilon of each."""
 
 
 class Norm(nn.Module):
@@ -33,7 +33,7 @@ class Norm(nn.Module):
 
     kind: str = "layernorm"
     eps: float = 0.0
-    """0: that of `NORMS`."""
+    """The epsilon; 0: the default in `NORMS`."""
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -64,7 +64,7 @@ class Norm(nn.Module):
                     return y.astype(self.dtype) * param("scale", ones, width, ("channels",)).astype(self.dtype)
                 y = y * (1 + param("scale", zeros, width, ("channels",)))
             case _:
-                raise ValueError(f"norm {self.kind!r} is unknown; it can be {', '.join(NORMS)}.")
+                raise ValueError(f"the kind of norm is {self.kind!r}; it must be one of {', '.join(NORMS)}.")
         return y.astype(self.dtype)
 
 

@@ -22,7 +22,7 @@ from jaxtok.nn.activations import gelu
 from jaxtok.nn.transformer import StackConfig
 
 NORMALIZATIONS = ("l2_norm_gelu", "gelu_l2_norm", "softmax", "gelu", "l2_norm", "gelu_layer_norm")
-"""The first three are the authors' PyTorch code's, the others exist in their TPU code only."""
+"""The first three are in the authors' PyTorch code; the others are in their TPU code only."""
 
 GROUPS = ("query", "key", "value", "output", "ffn")
 """The five parameter attentions of a block."""
@@ -78,7 +78,7 @@ def normalize_scores(
 def attention_weights(
     scores: Float[Array, "*batch param_tokens"], *, kind: str, norm_tokens: int, eps: float, tanh_gelu: bool, dtype: Any
 ) -> Float[Array, "*batch param_tokens"]:
-    """`normalize_scores` in `dtype`. The backward pass keeps the scores, and nothing of what is behind them."""
+    """`normalize_scores` in `dtype`. The backward pass keeps the scores, and nothing that is computed after them."""
     if kind == "l2_norm_gelu":
         return _l2_norm_gelu(scores, math.sqrt(norm_tokens or scores.shape[-1]), eps, tanh_gelu, dtype)
 
@@ -106,8 +106,8 @@ def _l2_norm_gelu_forward(scores, tau, eps, tanh_gelu, dtype):
 def _l2_norm_gelu_backward(tau, eps, tanh_gelu, dtype, kept, gradient):
     """With u the gradient of s, dA = tau u / (|A| + eps) - s (s . u) / (tau |A|).
 
-    GELU' costs more than the rest together. It is computed once, for u, which is written to memory: else TPUs compute
-    it again in each of the three products that u takes part in.
+    GELU' costs more than the rest together. It is computed once, for u, which is written to memory; otherwise TPUs
+    would compute it again in each of the three products that use u.
     """
     scores, norm, factor = kept
     s = scores * factor
@@ -188,21 +188,21 @@ class TokenCounts:
         return sum(dataclasses.astuple(self))
 
     def __or__(self, other: TokenCounts) -> TokenCounts:
-        """These counts, with the other's where these are 0."""
+        """These counts, with the other's counts in place of zeros."""
         return TokenCounts(**{g: getattr(self, g) or getattr(other, g) for g in GROUPS})
 
 
 def uniform_counts(attention: int, ffn: int, output: int | None = None) -> TokenCounts:
-    """The authors' way to say it: one number for query, key and value, one for the output, one for the feed-forward."""
+    """Counts in the authors' form: a number for query, key and value, one for the output, one for the feed-forward."""
     return TokenCounts(query=attention, key=attention, value=attention, output=output or attention, ffn=ffn)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParameterAttentionStack(StackConfig):
-    """A transformer stack whose projections are parameter attentions, the feed-forward being a single one."""
+    """A transformer stack whose projections are parameter attentions; its feed-forward is a single one."""
 
     tokens: TokenCounts = uniform_counts(attention=576, ffn=2304)
-    """Parameter tokens of each group, in every layer."""
+    """The number of parameter tokens of each group, in every layer."""
     norm_tokens: TokenCounts = TokenCounts()
     """tau^2 of each group's normalisation; 0: its number of tokens. Growth fixes it to preserve the function."""
     normalization: str = "l2_norm_gelu"
@@ -242,7 +242,7 @@ class ParameterAttentionStack(StackConfig):
         )
 
     def projection_params(self) -> int:
-        """Numbers in one block's projections."""
+        """The number of parameters in one block's projections."""
         return 2 * self.d_model * self.tokens.total()
 
 

@@ -21,13 +21,13 @@ from jaxtok.nn.convolution import Conv
 
 @flax.struct.dataclass
 class Quantized:
-    """What a quantiser makes of vectors."""
+    """The result of quantising vectors."""
 
     vectors: Float[Array, "batch rows columns embed_dim"]
-    """For the generator."""
+    """The input of the generator."""
     codes: Int[Array, "batch rows columns sub_codes"]
     loss: Float[Array, " batch"]
-    """The quantiser's own loss of each image."""
+    """The quantiser's own loss for each image."""
     metrics: dict[str, Any]
 
 
@@ -37,7 +37,7 @@ def straight_through(value: Array, gradient: Array) -> Array:
 
 
 def perplexity(counts: Float[Array, " codes"]) -> Float[Array, ""]:
-    """exp of the entropy of the shares: how many codes equally often used would be as uncertain."""
+    """exp of the entropy of the shares: the number of equally frequent codes that would have the same entropy."""
     shares = counts / jnp.maximum(counts.sum(), 1)
     return jnp.exp(-jnp.sum(shares * jnp.log(shares + 1e-10)))
 
@@ -48,7 +48,7 @@ def code_counts(codes: Int[Array, "*shape"], size: int) -> Float[Array, " codes"
 
 
 class NearestQuantizer(nn.Module):
-    """The nearest of K learned vectors; of equally near ones the first.
+    """Replaces a vector by the nearest of K learned ones (of several equally near, the first).
 
     L = mean((sg(z_q) - z)^2) + beta mean((z_q - sg(z))^2): as in the authors' code, beta weighs the codebook's term and
     not the commitment.
@@ -72,7 +72,7 @@ class NearestQuantizer(nn.Module):
         return gather(self.embedding.astype(jnp.float32), "vocab", "d_model")
 
     def __call__(self, x: Float[Array, "batch rows columns features"], draws: None = None, **options: Any) -> Quantized:
-        """Nothing is drawn, and it has no options (those of other quantisers are passed over)."""
+        """Quantises x. Nothing is drawn, and options, which other quantisers have, are ignored."""
         x, table = x.astype(jnp.float32), self._table()
         distances = jnp.sum(jnp.square(x), -1, keepdims=True) + jnp.sum(jnp.square(table), -1)
         distances -= 2 * jnp.einsum("...d,kd->...k", x, table, precision="highest")
@@ -96,7 +96,7 @@ def gumbel_temperature(step: Any) -> Float[Array, ""]:
 
 
 class GumbelQuantizer(nn.Module):
-    """A softmax over K learned vectors, with Gumbel noise; one of them alone where it is hard.
+    """Replaces a vector by a softmax over K learned ones, with Gumbel noise, or by a single one of them if it is hard.
 
     L = kl_weight times the mean over positions of sum_n q_n log(K q_n), with q without noise.
     """
@@ -104,7 +104,7 @@ class GumbelQuantizer(nn.Module):
     codebook_size: int
     features: int
     hard: bool = False
-    """In training too; outside of it, always."""
+    """Whether it is hard in training too; outside of training it always is."""
     kl_weight: float = 5e-4
     param_dtype: Any = jnp.float32
 
@@ -124,7 +124,7 @@ class GumbelQuantizer(nn.Module):
         temperature: Any = 1.0,
         train: bool = False,
     ) -> Quantized:
-        """`draws` is standard Gumbel noise; None: none."""
+        """Quantises x. `draws` is standard Gumbel noise; None: no noise."""
         with jax.default_matmul_precision("highest"):
             logits = self.proj(x.astype(jnp.float32))
         y = jax.nn.softmax((logits if draws is None else logits + draws) / temperature, -1)
@@ -143,13 +143,13 @@ class GumbelQuantizer(nn.Module):
 
 
 class BinaryQuantizer(nn.Module):
-    """Independent bits, each with a learned vector; the sum of the vectors of the bits that are 1 goes on.
+    """Independent bits, each with a learned vector; the result is the sum of the vectors of the bits that are 1.
 
     z = sigmoid(a) or tanh(a) of a linear map a, p = z or z/2 + 1/2. A bit is 1 where p > 1/2, or with probability p;
     its code is the bit, or 2 bit - 1 with tanh, and has the gradient of z.
 
-    The loss is mean(s (1 - s)) with s = sigmoid(z), of what is an activation already, as in the authors' code: with a
-    sigmoid, it pushes every bit towards 1. `corrected` is p (1 - p).
+    The loss is mean(s (1 - s)) with s = sigmoid(z), as in the authors' code, although z is an activation already: if z
+    is a sigmoid, this loss pushes every bit towards 1. With `corrected` it is mean(p (1 - p)).
     """
 
     bits: int
@@ -177,7 +177,8 @@ class BinaryQuantizer(nn.Module):
         draws: Float[Array, "batch rows columns bits"] | None = None,
         **options: Any,
     ) -> Quantized:
-        """`draws` are uniform numbers, below p where the bit is 1; None: p is compared with 1/2. No options."""
+        """Quantises x. `draws` are uniform numbers: a bit is 1 if its number is below p; None: if p is above 1/2.
+        Options, which other quantisers have, are ignored."""
         z, p = self.activations(x)
         bits = p > 0.5 if draws is None else draws < p
         code = straight_through(self._code(bits), z)

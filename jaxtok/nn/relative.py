@@ -20,13 +20,13 @@ def distance_buckets(buckets: int, longest: int) -> Int[np.ndarray, " distances"
     min(buckets - 1, h + floor(log(n / h) / log(longest / h) (buckets - h))), in float32 as the authors compute it.
 
     Raises:
-      ValueError: no logarithmic bucket fits, as `longest` is not above half of `buckets`.
+      ValueError: there are fewer than 2 buckets, or `longest` is not above half of their number.
     """
     exact = buckets // 2
     if exact < 1 or longest <= exact:
         raise ValueError(
-            f"relative_buckets is {buckets} and relative_distance {longest}; choose 2 buckets or more, and a distance "
-            "above half of their number."
+            f"relative_buckets is {buckets} and relative_distance {longest}; there must be at least 2 buckets, and the "
+            "distance must be above half of their number."
         )
     n = np.arange(longest + 1)
     ratio = np.log(np.maximum(n, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(longest / exact))
@@ -35,14 +35,14 @@ def distance_buckets(buckets: int, longest: int) -> Int[np.ndarray, " distances"
 
 
 class RelativeBias(nn.Module):
-    """The bias of attention scores, from the places of queries and keys."""
+    """The bias of attention scores, from the positions of queries and keys."""
 
     heads: int
     buckets: int = 32
     distance: int = 128
-    """Of the last bucket's beginning; one bias for all that is farther."""
+    """Where the last bucket begins; everything farther has its bias."""
     causal: bool = True
-    """All buckets are for keys in the past; else half of them for keys in the future."""
+    """Whether all buckets are for keys in the past; otherwise half of them are for keys in the future."""
     init_std: float = 0.02
     param_dtype: Any = jnp.float32
 
@@ -55,9 +55,9 @@ class RelativeBias(nn.Module):
         queries: Int[Array, "#batch length"],
         keys: Int[Array, "#batch slots"] | Int[Array, "#layers batch slots #heads"],
     ) -> Float[Array, "#batch heads length slots"] | Float[Array, "layers batch heads length slots"]:
-        """Float32. The batch is 1 where all rows have the same places.
+        """The bias in float32. Its batch is 1 if all rows have the same positions.
 
-        Keys can be the positions of a cache (`KVCache.positions`); each layer has a bias of its own if these differ.
+        `keys` can be the positions of a cache (`KVCache.positions`); if they differ between layers, so does the bias.
         """
         table = self.table.astype(jnp.float32)
         if keys.ndim == 4 and keys.shape[0] == keys.shape[3] == 1:
@@ -71,7 +71,7 @@ class RelativeBias(nn.Module):
         return bias[0] if bias.shape[0] == 1 else bias
 
     def _bucket(self, offset):
-        """The bucket of a key so far after the query."""
+        """The bucket of a key that is `offset` positions after the query."""
         side = self.buckets if self.causal else self.buckets // 2
         distance = jnp.maximum(-offset, 0) if self.causal else jnp.abs(offset)
         bucket = jnp.take(jnp.asarray(distance_buckets(side, self.distance)), jnp.minimum(distance, self.distance))

@@ -21,16 +21,16 @@ class RopeScaling:
     kind: Literal["linear", "dynamic", "llama3", "yarn", "longrope"]
     factor: float = 1.0
     original_length: int = 0
-    """The context that the model was trained with first."""
+    """The context length of the first training."""
     length: int = 0
-    """The context that is meant now, for dynamic and longrope (which Hugging Face takes from each call)."""
+    """The context length to use now, for dynamic and longrope (Hugging Face takes it from each call)."""
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 0.0
-    """On cos and sin; 0: as the kind says."""
+    """The factor on cos and sin; 0: that of the kind."""
     mscale: float = 0.0
     mscale_all_dim: float = 0.0
     short_factors: tuple[float, ...] = ()
@@ -38,11 +38,14 @@ class RopeScaling:
 
     def __post_init__(self):
         if self.kind not in ROPE_KINDS:
-            raise ValueError(f"the rope kind is {self.kind!r}, which is unknown; it can be {', '.join(ROPE_KINDS)}.")
+            raise ValueError(f"the rope kind is {self.kind!r}; it must be one of {', '.join(ROPE_KINDS)}.")
         if self.factor <= 0:
             raise ValueError(f"the rope factor is {self.factor}; it must be positive.")
         if self.kind != "linear" and self.original_length < 1:
-            raise ValueError(f"rope of the kind {self.kind} needs original_length, the context of the first training.")
+            raise ValueError(
+                f"original_length is {self.original_length}; for rope of the kind {self.kind} it must be the context "
+                "length of the first training."
+            )
 
 
 def rotary_dim(head_dim: int, fraction: float) -> int:
@@ -51,9 +54,9 @@ def rotary_dim(head_dim: int, fraction: float) -> int:
 
 
 def rotary_frequencies(dim: int, base: float, scaling: RopeScaling | None = None) -> tuple[np.ndarray, float]:
-    """The angle that each of dim / 2 pairs turns in a position, float32, and the factor on cos and sin.
+    """The angle by which each of dim / 2 pairs turns per position, in float32, and the factor on cos and sin.
 
-    f_i = base^(-2i/dim), and with s the factor and L the original length:
+    With f_i = base^(-2i/dim), s the factor and L the original length:
         linear    f / s
         dynamic   f of base * (s n / L - (s - 1))^(dim / (dim - 2)) for the length n > L
         llama3    f / s for wavelengths above L / low, f below L / high, a blend by L / wavelength between
@@ -61,7 +64,7 @@ def rotary_frequencies(dim: int, base: float, scaling: RopeScaling | None = None
         longrope  (arXiv 2402.13753) f / short_i, or f / long_i for lengths above L; factor sqrt(1 + ln s / ln L)
 
     Raises:
-      ValueError: longrope's factors are not one a pair.
+      ValueError: longrope does not have one factor for each pair.
     """
     exponents = np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)
     frequency = (1.0 / np.float32(base) ** exponents).astype(np.float32)
@@ -86,7 +89,7 @@ def rotary_frequencies(dim: int, base: float, scaling: RopeScaling | None = None
             frequency = np.where(between, blend, frequency)
         case "yarn":
 
-            def turning(rotations):  # the pair that turns so often in the original length
+            def turning(rotations):  # the pair that makes so many rotations in the original length
                 return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(base))
 
             low, high = turning(scaling.beta_fast), turning(scaling.beta_slow)
@@ -106,7 +109,7 @@ def rotary_frequencies(dim: int, base: float, scaling: RopeScaling | None = None
         case "longrope":
             chosen = scaling.long_factors if scaling.length > length else scaling.short_factors
             if len(chosen) != dim // 2:
-                raise ValueError(f"longrope has {len(chosen)} factors for {dim // 2} pairs; give one a pair.")
+                raise ValueError(f"longrope has {len(chosen)} factors; there must be one for each of {dim // 2} pairs.")
             frequency = frequency / np.asarray(chosen, np.float32)
             factor = math.sqrt(1 + math.log(s) / math.log(length)) if s > 1 else 1.0
     return np.asarray(frequency, np.float32), scaling.attention_factor or factor
@@ -147,17 +150,17 @@ def apply_rotary(
 def rotary_table_2d(
     rows: int, columns: int, head_dim: int, base: float = 10000.0, leading: int = 0
 ) -> Float[np.ndarray, "positions pairs 2"]:
-    """(cos, sin) for the cells of a grid in row-major order, behind `leading` zero rows.
+    """(cos, sin) for the cells of a grid in row-major order, after `leading` zero rows.
 
     A head's head_dim / 2 pairs are turned by [r f ; c f] in row r and column c, with f_m = base^(-4m / head_dim) for
-    m below head_dim / 4. A leading row is (0, 0), not (1, 0): it makes the query and key of its token zero, so that
-    token looks at everything evenly, and all see it with the score 0.
+    m below head_dim / 4. A leading row is (0, 0), not (1, 0): it makes the query and key of its token zero, so that the
+    token attends to everything evenly, and every token's score for it is 0.
 
     Raises:
       ValueError: head_dim is no multiple of 4.
     """
     if head_dim % 4:
-        raise ValueError(f"the head size is {head_dim}; two-dimensional rotation needs a multiple of 4.")
+        raise ValueError(f"the head size is {head_dim}; for two-dimensional rotation it must be a multiple of 4.")
     frequency, _ = rotary_frequencies(head_dim // 2, base)
     cells = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1).reshape(-1, 2)
     angle = (cells[:, :, None].astype(np.float32) * frequency).reshape(len(cells), -1)
@@ -168,7 +171,7 @@ def rotary_table_2d(
 def apply_rotary_table(
     x: Float[Array, "batch length heads head_dim"], table: Float[Array, "#batch length pairs 2"]
 ) -> Float[Array, "batch length heads head_dim"]:
-    """Turns the channel pairs (2m, 2m + 1) of x by the (cos, sin) of its place: c x1 - s x2, s x1 + c x2.
+    """Turns the channel pairs (2m, 2m + 1) of x by the (cos, sin) of its position: c x1 - s x2, s x1 + c x2.
 
     As in `apply_rotary`, the partner is fetched by a product with a constant matrix.
     """

@@ -1,4 +1,4 @@
-"""The transformer stack that systems share; what a projection is, each of them says."""
+"""The transformer stack that systems share. Each system defines what a projection is."""
 
 from __future__ import annotations
 
@@ -35,48 +35,49 @@ PARAM_DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StackConfig:
-    """Sizes and options of a stack of blocks; a subclass says what a projection is."""
+    """Sizes and options of a stack of blocks; a subclass defines what a projection is."""
 
     num_layers: int = 12
     d_model: int = 768
     num_heads: int = 12
     num_kv_heads: int = 0
-    """Heads of keys and values, each shared by as many queries; 0: as many as heads."""
+    """The number of heads of keys and values, each shared by equally many query heads; 0: as many as query heads."""
     head_size: int = 0
-    """Channels of a head; 0: d_model / num_heads."""
+    """The channels of a head; 0: d_model / num_heads."""
     norm: str = "layernorm"
     norm_eps: float = 0.0
-    """0: the norm's own (`jaxtok.nn.norms.NORMS`)."""
+    """The epsilon of the norms; 0: the norm's own (`jaxtok.nn.norms.NORMS`)."""
     post_norm: bool = False
-    """norm(x + f(x)) (BERT) instead of x + f(norm(x))."""
+    """Whether a part f of a block gives norm(x + f(x)) (BERT) instead of x + f(norm(x))."""
     causal: bool = True
     mask_keys: bool = False
-    """Segments are 1 for real tokens and 0 for padding, and padding sees the real ones (encoders of Hugging Face)."""
+    """Whether segments are 1 for real tokens and 0 for padding, and padding sees the real ones (encoders of Hugging
+    Face)."""
     window: int = 0
-    """A token sees so many at most, itself included; 0: all."""
+    """The most tokens that a token sees, itself included; 0: all."""
     scale_scores: bool = True
-    """Divide attention scores by sqrt(head_dim)."""
+    """Whether attention scores are divided by sqrt(head_dim)."""
     qk_norm: bool = False
-    """An RMS norm on each head's queries and keys, before the rotation."""
+    """Whether an RMS norm is applied to each head's queries and keys before the rotation."""
     rotary_fraction: float = 0.25
     """The part of each head that is rotated; 0: no position embedding in the stack."""
     rotary_base: float = 10000.0
     rotary_scaling: RopeScaling | None = None
     dropout: float = 0.0
-    """On the embeddings and on what each part of a block adds to the residual stream."""
+    """The dropout of the embeddings and of what each part of a block adds to the residual stream."""
     attention_dropout: float = 0.0
-    """On attention weights."""
+    """The dropout of attention weights."""
     init_std: float = 0.02
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of activations and matmul operands; norms, softmax and losses are float32 in any case."""
+    """The type of activations and matmul operands; norms, softmax and losses are float32 in any case."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "projections", "dots"] = "none"
-    """What the backward pass finds stored in a block: everything; only its input; also what attention takes and gives;
-    or all its matrix products."""
+    """What a block stores for the backward pass. none: everything; full: only its input; projections: also the inputs
+    and outputs of attention; dots: all its matrix products."""
     attention: Implementation = "auto"
-    """See `jaxtok.kernels.attention`."""
+    """The implementation of attention; see `jaxtok.kernels.attention`."""
     unroll: int = 1
-    """Layers in one iteration of the scan over layers: more compile longer and may run faster."""
+    """The layers in one iteration of the scan over layers; more take longer to compile and may run faster."""
 
     RETIRED: ClassVar[dict[str, Any]] = {
         "cosine_scores": False,
@@ -88,7 +89,7 @@ class StackConfig:
         "scale_by_layer": False,
         "softmax1": False,
     }
-    """What all stacks had once and the systems that use it have now."""
+    """Fields that all stacks once had, and that only the systems that use them have now."""
 
     def __post_init__(self):
         for field in ("num_layers", "d_model", "num_heads", "unroll"):
@@ -152,18 +153,18 @@ class StackConfig:
         k: Float[Array, "batch length kv_heads head_dim"],
         positions: Int[Array, "#batch length"],
     ) -> tuple[Array, Array]:
-        """Queries and keys with their positions in them."""
+        """Rotates queries and keys by their positions."""
         if not self.rotary_fraction:
             return q, k
         options = {"fraction": self.rotary_fraction, "base": self.rotary_base, "scaling": self.rotary_scaling}
         return apply_rotary(q, positions, **options), apply_rotary(k, positions, **options)
 
     def scored(self, q: Array, k: Array, layer: Int[Array, ""]) -> tuple[Array, Array]:
-        """After the rotation: queries and keys whose products over sqrt(head_dim) are the scores."""
+        """Rotated queries and keys to ones whose products, divided by sqrt(head_dim), are the scores."""
         return q if self.scale_scores else q * math.sqrt(self.head_dim), k
 
     def softmax(self) -> Callable[[Array], Array] | None:
-        """What makes weights of scores in float32, in place of softmax; None: softmax."""
+        """The function that turns scores in float32 into weights, in place of softmax; None: softmax."""
         return None
 
     def window_of(self, layer: Int[Array, ""]) -> int | Int[Array, ""] | None:
@@ -171,7 +172,7 @@ class StackConfig:
         return self.window or None
 
     def projection_params(self) -> int:
-        """Numbers in one block's projections, each of which costs 2 FLOPs a token in the forward pass."""
+        """The number of parameters in one block's projections; each costs 2 FLOPs per token in the forward pass."""
         raise NotImplementedError(f"{type(self).__name__} does not say what a projection is.")
 
     def stack_flops(self, length: int) -> float:
@@ -190,14 +191,14 @@ class StackConfig:
 
 @flax.struct.dataclass
 class Call:
-    """What all blocks of a call are given."""
+    """The arguments that all blocks of a call share."""
 
     positions: Int[Array, "#batch length"]
     segments: Int[Array, "batch length"] | None = None
     mask: Bool[Array, "#batch length length"] | None = None
     bias: tuple[Array, ...] = ()
     condition: Any = None
-    """What a config's own block takes more."""
+    """A further argument, for a config's own block."""
     deterministic: bool = flax.struct.field(pytree_node=False, default=True)
 
 
@@ -216,7 +217,7 @@ class MultiHead(nn.Module):
         return y
 
     def attend(self, q, k, v, deterministic, **options):
-        """Between heads; what the scores come from is sown for losses on them."""
+        """Attention between heads. It sows the queries and keys, for evictors and for losses on the scores."""
         cfg = self.config
         self.sow("intermediates", "queries", q)
         self.sow("intermediates", "keys", k)
@@ -272,7 +273,7 @@ class Block(nn.Module):
         return (x, cache), None
 
     def parts(self) -> dict[str, Callable]:
-        """In their order; each maps (y, cache, layer, call) to what it adds, and the cache."""
+        """The parts of the block in their order; each maps (y, cache, layer, call) to what it adds, and the cache."""
         return {"attention": SelfAttention(self.config, name="attention"), "ffn": self.ffn}
 
     def ffn(self, y, cache, layer, call: Call):
@@ -280,14 +281,14 @@ class Block(nn.Module):
         return project(y, deterministic=call.deterministic), cache
 
     def around(self, name, part, x, cache, layer, call: Call):
-        """A part with its norm and what it is added to."""
+        """x and the cache after a part, with its norm and its residual connection."""
         norm = self.config.norm_module(f"norm_{name}")
         y, cache = part(x if self.config.post_norm else norm(x), cache, layer, call)
         x = x + self.dropped(y, layer, call)
         return norm(x) if self.config.post_norm else x, cache
 
     def dropped(self, y, layer, call: Call):
-        """What is left of it in training."""
+        """y after dropout."""
         return nn.Dropout(self.config.dropout)(constrain(y, "d_model"), call.deterministic)
 
 
@@ -316,8 +317,8 @@ class Stack(nn.Module):
           positions: default: 0, 1, ..., or those after what each row's cache holds.
           bias: added to the scores of self-attention in every layer; see `attend`. With a fifth dimension before the
             others, each layer has its own.
-          condition: what the config's own block takes more.
-          mask: who sees whom among these tokens, in place of causality; a cache's tokens are seen as without it.
+          condition: a further argument, for the config's own block.
+          mask: which of these tokens each of them sees, in place of causality; the tokens of a cache stay visible.
           layers: (a, b), to run the layers from number a on and before number b only. With a cache, a = 0 gives it new
             tokens; with a > 0, x are the states of its newest tokens, which the earlier layers have already. Only the
             layers that run are written.
@@ -352,7 +353,7 @@ class Stack(nn.Module):
 
 
 def layer_range(layers: tuple[int, int] | None, count: int) -> tuple[int, int]:
-    """The first layer that runs, and the one before which it ends.
+    """The first layer that runs, and the one before which the run ends.
 
     Raises:
       ValueError: there are no such layers.

@@ -1,4 +1,4 @@
-"""Models side by side: each is trained by the one loop, for each seed, evaluated on the test split, and measured."""
+"""Models compared: each is trained by the one loop, for each seed, evaluated on the test split, and measured."""
 
 from __future__ import annotations
 
@@ -23,32 +23,35 @@ from jaxtok.training.loop import count, train
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Trains the arms one after the other; run again, it resumes, or shows what it found."""
+    """Trains the arms one after the other; if it is run again, it resumes, or shows its results."""
 
     arms: tuple[Experiment, ...]
-    """In the order of the table, each with a name of its own."""
+    """The experiments in the order of the table, each with its own name."""
     seeds: tuple[int, ...] = (0,)
+    """The seeds with which each arm is trained."""
     measures: tuple[Any, ...] = ()
-    """Frozen dataclasses, called with an arm's task, parameters and data; each returns numbers by name. What does not
-    apply to an arm returns nothing."""
+    """Frozen dataclasses that are called with an arm's task, parameters and data, and return numbers by name; none if
+    they do not apply to the arm."""
     columns: tuple[str, ...] = ("bits_per_byte",)
-    """Metrics of the test split and measured numbers that the table shows."""
+    """The metrics of the test split and the measured numbers that the table shows."""
     curve: str = "bits_per_byte"
     """The validation metric that is plotted against training compute."""
     test_batches: int = 0
-    """Held-out batches of the final evaluation; 0: the whole test split."""
+    """The number of held-out batches in the final evaluation; 0: the whole test split."""
     title: str = ""
+    """The title of the table and of the plot."""
     workdir: str = "runs/comparison"
+    """The folder for runs and results."""
 
     def __post_init__(self):
         names = [arm.name for arm in self.arms]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"arms are named {', '.join(names) or 'nothing'}; give one or more, each another name.")
+            raise ValueError(f"arms are named {', '.join(names) or 'nothing'}; give at least one, each another name.")
         if not self.seeds:
             raise ValueError("seeds is empty; give at least one.")
 
     def run(self) -> bool:
-        """Trains, evaluates, and writes results.json, results.md and curves.png; False if interrupted."""
+        """Trains, evaluates, and writes results.json, results.md and curves.png; returns False if interrupted."""
         folder = Path(self.workdir)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "results.json"
@@ -73,13 +76,13 @@ class Comparison:
         return True
 
     def experiment(self, arm: Experiment, seed: int) -> Experiment:
-        """An arm with a seed for parameters, batches and steps, in a folder of its own."""
+        """Returns an arm with a seed for parameters, batches and steps, in its own folder."""
         data = dataclasses.replace(arm.data, seed=seed) if hasattr(arm.data, "seed") else arm.data
         folder = Path(self.workdir) / f"seed{seed}" / arm.name
         return dataclasses.replace(arm, data=data, train=dataclasses.replace(arm.train, seed=seed), workdir=str(folder))
 
     def _signature(self, arm: Experiment, seed: int) -> str:
-        """Another one, where the result is another's: the loop then refuses a trained arm that was changed."""
+        """Returns a text that changes with whatever changes an arm's result."""
         experiment = dataclasses.replace(self.experiment(arm, seed), workdir="")
         what = json.dumps([to_json(experiment), to_json(self.measures), self.test_batches])
         return hashlib.sha256(what.encode()).hexdigest()[:16]
@@ -116,25 +119,25 @@ class Comparison:
         console.print(f"table: {folder / 'results.md'}\nplot:  {plot}", highlight=False, soft_wrap=True)
 
     def summarize(self, results: dict[str, Any]) -> list[dict[str, str]]:
-        """A row an arm; a number that an arm does not have is left empty."""
+        """Returns a row for each arm; a number that an arm does not have is empty."""
         rows = []
         for arm in self.arms:
-            found = [results[key(arm.name, s)] for s in self.seeds if key(arm.name, s) in results]
+            runs = [results[key(arm.name, s)] for s in self.seeds if key(arm.name, s) in results]
             row = {
                 "model": arm.name,
-                "params": f"{found[0]['parameters'] / 1e6:.2f}M",
-                "steps": f"{found[0]['steps']}",
-                "TFLOP": f"{found[0]['train_flops'] / 1e12:.2f}",
-                "s/step": spread([r["seconds_per_step"] for r in found]),
+                "params": f"{runs[0]['parameters'] / 1e6:.2f}M",
+                "steps": f"{runs[0]['steps']}",
+                "TFLOP": f"{runs[0]['train_flops'] / 1e12:.2f}",
+                "s/step": spread([r["seconds_per_step"] for r in runs]),
             }
             for column in self.columns:
-                values = [r["test"][column] for r in found if column in r["test"]]
+                values = [r["test"][column] for r in runs if column in r["test"]]
                 row[column.replace("_", " ")] = spread(values) if values else ""
             rows.append(row)
         return rows
 
     def _plot(self, results: dict[str, Any], path: Path) -> Path:
-        """Validation metric against training compute so far: a line an arm, the mean of its seeds in their range."""
+        """Plots the validation metric against training compute: a line for each arm, with the range of its seeds."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -163,12 +166,12 @@ class Comparison:
 
 
 def key(arm: str, seed: int) -> str:
-    """Of an arm's result."""
+    """Returns the key of an arm's result."""
     return f"{arm}/{seed}"
 
 
 def spread(values: Sequence[float]) -> str:
-    """The mean, +- half of the range."""
+    """Returns the mean, +- half of the range."""
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ±{(max(values) - min(values)) / 2:.3f}"
 

@@ -1,4 +1,4 @@
-"""Models that delete tokens, continued from one that does not; and measures of them."""
+"""Models that delete tokens, continued from one that does not; and measures for them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from jaxtok.transfer.mrt5 import T5ToMrT5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Continued(Comparison):
-    """A comparison whose arms all begin with the weights of one model, as MrT5's pre-training does."""
+    """A comparison whose arms all begin with the parameters of one model, as in MrT5's pre-training."""
 
     base: Experiment
-    """Trains that model, a ByT5, for each seed. Its rows come in another order than those of the arms."""
+    """The run that trains that model, a ByT5, for each seed; its rows come in another order than those of the arms."""
 
     def _signature(self, arm: Experiment, seed: int) -> str:
         of_base = super()._signature(self.base, seed)
@@ -49,31 +49,32 @@ class Continued(Comparison):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SoftDeletion:
-    """What the model does where deleted bytes are not taken out, but attended to less, as in training."""
+    """Measures the model with deleted bytes that are not removed but attended to less, as in training."""
 
     batches: int = 8
+    """The number of batches of the test split."""
 
     def __call__(self, task: Any, params: Any, data: Any) -> dict[str, float]:
         if not isinstance(task, MrT5Training):
             return {}
         data = dataclasses.replace(data, eval_limit=self.batches)
-        found = task.evaluate(params, data.eval_batches("test"), deletion="soft")
-        return {"soft_bits_per_byte": found["bits_per_byte"]}
+        numbers = task.evaluate(params, data.eval_batches("test"), deletion="soft")
+        return {"soft_bits_per_byte": numbers["bits_per_byte"]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderSpeed:
-    """How many times as fast the encoder is behind a deletion of 50 and 80 %, as the same encoder without a gate.
+    """Measures how many times as fast the encoder is with 50 and 80 % deleted as the same encoder without a gate.
 
-    On random bytes; where the gate keeps more, the ones with the lowest gates are left out too, at the same cost. The
-    three programs take turns, and the medians of their times are compared.
+    The input is random bytes; if the gate keeps more of them, those with the lowest gates are left out too, at the same
+    cost. The three programs take turns, and the medians of their times are compared.
     """
 
     rows: int = 4
     length: int = 1024
     repeats: int = 5
     model: MrT5Config | None = None
-    """Another one than the arm's, with new parameters."""
+    """The model to time, with new parameters, in place of the arm's."""
 
     def __call__(self, task: Any, params: Any, data: Any) -> dict[str, float]:
         if not isinstance(task, MrT5Training) or task.model.reduction != "gate":
@@ -89,12 +90,12 @@ class EncoderSpeed:
                 jax.block_until_ready(program())
                 if turn:
                     seconds[name].append(time.perf_counter() - start)
-        medians = {name: statistics.median(found) for name, found in seconds.items()}
+        medians = {name: statistics.median(times) for name, times in seconds.items()}
         return {f"speedup_{name}": medians["whole"] / medians[name] for name in ("50", "80")}
 
 
 def encoders(task: MrT5Training, params: Any, rows: int, length: int) -> dict[str, Callable[[], jax.Array]]:
-    """The encoder without a gate, and with one that deletes 50 and 80 %, of random bytes, as functions to be timed."""
+    """Returns functions to be timed: the encoder of random bytes without a gate, and with 50 and 80 % deleted."""
     plain = dataclasses.replace(task.model.plain, softmax1=False)
     whole = jax.jit(functools.partial(init_params, plain))(jax.random.key(0))
     tokens = np.random.default_rng(0).integers(3, 259, (rows, length)).astype(np.int32)
@@ -108,5 +109,5 @@ def encoders(task: MrT5Training, params: Any, rows: int, length: int) -> dict[st
 
 
 def slots(length: int, part: int) -> int:
-    """Places that are left where `part` % are deleted."""
+    """Returns how many positions are left if `part` % of them are deleted."""
     return -(-length * (100 - part) // 100)

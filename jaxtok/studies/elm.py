@@ -1,4 +1,4 @@
-"""ELM in small: tokenizers side by side, then models of their codes, and the images that both make."""
+"""ELM in small: tokenizers compared, then models of their codes, and the images that both make."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from jaxtok.verbs.vision import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleQuality:
-    """Of images drawn with the classes of the test split, as many as there are: the proxy Fréchet distance to the
-    training images (`jaxtok.studies.proxy_features`; never FID), and how often the proxy sees the class asked for.
+    """Measures drawn images, one for each image of the test split and of its class.
 
-    Also the same of the tokenizer's own reconstructions of the test split, which no model of its codes can be expected
-    to beat.
+    The numbers are the proxy Fréchet distance to the training images (`jaxtok.studies.proxy_features`; it is not FID),
+    and how often the proxy sees the class that was asked for. The distance is also that of the tokenizer's own
+    reconstructions of the test split, which no model of its codes can be expected to beat.
     """
 
     images: ImageData
     proxy: str
-    """The folder of the proxy, which is trained once."""
+    """The folder of the proxy, which is trained only once."""
     guidance: float = 2.0
-    """Of the draws; the other options of a generator's sampling have their defaults."""
+    """The guidance of the draws; the other options of a generator's sampling have their defaults."""
 
     def __call__(self, task: ImageGenerator, params: Params, data: CodeData) -> dict[str, float]:
         proxy = train_proxy(self.images, self.proxy)
@@ -53,7 +53,7 @@ class SampleQuality:
         sampling = make_sampling(task, {"guidance": self.guidance})
         drawn = draw_images(task, params, tokenizer, labels.tolist(), sampling, jax.random.key(data.seed))
         keys = map(jax.random.key, range(len(real)))
-        again = [
+        reconstructed = [
             tokenizer.decode(tokenizer.encode(batch["images"], key), key)[batch["mask"] > 0]
             for batch, key in zip(real, keys)
         ]
@@ -61,7 +61,7 @@ class SampleQuality:
         classes = np.asarray(proxy.probabilities(drawn)).argmax(-1)
         return {
             "proxy_distance": proxy.frechet_distance([drawn], reference),
-            "proxy_distance_of_reconstructions": proxy.frechet_distance(again, reference),
+            "proxy_distance_of_reconstructions": proxy.frechet_distance(reconstructed, reference),
             "class_seen": float(np.mean(classes == labels)),
             "proxy_accuracy": proxy.accuracy,
         }
@@ -69,7 +69,7 @@ class SampleQuality:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ElmStudy:
-    """Trains tokenizers, encodes their images, trains models of the codes, and draws what there is to see.
+    """Trains tokenizers, encodes their images, trains models of the codes, and draws the pictures.
 
     A model's `data.path` is WORKDIR/codes/NAME, where NAME is the tokenizer's arm.
     """
@@ -78,13 +78,13 @@ class ElmStudy:
     models: Comparison
     workdir: str
     per_class: int = 8
-    """Images of each class in the pictures of samples."""
+    """The number of images of each class in the pictures of samples."""
     guidance: float = 2.0
     corpus: str = "python"
-    """Of text, whose subwords' statistics are put beside those of codes of as many values (of 512 or more)."""
+    """The corpus of text whose subwords are compared with codes of as many values (512 or more)."""
 
     def run(self) -> bool:
-        """Everything; False if interrupted (the same command goes on)."""
+        """Runs everything; returns False if interrupted (the same command resumes it)."""
         folder, console = Path(self.workdir), rich.console.Console()
         if not self.tokenizers.run():
             return False
@@ -104,10 +104,10 @@ class ElmStudy:
                 folder / f"samples_{arm.name}.png",
                 lambda path, run=run, options=options: generate(run, path, **options),
             )
-        alike: dict[int, list[Path]] = {}
+        codes_of: dict[int, list[Path]] = {}
         for arm in self.tokenizers.arms:
-            alike.setdefault(math.prod(arm.task.code_values), []).append(folder / "codes" / arm.name)
-        for size, codes in alike.items():
+            codes_of.setdefault(math.prod(arm.task.code_values), []).append(folder / "codes" / arm.name)
+        for size, codes in codes_of.items():
             self._once(
                 folder / f"statistics_{size}.png",
                 lambda path, size=size, codes=codes: self._statistics(size, codes, path),
@@ -118,7 +118,7 @@ class ElmStudy:
         return True
 
     def _statistics(self, vocabulary: int, codes: list[Path], path: Path) -> dict[str, Any]:
-        """Of codes with so many values a position, and of as many subwords."""
+        """Plots the statistics of codes with so many values at a position, and of as many subwords."""
         subwords = path.parent / f"subwords_{vocabulary}.model"
         text = self.corpus if vocabulary >= 512 else ""
         if text and not subwords.exists():
@@ -129,10 +129,10 @@ class ElmStudy:
 
     @staticmethod
     def _once(path: Path, make: Any) -> None:
-        """A picture that is not there yet, and its numbers."""
+        """Makes a picture that is not there yet, and prints its numbers."""
         if not path.exists():
-            found = make(path)
-            for name, value in found.items():
+            numbers = make(path)
+            for name, value in numbers.items():
                 print(
                     f"{path.stem}: {name} {value:.4g}" if isinstance(value, float) else f"{path.stem}: {name} {value}"
                 )

@@ -1,7 +1,7 @@
 """The growth study: a TokenFormer that is trained, grown and trained on, against models of the final size from scratch.
 
-TokenFormer's claim (arXiv 2410.23168, section 4.1): growing reaches a comparable loss at much less total compute. The
-arms also show what that comparison alone would hide: the small model trained for as long, and the Transformer.
+TokenFormer's claim (arXiv 2410.23168, section 4.1) is that growing reaches a comparable loss with much less compute in
+all. Other arms show what this comparison would hide: the small model trained for as long, and the Transformer.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from jaxtok.transfer.growth import Growth
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One model of the comparison; N steps in front of the growth and M behind it."""
+    """One model of the comparison; there are N steps before the growth and M after it."""
 
     label: str
     steps: str = "N"
-    """N, M or N+M."""
+    """How long it is trained: N, M or N+M."""
     final_size: bool = False
     transformer: bool = False
     fork: bool = False
-    """Starts from the trained base, with or without a growth."""
+    """Whether it starts from the trained base, with or without a growth."""
     growth: dict[str, str] | None = None
 
 
@@ -59,32 +59,35 @@ ARMS = {
     "transformer": Arm("Transformer of the base's size", transformer=True),
     "transformer_scratch": Arm("Transformer of the final size", "N+M", final_size=True, transformer=True),
 }
-"""By name, in the order in which they run and are listed."""
+"""The arms by name, in the order in which they run and are listed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrowthStudy:
-    """Trains the arms one after the other; run again, it resumes, or shows what it found."""
+    """Trains the arms one after the other; if it is run again, it resumes, or shows its results."""
 
     base: Experiment
     """The small model; its train.steps are N."""
     to: TokenCounts
-    """Parameter tokens of the final size."""
+    """The parameter tokens of the final size."""
     steps: int
-    """M: steps after the growth."""
+    """M, the number of steps after the growth."""
     arms: tuple[str, ...] = tuple(ARMS)
     seeds: tuple[int, ...] = (0,)
     test_batches: int = 0
-    """Held-out batches of the final evaluation; 0: the whole test split."""
+    """The number of held-out batches in the final evaluation; 0: the whole test split."""
     prompt: str = "def "
-    """Continued by the first grown model."""
+    """The prompt that the first grown model continues."""
     workdir: str = "runs/growth"
 
     def __post_init__(self):
         if unknown := [arm for arm in self.arms if arm not in ARMS]:
-            raise ValueError(f"arms has {', '.join(unknown)}; it can have {', '.join(ARMS)}.")
+            raise ValueError(f"arms has {', '.join(unknown)}; they must be among {', '.join(ARMS)}.")
         if "base" not in self.arms or not self.seeds:
-            raise ValueError("arms must have base, from which the grown ones start, and there must be a seed.")
+            raise ValueError(
+                f"arms are {', '.join(self.arms)} and seeds {self.seeds}; arms must have base, from which the grown "
+                "ones start, and there must be a seed."
+            )
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; it must be at least 1.")
 
@@ -109,7 +112,7 @@ class GrowthStudy:
         return True
 
     def folder(self, arm: str, seed: int) -> Path:
-        """An arm's run."""
+        """Returns the folder of an arm's run."""
         return Path(self.workdir) / f"seed{seed}" / arm
 
     def _load(self, folder: Path) -> dict[str, Any]:
@@ -127,7 +130,7 @@ class GrowthStudy:
         return json.loads(results.read_text()) if results.exists() else {}
 
     def experiment(self, arm: str, seed: int) -> Experiment:
-        """What an arm that does not start from the base trains."""
+        """Returns the run of an arm that does not start from the base."""
         spec, base = ARMS[arm], self.base
         model = base.task.model
         if spec.final_size:
@@ -170,7 +173,7 @@ class GrowthStudy:
         }
 
     def _first(self, folder: Path, experiment: Experiment) -> float:
-        """Validation bits per byte of a forked run before its first step; kept, as the checkpoint will go."""
+        """Returns the validation bits per byte of a forked run before its first step; a file keeps them."""
         note = folder / "first.json"
         if not note.exists():
             start = load(folder / "checkpoints" / "0")
@@ -195,12 +198,12 @@ class GrowthStudy:
         console.print(f"table: {folder / 'results.md'}\nplot:  {plot}", highlight=False, soft_wrap=True)
 
     def _sample(self, arm: str) -> str:
-        """The prompt, continued by an arm's model."""
+        """Returns the prompt as continued by an arm's model."""
         return self.prompt + open_model(self.folder(arm, self.seeds[0])).generate(self.prompt, temperature=0.7)
 
 
 def summarize(results: dict[str, Any], arms: tuple[str, ...], seeds: tuple[int, ...]) -> list[dict[str, str]]:
-    """A row an arm: bits per byte are means over the seeds that have been run, +- half of the range."""
+    """Returns a row for each arm; bits per byte are means over the seeds that have been run, +- half of the range."""
 
     rows = []
     for arm in (a for a in ARMS if a in arms):
@@ -224,7 +227,7 @@ def summarize(results: dict[str, Any], arms: tuple[str, ...], seeds: tuple[int, 
 
 
 def plot_curves(study: GrowthStudy, results: dict[str, Any], path: Path) -> Path:
-    """Validation bits per byte against training compute so far: a line an arm, the mean of its seeds in their range."""
+    """Plots validation bits per byte against training compute: a line for each arm, with the range of its seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -238,7 +241,7 @@ def plot_curves(study: GrowthStudy, results: dict[str, Any], path: Path) -> Path
         for seed in (s for s in study.seeds if key(arm, s) in results):
             rows = read_metrics(study.folder(arm, seed), "validation")
             points = [(row["train_flops"], row["bits_per_byte"]) for row in rows]
-            if spec.fork:  # from where the base ended, with the loss that the growth left
+            if spec.fork:  # the line begins where the base ended, with the loss right after the growth
                 first = results[key(arm, seed)]["first_bits_per_byte"]
                 points.insert(0, (results[key("base", seed)]["train_flops"], first))
             lines.append(points)
@@ -251,7 +254,7 @@ def plot_curves(study: GrowthStudy, results: dict[str, Any], path: Path) -> Path
         axes.fill_between(flops, bits.min(0), bits.max(0), color=color, alpha=0.08)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel("training compute so far, that of the base included (TFLOP)")
+    axes.set_xlabel("training compute, including that of the base (TFLOP)")
     axes.set_ylabel("validation bits per byte")
     axes.set_title("TokenFormer: grown (dashed) against trained from scratch")
     axes.grid(alpha=0.3, which="both")

@@ -1,4 +1,4 @@
-"""What image tokenizers use of their codes."""
+"""How many of their codes image tokenizers use."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from jaxtok.protocols import Params
 
 @dataclasses.dataclass(frozen=True)
 class CodeUsage:
-    """Of the codes of all images of a split: how many occur, their perplexity, and the divergence of their shares from
-    the uniform distribution in nats."""
+    """Measures the codes of all images of a split: how many occur, their perplexity, and the divergence of their shares
+    from the uniform distribution in nats."""
 
     split: str = "all"
 

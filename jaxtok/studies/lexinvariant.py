@@ -4,7 +4,7 @@ Three sets of numbers, each with its baselines, for any task of `jaxtok.lm.lexin
 
 * the loss against the position in the context, on plain text and on text with renamed symbols, next to adaptive unigram
   and bigram models, which are lexinvariant too;
-* deciphering: a probe on the frozen hidden states names the true symbols behind the random vectors;
+* deciphering: a probe on the frozen hidden states names the true symbols of the random vectors;
 * LookUp and Permutation, whose symbols and even separators are drawn anew for each example.
 """
 
@@ -88,7 +88,7 @@ def _adaptive(tokens, targets, positions, vocab, a, b):
 def ngrams_by_position(
     batches: Iterable[Batch], vocab: int, *, edges: tuple[int, ...] = (), a: float = 0.2, b: float = 5.0
 ) -> dict[str, list[Bin]]:
-    """The loss of both n-grams by position, as `LexinvariantModeling.nats_by_position` has it."""
+    """Returns the loss of both n-grams by position, as `LexinvariantModeling.nats_by_position` does for a model."""
     models = {
         "unigram": functools.partial(adaptive_unigram, vocab=vocab, a=a),
         "bigram": functools.partial(adaptive_bigram, vocab=vocab, a=a, b=b),
@@ -113,7 +113,7 @@ def ngrams_by_position(
 
 
 def tuned_unigram(batches: Sequence[Batch], vocab: int, choices: tuple[float, ...] = (0.05, 0.1, 0.2, 0.4)) -> float:
-    """The a of these with the least loss on the batches, which should be of the training text."""
+    """Returns the choice of a with the smallest loss on the batches, which should be of the training text."""
 
     def loss(a):
         args = [(batch["tokens"], batch["targets"], batch["positions"]) for batch in batches]
@@ -125,7 +125,7 @@ def tuned_unigram(batches: Sequence[Batch], vocab: int, choices: tuple[float, ..
     return min(choices, key=loss)
 
 
-# --- Deciphering: which true symbol is behind each random vector. ---
+# --- Deciphering: which true symbol each random vector stands for. ---
 
 
 class Probe(nn.Module):
@@ -149,11 +149,11 @@ def train_probe(
     learning_rate: float = 3e-3,
     seed: int = 0,
 ) -> Params:
-    """A probe of the frozen model's hidden states for the true symbol at each place, with fresh tables in each step.
+    """Trains a probe that tells the true symbol from the frozen model's hidden state, with new vectors in each step.
 
     Args:
-      batches: of the training text.
-      target: "tokens": the symbol at the place itself; "targets": the one behind it.
+      batches: batches of the training text.
+      target: "tokens": the symbol at the position itself; "targets": the one after it.
 
     Raises:
       ValueError: a number is too small, or the target is unknown.
@@ -161,7 +161,7 @@ def train_probe(
     if steps < 1 or learning_rate <= 0:
         raise ValueError(f"steps is {steps} and learning_rate {learning_rate}; both must be positive.")
     if target not in ("tokens", "targets"):
-        raise ValueError(f"target is {target!r}; it can be tokens, targets.")
+        raise ValueError(f"target is {target!r}; it must be tokens or targets.")
     rng = jax.random.key(seed)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
     probe = Probe(task.model.vocab_size).init(rng, jnp.zeros((1, task.model.d_model)))["params"]
@@ -188,13 +188,13 @@ def train_probe(
 def decipher(
     log_probabilities: Float[np.ndarray, "length vocab"], cipher: Int[np.ndarray, " length"], prefixes: Sequence[int]
 ) -> Int[np.ndarray, "prefixes vocab"]:
-    """The true symbol of each cipher symbol, as far as each prefix of a text tells: the one-to-one map with the largest
-    sum of log-probabilities over its places.
+    """Returns the true symbol of each cipher symbol, as far as each prefix of a text tells: the one-to-one map with the
+    largest sum of log-probabilities over the positions of the prefix.
 
     Args:
-      log_probabilities: a probe's, of the true symbol at each place.
-      cipher: the symbols as they stand there.
-      prefixes: numbers of places, from the first on.
+      log_probabilities: those of a probe, of the true symbol at each position.
+      cipher: the symbols of the text.
+      prefixes: the lengths of the prefixes.
     """
     vocab = log_probabilities.shape[1]
     scores = [_scores(log_probabilities[:stop], cipher[:stop], vocab) for stop in prefixes]
@@ -208,21 +208,21 @@ def _scores(log_probabilities, cipher, vocab):
 
 
 class Deciphered(NamedTuple):
-    """Shares of tokens whose true symbol is found, `first` to `last` being positions in a row, both included."""
+    """The shares of tokens whose true symbol is found, at the positions `first` to `last` of a row, both included."""
 
     first: int
     last: int
     probe: float
-    """By the probe at the place alone."""
+    """The share that the probe finds at the position alone."""
     mapped: float
-    """By the map of all places up to `last`, on these places' tokens and all before them."""
+    """The share that the map from all positions up to `last` finds, among the tokens of these positions."""
     tokens: float
 
 
 def cipher_accuracy(
     task: LexinvariantModeling, params: Params, probe: Params, batches: Iterable[Batch], *, edges: tuple[int, ...] = ()
 ) -> list[Deciphered]:
-    """How much of a text with fresh symbols is read, by position in the row; the documents of a row share a cipher.
+    """Returns how much of a text with new symbols is read, by position in the row; a row's documents share a cipher.
 
     As the vectors are random, the model sees any text in cipher: each token is its own true symbol.
     """
@@ -238,9 +238,9 @@ def cipher_accuracy(
             sums[k, :2] = hits[:, first:stop].sum(), mask[:, first:stop].sum()
         for row, real, scores in zip(tokens, mask, log_p, strict=True):
             stops = [int(real[:stop].sum()) for stop in edges[1:]]
-            found = decipher(scores[real], row[real], stops)
+            maps = decipher(scores[real], row[real], stops)
             for k, stop in enumerate(stops):
-                sums[k, 2:] += (found[k][row[real][:stop]] == row[real][:stop]).sum(), stop
+                sums[k, 2:] += (maps[k][row[real][:stop]] == row[real][:stop]).sum(), stop
         right = right + sums
     return [
         Deciphered(first, stop - 1, *(float(s / max(n, 1)) for s, n in (sums[:2], sums[2:])), float(sums[1]))
@@ -251,8 +251,8 @@ def cipher_accuracy(
 def _hidden(task, params, batch, keys):
     model = task.module()
     embedded = model.apply({"params": params}, batch["tokens"], keys=keys, method="embed")
-    places = {"positions": batch["positions"], "segments": batch["segments"]}
-    hidden, _ = model.apply({"params": params}, embedded, **places, method="hidden")
+    options = {"positions": batch["positions"], "segments": batch["segments"]}
+    hidden, _ = model.apply({"params": params}, embedded, **options, method="hidden")
     return jax.lax.stop_gradient(hidden)
 
 
@@ -266,17 +266,17 @@ def _probed(task, params, probe, batch, key):
 
 
 class Examples(NamedTuple):
-    """Prompts with their answers behind them."""
+    """Prompts, followed by their answers."""
 
     tokens: Int[Array, "examples length"]
     answers: int
-    """So many tokens at the end are the answer."""
+    """How many tokens at the end are the answer."""
     chance: tuple[float, ...]
-    """Of each answer, guessed among the symbols that can be it; then of all answers together, if there are several."""
+    """The chance of guessing each answer among the symbols that it can be; then that of all answers, if several."""
 
 
 def lookup(key: Key[Array, ""], count: int, pairs: int, vocab: int) -> Examples:
-    """`k1 : v1 , k2 : v2 , ... , q : v_q`, with q among the keys. Keys, values, `:` and `,` are different symbols.
+    """Makes `k1 : v1 , k2 : v2 , ... , q : v_q`, with q among the keys. Keys, values, `:` and `,` all differ.
 
     Raises:
       ValueError: the vocabulary has too few symbols, or there are no pairs.
@@ -295,12 +295,12 @@ def lookup(key: Key[Array, ""], count: int, pairs: int, vocab: int) -> Examples:
 
 
 def permutation(key: Key[Array, ""], count: int, examples: int, k: int, vocab: int) -> Examples:
-    """For k = 3, `a b c > b c a , d e f > e f d , ... g h i > h i g`: a permutation of places, the same in one prompt.
+    """Makes, for k = 3, `a b c > b c a , d e f > e f d , ... g h i > h i g`, with one permutation in each prompt.
 
     Raises:
       ValueError: the vocabulary has too few symbols, or there are no examples.
     """
-    _enough(k * (examples + 1) + 2, vocab, min(examples, k), "examples and k")
+    _enough(k * (examples + 1) + 2, vocab, min(examples, k), "the smaller of examples and k")
 
     def one(key):
         names, order = jax.random.split(key)
@@ -317,14 +317,14 @@ def permutation(key: Key[Array, ""], count: int, examples: int, k: int, vocab: i
 
 def _enough(symbols, vocab, least, what):
     if least < 1:
-        raise ValueError(f"{what} is less than 1; it must be at least 1.")
+        raise ValueError(f"{what} is {least}; it must be at least 1.")
     if symbols > vocab:
-        raise ValueError(f"an example has {symbols} different symbols, but the vocabulary only {vocab}; ask for less.")
+        raise ValueError(f"an example has {symbols} different symbols, but the vocabulary has {vocab}; ask for fewer.")
 
 
 def solve(task: LexinvariantModeling, params: Params, examples: Examples, *, seed: int = 0) -> tuple[float, ...]:
-    """The share of examples in which the likeliest of all symbols is each answer (behind the right ones before it), and
-    all of them, if there are several.
+    """Returns the share of examples in which the likeliest symbol is the answer, for each answer (after the right ones
+    before it), and for all of them if there are several.
 
     Raises:
       ValueError: the examples are longer than the model's context.
@@ -340,7 +340,7 @@ def _answers(task, answers, params, tokens, keys):
 
 
 def copy_last(examples: Examples) -> tuple[float, ...]:
-    """What `solve` finds for the rule: what followed the last symbol where it stood before (else that symbol)."""
+    """Returns what `solve` does, for the rule: what followed the last symbol when it came before (else that symbol)."""
 
     def rule(prompt):
         earlier = np.flatnonzero(prompt[:-1] == prompt[-1])
@@ -350,7 +350,7 @@ def copy_last(examples: Examples) -> tuple[float, ...]:
 
 
 def most_frequent(examples: Examples) -> tuple[float, ...]:
-    """What `solve` finds for the rule: the most frequent symbol of the prompt, the first of several."""
+    """Returns what `solve` does, for the rule: the most frequent symbol of the prompt, the first of several."""
 
     def rule(prompt):
         symbols, first, counts = np.unique(prompt, return_index=True, return_counts=True)
@@ -361,8 +361,8 @@ def most_frequent(examples: Examples) -> tuple[float, ...]:
 
 def _ruled(examples, rule):
     tokens = np.asarray(examples.tokens)
-    places = range(tokens.shape[1] - examples.answers, tokens.shape[1])
-    return _shares(np.array([[rule(row[:place]) == row[place] for place in places] for row in tokens]))
+    answers = range(tokens.shape[1] - examples.answers, tokens.shape[1])
+    return _shares(np.array([[rule(row[:k]) == row[k] for k in answers] for row in tokens]))
 
 
 def _shares(right) -> tuple[float, ...]:
@@ -376,7 +376,7 @@ def _shares(right) -> tuple[float, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByPosition:
-    """Loss by position on plain text and on text with renamed symbols, and the n-grams' on the same text."""
+    """Measures the loss by position on plain text and on text with renamed symbols, and that of n-grams on it."""
 
     batches: int = 8
     split: Literal["validation", "test"] = "test"
@@ -402,8 +402,8 @@ class ByPosition:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cipher:
-    """How much of a text is read: by a probe in the last bin of positions, by the map of whole rows, and by naming the
-    commonest symbol everywhere."""
+    """Measures how much of a text is read: by a probe in the last bin of positions, by the map of whole rows, and by
+    always naming the commonest symbol."""
 
     steps: int = 300
     batches: int = 8
@@ -420,7 +420,7 @@ class Cipher:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InContext:
-    """LookUp and Permutation: shares of right answers, with chance and the rules beside them."""
+    """Measures LookUp and Permutation: the shares of right answers, and those of chance and of the rules."""
 
     pairs: tuple[int, ...] = (2, 4, 8)
     examples: tuple[int, ...] = (1, 2, 4)
@@ -451,10 +451,10 @@ class InContext:
 
 
 def plot_by_position(curves: dict[str, Sequence[Bin]], path: Path, *, uniform: float = 0.0) -> Path:
-    """Loss against position: a line for each label, with its standard error, dashed where the label says permuted.
+    """Plots loss against position: a line for each label, with its standard error, dashed if the label says permuted.
 
     Args:
-      uniform: also a line at this loss, if it is positive.
+      uniform: draw a line at this loss too, if it is positive.
     """
     import matplotlib
 
@@ -465,10 +465,10 @@ def plot_by_position(curves: dict[str, Sequence[Bin]], path: Path, *, uniform: f
     models = list(dict.fromkeys(label.split(",")[0] for label in curves))
     colors = dict(zip(models, itertools.cycle(plt.get_cmap("tab10").colors)))
     for label, bins in curves.items():
-        places = [math.sqrt((part.first + 1) * (part.last + 1)) for part in bins]
+        centers = [math.sqrt((part.first + 1) * (part.last + 1)) for part in bins]
         style = {"color": colors[label.split(",")[0]], "linestyle": "--" if "permuted" in label else "-"}
         bars = [part.stderr for part in bins]
-        axes.errorbar(places, [part.nats for part in bins], bars, label=label, marker="o", markersize=3, **style)
+        axes.errorbar(centers, [part.nats for part in bins], bars, label=label, marker="o", markersize=3, **style)
     if uniform:
         axes.axhline(uniform, color="gray", linewidth=0.8, label="uniform")
     axes.set_xscale("log", base=2)
@@ -485,10 +485,10 @@ def plot_by_position(curves: dict[str, Sequence[Bin]], path: Path, *, uniform: f
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LexinvariantStudy(Comparison):
-    """A comparison that also draws its arms' losses by position, where `ByPosition` is among its measures."""
+    """A comparison that also plots its arms' losses by position, if `ByPosition` is among its measures."""
 
     def run(self) -> bool:
-        """As in a comparison; also writes by_position.png, of the first seed."""
+        """Runs the comparison; also writes by_position.png, of the first seed."""
         if not super().run():
             return False
         folder = Path(self.workdir)
@@ -504,7 +504,7 @@ class LexinvariantStudy(Comparison):
 
 
 def curve_of(numbers: dict[str, float], kind: str) -> list[Bin]:
-    """One of the curves that `ByPosition` measured."""
+    """Returns one of the curves that `ByPosition` measured."""
     bins = []
     for name, nats in numbers.items():
         if match := re.fullmatch(rf"{kind}_(\d+)_(\d+)", name):

@@ -1,7 +1,7 @@
-"""Next-word accuracy of word-pooled and of plain models, apart for words of each frequency (arXiv 2310.11628).
+"""Next-word accuracy of word-pooled and of plain models, by the frequency of words (arXiv 2310.11628).
 
-A word is right if all its units are, and its end: the end mark of a word-pooled model; of a plain one, a next token
-that begins with a space, or the end of the document. Both read the true words in front of it.
+A word is right if all its units and its end are. The end is the end mark in a word-pooled model; in a plain one, it is
+a next token that begins with a space, or the end of the document. Both models read the true words before it.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ from jaxtok.tokenizers import load_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-    """A word of the text, and what a model makes of it."""
+    """A word of the text, and how a model does on it."""
 
     word: bytes
     right: bool
-    """Spelled greedily."""
+    """Whether greedy spelling gets it right."""
     probability: float
-    """Of the word and its end: the accuracy to be expected of sampling at temperature 1."""
+    """The probability of the word and its end: the accuracy to be expected of sampling at temperature 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NextWordAccuracy:
     """A measure of a study; on models that are neither word-pooled nor plain, it is empty.
 
-    Nothing needs to be generated: a word is spelled right greedily if each unit is the likeliest behind the true ones,
-    and its probability is what sampling is right with. `generated` does generate.
+    Nothing needs to be generated: greedy spelling gets a word right if each unit is the likeliest after the true ones,
+    and sampling gets it right with the word's probability. `generated` does generate.
     """
 
     split: str = "test"
     context: int = 1
-    """Words that there are at least in front of the word, in its document and row."""
+    """The smallest number of words before the word, in its document and row."""
     edges: tuple[int, ...] = (0, 10, 100, 1000)
-    """Of the buckets, by how often a word is in the training split: 0, 1 to 10, 11 to 100, 101 to 1000, and above."""
+    """The upper edges of the buckets of words by their count in the training split: 0, 1 to 10, 11 to 100, ..."""
     documents: int = 0
-    """In which words are counted, at most; 0: the whole training split."""
+    """The largest number of documents in which words are counted; 0: the whole training split."""
     batches: int = 0
-    """Of the split, at most; 0: all."""
+    """The largest number of batches of the split; 0: all."""
 
     def __post_init__(self):
         if self.context < 0 or not self.edges or list(self.edges) != sorted(set(self.edges)) or self.edges[0] < 0:
             raise ValueError(
-                f"context is {self.context} and edges are {self.edges}; the first must be 0 or more, the others rise."
+                f"context is {self.context} and edges are {self.edges}; both must be 0 or more, and edges must rise."
             )
 
     def __call__(self, task: Any, params: Params, data: Any) -> dict[str, float]:
-        """Accuracies of all words and of each bucket, greedy and expected of sampling, and how many words there are."""
+        """Returns the accuracies of all words and of each bucket, greedy and expected of sampling, and the counts."""
         data = dataclasses.replace(data, eval_limit=self.batches)
         if isinstance(task, WordPooling) and isinstance(data, WordUnitText):
             guesses = list(pooled_guesses(task, params, data.eval_batches(self.split), self.context))
@@ -80,10 +80,10 @@ class NextWordAccuracy:
         lows = (0, *(edge + 1 for edge in self.edges))
         highs = (*self.edges, np.iinfo(np.int64).max)
         names = [f"_{low}" if low == high else f"_{low}_{high}" for low, high in zip(lows, self.edges)]
-        places = [("", np.ones(len(seen), bool))]
-        places += [(name, (seen >= low) & (seen <= high)) for name, low, high in zip(names, lows, highs)]
-        places += [(f"_above_{self.edges[-1]}", seen > self.edges[-1])]
-        for name, chosen in places:
+        buckets = [("", np.ones(len(seen), bool))]
+        buckets += [(name, (seen >= low) & (seen <= high)) for name, low, high in zip(names, lows, highs)]
+        buckets += [(f"_above_{self.edges[-1]}", seen > self.edges[-1])]
+        for name, chosen in buckets:
             if chosen.any():
                 numbers[f"next_word_accuracy{name}"] = float(right[chosen].mean())
                 numbers[f"sampled_word_accuracy{name}"] = float(probability[chosen].mean())
@@ -92,31 +92,31 @@ class NextWordAccuracy:
 
 
 def pooled_guesses(task: WordPooling, params: Params, batches: Any, context: int = 1) -> Iterator[Guess]:
-    """Of every word with at least `context` words in front of it. The parts of a long word are words."""
+    """Yields a guess for every word with at least `context` words before it; parts of a long word are words."""
     units = load_units(task.tokenizer)
     for batch in batches:
         _, nats, right = map(np.asarray, score_words(task, params, batch))
-        for row, place in _places(batch, context):
-            word = batch["targets"][row, place, : batch["target_lengths"][row, place]]
+        for row, position in _word_positions(batch, context):
+            word = batch["targets"][row, position, : batch["target_lengths"][row, position]]
             decoded = units.decode(word.tolist(), task.rule != "lossless")
-            yield Guess(decoded, bool(right[row, place]), float(np.exp(-nats[row, place])))
+            yield Guess(decoded, bool(right[row, position]), float(np.exp(-nats[row, position])))
 
 
-def _places(batch: Batch, context: int) -> Iterator[tuple[int, int]]:
+def _word_positions(batch: Batch, context: int) -> Iterator[tuple[int, int]]:
     real = (batch["mask"] > 0) & (batch["target_lengths"] > 0)
     for row, segments in enumerate(batch["segments"]):
         before, last = 0, -1
-        for place, segment in enumerate(segments):
-            before = (before if segment == last else 0) + int(batch["lengths"][row, place] > 0)
+        for position, segment in enumerate(segments):
+            before = (before if segment == last else 0) + int(batch["lengths"][row, position] > 0)
             last = segment
-            if real[row, place] and before >= context:
-                yield row, place
+            if real[row, position] and before >= context:
+                yield row, position
 
 
 def plain_guesses(
     task: LanguageModeling, params: Params, batches: Any, tokenizer: Tokenizer, context: int = 1
 ) -> Iterator[Guess]:
-    """Of every word that begins and ends in its row, with at least `context` words in front of it."""
+    """Yields a guess for every word that begins and ends in its row and has at least `context` words before it."""
     pieces, begins = _pieces(tokenizer, task.model.vocab_size)
     for batch in batches:
         right, ends, nats, end_nats = map(np.asarray, _score_tokens(task, params, batch, begins))
@@ -132,7 +132,7 @@ def plain_guesses(
 def _words_of(
     batch: Batch, tokenizer: Tokenizer, pieces: Sequence[bytes], begins: np.ndarray, context: int
 ) -> Iterator[tuple[int, int, int]]:
-    """Row, first target and the target behind the last one, of each word. A space that is a token is in front of it."""
+    """Yields row, first target and the target after the last one of each word; a space that is a token comes before."""
     targets, segments, opens = batch["targets"], batch["segments"], batch["tokens"] == tokenizer.eod_id
     for row in range(len(targets)):
         starts = np.flatnonzero((segments[row] > 0) & (begins[targets[row]] | opens[row]))
@@ -148,7 +148,7 @@ def _words_of(
 
 
 def _pieces(tokenizer: Tokenizer, vocab: int) -> tuple[list[bytes], np.ndarray]:
-    """The bytes of each id, and which ids begin a word or end the document."""
+    """Returns the bytes of each id, and which ids begin a word or end the document."""
     pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)] + [b""] * (vocab - tokenizer.vocab_size)
     begins = np.array([piece.startswith(b" ") for piece in pieces])
     begins[tokenizer.eod_id] = True
@@ -158,7 +158,7 @@ def _pieces(tokenizer: Tokenizer, vocab: int) -> tuple[list[bytes], np.ndarray]:
 def _scores(
     task: LanguageModeling, params: Params, batch: Batch, begins: Bool[Array, " vocab"]
 ) -> tuple[Array, Array, Array, Array]:
-    """Whether a target is the likeliest token, whether that begins a word, and the nats of either."""
+    """Returns whether a target is the likeliest token, whether that begins a word, and the nats of either."""
     options = {"positions": batch["positions"], "segments": batch["segments"]}
     logits, _ = task.module().apply({"params": params}, batch["tokens"], **options)
     likeliest = logits.argmax(-1)
@@ -180,16 +180,18 @@ def generated(
     rng: jax.Array | None = None,
     max_units: int = 60,
 ) -> list[bool]:
-    """Whether each word of a batch is right where it is really spelled, with what was chosen fed back.
+    """Returns whether each word of a batch is right when it is generated, with what was chosen fed back.
 
-    A word-pooled model spells all words at once. A plain model goes on from the space in front of each word; one of
-    more than max_units tokens is wrong (the authors' limit is 60 for bytes, and 30 for others).
+    A word-pooled model spells all words at once. A plain model goes on from the space before each word; a word of more
+    than max_units tokens is wrong (the authors' limit is 60 for bytes, and 30 for others).
     """
     if isinstance(task, WordPooling):
-        place = {name: batch[name] for name in ("positions", "segments")}
-        spelled = guess_words(task.module(), params, batch["words"], batch["lengths"], rng, sampling=sampling, **place)
+        options = {name: batch[name] for name in ("positions", "segments")}
+        spelled = guess_words(
+            task.module(), params, batch["words"], batch["lengths"], rng, sampling=sampling, **options
+        )
         right = np.asarray(word_accuracies(spelled, batch["targets"])[1])
-        return [bool(right[place]) for place in _places(batch, context)]
+        return [bool(right[index]) for index in _word_positions(batch, context)]
     pieces, begins = _pieces(tokenizer, task.model.vocab_size)
     prompts, words = [], []
     for row, start, stop in _words_of(batch, tokenizer, pieces, begins, context):
@@ -198,7 +200,7 @@ def generated(
         words.append(batch["targets"][row, start:stop].tolist())
     new = generate(
         task.module(), params, prompts, max_new_tokens=max(map(len, words)) + 1, chooser=sampling, rng=rng
-    ).tokens  # what is behind a word's end does not matter
+    ).tokens  # what comes after a word's end does not matter
     return [
         len(word) <= max_units and guess[: len(word)] == word and bool(begins[guess[len(word)]])
         for word, guess in zip(words, new)

@@ -1,4 +1,4 @@
-"""What a trained encoder is good for: from which package of Python's library is a text?"""
+"""What a trained encoder is good for: telling from which package of Python's library a text is."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ PACKAGES = (
     "multiprocessing",
     "unittest",
 )
-"""Those of Python 3.11 that have several files in the training split and one in the test split."""
+"""The packages of Python 3.11 that have several files in the training split and one in the test split."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackageProbe:
-    """A measure of `jaxtok.studies.comparison`: learns the package of a row of text from the training files, and says
-    how often it is right for rows of the test files, each package counting the same.
+    """A measure of `jaxtok.studies.comparison`: learns from the training files to tell a row's package, and reports
+    how often it is right for rows of the test files, where each package counts the same.
 
-    linear_accuracy     logistic regression on the mean of the encoder's last states, which stay as they are
-    finetuned_accuracy  the whole encoder trained with a head on the first token, the rate decaying by layers
+    linear_accuracy     by logistic regression on the mean of the encoder's last states, which stay as they are
+    finetuned_accuracy  by the whole encoder, trained with a head on the first token and rates that decay by layers
     """
 
     packages: tuple[str, ...] = PACKAGES
     rows: int = 192
-    """Of each package, for training; fewer where it has fewer."""
+    """The number of rows of each package for training; fewer if it has fewer."""
     test_rows: int = 64
     steps: int = 150
-    """Of fine-tuning; 0: none."""
+    """The number of steps of fine-tuning; 0: none."""
     optimizer: OptimizerConfig = OptimizerConfig(
         learning_rate=1e-3,
         min_learning_rate=0.0,
@@ -107,7 +107,7 @@ class _Rows:
 
 
 def encoder(task: Any, params: Params) -> tuple[BertConfig, Params]:
-    """The model that a Task trains for use behind it, and its parameters.
+    """Returns the encoder that a Task trains, and its parameters.
 
     Raises:
       ValueError: the Task trains no encoder.
@@ -120,7 +120,7 @@ def encoder(task: Any, params: Params) -> tuple[BertConfig, Params]:
 
 
 def without_heads(model: BertConfig, num_classes: int = 0) -> BertConfig:
-    """The encoder alone, or with a head for classes."""
+    """Returns the encoder alone, or with a head for classes."""
     off = dict.fromkeys(("mask_head", "pooler", "next_sentence", "replaced_head"), False)
     known = {field.name for field in dataclasses.fields(model)}
     return dataclasses.replace(model, num_classes=num_classes, **{k: v for k, v in off.items() if k in known})
@@ -129,12 +129,12 @@ def without_heads(model: BertConfig, num_classes: int = 0) -> BertConfig:
 def package_rows(
     data: TextData, packages: Sequence[str], split: str, count: int, rows: Callable[[str | bytes], Sequence[np.ndarray]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the files of packages, `count` of each (or as many as there are), and their labels.
+    """Returns rows of the files of packages, `count` of each (or as many as there are), and their labels.
 
-    They are drawn from all of a package's files; which, is the same in each call.
+    They are drawn from all of a package's files, and are the same in each call.
 
     Args:
-      rows: the rows of a document.
+      rows: returns the rows of a document.
 
     Raises:
       ValueError: a package has no row in this split.
@@ -144,17 +144,17 @@ def package_rows(
     labels: list[int] = []
     for label, package in enumerate(packages):
         files = [k for k in range(len(corpus)) if corpus.file(k).startswith(f"{package}/")]
-        found = [row for k in files for row in rows(corpus[k])]
-        if not found:
+        candidates = [row for k in files for row in rows(corpus[k])]
+        if not candidates:
             raise ValueError(f"the {split} split of {data.corpus} has no row of {package}; choose other packages.")
-        chosen = rng.permutation(len(found))[:count]
-        items += [found[k] for k in chosen]
+        chosen = rng.permutation(len(candidates))[:count]
+        items += [candidates[k] for k in chosen]
         labels += [label] * len(chosen)
     return np.stack(items), np.array(labels, np.int32)
 
 
 def rows_of(data: EncoderData, packages: Sequence[str], split: str, count: int) -> Batch:
-    """Rows [CLS] text [SEP] of the files of packages, as `package_rows` has them, with their labels."""
+    """Returns rows [CLS] text [SEP] of the files of packages, as `package_rows` does, with their labels."""
     data = dataclasses.replace(data, single=1.0, short=0.0)
     width = data.row_items
 
@@ -168,7 +168,7 @@ def rows_of(data: EncoderData, packages: Sequence[str], split: str, count: int) 
 
 
 def batched(rows: Batch, size: int) -> Iterator[Batch]:
-    """Batches of a size, the last one filled up with empty rows."""
+    """Yields batches of a size; the last one is filled up with empty rows."""
     for start in range(0, len(rows["labels"]), size):
         part = {name: array[start : start + size] for name, array in rows.items()}
         empty = size - len(part["labels"])
@@ -183,7 +183,7 @@ def _mean_states(model, params, batch):
 
 
 def features(model: BertConfig, params: Params, rows: Batch, size: int = 64) -> Float[np.ndarray, "rows d_model"]:
-    """The mean of the last states of each row."""
+    """Returns the mean of the last states of each row."""
     model = without_heads(model)
     return np.concatenate([_mean_states(model, params, batch) for batch in batched(rows, size)])[: len(rows["labels"])]
 
@@ -191,9 +191,10 @@ def features(model: BertConfig, params: Params, rows: Batch, size: int = 64) -> 
 def linear_probe(
     x: Float[np.ndarray, "rows features"], labels: np.ndarray, penalty: float = 1e-3
 ) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Logistic regression on standardised features, classes balanced: mean cross entropy + penalty * |weights|^2.
+    """Fits a logistic regression on standardised features, with balanced classes.
 
-    Returns the function from other features and labels to the mean over the classes of the accuracy.
+    It minimises the mean cross entropy + penalty * |weights|^2. Returns the function from other features and labels to
+    the accuracy, averaged over the classes.
     """
     regression = LogisticRegression(C=1 / (2 * penalty * len(labels)), class_weight="balanced", max_iter=1000)
     probe = make_pipeline(StandardScaler(), regression).fit(x, labels)

@@ -1,7 +1,7 @@
-"""Features to compare sets of images with where no published network is at hand: a small classifier's, trained here.
+"""Features to compare sets of images with when no published network is at hand: those of a small classifier.
 
 A Fréchet distance or a score of these is a *proxy*: it tells better from worse among models that were measured with the
-same proxy, and nothing beside numbers that were made with another network. It is never called FID or IS.
+same proxy, but cannot be compared with numbers of another network. It is never called FID or IS.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from jaxtok.vision.vit import LinearViTConfig
 
 @dataclasses.dataclass(frozen=True)
 class ProxyFeatures:
-    """A trained classifier as a feature network. Images: uint8, or floats in [0, 1], which are rounded to 8 bits."""
+    """A trained classifier as a feature network. Images are uint8, or floats in [0, 1], which are rounded to 8 bits."""
 
     task: ImageClassification
     params: Any
     accuracy: float
-    """Of the classifier on the validation split."""
+    """The classifier's accuracy on the validation split."""
 
     def __call__(self, images: Images) -> Float[Array, "batch d_model"]:
-        """The penultimate layer."""
+        """Returns the activations before the last layer."""
         return _features(self.task, self.params, images)
 
     def probabilities(self, images: Images) -> Float[Array, "batch classes"]:
@@ -48,29 +48,29 @@ class ProxyFeatures:
         return feature_statistics(self, batches)
 
     def frechet_distance(self, batches: Iterable[Batch | Images], others: Iterable[Batch | Images]) -> float:
-        """The proxy Fréchet distance of two sets of images.
+        """Returns the proxy Fréchet distance of two sets of images.
 
-        It is the larger the smaller the sets are: compare distances of sets of the same sizes only, and give more
+        The smaller the sets, the larger it is: compare only distances between sets of the same sizes, and give more
         images than there are features.
         """
         return frechet_distance(self.statistics(batches), self.statistics(others))
 
     def score(self, batches: Iterable[Images], splits: int = 1) -> tuple[float, float]:
-        """The proxy of the inception score: mean and standard deviation over the splits."""
+        """Returns the proxy of the inception score: its mean and standard deviation over the splits."""
         return inception_score(np.concatenate([np.asarray(self.probabilities(images)) for images in batches]), splits)
 
 
 def train_proxy(data: ImageData, directory: str | Path, *, steps: int = 600, width: int = 64) -> ProxyFeatures:
-    """Trains the classifier on the training split of the images' own classes; a finished one in the folder is taken.
+    """Trains the classifier on the training split and its classes, or takes a finished one from the folder.
 
-    A ViT of three blocks on patches of 4 x 4 pixels (larger ones above 32 pixels a side), by the one loop, in batches
-    of 64. Measured on two cores: 12 s for digits of 8 x 8 pixels, 0.99 of the held-out ones right; 23 s for emoji of
-    16 x 16, 0.65 right, of 10 classes.
+    It is a ViT of three blocks on patches of 4 x 4 pixels (larger ones above 32 pixels a side), trained by the one loop
+    in batches of 64. Measured on two cores: 12 s for digits of 8 x 8 pixels, with 0.99 of the held-out ones right; 23 s
+    for emoji of 16 x 16 in 10 classes, with 0.65 right.
 
     Args:
-      data: the images; their flips and crops are those of the training.
+      data: the images, with the flips and crops of their training.
       directory: the run's folder.
-      width: of the blocks, and the number of features.
+      width: the width of the blocks, and the number of features.
 
     Raises:
       ValueError: patches do not divide the size, or the folder holds a run with other settings.
@@ -78,7 +78,7 @@ def train_proxy(data: ImageData, directory: str | Path, *, steps: int = 600, wid
     patch = max(4, data.size // 8)
     if data.size % patch:
         raise ValueError(
-            f"data.size is {data.size}; the proxy needs a multiple of {patch}, as its patches have {patch}."
+            f"data.size is {data.size}; it must be a multiple of {patch}, the size of the proxy's patches."
         )
     model = LinearViTConfig(
         image_size=data.size,

@@ -1,7 +1,7 @@
-"""Does a run survive being killed? `jaxtok recovery` kills one again and again and compares it with one left in peace.
+"""Does a run survive being killed? `jaxtok recovery` kills one again and again and compares it with an undisturbed one.
 
-SIGKILL comes at random moments: while the program starts, between and in steps, and inside the writing of a checkpoint.
-Afterwards parameters, optimizer state, place in the data and logged numbers have to be the same, bit for bit.
+SIGKILL comes at random moments: while the program starts, between and in steps, and while a checkpoint is written. In
+the end, parameters, optimizer state, position in the data and logged numbers must be the same, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import rich.console
 import rich.progress
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from jaxtok.door import experiment_of
 from jaxtok.training.checkpoints import Checkpoints, load, must_be_free
@@ -40,50 +40,50 @@ CLOCK = (
 
 
 def recovery(
-    config: Positional[str] = "recovery",
+    config: Positional[Annotated[str, arg(metavar="[CONFIG]")]] = "recovery",
     kills: int = 50,
     processes: int = 1,
     workdir: Path = Path("runs/recovery"),
     seed: int = 0,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Kills a run many times, lets it end, and compares it with an undisturbed one, bit for bit.
+    """Kills a run many times, lets it finish, and compares it with an undisturbed one, bit for bit.
 
     Args:
       config: The name or file of the run's config; it should log every step and save often.
-      kills: How often the run is killed; each time it is started again.
+      kills: How often the run is killed; it is started again each time.
       processes: How many processes the run has. One of them is killed, and then the others, as a launcher does.
-      workdir: A new folder for both runs.
-      seed: The seed of the moments.
+      workdir: The new folder for both runs.
+      seed: The seed of the moments at which the run is killed.
       quiet: Whether the progress bar is left out.
 
     Raises:
-      ValueError: a run could not be started again, or ended differently; the message says in what.
+      ValueError: the run could not be started again, or ended differently; the message tells in what.
     """
     must_be_free(workdir)
     total = experiment_of(config, "recovery").total_steps
     workdir.mkdir(parents=True, exist_ok=True)
-    peace, war = workdir / "undisturbed", workdir / "killed"
+    undisturbed, disturbed = workdir / "undisturbed", workdir / "killed"
     console = rich.console.Console(stderr=True)
     with rich.progress.Progress(console=console, disable=quiet or not console.is_terminal) as progress:
         bar = progress.add_task("undisturbed run", total=kills)
-        _end(_Job(config, peace, processes))
+        _end(_Job(config, undisturbed, processes))
         moments = random.Random(seed)
         killed: Counter = Counter()
         for number in range(kills):
             phase = moments.choice(["start", "step", "step", "checkpoint", "checkpoint"])
-            # Later and later in the run, so that all of it is visited and the last life is not the first step's.
+            # The kills come later and later in the run, so that all of it is visited.
             target = int((number + moments.random()) / kills * (total - 4))
-            job = _Job(config, war, processes)
+            job = _Job(config, disturbed, processes)
             progress.update(bar, description=f"kill {number + 1} of {kills}, in a {phase}, at step {target}")
             if job.kill_in(phase, target, moments):
                 killed[phase] += 1
             else:
-                raise ValueError(f"the run ended before kill {number + 1}; give it more steps. {job.last_words()}")
+                raise ValueError(f"the run ended before kill {number + 1}; give it more steps. {job.last_lines()}")
             progress.advance(bar)
-        progress.update(bar, description="the last life")
-        _end(_Job(config, war, processes))
-    differences = compare(peace, war)
+        progress.update(bar, description="the last start")
+        _end(_Job(config, disturbed, processes))
+    differences = compare(undisturbed, disturbed)
     if differences:
         raise ValueError(f"the killed run ended differently in: {', '.join(differences)}; both are in {workdir}.")
     return {
@@ -92,12 +92,12 @@ def recovery(
         **{f"in a {phase}": n for phase, n in sorted(killed.items())},
         "steps": total,
         "lost": 0,
-        "same bits": "parameters, optimizer state, place in the data, logged numbers",
+        "same bits": "parameters, optimizer state, position in the data, logged numbers",
     }
 
 
 def compare(one: Path, other: Path) -> list[str]:
-    """In what two finished runs differ."""
+    """Returns in what two finished runs differ."""
     different = []
     a, b = load(one), load(other)
     if a.meta.step != b.meta.step:
@@ -106,19 +106,19 @@ def compare(one: Path, other: Path) -> list[str]:
         same = jax.tree.structure(x) == jax.tree.structure(y) and jax.tree.all(jax.tree.map(_same_bits, x, y))
         if not same:
             different.append(name)
-    places = []
+    positions = []
     for run in (a, b):
         with Checkpoints(run.directory) as checkpoints:
-            places.append(checkpoints.data(run.meta.step))
-    if places[0] != places[1]:
-        different.append("place in the data")
+            positions.append(checkpoints.data(run.meta.step))
+    if positions[0] != positions[1]:
+        different.append("position in the data")
     if numbers(one) != numbers(other):
         different.append("logged numbers")
     return different
 
 
 def numbers(run: Path) -> list[dict[str, Any]]:
-    """What a run has logged, without what depends on the clock."""
+    """Returns what a run has logged, without what depends on the clock."""
     return [{k: v for k, v in row.items() if k not in CLOCK} for row in read_metrics(run)]
 
 
@@ -128,7 +128,7 @@ def _same_bits(x: Any, y: Any) -> bool:
 
 
 class _Job:
-    """A run in processes of its own."""
+    """A run in its own processes."""
 
     def __init__(self, config: str, workdir: Path, processes: int):
         self.workdir = workdir
@@ -149,7 +149,7 @@ class _Job:
             self._processes.append(subprocess.Popen(command, env=env, stdout=self._log, stderr=self._log))
 
     def kill_in(self, phase: str, target: int, moments: random.Random) -> bool:
-        """Kills it in the phase; False if it ended before."""
+        """Kills it in the phase; returns False if it ended before."""
         if phase == "start":
             end = time.monotonic() + moments.uniform(0.0, 8.0)
             return self._kill(lambda: time.monotonic() >= end, 0.0, moments)
@@ -171,7 +171,7 @@ class _Job:
         return True
 
     def _step(self) -> int:
-        """The newest step that was logged."""
+        """Returns the newest step that was logged; -1 if there is none."""
         try:
             with (self.workdir / "metrics.jsonl").open("rb") as file:
                 file.seek(max(0, file.seek(0, 2) - 2000))
@@ -186,7 +186,7 @@ class _Job:
             return False
 
     def end(self, seconds: float) -> int:
-        """Waits so long, then kills what is left; the first exit code that is not 0."""
+        """Waits so long, then kills what is left; returns the first exit code that is not 0."""
         codes = []
         for process in self._processes:
             try:
@@ -197,11 +197,11 @@ class _Job:
         self._log.close()
         return next((code for code in codes if code), 0)
 
-    def last_words(self) -> str:
+    def last_lines(self) -> str:
         text = Path(self._log.name).read_text(errors="replace").strip().splitlines()
         return "Its last lines: " + " / ".join(text[-3:])
 
 
 def _end(job: _Job) -> None:
     if code := job.end(3600):
-        raise ValueError(f"the run ended with {code}. {job.last_words()}")
+        raise ValueError(f"the run ended with exit code {code}. {job.last_lines()}")

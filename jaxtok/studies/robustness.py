@@ -20,18 +20,18 @@ from jaxtok.tokenizers.words import WordSplitter
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Robustness:
-    """Bits per byte and word accuracy on held-out text, clean and with each noise: `bits_per_byte_swap_0.1`, ...
+    """Measures bits per byte and word accuracy of held-out text, clean and with each noise (`word_accuracy_swap_0.1`).
 
-    A word counts as right if each of its bytes is the likeliest behind the true ones before. Models of tokens are asked
-    about the same words: a word is right if all tokens are that have some of its bytes.
+    A word counts as right if each of its bytes is the likeliest after the true bytes before it. Models of tokens are
+    measured on the same words: a word is right if all tokens with any of its bytes are right.
     """
 
     noises: tuple[Noise, ...] = ()
     splitter: WordSplitter = WordSplitter(max_word_size=16)
-    """The words; as a word model's data has them."""
+    """What words are, as in the data of a word model."""
     split: str = "test"
     bytes: int = 0
-    """About so many bytes of text; 0: the whole split."""
+    """About how many bytes of text are measured; 0: the whole split."""
 
     def __call__(self, task: Any, params: Params, data: TextData) -> dict[str, float]:
         found = {}
@@ -59,16 +59,16 @@ class Robustness:
 def flat_word_accuracy(
     task: LanguageModeling, params: Params, batches: Iterable[Batch], tokenizer: Tokenizer, splitter: WordSplitter
 ) -> float:
-    """The share of words whose bytes a model of tokens gets right; of those that are whole in their row."""
+    """Returns the share of words whose bytes a model of tokens gets right, among those that are whole in their row."""
     right = words = 0
     for batch in batches:
         hits = np.asarray(_hits(task, params, batch))
         for row in range(len(hits)):
             for segment in range(1, batch["segments"][row].max() + 1):
-                places = np.flatnonzero(batch["segments"][row] == segment)
-                inputs, targets = batch["tokens"][row, places], batch["targets"][row, places]
+                positions = np.flatnonzero(batch["segments"][row] == segment)
+                inputs, targets = batch["tokens"][row, positions], batch["targets"][row, positions]
                 pieces = [b"" if t == tokenizer.eod_id else tokenizer.token_bytes(int(t)) for t in targets]
-                ok = np.repeat(hits[row, places], [len(piece) for piece in pieces])
+                ok = np.repeat(hits[row, positions], [len(piece) for piece in pieces])
                 found = splitter.split(b"".join(pieces))
                 ends = np.cumsum([0, *map(len, found)])
                 whole = slice(int(inputs[0] != tokenizer.eod_id), len(found) - int(targets[-1] != tokenizer.eod_id))

@@ -1,4 +1,4 @@
-"""Measures of models of masked words: how much errors in characters cost, and whether their states tell texts apart."""
+"""Measures for models of masked words: what errors in characters cost, and whether their states tell texts apart."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxtok.studies.probes import PACKAGES, linear_probe, package_rows
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InputSize:
-    """input_params: numbers between the text and the vectors of what the body reads."""
+    """Measures `input_params`: how many parameters there are between the text and the vectors that the body reads."""
 
     def __call__(self, task: WordModeling, params: Params, data: WordPieceText) -> dict[str, float]:
         return {"input_params": float(task.input_params())}
@@ -24,14 +24,14 @@ class InputSize:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WordNoise:
-    """What reading words with errors costs: `nats_per_word_N` at N % of them, and `rise_N` over none.
+    """Measures what errors in words cost: `nats_per_word_N` with errors in N % of them, and `rise_N` over none.
 
     The words that are predicted are the true ones, and errors are the same for every model.
     """
 
     rates: tuple[float, ...] = (0.1, 0.2, 0.4)
     batches: int = 64
-    """Of the test split; 0: all."""
+    """The number of batches of the test split; 0: all."""
 
     def __call__(self, task: WordModeling, params: Params, data: WordPieceText) -> dict[str, float]:
         def nats(rate):
@@ -47,15 +47,15 @@ class WordNoise:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackageOfWords:
-    """From which package of Python's library is a row? Logistic regression on the task's `features`, which stay.
+    """Measures how well logistic regression on the task's `features` tells from which of Python's packages a row is.
 
-    Learned from the training files' rows as they are. `package_accuracy` is on rows of the test files, where each
-    package counts the same, and `package_accuracy_N` with errors in N % of the words.
+    It learns from clean rows of the training files. `package_accuracy` is that on rows of the test files, where each
+    package counts the same, and `package_accuracy_N` that with errors in N % of the words.
     """
 
     packages: tuple[str, ...] = PACKAGES
     rows: int = 192
-    """Of each package, for training; fewer where it has fewer."""
+    """The number of rows of each package for training; fewer if it has fewer."""
     test_rows: int = 64
     rates: tuple[float, ...] = (0.1, 0.2, 0.4)
 
@@ -85,7 +85,7 @@ _features = jax.jit(lambda task, params, batch: task.features(params, batch), st
 
 
 def rows_of(data: WordPieceText, packages: Sequence[str], split: str, count: int) -> tuple[Batch, np.ndarray]:
-    """Full rows of the packages' files, as `package_rows` has them, and their labels."""
+    """Returns full rows of the packages' files, as `package_rows` does, and their labels."""
 
     def rows(document):
         items = data.items(document)

@@ -30,8 +30,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     """The tokenizer that `spec` names.
 
     bytes                 the 256 bytes
-    byt5                  the same as ByT5 numbers them (`ByT5Tokenizer`)
-    letters, ascii        a small alphabet alone (`AlphabetTokenizer`)
+    byt5                  the 256 bytes with ByT5's ids (`ByT5Tokenizer`)
+    letters, ascii        a small alphabet only (`AlphabetTokenizer`)
     characters:ALPHABET   these characters, and bytes for all others
     PATH                  a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one
 
@@ -49,21 +49,21 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         return ByT5Tokenizer()
     path = Path(spec)
     if path.is_dir():
-        found = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else sorted(path.glob("*.model"))
-        if not found:
-            raise FileNotFoundError(f"{path} holds no tokenizer.json and no *.model: give the path of a tokenizer")
-        if len(found) > 1:
-            raise ValueError(f"{path} holds {len(found)} *.model files: give the path of one of them")
-        path = found[0]
+        files = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else sorted(path.glob("*.model"))
+        if not files:
+            raise FileNotFoundError(f"{path} holds no tokenizer.json and no *.model; give the path of a tokenizer.")
+        if len(files) > 1:
+            raise ValueError(f"{path} holds {len(files)} *.model files; give the path of one of them.")
+        path = files[0]
     if not path.is_file():
         raise FileNotFoundError(
-            f"no tokenizer {str(spec)!r}: give 'bytes', 'byt5', a *.model, a tokenizer.json or a folder"
+            f"there is no tokenizer {str(spec)!r}; give 'bytes', 'byt5', a *.model, a tokenizer.json or a folder."
         )
     if path.suffix == ".model":
         return SentencePieceTokenizer(path)
     if path.suffix == ".json":
         return HuggingFaceTokenizer(path)
-    raise ValueError(f"{path} is neither a *.model nor a *.json: give a SentencePiece or Hugging Face tokenizer")
+    raise ValueError(f"{path} is neither a *.model nor a *.json; give a SentencePiece or Hugging Face tokenizer.")
 
 
 def token_byte_lengths(tokenizer: Tokenizer) -> np.ndarray:

@@ -17,12 +17,13 @@ _SPECIAL = re.compile(r"\s*(<pad>|</s>|<unk>)\s*|(<extra_id_(?:[0-9]|[1-9][0-9]|
 
 
 class ByT5Tokenizer:
-    """A byte is its value + 3; 0 pads, 1 ends a text, 2 is never made from bytes; 259 to 383 are <extra_id_0..124>.
+    """The id of a byte is its value + 3; 0 is padding, 1 ends a text, 2 stands for no byte; 259 to 383 are
+    <extra_id_0..124>.
 
     Args:
-        special: what strings such as "</s>" and "<extra_id_3>" in a text are. bytes: text, so that any text survives;
-            ids: the tokens of these names, as Hugging Face's tokenizer has it, where <pad>, </s> and <unk> also
-            swallow the blanks around them.
+        special: what strings such as "</s>" and "<extra_id_3>" in a text mean. bytes: they are text, so that any text
+            survives; ids: they are the tokens of these names, as in Hugging Face's tokenizer, where <pad>, </s> and
+            <unk> also swallow the blanks around them.
 
     Raises:
         ValueError: `special` is neither.
@@ -40,7 +41,7 @@ class ByT5Tokenizer:
         self._strings = {i: name.encode() for name, i in _NAMES.items()} if special == "ids" else {}
 
     def encode(self, text: str | bytes) -> list[int]:
-        """Without an end."""
+        """The ids of a text, without the end."""
         if self._special == "bytes":
             return _bytes(text)
         text = text.decode(errors="surrogateescape") if isinstance(text, bytes) else text
@@ -52,7 +53,7 @@ class ByT5Tokenizer:
         return ids + _bytes(text[done:])
 
     def encode_text(self, text: str | bytes) -> list[int]:
-        """With the end, unless there is one, as models read it."""
+        """The ids of a text with an end (only one, if it has one already), as models read it."""
         ids = self.encode(text)
         return ids if ids[-1:] == [EOS] else [*ids, EOS]
 
@@ -60,7 +61,7 @@ class ByT5Tokenizer:
         return b"".join(map(self.token_bytes, ids))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The byte; of a special token nothing, or its name if names are read as tokens."""
+        """The byte of a token; for a special token nothing, or its name if `special` is ids."""
         if FIRST_BYTE <= token_id < _FIRST_EXTRA:
             return bytes([token_id - FIRST_BYTE])
         return self._strings.get(token_id, b"")

@@ -1,4 +1,4 @@
-"""Words as rows of byte symbols: BERT's rule of what a word is, and arrays of them."""
+"""Words as rows of byte symbols: BERT's rule for words, and arrays of words."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import regex
 
 PAD, CLS, SEP, MASK, UNK = range(256, 261)
-"""Words of one symbol, behind the 256 bytes: padding, a text's first and last word, a masked and an unknown one."""
+"""Symbols after the 256 bytes, each a word of its own: padding, the first and last word of a text, a masked word and an
+unknown word."""
 
 _DROPPED = regex.compile(r"[[\p{Cc}\p{Cf}\uFFFD]--[\t\n\r]]", regex.VERSION1)
 _IDEOGRAPH = (
@@ -20,7 +21,7 @@ _WORD = regex.compile(rf"[{_ALONE}]|[^\s{_ALONE}]+")
 
 
 def basic_words(text: str | bytes) -> list[bytes]:
-    """The words of BERT's basic tokenizer without lower-casing: at whitespace, punctuation and CJK characters.
+    """The words of BERT's basic tokenizer without lower-casing, cut at whitespace, punctuation and CJK characters.
 
     Punctuation and ideographs are words of their own; control characters are dropped. Bytes that are not UTF-8 are kept
     as parts of words.
@@ -30,20 +31,20 @@ def basic_words(text: str | bytes) -> list[bytes]:
 
 
 def word_array(words: Sequence[bytes | int], max_bytes: int) -> tuple[np.ndarray, int]:
-    """Symbols of words, int32 [words, max_bytes], padded with PAD; and how many words were cut.
+    """The symbols of words, int32 [words, max_bytes], padded with PAD; and how many words were cut.
 
     Args:
-      words: bytes, of which the empty ones become UNK; or one of the symbols at the top of this module.
-      max_bytes: what is beyond is cut.
+      words: each is bytes (empty ones become UNK), or one of the symbols at the top of this module.
+      max_bytes: the most bytes of a word; further ones are cut off.
 
     Raises:
-      ValueError: a number that is none of the symbols.
+      ValueError: a number is none of the symbols.
     """
     array, cut = np.full((len(words), max_bytes), PAD, np.int32), 0
     for row, word in zip(array, words):
         if isinstance(word, int):
             if not PAD <= word <= UNK:
-                raise ValueError(f"a word is the number {word}; a number stands for a symbol, {PAD} to {UNK}.")
+                raise ValueError(f"a word is the number {word}; numbers must be symbols, {PAD} to {UNK}.")
             row[0] = word
         elif not word:
             row[0] = UNK
@@ -56,14 +57,14 @@ def word_array(words: Sequence[bytes | int], max_bytes: int) -> tuple[np.ndarray
 def collate(
     texts: Sequence[Sequence[bytes | int]], max_bytes: int, length: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
-    """Symbols [texts, length, max_bytes], the masks of real symbols and of words, and how many words were cut.
+    """The symbols [texts, length, max_bytes], the masks of real symbols and of words, and how many words were cut.
 
     A padding word has one real symbol, so that its vector is defined.
 
     Args:
-      texts: words of each text; give [CLS] and [SEP] as symbols.
-      max_bytes: of a word.
-      length: words of a row; 0: those of the longest text.
+      texts: the words of each text; give [CLS] and [SEP] as symbols.
+      max_bytes: the most bytes of a word.
+      length: the number of words in a row; 0: that of the longest text.
 
     Raises:
       ValueError: a text is longer than `length`.
@@ -71,7 +72,7 @@ def collate(
     longest = max(map(len, texts), default=0)
     length = length or longest
     if longest > length:
-        raise ValueError(f"a text has {longest} words, but there is room for {length}; cut it, or give more room.")
+        raise ValueError(f"length is {length}; it must be at least {longest}, the words of the longest text.")
     ids, cut = np.full((len(texts), length, max_bytes), PAD, np.int32), 0
     for row, text in zip(ids, texts):
         row[: len(text)], more = word_array(text, max_bytes)
@@ -81,5 +82,5 @@ def collate(
 
 
 def symbol_mask(ids: np.ndarray) -> np.ndarray:
-    """True for the symbols of a word, and for the first one of padding."""
+    """True for the symbols of a word, and for the first symbol of a padding word."""
     return (ids != PAD) | (np.arange(ids.shape[-1]) == 0)

@@ -1,4 +1,4 @@
-"""Characters as tokens: of an alphabet alone, or with bytes for all others."""
+"""Characters of an alphabet as tokens, with or without bytes for all other characters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class CharacterTokenizer(LosslessTokenizer):
     """Ids 0, 1, ... are the characters of an alphabet in its order; then come the 256 bytes, and the end of a document.
 
     Raises:
-        ValueError: a character is there twice.
+        ValueError: the alphabet has a character twice.
     """
 
     def __init__(self, alphabet: str):
@@ -23,7 +23,7 @@ class CharacterTokenizer(LosslessTokenizer):
         self._ids = {char: i for i, char in enumerate(alphabet)}
         if len(self._ids) < len(alphabet):
             twice = next(char for char in alphabet if alphabet.count(char) > 1)
-            raise ValueError(f"the alphabet has {twice!r} twice: name every character once")
+            raise ValueError(f"the alphabet has {twice!r} twice; it must have every character once.")
         pieces = [char.encode() for char in alphabet] + [bytes([byte]) for byte in range(256)] + [b""]
         byte_ids = {byte: len(alphabet) + byte for byte in range(256)}
         super().__init__(f"{len(alphabet)} characters", pieces, byte_ids, len(pieces) - 1)
@@ -46,7 +46,7 @@ class AlphabetTokenizer(LosslessTokenizer):
     letters   a to z are 0 to 25, space is 26, and 27 ends a document
     ascii     each character is its code, and the code 0 ends a document
 
-    Other text is refused; `reduce` makes text of the alphabet from any.
+    Other text is refused; `reduce` reduces any text to the alphabet.
 
     Raises:
         ValueError: the name is unknown.
@@ -54,7 +54,7 @@ class AlphabetTokenizer(LosslessTokenizer):
 
     def __init__(self, name: str):
         if name not in ALPHABETS:
-            raise ValueError(f"alphabet {name!r}: choose one of {', '.join(ALPHABETS)}")
+            raise ValueError(f"the alphabet is {name!r}; it must be one of {', '.join(ALPHABETS)}.")
         self._alphabet, eod_id, self._reduce = ALPHABETS[name]
         pieces = [bytes([code]) for code in self._alphabet]
         super().__init__(name, [*pieces[:eod_id], b"", *pieces[eod_id:]], {}, eod_id)
@@ -67,8 +67,8 @@ class AlphabetTokenizer(LosslessTokenizer):
         return type(self), (self.name,)
 
     def reduce(self, text: str | bytes) -> bytes:
-        """The text in the alphabet. letters: in lower case, with a space for each run of other bytes; ascii: without
-        other bytes."""
+        """The text reduced to the alphabet. letters: lower case, with a space for each run of other bytes; ascii:
+        without other bytes."""
         return self._reduce(text.encode() if isinstance(text, str) else text)
 
     def _encode_text(self, text: str) -> list[int]:
@@ -87,4 +87,4 @@ ALPHABETS: dict[str, tuple[bytes, int, Callable[[bytes], bytes]]] = {
     "letters": (string.ascii_lowercase.encode() + b" ", 27, _letters),
     "ascii": (bytes(range(1, 128)), 0, _ascii),
 }
-"""By name: the alphabet, the id that ends a document, and how other text is reduced to it."""
+"""For each name, the alphabet, the id that ends a document, and the function that reduces other text to it."""

@@ -15,7 +15,7 @@ from jaxtok.tokenizers.lossless import LosslessTokenizer
 
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>")
 TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<end_of_turn>")
-"""End a part of a chat, and so a text, beside the end of a document."""
+"""Tokens that end a turn of a chat, and so a text, besides the end of a document."""
 BEGINNINGS = ("<s>", "<bos>", "<|begin_of_text|>", "[CLS]")
 PADS = ("<pad>", "[PAD]", "<|pad|>", "<|finetune_right_pad_id|>")
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -24,8 +24,8 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 class HuggingFaceTokenizer(LosslessTokenizer):
     """A `tokenizer.json`, or the folder that holds one: byte-level (GPT-2), byte fallback (Llama) and others.
 
-    A tokenizer that writes a space in front of a text still does ("Hello" is "▁Hello"), and `decode` drops it. No
-    special tokens are added.
+    A tokenizer that writes a space before a text still does ("Hello" is "▁Hello"), and `decode` drops it. No special
+    tokens are added.
 
     Args:
         path: the file or folder.
@@ -41,16 +41,16 @@ class HuggingFaceTokenizer(LosslessTokenizer):
         file = Path(path).absolute()
         file = file / "tokenizer.json" if file.is_dir() else file
         if not file.is_file():
-            raise FileNotFoundError(f"no tokenizer at {path}: give a tokenizer.json, or the folder that holds one")
+            raise FileNotFoundError(f"there is no tokenizer at {path}; give a tokenizer.json or the folder of one.")
         self._args = (file, eod)
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
             steps = {key: config.get(key) for key in ("normalizer", "pre_tokenizer")}
-            bare = _without_prefix(steps)  # the prefix is written by `encode` instead, once a text
+            bare = _without_prefix(steps)  # `encode` writes the prefix instead, once per text
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**config, **bare}))
         except Exception as error:  # the library raises plain Exceptions
-            raise ValueError(f"{path} is not a tokenizer.json ({error}): give another file") from error
-        self._tokenizer.encode_special_tokens = True  # i.e. as ordinary text
+            raise ValueError(f"{path} is not a tokenizer.json ({error}); give another file.") from error
+        self._tokenizer.encode_special_tokens = True  # their strings are encoded as ordinary text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
@@ -58,7 +58,9 @@ class HuggingFaceTokenizer(LosslessTokenizer):
         names = EOD_NAMES if eod is None else (eod,)
         eod_id = next((vocab[name] for name in names if name in vocab), None)
         if eod_id is None:
-            raise ValueError(f"{path} has none of the tokens {', '.join(names)}: name its end-of-document token as eod")
+            raise ValueError(
+                f"{path} has none of the tokens {', '.join(names)}; name its end-of-document token as eod."
+            )
         byte_ids = {int(match[1], 16): i for name, i in vocab.items() if (match := _BYTE.fullmatch(name))}
         self._merges, self._spell = config["model"].get("merges") or [], _speller(config)
         pieces = _pieces(config, vocab, self._spell)
@@ -87,7 +89,7 @@ class HuggingFaceTokenizer(LosslessTokenizer):
 
 
 def _without_prefix(step: Any) -> Any:
-    """The configuration of the steps, none of which writes a space in front of a text."""
+    """The configuration of the steps, changed so that none of them writes a space before a text."""
     if isinstance(step, list):
         return [_without_prefix(s) for s in step if not (isinstance(s, dict) and s.get("type") == "Prepend")]
     if not isinstance(step, dict):
@@ -99,7 +101,7 @@ def _without_prefix(step: Any) -> Any:
 
 
 def _speller(config: dict[str, Any]) -> Callable[[str], bytes]:
-    """From the name of a token to its bytes, by the steps that made them."""
+    """The function that maps the name of a token to its bytes, by the steps of the tokenizer."""
     model = config["model"]
     steps = json.dumps([config.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")], ensure_ascii=False)
     before, after = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
@@ -134,7 +136,7 @@ def _pieces(config: dict[str, Any], vocab: dict[str, int], spell: Callable[[str]
 
 
 def _byte_level_alphabet() -> dict[str, int]:
-    """The characters by which GPT-2 spells bytes: themselves where they print, else from U+0100 on."""
+    """The characters by which GPT-2 spells bytes: the byte's own character if it prints, else one from U+0100 on."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

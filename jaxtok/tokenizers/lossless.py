@@ -1,4 +1,4 @@
-"""What makes a tokenizer library lossless: its own tokens where they decode to the text, and byte tokens elsewhere."""
+"""Makes a tokenizer library lossless: its own tokens if they decode to the text, and byte tokens elsewhere."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class LosslessTokenizer:
     single characters, and these become byte tokens. Text is never taken for a special token.
 
     Args:
-        name: for logs.
-        pieces: the bytes that each token stands for, by id; none for special and unknown tokens.
-        byte_ids: tokens that stand for single bytes, by byte value; can be incomplete or empty.
+        name: a name for logs and errors.
+        pieces: the bytes of each token, by id; none for special and unknown tokens.
+        byte_ids: the tokens of single bytes, by byte value; can be incomplete or empty.
         eod_id: the token that ends a document.
         prefix: what the published tokenizer writes before every text, b" " or b"". `decode` drops it.
         special: the special tokens, of which the first `eos` is `eod_id`; default: there is no other.
@@ -48,7 +48,7 @@ class LosslessTokenizer:
         return list(self._pieces)
 
     def _encode_text(self, text: str) -> list[int]:
-        """The library's own ids for valid text, with nothing written in front of it."""
+        """The library's own ids for valid text, with nothing written before it."""
         raise NotImplementedError
 
     def encode(self, text: str | bytes) -> list[int]:
@@ -71,7 +71,7 @@ class LosslessTokenizer:
         return b"".join(self._pieces[i] for i in ids).removeprefix(self._prefix)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes a token stands for, a prefix's included; special tokens stand for none."""
+        """The bytes of a token, with the prefix if it has one; special tokens have none."""
         return self._pieces[token_id]
 
     def _encode_run(self, text: str) -> list[int]:
@@ -83,7 +83,7 @@ class LosslessTokenizer:
         if len(text) == 1:
             return self._encode_bytes(text)
         half = len(text) // 2
-        cut = max(text.rfind(" ", 1, half), text.rfind("\n", 1, half))  # words stay whole where they can
+        cut = max(text.rfind(" ", 1, half), text.rfind("\n", 1, half))  # words stay whole if possible
         cut = half if cut < 0 else cut
         return self._encode_run(text[:cut]) + self._encode_run(text[cut:])
 
@@ -92,6 +92,6 @@ class LosslessTokenizer:
             return [self._byte_ids[byte] for byte in text.encode(errors="surrogateescape")]
         except KeyError:
             raise ValueError(
-                f"the vocabulary of {self.name} cannot represent the character {text!a}: "
-                "choose a tokenizer with byte tokens (byte-level or byte fallback), or take it out of the text"
+                f"the vocabulary of {self.name} cannot represent the character {text!a}; "
+                "choose a tokenizer with byte tokens (byte-level or byte fallback), or remove it from the text."
             ) from None

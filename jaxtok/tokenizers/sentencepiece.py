@@ -16,14 +16,14 @@ from jaxtok.tokenizers.lossless import LosslessTokenizer
 
 EOD = "<|endoftext|>"
 _CHUNK = 1000  # characters: at most 4,000 bytes, below SentencePiece's limit of 4,192 for a training sentence
-_SENTENCES = 2_000_000  # a sample of so many lines is held in memory to train
+_SENTENCES = 2_000_000  # the lines that training holds in memory, a sample
 
 
 class SentencePieceTokenizer(LosslessTokenizer):
     """A `*.model` file of any type.
 
     A model with a dummy prefix tokenises the beginning of a text as published ("Hello" is "▁Hello"). Runs of spaces are
-    kept, also by models that were trained to remove them.
+    kept, even by models that were trained to remove them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -33,21 +33,21 @@ class SentencePieceTokenizer(LosslessTokenizer):
     def __init__(self, path: str | Path):
         self._path = Path(path).absolute()
         if not self._path.is_file():
-            raise FileNotFoundError(f"no SentencePiece model at {path}: give the path of a *.model file")
+            raise FileNotFoundError(f"there is no SentencePiece model at {path}; give the path of a *.model file.")
         model = ModelProto()
         try:
             model.ParseFromString(self._path.read_bytes())
             prefix = b" " if model.normalizer_spec.add_dummy_prefix else b""
-            model.normalizer_spec.add_dummy_prefix = False  # written by `encode` instead, once a text
+            model.normalizer_spec.add_dummy_prefix = False  # `encode` writes it instead, once per text
             model.normalizer_spec.remove_extra_whitespaces = False
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         except Exception as error:  # protobuf's DecodeError or SentencePiece's RuntimeError
-            raise ValueError(f"{path} is not a SentencePiece model ({error}): give another *.model file") from error
+            raise ValueError(f"{path} is not a SentencePiece model ({error}); give another *.model file.") from error
         names = [piece.piece for piece in model.pieces]
         eod = self._processor.eos_id()
         if eod < 0:
             if EOD not in names:
-                raise ValueError(f"{path} has no end-of-sentence token: train it with eos_id, or with a piece {EOD}")
+                raise ValueError(f"{path} has no end-of-sentence token; train it with eos_id, or with a piece {EOD}.")
             eod = names.index(EOD)
         kind = ModelProto.SentencePiece
         byte_ids = {int(p.piece[3:-1], 16): i for i, p in enumerate(model.pieces) if p.type == kind.BYTE}
@@ -79,10 +79,11 @@ def train_sentencepiece(
     training sentences; bytes that are not UTF-8 are replaced.
 
     Raises:
-        ValueError: the type is unknown, the texts are too small for the vocabulary, or it for their characters.
+        ValueError: the type is unknown, the texts are too small for the vocabulary, or it is too small for their
+            characters.
     """
     if model_type not in ("unigram", "bpe"):
-        raise ValueError(f"model_type={model_type!r}: choose 'unigram' or 'bpe'")
+        raise ValueError(f"model_type is {model_type!r}; it must be unigram or bpe.")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -120,9 +121,9 @@ def _sentences(texts: Iterable[str | bytes]) -> Iterator[str]:
 
 def _advice(message: str, vocab_size: int) -> str:
     if most := re.search(r"value <= (\d+)", message):
-        return f"the texts are too small for vocab_size={vocab_size}: choose at most {most[1]}, or give more text"
+        return f"vocab_size is {vocab_size}; for these texts it must be at most {most[1]}: lower it, or give more text."
     if least := re.search(r"\d+ vs (\d+)", message):
-        return f"vocab_size={vocab_size} is too small for the characters of the texts: choose more than {least[1]}"
+        return f"vocab_size is {vocab_size}; for the characters of the texts it must be more than {least[1]}."
     if "sentences_.empty()" in message:
-        return "the texts are empty: give some text to train a SentencePiece model"
-    return f"SentencePiece cannot train with vocab_size={vocab_size}: {message}"
+        return "the texts are empty; give some text to train a SentencePiece model."
+    return f"SentencePiece cannot train with vocab_size = {vocab_size}: {message}"

@@ -1,11 +1,11 @@
-"""Words: where hierarchical models cut a text. A rule for whole texts, and one byte by byte for generation.
+"""Words: where hierarchical models cut a text, as a whole, or byte by byte for generation. There are two rules:
 
-whitespace  a word and the whitespace behind it, \\S*\\s+ or \\S+ (HAT, arXiv 2501.10322)
-unicode     Unicode's word boundaries (UAX #29), cut again behind punctuation and in camelCase, with one space in front
-            (the released HAT models, arXiv 2603.15953)
+whitespace  a word and the whitespace after it, \\S*\\s+ or \\S+ (HAT, arXiv 2501.10322)
+unicode     Unicode's word boundaries (UAX #29), cut again after punctuation and in camelCase; one space before a word
+            belongs to it (the released HAT models, arXiv 2603.15953)
 
-The `hat-splitter` wheel, where it is installed, does the unicode rule faster; only code points that its version of
-Unicode does not know may be cut elsewhere.
+The `hat-splitter` wheel, if it is installed, applies the unicode rule faster; only code points that its version of
+Unicode does not know may be cut differently.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ except ImportError:
 
 RULES = ("whitespace", "unicode")
 NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
-"""The bytes that no valid text has; special tokens are put there."""
+"""The bytes that do not occur in valid text; special tokens have these."""
 
 _SPACE = r"\p{White_Space}"
 _WHITESPACE_WORD = regex.compile(rf"[^{_SPACE}]*[{_SPACE}]+|[^{_SPACE}]+")
 _IS_SPACE = regex.compile(rf"[{_SPACE}]+")
 _IS_PUNCTUATION = regex.compile(r"\p{P}")
 _CUT = regex.compile(r"(?<=\p{P})|(?<=\p{Ll})(?=\p{Lu})")
-_ASCII_WORD = regex.compile(  # what the unicode rule comes to in a line of ASCII
+_ASCII_WORD = regex.compile(  # the unicode rule for a line of ASCII
     r" {2,}|\r\n|[\t-\r]|"
     r" ?(?:[A-Z0-9]+[a-z]*(?:[0-9][A-Z0-9]*[a-z]*)*|[a-z]+(?:[0-9][A-Z0-9]*[a-z]*)*|[^A-Za-z0-9\t-\r\p{P} ])?\p{P}*"
 )
@@ -42,24 +42,24 @@ _LINE = regex.compile(r"[^\n]*\n|[^\n]+")
 
 @dataclasses.dataclass(frozen=True)
 class WordSplitter:
-    """Cuts any bytes into words, which joined are the bytes again.
+    """Cuts any bytes into words; joined, the words are the bytes again.
 
     Raises:
-        ValueError: an unknown rule, or words of no byte.
+        ValueError: the rule is unknown, or `max_word_size` is below 1.
     """
 
     rule: Literal["whitespace", "unicode"] = "whitespace"
     max_word_size: int = 100
-    """Bytes; a longer word is cut in front of the last character that begins within them."""
+    """The most bytes of a word. A longer one is cut before the last character that begins within them."""
 
     def __post_init__(self):
         if self.rule not in RULES:
-            raise ValueError(f"rule={self.rule!r}: choose one of {', '.join(RULES)}")
+            raise ValueError(f"rule is {self.rule!r}; it must be one of {', '.join(RULES)}.")
         if self.max_word_size < 1:
-            raise ValueError(f"max_word_size={self.max_word_size}: choose at least 1")
+            raise ValueError(f"max_word_size is {self.max_word_size}; it must be at least 1.")
 
     def split(self, text: str | bytes) -> list[bytes]:
-        """The words of a whole text. Where bytes are not UTF-8, the unicode rule is that of `stream`."""
+        """The words of a whole text. If it is not UTF-8, the words of the unicode rule are those of `stream`."""
         if self.rule == "whitespace":
             data = text if isinstance(text, bytes) else _encode(text)
             words: Iterable[str] = _WHITESPACE_WORD.findall(data.decode(errors="surrogateescape"))
@@ -72,13 +72,13 @@ class WordSplitter:
         return [part for word in words for part in limited(_encode(word), self.max_word_size)]
 
     def opens(self, word: bytes, byte: int) -> int:
-        """With how many of its last bytes the open word and one more begin a new word; 0: they do not.
+        """How many of the last bytes of the open `word` followed by `byte` begin a new word; 0: none.
 
-        The streamed rule of the authors (`check_byte_for_new_word`): a character counts when it is complete, and then
-        all its bytes move; a byte that cannot begin a character is a word; bytes that go wrong later run on. On a text,
-        its words are those of `split` but in three cases, where a character changes what is in front of it: U+2044
-        between digits; a combining mark, emoji modifier or joiner behind punctuation or whitespace; a character that
-        lies across max_word_size.
+        This is the authors' streamed rule (`check_byte_for_new_word`): a character counts once it is complete, and then
+        all its bytes move to the new word; a byte that cannot begin a character is a word; a sequence that turns out
+        invalid later continues its word. On a text, its words are those of `split` except in three cases, in which a
+        character changes a cut before it: U+2044 between digits; a combining mark, emoji modifier or joiner after
+        punctuation or whitespace; a character that lies across max_word_size.
         """
         if not word:
             return 0
@@ -87,7 +87,7 @@ class WordSplitter:
         return _opens(self.rule, word + bytes([byte]))
 
     def stream(self, data: bytes) -> list[bytes]:
-        """The words as generation finds them, byte by byte; defined for any bytes."""
+        """The words of any bytes, as generation cuts them byte by byte."""
         words, word = [], b""
         for byte in data:
             new, word = self.opens(word, byte), word + bytes([byte])
@@ -98,7 +98,7 @@ class WordSplitter:
 
 
 def unicode_rule(text: str) -> Iterator[str]:
-    """The words of the unicode rule. Lines do not depend on each other; those in ASCII need no tables."""
+    """The words by the unicode rule. Lines do not depend on each other, and lines of ASCII need no Unicode tables."""
     for line in _LINE.findall(text):
         yield from _line(line)
 
@@ -113,7 +113,7 @@ def _line(line: str) -> tuple[str, ...]:
 
 
 def _by_definition(text: str) -> Iterator[str]:
-    """UAX #29, the further cuts, then groups: [space] word [punctuation ...]."""
+    """The words by definition: UAX #29, then the further cuts, then groups of [space] word [punctuation ...]."""
     group, kind = "", "none"
     for piece in _pieces(text):
         if piece == " ":
@@ -167,7 +167,7 @@ def _opens(rule: str, data: bytes) -> int:
 
 
 def limited(word: bytes, limit: int) -> Iterator[bytes]:
-    """A word in parts of at most `limit` bytes, cut between characters; within one that is longer itself."""
+    """The parts of a word, each of at most `limit` bytes. It is cut between characters, or within a longer one."""
     while len(word) > limit:
         cut = limit
         while cut and word[cut] & 0xC0 == 0x80:
@@ -183,18 +183,16 @@ def _encode(text: str) -> bytes:
 
 
 def split_specials(splitter: WordSplitter, text: str | bytes, specials: Mapping[str, int]) -> list[bytes]:
-    """The words of a text in which the strings of special tokens stand for those (never so in a user's text).
+    """The words of a text in which the names of special tokens stand for these tokens. (Do not use it on users' text.)
 
-    Strings are tried in the order of `specials`; each becomes a word of its one byte.
+    Names are tried in the order of `specials`; each becomes a word of one byte, that of its token.
 
     Raises:
         ValueError: a special token's byte can occur in text.
     """
     for name, byte in specials.items():
         if byte not in NEVER_IN_UTF8:
-            raise ValueError(
-                f"the special token {name!r} is byte {byte}, which text has; choose one of {NEVER_IN_UTF8}"
-            )
+            raise ValueError(f"the special token {name!r} is byte {byte}; it must be one of {NEVER_IN_UTF8}.")
     if not specials:
         return splitter.split(text)
     words: list[bytes] = []

@@ -1,4 +1,4 @@
-"""Checkpoints with Orbax: parameters, optimizer state, place in the data, and the config, written in the background.
+"""Checkpoints with Orbax: parameters, optimizer state, position in the data, and config, written in the background.
 
 A run's folder holds config.json and checkpoints/STEP/{params, opt_state, data, meta}.
 """
@@ -35,23 +35,23 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a checkpoint says of itself."""
+    """What a checkpoint holds besides arrays."""
 
     step: int
-    """Updates so far."""
+    """How many updates there were."""
     stage: int
-    """How many of the run's surgeries it has had."""
+    """How many of the run's surgeries there were."""
     stage_start: int
     """The step at which this stage began."""
     task: Any
-    """As it was then: a surgery changes it."""
+    """The task at that step; surgeries change it."""
     experiment: Experiment
     data: Any = None
-    """As they were then: a surgery may change them. None, from before surgeries did: the experiment's."""
+    """The data at that step; surgeries may change them. None, in checkpoints of older versions: the experiment's."""
     elapsed: float = 0.0
-    """Seconds of training so far."""
+    """How many seconds were spent on training."""
     flops: float = 0.0
-    """Model FLOPs spent on training so far."""
+    """How many model FLOPs were spent on training."""
     evaluated: int = -1
     """The step of the last evaluation."""
 
@@ -65,7 +65,7 @@ class Damaged(ValueError):
 
 
 class Checkpoints:
-    """The checkpoints of one run; use as a context manager, which waits for what is still being written.
+    """The checkpoints of one run; a context manager, whose end waits for what is still being written.
 
     What is restored is compared with checksums of what was saved. The checksums are of values, so they hold for any
     number of processes and any mesh.
@@ -87,26 +87,26 @@ class Checkpoints:
         try:
             self._manager.close()
         except Exception as error:
-            if kind is None:  # else, that is what matters
+            if kind is None:  # otherwise the exception that is on its way says more
                 raise _disk_error(error) from error
 
     def latest_step(self) -> int | None:
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """The newest first."""
+        """Returns the steps of all checkpoints, the newest first."""
         return sorted(self._manager.all_steps(), reverse=True)
 
     def save(self, meta: Meta, params: Any, opt_state: Any = None, data: dict[str, Any] | None = None) -> None:
         """Copies the state to the host and writes it in the background; it appears under its step once it is whole.
 
         Args:
-          meta, params: what a model is.
-          opt_state: without it, training starts with a fresh one.
-          data: the state of the training batches, of all processes; without it, training starts at the first batch.
+          meta, params: the model.
+          opt_state: the optimizer's state; without it, training starts with a new one.
+          data: the state of the training batches of all processes; without it, training starts at the first batch.
 
         Raises:
-          OSError: it could not be written, or the one before it; the earlier checkpoints are as they were.
+          OSError: this checkpoint or the one before it could not be written; the others are as they were.
         """
         arrays = {"params": params} | ({} if opt_state is None else {"opt_state": opt_state})
         document = {"meta": to_json(meta), "data": data, "sums": checksums(arrays)}
@@ -120,7 +120,7 @@ class Checkpoints:
             raise _disk_error(error) from error
 
     def wait(self) -> None:
-        """Until nothing is being written.
+        """Waits until nothing is being written.
 
         Raises:
           OSError: as `save`.
@@ -132,7 +132,7 @@ class Checkpoints:
             raise _disk_error(error) from error
 
     def _reopen(self) -> None:
-        """Behind a failed save, whose half-written folder goes."""
+        """Opens the folder anew after a failed save, which removes what was half written."""
         with contextlib.suppress(Exception):
             self._manager.close()
         self._open()
@@ -146,32 +146,32 @@ class Checkpoints:
             raise Damaged(f"its metadata cannot be read ({error})") from error
 
     def params(self, step: int, abstract: Any) -> Any:
-        """In the shapes and shardings of `abstract`. Raises `Damaged`."""
+        """Returns the parameters, in the shapes and shardings of `abstract`. Raises `Damaged`."""
         return self._arrays(step, "params", abstract)
 
     def opt_state(self, step: int, abstract: Any) -> Any | None:
-        """None if none was saved. Raises `Damaged`."""
+        """Returns the optimizer's state; None if it was not saved. Raises `Damaged`."""
         return self._arrays(step, "opt_state", abstract)
 
     def data(self, step: int) -> dict[str, Any] | None:
-        """The state of the training batches, if it was saved. Raises `Damaged`."""
+        """Returns the state of the training batches; None if it was not saved. Raises `Damaged`."""
         return self._document(step)["data"]
 
     def newest(self, read: Callable[[int], T]) -> tuple[T | None, dict[int, str]]:
-        """What `read` returns for the newest step for which no process finds a damage, and the damaged ones before it.
+        """Returns what `read` returns for the newest whole step, and the newer, damaged steps with their errors.
 
-        None if there is no checkpoint.
+        A step is whole if no process finds any damage. The value is None if there is no checkpoint.
 
         Raises:
-          Damaged: there are some, and none is whole.
+          Damaged: there are checkpoints, but none is whole.
         """
         damaged: dict[int, str] = {}
         for step in self.steps():
             value, error = None, ""
             try:
                 value = read(step)
-            except Damaged as found:
-                error = str(found)
+            except Damaged as damage:
+                error = str(damage)
             error = next((e for e in gather(error) if e), "")
             if not error:
                 return value, damaged
@@ -180,7 +180,7 @@ class Checkpoints:
             listed = "; ".join(f"{step}: {error}" for step, error in damaged.items())
             raise Damaged(
                 f"none of the checkpoints in {self.directory} is whole ({listed}). "
-                "Restore one of them from a copy, or remove the run's folder to start anew."
+                "Restore one of them from a copy, or remove the run's folder to start again."
             )
         return None, {}
 
@@ -211,21 +211,21 @@ class Checkpoints:
         sums = {name: n for name, n in self._document(step)["sums"].items() if name.split("/")[0] == item}
         if not sums:
             return None
-        tree, said = None, ""
+        tree, problem = None, ""
         try:
             tree = _read(self.directory / str(step) / item, abstract)
         except Exception as error:  # Orbax and TensorStore have no error of their own for it
-            said = _first_line(error)
-        if said := next((text for text in gather(said) if text), ""):  # each process reads other parts
-            raise Damaged(f"its {item} cannot be read ({said})")
-        found = checksums({item: tree})
-        if changed := [name for name in sums if found.get(name) != sums[name]]:
+            problem = _first_line(error)
+        if problem := next((text for text in gather(problem) if text), ""):  # each process reads other parts
+            raise Damaged(f"its {item} cannot be read ({problem})")
+        restored = checksums({item: tree})
+        if changed := [name for name in sums if restored.get(name) != sums[name]]:
             raise Damaged(f"{changed[0]} is not what was saved")
         return tree
 
 
 def _read(folder: Path, abstract: Any) -> Any:
-    """What this process needs of the arrays in a folder; it waits for no other, as that one may find an error."""
+    """Reads what this process needs of the arrays in a folder; it waits for no other process, which may have failed."""
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
@@ -237,7 +237,7 @@ def _read(folder: Path, abstract: Any) -> Any:
 
 
 def checksums(tree: Any) -> dict[str, int]:
-    """A number for each array, by its path: the sum of the bits of its entries times odd numbers, modulo 2^32."""
+    """Returns a number for each array, by its path: the sum of its entries' bits times odd numbers, modulo 2^32."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
     return dict(zip(names, map(int, jax.device_get(_sums([leaf for _, leaf in leaves])))))
@@ -249,10 +249,10 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
         if x.dtype == jnp.bool_:
             x = x.astype(jnp.uint8)
         bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
+        index = jnp.zeros(x.shape, jnp.uint32)
         for axis, size in enumerate(x.shape):
-            place = place * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+            index = index * jnp.uint32(size % 2**32) + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
     return [one(x) for x in leaves]
 
@@ -267,7 +267,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _disk_error(error: Exception) -> OSError:
-    """What went wrong in writing, as Orbax and TensorStore report it in many ways."""
+    """Returns what went wrong in writing, which Orbax and TensorStore report in many ways."""
     cause: BaseException | None = error
     texts = []
     while cause is not None:
@@ -280,15 +280,15 @@ def _disk_error(error: Exception) -> OSError:
 
 
 def abstract_params(task: Any, data: Any, layout: Layout | None = None) -> Any:
-    """Shapes, dtypes and shardings of a task's parameters, without making them; by default on one device."""
+    """Returns the shapes, dtypes and shardings of a task's parameters, without making them; default: on one device."""
     layout = layout or one_device()
-    with nn.logical_axis_rules(()):  # lest a mesh that does not divide be found in an activation first
+    with nn.logical_axis_rules(()):  # so that a mesh that does not divide is reported for a parameter
         boxed = jax.eval_shape(lambda: task.init(jax.random.key(0), example_batch(data)))
     return with_shardings(unboxed(boxed), layout.params(boxed))
 
 
 def abstract_opt_state(optimizer: optax.GradientTransformation, params: Any, layout: Layout | None = None) -> Any:
-    """The same of an optimizer's state; what has the shape of a parameter lives where that lives."""
+    """Returns the same for an optimizer's state; what has the shape of a parameter is sharded as that is."""
     layout = layout or one_device()
     by_path = dict(jax.tree_util.tree_leaves_with_path(params))
 
@@ -306,13 +306,13 @@ def with_shardings(abstract: Any, shardings: Any) -> Any:
 
 
 def example_batch(data: Any) -> dict[str, jax.Array]:
-    """A batch of zeros with the shapes of the data's batches."""
+    """Returns a batch of zeros with the shapes of the data's batches."""
     return {name: jnp.zeros(array.shape, array.dtype) for name, array in data.batch_spec().items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Loaded:
-    """A checkpoint as one works with it: `loaded.task.module().apply({"params": loaded.params}, tokens)`."""
+    """A checkpoint that has been read: `loaded.task.module().apply({"params": loaded.params}, tokens)`."""
 
     meta: Meta
     params: Any
@@ -331,14 +331,14 @@ class Loaded:
         return self.meta.experiment
 
     def opt_state(self) -> Any | None:
-        """The optimizer's state, if the checkpoint has it."""
+        """Returns the optimizer's state; None if the checkpoint does not have it."""
         optimizer = make_optimizer(self.experiment.train.optimizer)
         abstract = abstract_opt_state(optimizer, abstract_params(self.task, self.data))
         with Checkpoints(self.directory) as checkpoints:
             return checkpoints.opt_state(self.meta.step, abstract)
 
     def averaged(self) -> Loaded:
-        """With the moving average of the parameters in their place (`OptimizerConfig.ema_decay`).
+        """Returns it with the moving average in place of the parameters (`OptimizerConfig.ema_decay`).
 
         Raises:
           ValueError: the run kept none.
@@ -347,7 +347,7 @@ class Loaded:
 
 
 def find_run(path: str | Path) -> tuple[Path, int | None]:
-    """A run's folder and a step, from the folder itself (the newest step) or from RUN/checkpoints/STEP."""
+    """Returns a run's folder and a step, from RUN/checkpoints/STEP, or from the folder itself (None: the newest)."""
     path = Path(path)
     if path.name.isdigit() and path.parent.name == "checkpoints":
         return path.parent.parent, int(path.name)
@@ -355,13 +355,13 @@ def find_run(path: str | Path) -> tuple[Path, int | None]:
 
 
 def load(path: str | Path, ema: bool = False) -> Loaded:
-    """The newest checkpoint of a run's folder, or the one at RUN/checkpoints/STEP; with `ema`, `averaged`.
+    """Reads the newest checkpoint of a run's folder, or the one at RUN/checkpoints/STEP; with `ema`, `averaged`.
 
-    Of a run's folder, damaged ones are passed over with a warning.
+    In a run's folder, damaged checkpoints are passed over with a warning.
 
     Raises:
-      FileNotFoundError: there is none.
-      Damaged: the one asked for, or all of them.
+      FileNotFoundError: there is no checkpoint.
+      Damaged: the one that is asked for is damaged, or all of them are.
       ValueError: the run kept no average.
     """
     loaded = _load(path)
@@ -404,7 +404,7 @@ def read_config(directory: Path) -> Experiment:
     try:
         return from_json(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}); restore it, or choose another --workdir.") from error
+        raise ValueError(f"{path} is not JSON ({error}); restore it, or choose another --workdir.") from error
 
 
 def begin(experiment: Experiment, params: Any) -> Path:
@@ -425,18 +425,18 @@ def fork(
     seed: int = 0,
     **train: Any,
 ) -> Path:
-    """A new run that starts from a checkpoint, with its place in the data: `train` is to go on with it.
+    """Makes a new run that starts from a checkpoint and at its position in the data, for `train` to go on with.
 
     Args:
       checkpoint: a run's folder, or RUN/checkpoints/STEP.
       output: the new run's folder, which must not exist.
-      steps: of the new run; default: as many as the old one's first stage.
-      surgery: on the model; without one, or with `optimizer = keep`, the optimizer's state is taken along.
-      seed: for the surgery's new parameters.
-      train: further fields of `TrainConfig` to change.
+      steps: the steps of the new run; 0: as many as in the old run's first stage.
+      surgery: what changes the model; without one, or with `optimizer = keep`, the optimizer's state is kept.
+      seed: the seed of the surgery's new parameters.
+      train: other fields of `TrainConfig` to change.
 
     Raises:
-      FileExistsError: there is something in the output folder already.
+      FileExistsError: the output folder exists already and is not empty.
     """
     output = Path(output)
     must_be_free(output)
@@ -463,13 +463,13 @@ def fork(
     meta = dataclasses.replace(loaded.meta, step=0, stage=0, stage_start=0, task=task, experiment=experiment, data=data)
     write_config(half_done, experiment)
     with Checkpoints(loaded.directory) as old, Checkpoints(half_done) as new:
-        place = old.data(loaded.meta.step) if data == loaded.data else None
-        new.save(meta, params, opt_state, place)
+        position = old.data(loaded.meta.step) if data == loaded.data else None
+        new.save(meta, params, opt_state, position)
     half_done.rename(output)
     return output
 
 
 def must_be_free(folder: Path) -> None:
-    """Raises FileExistsError if there is something at that place."""
+    """Raises FileExistsError if the path is a file, or a folder that is not empty."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists already; choose another folder (nothing was written).")

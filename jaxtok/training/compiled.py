@@ -1,7 +1,7 @@
 """What a compiled program says of itself: its collectives and, on TPUs, the compiler's estimates of time.
 
-All of it is read from the text of the optimised program (`compiled.as_text()`), with what is in a loop counted as often
-as the loop turns.
+All of it is read from the text of the optimised program (`compiled.as_text()`); what is in a loop counts once for each
+of its iterations.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ class Collective:
     kind: str
     """One of `COLLECTIVES`."""
     bytes: int
-    """Of the larger of its operand and result, on one device."""
+    """The bytes of its operand or its result, whichever is larger, on one device."""
     group: int
-    """Devices that take part in it together; 0: unknown."""
+    """How many devices take part in it together; 0: unknown."""
     times: int
     """How often it runs in one call of the program."""
     overlapped: bool
@@ -32,7 +32,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in all calls, if the exchange goes round in a ring."""
+        """The bytes that a device sends in all calls, if the exchange goes round a ring."""
         share = 1.0 if self.group < 2 else (self.group - 1) / self.group
         return self.times * self.bytes * share * (2 if self.kind == "all-reduce" else 1)
 
@@ -42,7 +42,7 @@ class Operation:
     """An operation with the compiler's estimate of its time."""
 
     cycles: int
-    """Of one run; 0 for a kernel written by hand."""
+    """The cycles of one run; 0 for a kernel written by hand."""
     times: int
     source: str
     text: str
@@ -50,19 +50,19 @@ class Operation:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What was found in a program's text."""
+    """What a program's text tells."""
 
     collectives: list[Collective]
     operations: list[Operation]
 
     @property
     def cycles(self) -> int:
-        """Of all operations, one after the other; collectives and kernels written by hand have none."""
+        """The cycles of all operations, one after the other; collectives and kernels written by hand have none."""
         return sum(op.cycles * op.times for op in self.operations)
 
 
 def read_program(text: str) -> Program:
-    """The collectives and the operations of a program, from its text."""
+    """Reads the collectives and the operations of a program from its text."""
     entry, computations = _computations(text)
     collectives: list[Collective] = []
     operations: list[Operation] = []
@@ -70,14 +70,14 @@ def read_program(text: str) -> Program:
     seen: set[str] = set()
 
     def visit(name: str, times: int, inside: bool) -> None:
-        """`inside` a fusion, the time is the fusion's."""
+        """Visits a computation; `inside` a fusion, operations have no time of their own."""
         for line in computations.get(name, ()):
             if (match := _INSTRUCTION.match(line)) is None:
                 continue
             result, opcode, rest = match.groups()
             source = _first(r'op_name="([^"]*)"', line)
             kind = opcode.removesuffix("-start")
-            # On TPUs, one that runs beside several operations is written down in each of them, with one chain_id.
+            # On TPUs, a collective that runs beside several operations is in each of them, with the same chain_id.
             chain = _first(r'chain_id="(\d+)"', line)
             if kind in COLLECTIVES and chain not in seen:
                 seen.update({chain} - {""})
@@ -88,12 +88,12 @@ def read_program(text: str) -> Program:
                 collectives.append(Collective(kind, size, _group(line), times, overlapped, source))
             elif 'custom_call_target="tpu_custom_call"' in line:
                 operations.append(Operation(0, times, source, line.strip()))
-            cycles = int(_first(r'"estimated_cycles":"(\d{1,15})"', line) or 0)  # a longer number stands for: unknown
+            cycles = int(_first(r'"estimated_cycles":"(\d{1,15})"', line) or 0)  # a longer number means unknown
             if cycles and not inside:
                 operations.append(Operation(cycles, times, source, line.strip()))
             if opcode == "while":
-                turns = _turns(line, computations)
-                visit(_first(r"body=%?([\w.\-]+)", line), times * turns, inside)
+                iterations = _iterations(line, computations)
+                visit(_first(r"body=%?([\w.\-]+)", line), times * iterations, inside)
             elif called := _called(line):
                 for one in called:
                     visit(one, times, inside or opcode == "fusion")
@@ -107,19 +107,19 @@ _SHAPE = re.compile(r"\b(pred|[a-z]+\d+(?:e\d+m\d+\w*)?)\[([\d,]*)\]")
 
 
 def _computations(text: str) -> tuple[str, dict[str, list[str]]]:
-    """The name of the entry, and the lines of each computation by its name."""
-    entry, name, found = "", "", {}
+    """Returns the name of the entry, and the lines of each computation by its name."""
+    entry, name, computations = "", "", {}
     for line in text.splitlines():
         if match := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name, found[match[2]] = match[2], []
+            name, computations[match[2]] = match[2], []
             entry = name if match[1] else entry
         elif line == "}":
             name = ""
         elif line.startswith("  ") and name:
-            found[name].append(line)
-        elif name and found[name]:
-            found[name][-1] += line  # an attribute with a line break in it
-    return entry, found
+            computations[name].append(line)
+        elif name and computations[name]:
+            computations[name][-1] += line  # an attribute with a line break in it
+    return entry, computations
 
 
 def _called(line: str) -> list[str]:
@@ -128,8 +128,8 @@ def _called(line: str) -> list[str]:
     return [*names, *re.findall(r"%?([\w.\-]+)", branches)]
 
 
-def _turns(line: str, computations: dict[str, list[str]]) -> int:
-    """How often a loop turns: as the compiler wrote down, or the constant that its counter is compared with."""
+def _iterations(line: str, computations: dict[str, list[str]]) -> int:
+    """Returns a loop's iterations: as the compiler wrote them, or the constant that its counter is compared with."""
     if known := _first(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(known)
     condition = "\n".join(computations.get(_first(r"condition=%?([\w.\-]+)", line), ()))
@@ -138,12 +138,12 @@ def _turns(line: str, computations: dict[str, list[str]]) -> int:
 
 
 def shapes(text: str) -> list[tuple[int, ...]]:
-    """Of all arrays named in a piece of a program."""
+    """Returns the shapes of all arrays that a piece of a program names."""
     return [tuple(map(int, filter(None, dims.split(",")))) for _, dims in _SHAPE.findall(text)]
 
 
 def _bytes(text: str, largest: bool = False) -> int:
-    """Of all arrays of a type; or of the largest, as a started operation's type has the operand too."""
+    """Returns the bytes of all arrays of a type, or of the largest: a started operation's type has its operand too."""
     kinds = [kind for kind, _ in _SHAPE.findall(text)]
     sizes = [math.prod(shape) * _width(kind) for shape, kind in zip(shapes(text), kinds)]
     return max(sizes, default=0) if largest else sum(sizes)

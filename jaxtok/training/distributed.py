@@ -1,7 +1,7 @@
 """Several processes as one run: how they find each other, and how they agree.
 
-`initialize` must come before anything else that uses JAX. A run of one process needs none of this, and the functions
-that make processes agree do nothing there.
+`initialize` must be called before anything else uses JAX. A run of one process needs none of this; there, the functions
+that make processes agree do nothing.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from jax.experimental import multihost_utils
 def initialize(
     coordinator: str = "", num_processes: int | None = None, process_id: int | None = None, detect: bool = False
 ) -> bool:
-    """Joins the other processes of a run, if there are any; says whether.
+    """Joins the other processes of a run, if there are any; returns whether there are.
 
-    Looks at the arguments; then at JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; then at what Slurm
-    (`srun`) and TPU pods set. A TPU VM that sets no variables is asked with `detect`.
+    It looks at the arguments; then at JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; then at what Slurm
+    (`srun`) and TPU pods set. With `detect`, it asks a TPU VM that sets no variables.
 
     Raises:
-      ValueError: a coordinator without the number of processes or this one's own number.
+      ValueError: there is a coordinator, but not the number of processes or this process's own number.
     """
     env = os.environ
     coordinator = coordinator or env.get("JAX_COORDINATOR_ADDRESS", "")
@@ -36,8 +36,8 @@ def initialize(
     if coordinator:
         if not num_processes or process_id is None:
             raise ValueError(
-                f"the coordinator is {coordinator}, but how many processes there are and which this one is was not "
-                "said; give --num-processes and --process-id (or set JAX_NUM_PROCESSES and JAX_PROCESS_ID)."
+                f"the coordinator is {coordinator}, but the number of processes or the number of this one is missing; "
+                "give --num-processes and --process-id (or set JAX_NUM_PROCESSES and JAX_PROCESS_ID)."
             )
         if not 0 <= process_id < num_processes:
             raise ValueError(f"process-id is {process_id}; it must be 0 to {num_processes - 1} (num-processes - 1).")
@@ -50,18 +50,18 @@ def initialize(
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes logs and speaks."""
+    """Whether this is the process that writes the logs and the terminal."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here."""
+    """Waits until all processes have come to this call."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def gather(value: Any) -> list[Any]:
-    """A JSON value of every process, for every process."""
+    """Returns the values of all processes, which JSON must be able to hold, to every process."""
     if jax.process_count() == 1:
         return [value]
     text = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -17,22 +17,26 @@ class TrainConfig:
     """The loop's settings."""
 
     steps: int = 1000
-    """Updates (before the first of the run's stages, if it has some)."""
+    """The number of updates, or if the run has stages, the number before the first of them."""
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = 1
-    """Parts into which a batch is cut, with their gradients averaged: less memory, the same update."""
+    """The number of parts into which a batch is cut and whose gradients are averaged: less memory, the same update."""
     seed: int = 0
     log_every: int = 10
+    """The number of steps between log lines."""
     eval_every: int = 250
-    """Also evaluates at the end of every stage; 0: only there."""
+    """The number of steps between evaluations; 0: none but the one at the end of every stage."""
     checkpoint_every: int = 250
-    """Also saves at the end of every stage and when interrupted."""
+    """The number of steps between checkpoints; the run is also saved at the end of every stage and when interrupted."""
     save_deadline: float = 0.0
-    """Seconds that SIGTERM leaves for saving, behind which the process leaves without; 0: as long as it takes."""
+    """The seconds that SIGTERM leaves for saving; after them the process exits unsaved. 0: as long as it takes."""
     on_full_disk: Literal["stop", "continue"] = "stop"
-    """Where a checkpoint does not fit; the one at the end of a stage has to. Several processes always stop."""
+    """What happens when the disk has no room for a checkpoint; at the end of a stage, the run always stops, and so do
+    several processes."""
     keep_checkpoints: int = 2
+    """The number of newest checkpoints that are kept."""
     tensorboard: bool = True
+    """Whether numbers are also written for TensorBoard."""
 
     def __post_init__(self):
         for field in ("steps", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
@@ -42,7 +46,7 @@ class TrainConfig:
             if getattr(self, field) < 0:
                 raise ValueError(f"train.{field} is {getattr(self, field)}; it must be 0 or more.")
         if self.on_full_disk not in ("stop", "continue"):
-            raise ValueError(f"train.on_full_disk is {self.on_full_disk!r}; it can be stop, continue.")
+            raise ValueError(f"train.on_full_disk is {self.on_full_disk!r}; it must be stop or continue.")
 
 
 MAY_CHANGE = (
@@ -58,36 +62,36 @@ MAY_CHANGE = (
     "train.save_deadline",
     "train.on_full_disk",
 )
-"""Beginnings of the names of fields that may differ when a run is resumed."""
+"""How the names of the fields begin that may differ when a run is resumed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One run: `jaxtok train FILE` trains it and resumes it."""
+    """One run: `jaxtok train CONFIG` trains it, and resumes it."""
 
     RENAMED: ClassVar[dict[str, str]] = {"growth": "stages"}
 
     task: Any
-    """Fills the Task waist (`jaxtok.protocols.Task`)."""
+    """What is trained (`jaxtok.protocols.Task`)."""
     data: Any = TextData()
-    """Fills the Data waist (`jaxtok.protocols.Data`): text, or `jaxtok.data.images.ImageData`."""
+    """What it is trained on (`jaxtok.protocols.Data`): text, images, codes, ..."""
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     """How the devices divide the work; a run can be resumed on another mesh."""
     stages: tuple[Any, ...] = ()
-    """Surgeries (`jaxtok.protocols.Surgery`) on the model inside the run, one after the other."""
+    """The surgeries (`jaxtok.protocols.Surgery`) on the model inside the run, one after the other."""
     start: Any = None
-    """The surgery that makes the first parameters from another model's (`jaxtok train CONFIG --start MODEL`), where
-    that is of another kind."""
+    """The surgery that makes the first parameters from those of a model of another kind (`jaxtok train --start MODEL`
+    names that model)."""
     name: str = "run"
+    """The name of the run."""
     workdir: str = ""
-    """Where checkpoints and logs go; empty: runs/NAME."""
+    """The folder for checkpoints and logs; empty: runs/NAME."""
 
     def __post_init__(self):
         if self.data.batch_size % self.train.accumulate:
             raise ValueError(
-                f"train.accumulate is {self.train.accumulate}, which does not divide "
-                f"data.batch_size = {self.data.batch_size}."
+                f"train.accumulate is {self.train.accumulate}; it must divide data.batch_size = {self.data.batch_size}."
             )
         for name, surgery in [*((f"stages.{n}", s) for n, s in enumerate(self.stages)), ("start", self.start)]:
             if surgery is not None and not isinstance(surgery, Surgery):
@@ -96,8 +100,8 @@ class Experiment:
             if self.train.optimizer.ema_decay and surgery.optimizer == "keep":
                 raise ValueError(
                     f"train.optimizer.ema_decay is {self.train.optimizer.ema_decay}, but stages.{number} keeps the "
-                    f"optimizer's state, in which an average does not change with the model; stages.{number}.optimizer "
-                    "must be reset, or the average must be off."
+                    "optimizer's state, whose average would be that of the old model; "
+                    f"stages.{number}.optimizer must be reset, or ema_decay 0."
                 )
 
     @property
@@ -105,10 +109,10 @@ class Experiment:
         return Path(self.workdir or f"runs/{self.name}")
 
     def fitted(self) -> Experiment:
-        """With the task made to fit the data (`Task.fit`), which are opened for it.
+        """Returns the experiment with its task fitted to the data (`Task.fit`), which are opened for it.
 
         Raises:
-          ValueError: they do not fit, or a stage cannot change the task, now or when its turn comes.
+          ValueError: they do not fit, or a stage cannot change the task that it will meet.
         """
         task, data = self.task.fit(self.data, self.train), self.data
         fitted = dataclasses.replace(self, task=task)

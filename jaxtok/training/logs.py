@@ -15,7 +15,7 @@ import rich.progress
 
 
 class MetricsLog:
-    """Appends to metrics.jsonl and TensorBoard; on resuming, forgets what lies behind the checkpoint."""
+    """Appends to metrics.jsonl and TensorBoard; when a run is resumed, it drops the lines after the checkpoint."""
 
     def __init__(self, directory: Path, step: int, tensorboard: bool = True):
         self.path = directory / "metrics.jsonl"
@@ -32,7 +32,7 @@ class MetricsLog:
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         self._pending += (json.dumps({"step": step, "split": split} | values) + "\n").encode()
-        with contextlib.suppress(OSError):  # the disk is full: with a later line
+        with contextlib.suppress(OSError):  # if the disk is full, it is written with a later line
             self._pending = self._pending[self._file.write(self._pending) :]
         if self._writer:
             for name, value in values.items():
@@ -45,14 +45,14 @@ class MetricsLog:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """All of it or nothing, also if the process dies in between."""
+    """Writes all of a file or nothing, even if the process dies in between."""
     half = path.with_name(path.name + ".part")
     half.write_text(text)
     os.replace(half, path)
 
 
 class NoLog:
-    """Of the processes that write none."""
+    """The log of processes that write none."""
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         pass
@@ -62,7 +62,7 @@ class NoLog:
 
 
 def read_metrics(directory: str | Path, split: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl, of one split or of all; a half-written last line is left out."""
+    """Returns the rows of a run's metrics.jsonl, of one split or of all; a half-written last line is left out."""
     rows = []
     for line in (Path(directory) / "metrics.jsonl").read_text().splitlines():
         try:
@@ -73,7 +73,7 @@ def read_metrics(directory: str | Path, split: str | None = None) -> list[dict[s
 
 
 class Display:
-    """A progress bar with the remaining time on a terminal; elsewhere, a line now and then."""
+    """A progress bar with the remaining time on a terminal; elsewhere, a line from time to time."""
 
     def __init__(self, title: str, total: int, start: int, enabled: bool = True):
         self.total, self.enabled = total, enabled

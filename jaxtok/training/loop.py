@@ -43,12 +43,12 @@ from jaxtok.training.optimizer import descend, learning_rates, make_optimizer, m
 from jaxtok.training.peak import peak_flops
 
 INTERRUPTED = 75
-"""Exit code of a run that saved and left on SIGTERM or Ctrl-C, and that the same command resumes."""
+"""The exit code of a run that SIGTERM or Ctrl-C ended, that has saved, and that the same command resumes."""
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What a step changes. `step` counts over the whole run, across its stages."""
+    """What a step changes; `step` counts over all stages of the run."""
 
     step: jax.Array
     stage_start: jax.Array
@@ -56,7 +56,7 @@ class TrainState:
     params: Any
     opt_state: Any
     rng: jax.Array
-    """The run's key, which stays; each step folds its number in."""
+    """The run's key, which stays the same; each step folds its own number in."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,25 +69,25 @@ class Result:
     task: Any
     params: Any
     metrics: dict[str, float]
-    """Of the last evaluation."""
+    """The numbers of the last evaluation."""
     flops: float
-    """Model FLOPs of all training so far, of the runs that this one was forked from too."""
+    """The model FLOPs of all training so far, including that of the runs from which this one was forked."""
 
 
 def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, quiet: bool = False) -> Result:
-    """Trains, or resumes from the newest checkpoint in the experiment's folder; a finished run is only evaluated again.
+    """Trains a run, or resumes it from the newest checkpoint in its folder; a finished run is only evaluated again.
 
-    Bit-exact: a run that was interrupted and resumed ends with the same parameters as one that was not.
+    A run that was interrupted and resumed ends with the same parameters, bit for bit, as one that was not.
 
     Args:
-      experiment: what is trained.
-      start: opens the model (`jaxtok.model.Model`) whose parameters a new run starts with (`start_from`); it is not
-        called where a run is resumed.
-      quiet: shows no progress.
+      experiment: the run.
+      start: opens the `jaxtok.model.Model` whose parameters a new run starts with (`start_from`); not called if a run
+        is resumed.
+      quiet: show no progress.
 
     Raises:
       ValueError: the folder holds a run of another config; the message names the fields that differ.
-      FloatingPointError: the loss or a gradient is not finite; the batch is saved beside the checkpoints.
+      FloatingPointError: the loss or a gradient is not finite; the batch is saved in the run's folder.
     """
     experiment = experiment.fitted()
     directory, config = experiment.directory, experiment.train
@@ -99,14 +99,14 @@ def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, qui
         Checkpoints(directory, config.keep_checkpoints) as checkpoints,
         _Interrupt(config.save_deadline) as interrupt,
     ):
-        run, said = _start(experiment, checkpoints, layout, source)
+        run, notes = _start(experiment, checkpoints, layout, source)
         if is_main():
             write_config(directory, experiment)
         log = MetricsLog(directory, run.meta.step, config.tensorboard) if is_main() else NoLog()
         total = experiment.total_steps
         try:
             with Display(experiment.name, total, run.meta.step, enabled=is_main() and not quiet) as display:
-                for text in said:
+                for text in notes:
                     display.say(text)
                 if run.meta.step:
                     display.say(f"resuming {directory} at step {run.meta.step} of {total}")
@@ -129,7 +129,7 @@ def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, qui
 
 
 def count(params: Any) -> int:
-    """Numbers in a tree of parameters."""
+    """Returns how many numbers a tree of parameters has."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -146,7 +146,10 @@ class _Run:
 def initial_state(
     task: Any, train_config: TrainConfig, data: Any, layout: Layout | None = None, params: Any = None
 ) -> TrainState:
-    """Step 0: fresh parameters (or these) and optimizer state, made where they live (default: on one device)."""
+    """Makes the state at step 0: parameters (new ones, or these) and optimizer state, on their own devices.
+
+    The default layout is one device.
+    """
     layout = layout or one_device()
     optimizer = make_optimizer(train_config.optimizer)
 
@@ -167,7 +170,7 @@ def initial_state(
 
 
 def abstract_state(task: Any, train_config: TrainConfig, data: Any, layout: Layout) -> TrainState:
-    """Shapes, dtypes and shardings of the state of a run."""
+    """Returns the shapes, dtypes and shardings of a run's state."""
     params = abstract_params(task, data, layout)
     optimizer = abstract_opt_state(make_optimizer(train_config.optimizer), params, layout)
     state = jax.eval_shape(lambda: _state(0, 0, None, None, jax.random.key(0)))
@@ -186,13 +189,13 @@ def _state(step: int, stage_start: int, params: Any, opt_state: Any, rng: jax.Ar
 def _start(
     experiment: Experiment, checkpoints: Checkpoints, layout: Layout, source: Any | None
 ) -> tuple[_Run, list[str]]:
-    """The newest whole checkpoint, or step 0; and what there is to say about it."""
+    """Returns the run at its newest whole checkpoint, or at step 0, and what there is to tell about it."""
     optimizer = make_optimizer(experiment.train.optimizer)
 
     def read(step: int) -> tuple[Meta, TrainState, dict[str, Any] | None]:
         stored = checkpoints.meta(step)
         same_data = stored.experiment.data == experiment.data
-        if not same_data:  # of a run that was forked and has made no step
+        if not same_data:  # only in a forked run that has made no step
             stored = dataclasses.replace(stored, data=experiment.data)
         params = abstract_params(stored.task, stored.data, layout)
         abstract = abstract_opt_state(optimizer, params, layout)
@@ -209,22 +212,22 @@ def _start(
         state = make().replace(params=params, opt_state=opt_state)
         return stored, state, checkpoints.data(step) if same_data else None
 
-    found, damaged = checkpoints.newest(read)
-    if found is None:
+    newest, damaged = checkpoints.newest(read)
+    if newest is None:
         data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
-        said: list[str] = []
-        params = None if source is None else start_from(experiment, source, layout, said.append)
+        notes: list[str] = []
+        params = None if source is None else start_from(experiment, source, layout, notes.append)
         state = initial_state(experiment.task, experiment.train, experiment.data, layout, params)
         meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
-        return _Run(meta, state, data), said
-    stored, state, place = found
+        return _Run(meta, state, data), notes
+    stored, state, position = newest
     data = stored.data.train_batches(layout.rows(stored.data.batch_size))
-    said = [
+    notes = [
         f"checkpoint {step} is damaged: {e}; it is now {checkpoints.set_aside(step)}" for step, e in damaged.items()
     ]
-    if place is not None:
-        data.set_state(place)
-    return _Run(dataclasses.replace(stored, experiment=experiment), state, data), said
+    if position is not None:
+        data.set_state(position)
+    return _Run(dataclasses.replace(stored, experiment=experiment), state, data), notes
 
 
 def start_from(
@@ -233,19 +236,19 @@ def start_from(
     layout: Layout | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Any:
-    """The first parameters of a run, made from another model's, where they live (default: on one device).
+    """Makes the first parameters of a run from another model's.
 
-    A model of the run's kind and sizes gives its parameters as they are; those of another go through the surgery
-    `experiment.start`. What is not in `source`, such as the optimizer's state, starts anew.
+    The parameters of a model of the run's kind and sizes are taken as they are; those of another model go through the
+    surgery `experiment.start`. What `source` does not have, such as the optimizer's state, starts anew.
 
     Args:
-      experiment: the run; its task is one that fits its data.
-      source: the model (`jaxtok.model.Model`), with its parameters on this process's host or device.
-      layout: where the parameters are to live.
-      say: is told where the run's task differs from the one that the parameters are of, as with another dropout.
+      experiment: the run, with a task that fits its data.
+      source: the `jaxtok.model.Model`, with its parameters on this process's host or device.
+      layout: where the parameters are to be; default: on one device.
+      say: called with a text if the run's task differs from that of the parameters, as in its dropout.
 
     Raises:
-      ValueError: the models differ and there is no such surgery, or it does not lead to the run's model.
+      ValueError: the models differ and there is no surgery, or the surgery does not lead to the run's model.
     """
     layout = layout or one_device()
     task, data, own = source.task, source.data, experiment.task
@@ -263,7 +266,7 @@ def start_from(
             raise ValueError(
                 f"{name} is a {kinds[0]} and this run trains a {kinds[1]}: "
                 f"{difference or 'the kinds differ'}; give a model of the run's kind and sizes, or set `start` in the "
-                "config to the surgery that leads from one to the other."
+                "config to the surgery that turns one into the other."
             )
         surgery = experiment.start.towards(own)
         afterwards, _ = surgery.task(task, data)
@@ -275,36 +278,36 @@ def start_from(
 
         if difference := _difference(jax.eval_shape(change, source.params), abstract):
             raise ValueError(
-                f"{name} is a {kinds[0]}, which {type(surgery).__name__} does not make the run's {kinds[1]}: "
+                f"{name} is a {kinds[0]}, which {type(surgery).__name__} does not turn into the run's {kinds[1]}: "
                 f"{difference}; change `task` or `start` in the config."
             )
 
     if say and (changed := differences(own, afterwards)):
         say(f"starts with the parameters of {name}, but with {'; '.join(changed)}")
-    places = _shardings(abstract_params(task, data, layout))
-    params = jax.tree.map(lambda x, place: jax.device_put(np.asarray(x), place), source.params, places)
-    types = jax.tree.map(lambda x: x.dtype, abstract)
+    shardings = _shardings(abstract_params(task, data, layout))
+    params = jax.tree.map(lambda x, sharding: jax.device_put(np.asarray(x), sharding), source.params, shardings)
+    dtypes = jax.tree.map(lambda x: x.dtype, abstract)
     with layout.active():
-        cast = jax.jit(lambda p: jax.tree.map(jnp.astype, change(p), types), out_shardings=_shardings(abstract))
+        cast = jax.jit(lambda p: jax.tree.map(jnp.astype, change(p), dtypes), out_shardings=_shardings(abstract))
         return cast(params)
 
 
-def _difference(found: Any, expected: Any) -> str:
-    """What differs in the shapes of two trees of parameters; empty: nothing."""
+def _difference(given: Any, expected: Any) -> str:
+    """Returns how the shapes of two trees of parameters differ first; empty if they do not."""
     trees = (
         {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
-        for leaves in map(jax.tree_util.tree_leaves_with_path, (found, expected))
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (given, expected))
     )
     ours, theirs = trees
     for path in ours | theirs:
         if ours.get(path) != theirs.get(path):
             here, there = (f"has the shape {x[path]}" if path in x else "is missing" for x in (ours, theirs))
-            return f"{path} {here} in the one and {there} in the other"
+            return f"{path} {here} in the first and {there} in the second"
     return ""
 
 
 def _operate(run: _Run, surgery: Surgery, layout: Layout) -> _Run:
-    """The run after a surgery: a new stage, whose learning-rate schedule starts anew."""
+    """Returns the run after a surgery, in a new stage whose learning-rate schedule starts anew."""
     meta, config = run.meta, run.meta.experiment.train
     kept = run.state.opt_state if surgery.optimizer == "keep" else None
     rng = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1 - meta.stage)
@@ -331,9 +334,9 @@ def compile_surgery(
     optimizer: optax.GradientTransformation,
     layout: Layout,
 ) -> tuple[Task, Data, Callable[[Any, Any], tuple[Any, Any]]]:
-    """Task and data after a surgery, and the compiled program from parameters and optimizer state to those afterwards.
+    """Returns task and data after a surgery, and the compiled program that changes parameters and optimizer state.
 
-    All arrays stay on their mesh. The optimizer's state starts anew where the surgery gives none.
+    All arrays stay on their mesh. The optimizer's state starts anew if the surgery returns none.
 
     Raises:
       ValueError: the surgery cannot change the task.
@@ -356,7 +359,7 @@ def compile_surgery(
 
 @functools.lru_cache(maxsize=16)
 def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any, layout: Layout):
-    """The compiled update `(state, batch) -> (state, metrics)` of a stage of `steps`."""
+    """Returns the compiled update `(state, batch) -> (state, metrics)` of a stage of `steps`."""
     optimizer = make_optimizer(train_config.optimizer)
     parts = train_config.accumulate
 
@@ -405,16 +408,16 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
     train_step = make_train_step(task, config, end - run.meta.stage_start, data, layout)
     flops = task.flops(example_batch(data))
     peak = peak_flops()
-    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()  # of CPUs there is one, whatever is simulated
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()  # simulated devices share one CPU
     rows = layout.rows(data.batch_size)
-    pending: deque = deque()  # (step, batch, metrics) of updates whose numbers have not been looked at
-    values: dict[str, float] = {}  # the numbers of the newest update that was looked at
+    pending: deque = deque()  # (step, batch, metrics) of updates whose numbers have not been fetched
+    values: dict[str, float] = {}  # the numbers of the newest update whose numbers have been fetched
     meta, evaluation, saved = run.meta, run.metrics, step if step == checkpoints.latest_step() else -1
     clock, logged = time.perf_counter(), step
     idle = 0.0  # seconds since the last log line outside training
 
-    def look(at_most: int) -> None:
-        """Takes the numbers of updates until that many are pending, and stops at one that is not finite."""
+    def fetch(at_most: int) -> None:
+        """Fetches the numbers of updates until so many are pending; raises at one that is not finite."""
         nonlocal values
         while len(pending) > at_most:
             number, batch, metrics = pending.popleft()
@@ -432,10 +435,10 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
 
     def save() -> None:
         nonlocal saved
-        look(0)
-        place = {stream: at for part in gather(run.data.get_state()) for stream, at in part.items()}
+        fetch(0)
+        position = {stream: at for part in gather(run.data.get_state()) for stream, at in part.items()}
         try:
-            checkpoints.save(meta, state.params, state.opt_state, place)
+            checkpoints.save(meta, state.params, state.opt_state, position)
             if step == end or interrupt.received:
                 checkpoints.wait()
         except OSError as error:
@@ -449,9 +452,9 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
             saved = step
 
     def evaluate() -> None:
-        """If it is interrupted, the run that is resumed does it."""
+        """Evaluates; if that is interrupted, the resumed run does it."""
         nonlocal evaluation, meta
-        look(0)
+        fetch(0)
         numbers = _evaluate(task, state.params, data, layout, rows, interrupt)
         if numbers is not None:
             evaluation, meta = numbers, dataclasses.replace(meta, evaluated=step)
@@ -469,11 +472,11 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
         state, metrics = train_step(state, layout.put(batch, rows, data.batch_spec()))
         step += 1
         pending.append((step, batch, metrics))
-        look(1)  # one update stays in flight while the host goes on
+        fetch(1)  # one update stays in flight while the host goes on
         display.advance(step)
         meta = dataclasses.replace(meta, step=step, flops=meta.flops + flops)
         if step % config.log_every == 0 or step == end:
-            look(0)
+            fetch(0)
             seconds = time.perf_counter() - clock - idle
             meta = dataclasses.replace(meta, elapsed=meta.elapsed + seconds)
             speed = (step - logged) / seconds
@@ -497,11 +500,11 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
 
 
 class _Stop(Exception):
-    """Leaves an evaluation."""
+    """Ends an evaluation that is interrupted."""
 
 
 def _evaluate(task, params, data, layout, rows, interrupt) -> dict[str, float] | None:
-    """On the validation split; None if interrupted."""
+    """Evaluates on the validation split; returns None if interrupted."""
 
     def batches():
         for batch in data.eval_batches("validation", rows):
@@ -516,7 +519,7 @@ def _evaluate(task, params, data, layout, rows, interrupt) -> dict[str, float] |
 
 
 def _check_config(directory: Path, experiment: Experiment) -> bool:
-    """A run that has made a step keeps its config; one that was forked and has made none, only its task.
+    """Checks that a run that has made a step keeps its config, and that a forked one without steps keeps its task.
 
     Returns whether there is a run.
     """
@@ -526,7 +529,7 @@ def _check_config(directory: Path, experiment: Experiment) -> bool:
         if changed := [d for d in changed if max(steps) > 0 or d.startswith("task")]:
             raise ValueError(
                 f"{directory} holds a run of another config: {'; '.join(changed)}. "
-                "Choose another --workdir (or remove that folder) to start anew."
+                "Choose another --workdir (or remove that folder) to start again."
             )
     barrier("config")
     return bool(steps)
@@ -535,8 +538,8 @@ def _check_config(directory: Path, experiment: Experiment) -> bool:
 class _Interrupt:
     """Notes SIGTERM and Ctrl-C in `received` instead of obeying; a second Ctrl-C is obeyed.
 
-    Of several processes, the one that gets the signal tells the others, and all see it at the same call of `check`.
-    From then on, the process has `deadline` seconds to save and leave; behind them it leaves without.
+    With several processes, the one that gets the signal tells the others, and all see it at the same call of `check`.
+    From then on, a process has `deadline` seconds to save and exit; after them it exits unsaved.
     """
 
     def __init__(self, deadline: float = 0.0):
@@ -562,7 +565,7 @@ class _Interrupt:
             self._timer.cancel()
 
     def check(self) -> bool:
-        """Whether to save and leave; to be called by all processes, equally often."""
+        """Whether to save and exit; all processes must call it equally often."""
         self._calls += 1
         if not self.received and (
             multihost_utils.reached_preemption_sync_point(self._calls) if self._many else self._signalled
@@ -588,8 +591,8 @@ class _Interrupt:
 
     def _leave(self) -> None:
         print(
-            f"not saved within train.save_deadline = {self._deadline:g} s of the signal; "
-            "leaving without: the same command resumes from the checkpoint before.",
+            f"the run was not saved within train.save_deadline = {self._deadline:g} s of the signal; "
+            "the same command resumes it from its last checkpoint.",
             file=sys.stderr,
             flush=True,
         )

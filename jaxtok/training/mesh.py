@@ -1,4 +1,4 @@
-"""Where arrays live on many devices: a mesh, and one table of rules from logical axes to its axes."""
+"""Where arrays are on many devices: a mesh, and one table of rules from logical axes to its axes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AxisRules:
-    """The mesh axes that divide each logical axis, the largest free part of them for each array.
+    """The mesh axes that divide each logical axis; each array takes as many of them as are free.
 
-    Earlier fields come first: as `batch` takes `fsdp` in the activations, their `d_model` stays whole there, while that
-    of the parameters is divided. A logical axis that is not listed is never divided.
+    Earlier fields come first: as `batch` takes `fsdp` in activations, their `d_model` stays whole along it, while that
+    of parameters is divided. A logical axis that is not listed is never divided.
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
@@ -36,41 +36,42 @@ class AxisRules:
     mlp: tuple[str, ...] = ("tensor",)
     heads: tuple[str, ...] = ("tensor",)
     kv_heads: tuple[str, ...] = ()
-    """Where several queries share a key: these are fewer than devices, as a rule."""
+    """The mesh axes for heads of keys that several queries share; there are often fewer of them than devices."""
     d_model: tuple[str, ...] = ("fsdp",)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            places = getattr(self, field.name)
-            if unknown := [axis for axis in places if axis not in MESH_AXES]:
+            axes = getattr(self, field.name)
+            if unknown := [axis for axis in axes if axis not in MESH_AXES]:
                 raise ValueError(
-                    f"rules.{field.name} names {unknown[0]!r}, which is no mesh axis; use {', '.join(MESH_AXES)}."
+                    f"rules.{field.name} has {unknown[0]!r}, which is not a mesh axis; use {', '.join(MESH_AXES)}."
                 )
-            if len(set(places)) < len(places):
-                raise ValueError(f"rules.{field.name} names a mesh axis twice: {', '.join(places)}.")
+            if len(set(axes)) < len(axes):
+                raise ValueError(f"rules.{field.name} is {', '.join(axes)}; it must have each mesh axis at most once.")
 
     def pairs(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
-        """As `jaxtok.axes.Rules`: for (a, b), the rules a and b, a alone, and b alone."""
+        """Returns `jaxtok.axes.Rules`: for (a, b), the rules a and b together, a alone, and b alone."""
         pairs = []
         for field in dataclasses.fields(self):
-            places = getattr(self, field.name)
-            choices = [places[:n] for n in range(len(places), 0, -1)] + [(axis,) for axis in places[1:]]
+            axes = getattr(self, field.name)
+            choices = [axes[:n] for n in range(len(axes), 0, -1)] + [(axis,) for axis in axes[1:]]
             pairs += [(field.name, choice) for choice in choices]
         return tuple(pairs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many ways devices divide the work; one of the numbers may be -1, for the rest of the devices."""
+    """How the devices divide the work; one of the numbers may be -1, which means the rest of the devices."""
 
     data: int = -1
-    """Batches: each device has all parameters."""
+    """The number of ways to divide batches, with all parameters on each device."""
     fsdp: int = 1
-    """Batches, parameters and optimizer state: each layer's parameters are gathered when they are used."""
+    """The number of ways to divide batches further, and with them parameters and optimizer state; the parameters of a
+    layer are gathered when they are used."""
     sequence: int = 1
-    """The length of rows, for long contexts: keys and values are gathered."""
+    """The number of ways to divide the length of rows, for long contexts; keys and values are gathered."""
     tensor: int = 1
-    """Parameter tokens, hidden units, heads and vocabulary: results are summed."""
+    """The number of ways to divide parameter tokens, hidden units, heads and vocabulary; results are summed."""
     rules: AxisRules = AxisRules()
 
     def __post_init__(self):
@@ -78,10 +79,10 @@ class MeshConfig:
             if (n := getattr(self, axis)) < 1 and n != -1:
                 raise ValueError(f"mesh.{axis} is {n}; it must be at least 1 (or -1 for the rest of the devices).")
         if sum(getattr(self, axis) == -1 for axis in MESH_AXES) > 1:
-            raise ValueError("two mesh axes are -1; only one can be the rest of the devices.")
+            raise ValueError("two mesh axes are -1; only one may be the rest of the devices.")
 
     def shape(self, devices: int) -> dict[str, int]:
-        """The size of each axis.
+        """Returns the size of each axis.
 
         Raises:
           ValueError: the axes do not multiply to the number of devices.
@@ -91,7 +92,7 @@ class MeshConfig:
         sizes = {axis: n if n > 0 else devices // known for axis, n in sizes.items()}
         if math.prod(sizes.values()) != devices:
             given = ", ".join(f"{axis} {getattr(self, axis)}" for axis in MESH_AXES)
-            raise ValueError(f"the mesh ({given}) does not fit {devices} devices; its axes must multiply to that.")
+            raise ValueError(f"the mesh ({given}) does not fit {devices} devices; its axes must multiply to {devices}.")
         return sizes
 
 
@@ -104,7 +105,7 @@ class Layout:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Inside, the names of activations (`jaxtok.axes.constrain`) mean places on this mesh."""
+        """Inside, the axis names of activations (`jaxtok.axes.constrain`) stand for axes of this mesh."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(self.rules.pairs()):
             yield
 
@@ -113,7 +114,7 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
     def sharding(self, names: Sequence[str | None], shape: Sequence[int], what: str = "an array") -> NamedSharding:
-        """Of an array whose axes have these names.
+        """Returns the sharding of an array whose axes have these names.
 
         Raises:
           ValueError: the mesh does not divide it.
@@ -122,7 +123,7 @@ class Layout:
         return NamedSharding(self.mesh, spec)
 
     def params(self, boxed: Any) -> Any:
-        """The sharding of each parameter, from parameters (or their shapes) in Linen's boxes.
+        """Returns the sharding of each parameter, from parameters (or their shapes) in Linen's boxes.
 
         Raises:
           ValueError: the mesh does not divide one of them.
@@ -136,7 +137,7 @@ class Layout:
         return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
 
     def batch(self, spec: dict[str, ArraySpec]) -> dict[str, NamedSharding]:
-        """Of each array in a batch.
+        """Returns the sharding of each array in a batch.
 
         Raises:
           ValueError: the mesh does not divide one of them.
@@ -144,13 +145,13 @@ class Layout:
         return {name: self.sharding(a.axes, a.shape, f"the batch's {name}") for name, a in spec.items()}
 
     def rows(self, batch_size: int) -> range:
-        """The rows of a batch that this process's devices need."""
-        places = self.sharding(("batch",), (batch_size,), "the batch").addressable_devices_indices_map((batch_size,))
-        bounds = [place[0].indices(batch_size) for place in places.values()]
+        """Returns the rows of a batch that this process's devices need."""
+        parts = self.sharding(("batch",), (batch_size,), "the batch").addressable_devices_indices_map((batch_size,))
+        bounds = [part[0].indices(batch_size) for part in parts.values()]
         return range(min(start for start, _, _ in bounds), max(stop for _, stop, _ in bounds))
 
     def put(self, batch: Batch, rows: range, spec: dict[str, ArraySpec]) -> dict[str, jax.Array]:
-        """A batch on the devices of all processes, each of which has `rows` of it."""
+        """Puts a batch on the devices of all processes; this process has `rows` of it."""
 
         def one(array: np.ndarray, name: str) -> jax.Array:
             size = spec[name].shape[0]
@@ -166,7 +167,7 @@ class Layout:
 
 
 def unboxed(boxed: Any) -> Any:
-    """The parameters in Linen's boxes."""
+    """Returns the parameters that are in Linen's boxes."""
     return jax.tree.map(lambda x: x.value if is_box(x) else x, boxed, is_leaf=is_box)
 
 
@@ -175,9 +176,9 @@ def is_box(x: Any) -> bool:
 
 
 def make_layout(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None = None) -> Layout:
-    """The layout on these devices, arranged along their connections.
+    """Returns the layout on these devices, arranged along their connections.
 
-    By default on all there are; of a single process, on as many as the mesh says.
+    The default is all devices; in a single process, as many as the mesh has.
 
     Raises:
       ValueError: the mesh does not fit them.
@@ -196,5 +197,5 @@ def make_layout(config: MeshConfig = MeshConfig(), devices: Sequence[Any] | None
 
 
 def one_device() -> Layout:
-    """Everything on the first device."""
+    """Returns the layout with everything on the first device."""
     return make_layout(MeshConfig(data=1), jax.local_devices()[:1])

@@ -17,77 +17,79 @@ SCHEDULES = ("cosine", "linear", "exponential", "constant")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rule:
-    """An optimizer, its schedule and clipping; defaults: the TokenFormer recipe."""
+class OptimizerSettings:
+    """An optimizer, its schedule and its clipping; the defaults are TokenFormer's recipe."""
 
     name: Literal["adamw", "lion", "adafactor", "sgd"] = "adamw"
     learning_rate: float = 6e-4
     min_learning_rate: float = 6e-5
-    """No learning rate behind the warm-up is below it."""
+    """The bound below which the learning rate does not fall after the warm-up."""
     schedule: Literal["cosine", "linear", "exponential", "constant"] = "cosine"
     warmup: float = 0.01
-    """The part of the steps in which the rate rises from 0."""
+    """The part of the steps in which the learning rate rises from 0."""
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
-    """Decoupled; not on the scales and biases of norms, nor on biases."""
+    """The decoupled weight decay, of all parameters but biases and the scales of norms."""
     clip: float = 1.0
-    """Largest global norm of the gradient; 0: no clipping."""
+    """The largest global norm of the gradient; 0: no clipping."""
     bias_correction: bool = True
-    """Adam's division of the moments by 1 - b^t; BERT's and ELECTRA's code has none."""
+    """Whether Adam divides its moments by 1 - b^t; BERT's and ELECTRA's code does not."""
     warmup_times_decay: bool = False
-    """The rate decays from the first step on, and the warm-up is a factor of it (BERT's and ELECTRA's code)."""
+    """Whether the rate decays from the first step on, with the warm-up as its factor (BERT's and ELECTRA's code)."""
     layer_decay: float = 1.0
-    """In a stack of n layers, layer i (from 0) learns at the rate times this to the power n + 1 - i, what is in front
-    of the layers at n + 2, and what is behind them at 0 (ELECTRA's fine-tuning)."""
+    """The factor of the learning rate from one layer to the one before it (ELECTRA's fine-tuning): its power is
+    n + 1 - i for layer i (from 0) of n, n + 2 for what comes before the layers, and 0 for what comes after them."""
 
     def __post_init__(self):
         if self.name not in OPTIMIZERS:
-            raise ValueError(f"optimizer.name is {self.name!r}; it can be {', '.join(OPTIMIZERS)}.")
+            raise ValueError(f"optimizer.name is {self.name!r}; it must be one of {', '.join(OPTIMIZERS)}.")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"optimizer.schedule is {self.schedule!r}; it can be {', '.join(SCHEDULES)}.")
+            raise ValueError(f"optimizer.schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
         if self.learning_rate <= 0 or not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ValueError(
                 f"learning_rate is {self.learning_rate} and min_learning_rate {self.min_learning_rate}; "
                 "the first must be positive and the second between 0 and the first."
             )
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is {self.warmup}; it is a part of the steps, in [0, 1).")
+            raise ValueError(f"warmup is {self.warmup}; it must be a part of the steps, in [0, 1).")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay is {self.layer_decay}; it must be in (0, 1].")
         if self.clip < 0 or self.weight_decay < 0:
-            raise ValueError(f"clip is {self.clip} and weight_decay {self.weight_decay}; neither can be negative.")
+            raise ValueError(f"clip is {self.clip} and weight_decay {self.weight_decay}; neither may be negative.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PartOptimizer(Rule):
+class PartOptimizer(OptimizerSettings):
     """The optimizer of a part of the parameters, with a state, rates and clipping of its own."""
 
     part: str = ""
-    """Its name at the top of the tree of parameters."""
+    """The part's name at the top of the tree of parameters."""
     start: int = 0
-    """The step of its first update; in front of it, parameters and state stay as they are. (The schedule counts from
-    the run's first step.)"""
+    """The step of its first update; before it, parameters and state stay as they are. The schedule counts from the
+    run's first step."""
 
     def __post_init__(self):
         super().__post_init__()
         if not self.part:
-            raise ValueError("a part of the optimizer has no name; set part to a name at the top of the parameters.")
+            raise ValueError(
+                "part is empty in optimizer.parts; it must be a name at the top of the tree of parameters."
+            )
         if self.start < 0:
-            raise ValueError(f"start is {self.start}; it must be 0 or more.")
+            raise ValueError(f"start is {self.start}; it must be at least 0.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(Rule):
-    """How all parameters are updated, but for the parts that have an optimizer of their own."""
+class OptimizerConfig(OptimizerSettings):
+    """How the parameters are updated, except for parts that have an optimizer of their own."""
 
     parts: tuple[PartOptimizer, ...] = ()
     ema_decay: float = 0.0
-    """A moving average of the parameters, average = decay average + (1 - decay) parameters, is kept in the optimizer's
-    state; 0: none."""
+    """The decay of a moving average of the parameters, average = decay average + (1 - decay) parameters, which is kept
+    in the optimizer's state; 0: none."""
     ema_every: int = 1
-    """Updates from one step of the average to the next."""
+    """The number of updates between two steps of the average."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -100,12 +102,12 @@ class OptimizerConfig(Rule):
             raise ValueError(f"ema_every is {self.ema_every}; it must be at least 1.")
 
 
-def learning_rate(config: Rule, step: Any, steps: int) -> jax.Array:
-    """The rate of update `step` (from 0) in a run of `steps`, as GPT-NeoX's AnnealingLR has it, in float32.
+def learning_rate(config: OptimizerSettings, step: Any, steps: int) -> jax.Array:
+    """Returns the rate of update `step` (from 0) in a run of `steps`, as GPT-NeoX's AnnealingLR has it, in float32.
 
     With w = warmup * steps, which is not rounded, the rate is lr * step / w up to step w (so the very first update has
-    rate 0), and behind it, never below the minimum (with `warmup_times_decay`, w = 0 in what follows, and step / w is a
-    factor of it):
+    rate 0). After it, the rate is as follows, but never below the minimum (with `warmup_times_decay`, w is 0 in these
+    formulas, and step / w is a factor of the rate):
         cosine       min + (lr - min) / 2 * (1 + cos(pi (step - w) / (steps - w)))
         linear       lr (steps - step) / (steps - w)
         exponential  lr exp(-0.693 (step - w) / (steps - w))
@@ -131,12 +133,12 @@ def learning_rate(config: Rule, step: Any, steps: int) -> jax.Array:
 
 
 def learning_rates(config: OptimizerConfig, step: Any, steps: int) -> dict[str, jax.Array]:
-    """As `learning_rate`; those of the parts by their names, and that of the rest under ""."""
+    """Returns each `learning_rate`: those of the parts by their names, and that of the rest under ""."""
     return {"": learning_rate(config, step, steps)} | {p.part: learning_rate(p, step, steps) for p in config.parts}
 
 
 def descend(updates: Any, rates: Mapping[str, jax.Array]) -> Any:
-    """Directions times minus their learning rates."""
+    """Returns directions times minus their learning rates."""
 
     def scaled(tree, rate):
         return jax.tree.map(lambda u: -rate * u, tree)
@@ -147,15 +149,15 @@ def descend(updates: Any, rates: Mapping[str, jax.Array]) -> Any:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
-    """The direction of the update, to be multiplied by minus the learning rate.
+    """Returns an optimizer that gives the direction of the update, to be multiplied by minus the learning rate.
 
-    Where parts of it start late, `update` needs the `step`, from 0.
+    If parts of it start late, `update` needs the `step`, from 0.
     """
     optimizer = _in_parts(_direction(config), config.parts) if config.parts else _direction(config)
     return without_frozen(_with_average(optimizer) if config.ema_decay else optimizer)
 
 
-def _direction(config: Rule) -> optax.GradientTransformation:
+def _direction(config: OptimizerSettings) -> optax.GradientTransformation:
     scale = {
         "adamw": lambda: _adam(config),
         "lion": lambda: optax.scale_by_lion(config.b1, config.b2),
@@ -172,8 +174,8 @@ def _direction(config: Rule) -> optax.GradientTransformation:
 
 
 def _in_parts(rest: optax.GradientTransformation, parts: tuple[PartOptimizer, ...]) -> Any:
-    """Each part with its own optimizer, and all else with `rest`. The state is that of the rest, and theirs by name."""
-    # Not optax.partition: its state is another tree, in which runs of today do not open, and it has no late start.
+    """Updates each part with its own optimizer and all else with `rest`. The state is (rest's, the parts' by name)."""
+    # Not optax.partition: its state is another tree, with which saved runs would not open, and it has no late start.
     own = {part.part: _direction(part) for part in parts}
 
     def cut(tree):
@@ -183,7 +185,7 @@ def _in_parts(rest: optax.GradientTransformation, parts: tuple[PartOptimizer, ..
             raise ValueError(
                 f"optimizer.parts names {missing[0]!r}, but the parameters at the top are {', '.join(sorted(tree))}."
             )
-        # A part keeps its name, by which its moments find their place on a mesh.
+        # A part keeps its name, by which its moments get their sharding.
         return {k: v for k, v in tree.items() if k not in own}, {name: {name: tree[name]} for name in own}
 
     def init(params):
@@ -208,14 +210,14 @@ def _in_parts(rest: optax.GradientTransformation, parts: tuple[PartOptimizer, ..
 
 
 class Averaged(NamedTuple):
-    """An optimizer's state beside a moving average of the parameters."""
+    """An optimizer's state and a moving average of the parameters."""
 
     state: Any
     average: Any
 
 
 def _with_average(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer with room for the average, which `move_average` moves, as it is of what the update makes."""
+    """Returns the optimizer with room for the average, which `move_average` moves once the update is applied."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(updates, state, params=None, **options):
@@ -226,9 +228,9 @@ def _with_average(optimizer: optax.GradientTransformation) -> optax.GradientTran
 
 
 def move_average(config: OptimizerConfig, opt_state: Any, params: Any, updates: Any, trainable: Any = None) -> Any:
-    """The optimizer's state behind update number `updates` (from 1), which made `params`.
+    """Returns the optimizer's state after update number `updates` (from 1), which made `params`.
 
-    What does not train (`trainable` is 0) is no average, but as it is.
+    The average of what does not train (`trainable` is 0) is its present value.
     """
     if not config.ema_decay:
         return opt_state
@@ -243,7 +245,7 @@ def move_average(config: OptimizerConfig, opt_state: Any, params: Any, updates: 
 
 
 def averaged_params(opt_state: Any, params: Any) -> Any:
-    """The parameters with their averages in place of themselves.
+    """Returns the parameters with their averages in place of themselves.
 
     Raises:
       ValueError: the run kept none.
@@ -254,7 +256,7 @@ def averaged_params(opt_state: Any, params: Any) -> Any:
 
 
 def without_frozen(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of all parameters but those under `frozen` at the top of the tree, which stay and have no state."""
+    """Returns the optimizer of all parameters but those under `frozen` at the top, which stay and have no state."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(updates, state, params=None, **options):
@@ -274,8 +276,8 @@ def _is_split(tree: Any) -> bool:
     return isinstance(tree, Mapping) and "frozen" in tree
 
 
-def _adam(config: Rule) -> optax.GradientTransformation:
-    """optax's Adam, whose first moments are (1 - b1^t) and second moments (1 - b2^t) of what they are corrected to."""
+def _adam(config: OptimizerSettings) -> optax.GradientTransformation:
+    """Returns optax's Adam, with or without the correction of its moments."""
     adam = optax.scale_by_adam(config.b1, config.b2, config.eps)
     if config.bias_correction:
         return adam
@@ -287,11 +289,11 @@ def _adam(config: Rule) -> optax.GradientTransformation:
     return optax.GradientTransformation(adam.init, update)
 
 
-_IN_FRONT = re.compile(r"(^|_)(embeddings?|positions)(_|$)")
+_INPUTS = re.compile(r"(^|_)(embeddings?|positions)(_|$)")
 
 
 def decay_by_layer(updates: Any, decay: float) -> Any:
-    """Updates of a model with one stack of layers (parameters under `blocks`), smaller the further from its end.
+    """Scales the updates of a model with one stack of layers (under `blocks`): the farther from its end, the smaller.
 
     Raises:
       ValueError: there is no stack, or more than one.
@@ -306,18 +308,18 @@ def decay_by_layer(updates: Any, decay: float) -> Any:
         if _block(path) is not None:
             factor = decay ** (count + 1 - jnp.arange(count, dtype=update.dtype))
             return update * factor.reshape(-1, *[1] * (update.ndim - 1))
-        in_front = any(_IN_FRONT.search(key.key) for key in path)
-        return update * decay ** (count + 2) if in_front else update
+        is_input = any(_INPUTS.search(key.key) for key in path)
+        return update * decay ** (count + 2) if is_input else update
 
     return jax.tree_util.tree_map_with_path(scaled, updates)
 
 
 def _block(path: Any) -> int | None:
-    """Where in a path the layers of a stack are."""
+    """Returns where in a path the layers of a stack are."""
     return next((k for k, key in enumerate(path) if key.key == "blocks"), None)
 
 
 def decayed(params: Any) -> Any:
-    """True for the parameters under weight decay: all but scales and biases."""
+    """Returns True for the parameters under weight decay: all but scales and biases."""
     kept = ("scale", "bias", "head_bias")
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in kept, params)

@@ -1,4 +1,4 @@
-"""The arithmetic rate that a device can reach: published for accelerators, measured for this machine's CPU."""
+"""The arithmetic rate that a device can reach: published for accelerators, measured for a CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PEAK_FLOPS = {  # dense bfloat16, per device, as the vendors publish it
 
 @functools.cache
 def peak_flops(kind: str | None = None) -> float | None:
-    """FLOP/s of one device; None if its kind is unknown. On a CPU: of float32 matrix products, measured once."""
+    """Returns the FLOP/s of one device; None if its kind is unknown. On a CPU, float32 products are measured, once."""
     device = jax.devices()[0]
     kind = kind or device.device_kind
     if device.platform == "cpu":
@@ -34,7 +34,7 @@ def peak_flops(kind: str | None = None) -> float | None:
 
 
 def matmul_rate(n: int = 2048, seconds: float = 0.5) -> float:
-    """FLOP/s of float32 products of n x n matrices, the best of as many as fit into the time."""
+    """Returns the FLOP/s of float32 products of n x n matrices, the best of those that fit into the time."""
     product = jax.jit(jnp.matmul)
     a = jax.random.normal(jax.random.key(0), (n, n))
     product(a, a).block_until_ready()

@@ -2,8 +2,8 @@
 
 K <- [K_old; K_new] and V <- [V_old; V_new] in any of the five groups; width, depth and heads stay. With zero new keys
 the new scores are 0 and GELU(0) = 0, so the function is preserved as long as the factor tau = sqrt(tokens) in the
-normalisation is kept at its old value. The paper says so; the authors' PyTorch code recomputes tau from the new number
-of tokens and starts new keys at random, which perturbs the model. Both are here:
+normalisation keeps its old value. The paper says so; the authors' PyTorch code recomputes tau from the new number of
+tokens and draws new keys at random, which perturbs the model. Both are here:
 
     grow(config, params, to=counts, rng=key)                       # the paper: exact
     grow(config, params, to=counts, rng=key, init="random")        # the authors' released recipe: not exact
@@ -30,13 +30,16 @@ class Growth:
     """The surgery that grows a task's `model`, a stack of parameter attentions."""
 
     to: TokenCounts = TokenCounts()
-    """Parameter tokens of each group afterwards; 0 leaves a group as it is."""
+    """The number of parameter tokens of each group afterwards; 0 leaves a group as it is."""
     steps: int = 1000
-    """Training steps after it, with the learning-rate schedule starting anew."""
+    """The number of training steps after the growth; the learning-rate schedule starts anew."""
     init: Init = "zero_keys"
+    """How new tokens begin; see `grow`."""
     scale: Scale = "auto"
+    """tau^2 of the grown groups; see `grow`."""
     optimizer: Literal["keep", "reset"] = "reset"
-    """The moments of the old tokens: kept (the new tokens' are 0), or all forgotten, as in the authors' code."""
+    """Whether the optimizer keeps its state, with moments of 0 for the new tokens, or begins anew, as in the authors'
+    code."""
     train: Literal["all", "new"] = "all"
     """Which parameters train afterwards: all, or the new tokens only."""
 
@@ -46,10 +49,10 @@ class Growth:
         _check_choices(self.init, self.scale)
 
     def task(self, task: Task, data: Data) -> tuple[Task, Data]:
-        """With the new counts, and with the old ones as the task's `frozen_tokens` where only new tokens train.
+        """The task with the new counts, and with the old ones as its `frozen_tokens` if only new tokens train.
 
         Raises:
-          ValueError: the model has no parameter tokens, or as in `grow`.
+          ValueError: the model has no parameter tokens, or cannot grow like this (`grow`).
         """
         model = getattr(task, "model", None)
         if not isinstance(model, ParameterAttentionStack):
@@ -68,7 +71,7 @@ class Growth:
         return grow(task.model, params, opt_state, to=self.to, rng=rng, init=self.init, scale=self.scale)[1:]
 
     def towards(self, task: Task) -> Growth:
-        """To the tokens of the task's model."""
+        """This growth, to the tokens of the task's model."""
         return dataclasses.replace(self, to=self.to | task.model.tokens)
 
 
@@ -92,24 +95,25 @@ def grow(
     """A larger model that has the old one's parameter tokens as the first rows. Pure: the arguments stay as they are.
 
     Args:
-      config: of the model; the result's has the new counts, and `norm_tokens` where tau^2 stays at an old number.
-      params: its parameters; `keys` and `values` are [layers, param_tokens, d_model].
-      opt_state: of any optax optimizer; what has the shape of a grown parameter is padded with zeros.
-      to: tokens of each group afterwards, 0 for those that stay.
-      rng: for the new rows.
-      init: new rows. zero_keys: keys 0 and random values; copy: copied keys and values 0, for whole multiples of the
-        old number; random: keys and values as in a new model.
+      config: the model's config; that of the result has the new counts, and `norm_tokens` if tau^2 keeps an old value.
+      params: the model's parameters; `keys` and `values` are [layers, param_tokens, d_model].
+      opt_state: the state of any optax optimizer; moments of a grown parameter are padded with zeros.
+      to: the number of tokens of each group afterwards; 0 leaves a group as it is.
+      rng: a key for the new rows.
+      init: how new rows begin. zero_keys: keys 0 and random values; copy: copied keys and values 0, for whole multiples
+        of the old number; random: keys and values as in a new model.
       scale: tau^2 of the grown groups. fixed: as before; current: in proportion to the tokens; auto: fixed for
         zero_keys, else current.
-      exact: insist that the function is preserved.
+      exact: whether a growth that does not preserve the function is an error.
 
     Raises:
-      ValueError: fewer tokens than there are, nothing to grow, no whole multiple, or not exact where that was asked.
+      ValueError: a group would have fewer tokens than now, none would grow, copies would make no whole multiple, or the
+        growth is not exact although `exact` asks for it.
     """
     larger = grown_config(config, to, init, scale)
     to = larger.tokens
     if exact and (reason := why_not_exact(config, init, scale)):
-        raise ValueError(f"this growth would not preserve the function: {reason}.")
+        raise ValueError(f"exact is True, but this growth would not preserve the function: {reason}.")
 
     def grow_leaf(path, leaf, fill):
         group = group_of(path)
@@ -151,7 +155,7 @@ def grown_config(
     """A model's config after a growth.
 
     Raises:
-      ValueError: fewer tokens than there are, nothing to grow, or no whole multiple for copies.
+      ValueError: a group would have fewer tokens than now, none would grow, or copies would make no whole multiple.
     """
     _check_choices(init, scale)
     to = to | config.tokens
@@ -160,7 +164,7 @@ def grown_config(
         if new < old:
             raise ValueError(f"{group} has {old} parameter tokens and cannot grow to {new}; ask for {old} or more.")
         if init == "copy" and new % old:
-            raise ValueError(f"{group} has {old} parameter tokens; copies make whole multiples of that, not {new}.")
+            raise ValueError(f"{group} has {old} parameter tokens; copies must make a multiple of that, not {new}.")
     if to == config.tokens:
         raise ValueError(f"every group already has the tokens asked for ({to}); ask for more in at least one.")
     norm = TokenCounts(**{g: _norm_tokens(config, to, g, _resolve(init, scale)) for g in GROUPS})
@@ -168,7 +172,7 @@ def grown_config(
 
 
 def why_not_exact(config: ParameterAttentionStack, init: Init, scale: Scale = "auto") -> str | None:
-    """None where growth preserves the function, else the reason why it does not."""
+    """None if growth preserves the function, else the reason why it does not."""
     scale, kind = _resolve(init, scale), config.normalization
     if init == "random":
         return "random new keys have scores of their own"
@@ -198,7 +202,7 @@ def _resolve(init: Init, scale: Scale) -> Scale:
 
 
 def _norm_tokens(config, to: TokenCounts, group: str, scale: Scale) -> int:
-    """tau^2 of a group after growth, 0 standing for the number of tokens."""
+    """tau^2 of a group after growth; 0 stands for the number of tokens."""
     old, new, norm = (getattr(counts, group) for counts in (config.tokens, to, config.norm_tokens))
     if new == old:
         return norm

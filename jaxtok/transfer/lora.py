@@ -1,4 +1,4 @@
-"""LoRA as a Task and as a surgery: of any task's parameters, a low-rank difference trains (`jaxtok.nn.lora`)."""
+"""LoRA as a Task and as a surgery: trains a low-rank difference of any task's parameters (`jaxtok.nn.lora`)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from jaxtok.protocols import Batch, Data, Params, Sums, Task
 class Lora(Task):
     """Trains an adapter of a task's model. Parameters are {"frozen": the task's, "adapter": the adapter's}.
 
-    A run starts from new parameters, or from those of a trained model by `AddLora`, as after `jaxtok adapt`.
+    A run starts from new parameters, or by `AddLora` from those of a trained model (`jaxtok adapt`).
     """
 
     task: Any
-    """A Task. Where its parameters train, is the adapter's matter; the optimizer leaves out what is frozen."""
+    """The task whose parameters are frozen; only the adapter trains."""
     lora: LoraConfig = LoraConfig()
 
     @property
@@ -35,12 +35,12 @@ class Lora(Task):
         return self.start(self.task.init(base, batch), adapter)
 
     def start(self, params: Params, rng: jax.Array) -> Params:
-        """An adapter that changes nothing yet, beside parameters of the task."""
+        """The parameters with the task's as the frozen ones, and an adapter that changes nothing yet."""
         sites, saved = find_sites(self.lora, params), saved_paths(self.lora, params)
         return {"frozen": params, "adapter": init_adapter(rng, sites, saved, params)}
 
     def merged(self, params: Params, rng: jax.Array | None = None) -> Params:
-        """The task's parameters with the differences in them; with a key, as in training."""
+        """The task's parameters plus the differences; with a key, the differences have dropout, as in training."""
         frozen = jax.lax.stop_gradient(params["frozen"])
         sites = find_sites(self.lora, frozen)
         return merge(frozen, sites, params["adapter"], dropout=self.lora.dropout, rng=rng)
@@ -54,17 +54,17 @@ class Lora(Task):
         return self.task.sums(self.merged(params), batch, rng)
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """The task's."""
+        """The task's metrics."""
         return self.task.metrics(sums)
 
     def evaluate(
         self, params: Params, batches: Iterable[Batch], rng: jax.Array | None = None, **options: Any
     ) -> dict[str, float]:
-        """The task's, with the differences merged once."""
+        """The task's evaluation of the merged parameters; the differences are merged once."""
         return self.task.evaluate(_merged(self, params), batches, rng, **options)
 
     def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
-        """The task's, of what is frozen: a controller or a running mean of it goes on."""
+        """Applies the task's `after_step` to the frozen parameters, so a controller or a running mean goes on."""
         return {**params, "frozen": self.task.after_step(params["frozen"], metrics, step)}
 
     def load_weights(self, params: Params) -> Params:
@@ -72,7 +72,7 @@ class Lora(Task):
         return params if frozen is params["frozen"] else {**params, "frozen": frozen}
 
     def flops(self, batch: Batch) -> float:
-        """The task's: the gradient of the frozen parameters is not spared, as the adapter's is made of it."""
+        """The task's FLOPs: gradients of frozen matrices are computed too, as the adapter's are made from them."""
         return self.task.flops(batch)
 
 
@@ -82,7 +82,7 @@ class AddLora:
 
     lora: LoraConfig = LoraConfig()
     steps: int = 1000
-    """Training steps after it, with the learning-rate schedule starting anew."""
+    """The number of training steps after the surgery; the learning-rate schedule starts anew."""
     optimizer: ClassVar[Literal["keep", "reset"]] = "reset"
 
     def __post_init__(self):
@@ -90,11 +90,11 @@ class AddLora:
             raise ValueError(f"steps after an adapter was added is {self.steps}; it must be at least 1.")
 
     def task(self, task: Task, data: Data) -> tuple[Task, Data]:
-        """Raises ValueError: the task trains an adapter already."""
+        """The `Lora` of a task. Raises ValueError if the task trains an adapter already."""
         if isinstance(task, Lora):
             raise ValueError(
                 f"a {type(task).__name__} trains an adapter already; merge it first (jaxtok.open does), and add the "
-                "other one to the merged model."
+                "new one to the merged model."
             )
         return Lora(task=task, lora=self.lora), data
 
@@ -102,7 +102,7 @@ class AddLora:
         return Lora(task=task, lora=self.lora).start(params, rng), None
 
     def towards(self, task: Task) -> AddLora:
-        """With the adapter of the task, if it is a `Lora`."""
+        """This surgery, with the adapter of the task if it is a `Lora`."""
         return dataclasses.replace(self, lora=task.lora) if isinstance(task, Lora) else self
 
 

@@ -1,4 +1,4 @@
-"""What the `jaxtok` command does, as functions: each verb of the command line is one of these, and can be imported."""
+"""What the `jaxtok` command does, as functions: each of these is a verb of the command line, and can be imported."""
 
 from jaxtok.verbs.change import adapt, grow
 from jaxtok.verbs.convert import convert

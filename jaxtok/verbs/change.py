@@ -1,13 +1,13 @@
-"""New runs from a model that is changed: grown, or with an adapter."""
+"""New runs from a changed model: one that has grown, or one with an adapter."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from jaxtok.door import open_model
 from jaxtok.interop.texts import copy_record
@@ -22,7 +22,7 @@ from jaxtok.transfer.lora import AddLora
 
 
 def grow(
-    checkpoint: Positional[Path],
+    checkpoint: Positional[Annotated[Path, arg(metavar="RUN")]],
     to: TokenCounts = TokenCounts(),
     output: Path | None = None,
     times: float = 0.0,
@@ -38,17 +38,17 @@ def grow(
     Args:
       checkpoint: A run's folder, or RUN/checkpoints/STEP.
       to: How many parameter tokens each group has afterwards; 0 leaves a group as it is.
-      output: The new run's folder; by default it is CHECKPOINT-grown.
-      times: Every group grows by this factor, instead of `to`.
-      init: What the new rows are. zero_keys preserves the function (with all normalisations but softmax and
+      output: The new run's folder; by default it is RUN-grown.
+      times: The factor by which every group grows; it replaces `to` if it is above 1.
+      init: How the new tokens begin. zero_keys preserves the function (with all normalisations but softmax and
         gelu_layer_norm), copy preserves it for whole multiples, and random is the authors' released recipe, which
         perturbs the model.
-      scale: Whether the normalisation is fixed at the old number of tokens or follows the current one; auto takes what
-        preserves the function.
-      optimizer: Whether the moments of the old tokens are kept (those of new ones are 0), or all are reset.
-      train: Whether all parameters are trained afterwards, or the new tokens only.
-      steps: How many steps the new run trains; 0 is for as many as the old run.
-      seed: The seed of the new rows.
+      scale: Whether the normalisation is fixed at the old number of tokens or follows the current one; auto takes the
+        one that preserves the function.
+      optimizer: Whether the moments of the old tokens are kept (those of the new ones are 0), or all are reset.
+      train: Whether all parameters are trained afterwards, or only the new tokens.
+      steps: How many steps the new run trains; 0 means as many as the old run.
+      seed: The seed of the new tokens.
     """
     if times:
         if times <= 1:
@@ -65,7 +65,7 @@ def grow(
 
 
 def adapt(
-    checkpoint: Positional[Path],
+    checkpoint: Positional[Annotated[Path, arg(metavar="MODEL")]],
     output: Path | None = None,
     lora: LoraConfig = LoraConfig(),
     adapter: Path | None = None,
@@ -79,24 +79,25 @@ def adapt(
     """Makes a new run that trains a LoRA adapter of a model: `jaxtok train OUTPUT`, then `jaxtok convert` writes it.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok list`).
-      output: The new run's folder; by default it is CHECKPOINT-adapted.
-      lora: Which matrices have a difference, and of which rank.
+      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config that
+        was trained here.
+      output: The new run's folder; by default it is MODEL-adapted.
+      lora: Which matrices get a difference, and of which rank.
       adapter: A PEFT folder of LoRA, whose differences are added to the model first.
-      corpus: The name python, a file or folder, tfds:NAME or arrayrecord:PATTERN. By default it is what the run was
-        trained on.
+      corpus: The corpus to train on: python, a file or folder, tfds:NAME or arrayrecord:PATTERN. By default it is the
+        one that the model was trained on.
       steps: How many steps the adapter is trained.
       learning_rate: The highest learning rate; it ends at a tenth of it.
-      batch_size: How many rows a batch has; 0 is for as many as in the run (8 for a Hugging Face folder).
-      length: How many tokens a row has; 0 is for as many as in the run (for a Hugging Face folder, those of the model's
-        context, 1024 at most).
+      batch_size: How many rows a batch has; 0 means as many as in the run (8 for a Hugging Face folder).
+      length: How many tokens a row has; 0 means as many as in the run (for a Hugging Face folder, as many as the
+        model's context holds, but at most 1024).
       seed: The seed of the adapter and the data.
     """
     output = output or Path(f"{str(checkpoint).rstrip('/')}-adapted")
     must_be_free(output)
     opened = open_model(checkpoint, adapter)
     if opened.tokenizer is None:
-        raise ValueError(f"{checkpoint} is of {type(opened.task).__name__}, and adapters are for models of text.")
+        raise ValueError(f"{checkpoint} is a model of {type(opened.task).__name__}; adapters are for models of text.")
     changes = {"corpus": corpus, "batch_size": batch_size, "length": length}
     data = dataclasses.replace(opened.data, seed=seed, **{name: new for name, new in changes.items() if new})
     surgery = AddLora(lora=lora)

@@ -1,13 +1,13 @@
-"""Models between runs of jaxtok and the formats of others."""
+"""Conversion of models between runs of jaxtok and other formats."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from jaxtok.door import experiment_of
 from jaxtok.interop.formats import format_for, format_named, format_of
@@ -18,8 +18,8 @@ from jaxtok.training.checkpoints import must_be_free
 
 
 def convert(
-    source: Positional[Path],
-    target: Positional[Path],
+    source: Positional[Annotated[Path, arg(metavar="FROM")]],
+    target: Positional[Annotated[Path, arg(metavar="TO")]],
     config: Path | None = None,
     format: str = "",
     which: Literal["", "model", "ema"] = "",
@@ -28,36 +28,38 @@ def convert(
     base: str = "",
     torch_bin: bool = False,
 ) -> Path:
-    """Models between runs and the formats of others, in the direction that the source asks for.
+    """Converts a model: from another format to a run, or from a run to another format.
 
-    What is in another format becomes a run that every verb takes: folders of Hugging Face (GPT-2, Llama, Mistral,
-    Qwen2, Gemma, BERT, RoBERTa, XLM-R, ELECTRA, T5, mT5, ByT5, the released HATs), of PEFT, of the authors of
-    TokenFormer, MrT5 and Learn Your Tokens, and files of the authors of ELECTRA, VQGAN, BAE and ELM. A run becomes such
-    a folder or file, by its kind of model (of ELECTRA, the discriminator).
+    A model in another format becomes a run that every verb takes. There are folders of Hugging Face (GPT-2, Llama,
+    Mistral, Qwen2, Gemma, BERT, RoBERTa, XLM-R, ELECTRA, T5, mT5, ByT5, the released HATs), of PEFT, and of the authors
+    of TokenFormer, MrT5 and Learn Your Tokens; and files of the authors of ELECTRA, VQGAN, BAE and ELM. A run becomes
+    the folder or file that fits its model (for ELECTRA, that of the discriminator).
 
     Args:
-      source: The folder or file to read; or a run, or RUN/checkpoints/STEP.
-      target: The folder or file to write, which must not exist. A file's suffix says its kind: .safetensors, .npz,
+      source: The folder or file to read: a run, RUN/checkpoints/STEP, or a model in another format.
+      target: The folder or file to write, which must not exist. The suffix of a file says its kind: .safetensors, .npz,
         .pth, .th or .pt.
-      config: The name or file of the model's config, where the files are bare tensors (ELM, VQGAN, BAE, ELECTRA's
-        variables); the new run is then as it says. With the config of a Byte2Word, the folder of a BERT lends its
+      config: The name or file of the model's config, if the files are bare tensors (ELM, VQGAN, BAE, ELECTRA's
+        variables); the new run then has this config. With the config of a Byte2Word, the folder of a BERT gives its
         layers.
-      format: The name of the format, where several can hold the model.
-      which: Whether the parameters of a file of a training are read, or their moving average.
-      ema: Takes the moving average of a run's parameters.
-      tokenizer: The tokenizer of a folder that has none: bytes, byt5, or a tokenizer's file.
-      base: The folder (or, to be written down, the name) of the model that an adapter is for.
-      torch_bin: Writes pytorch_model.bin (needs PyTorch) instead of model.safetensors.
+      format: The name of the format, if several can hold the model.
+      which: Whether the parameters are read or their moving average, from a file that holds both.
+      ema: Whether the moving average of a run's parameters is taken.
+      tokenizer: The tokenizer for a folder that has none: bytes, byt5, or a tokenizer's file.
+      base: The model that an adapter is for: its folder, or the name to write into the adapter's config.
+      torch_bin: Whether pytorch_model.bin (needs PyTorch) is written instead of model.safetensors.
     """
     must_be_free(target)
     if is_run(source):
         model = open_run(source, ema)
         form = format_named(format) if format else _format_for(source, model, target)
         if not form.owns(model.task):
-            raise ValueError(f"format is {form.name}, which does not hold a {type(model.task).__name__}.")
+            raise ValueError(
+                f"format is {form.name}, which cannot hold a {type(model.task).__name__}; leave out --format."
+            )
         return form.write(target, model, **_options(form, form.write, base=base, torch_bin=torch_bin))
     if ema:
-        raise ValueError(f"{source} is no run, so it has no moving average; leave out ema.")
+        raise ValueError(f"{source} is not a run, so it has no moving average; leave out ema.")
     experiment = experiment_of(config, "convert") if config else None
     task = experiment.task if experiment else None
     form = format_named(format) if format else format_of(source, task)
@@ -66,10 +68,10 @@ def convert(
 
 
 def _options(form: Format, function: Callable[..., Any], **options: Any) -> dict[str, Any]:
-    """Those options that are set; raises a ValueError where the format's function has no such option."""
+    """Returns the options that are set; raises a ValueError if the format's function has no such option."""
     found = {name: value for name, value in options.items() if value}
     if unknown := [name for name in found if name not in inspect.signature(function).parameters]:
-        raise ValueError(f"the format {form.name} has no use for {' or '.join(unknown)}; leave it out.")
+        raise ValueError(f"the format {form.name} does not take {' or '.join(unknown)}; leave it out.")
     return found
 
 

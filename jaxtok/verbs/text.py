@@ -1,20 +1,20 @@
-"""What models of text do: measure and continue texts."""
+"""What is done with a trained model: it is measured, and it continues texts."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from jaxtok.door import open_model
 from jaxtok.model import Split
 
 
 def evaluate(
-    checkpoint: Positional[Path],
+    checkpoint: Positional[Annotated[Path, arg(metavar="MODEL")]],
     corpus: str = "",
     split: Split = "validation",
     batches: int = 0,
@@ -22,29 +22,30 @@ def evaluate(
     adapter: Path | None = None,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """Measures a model on a corpus: loss, perplexity and bits per byte of text; of images, what its task measures.
+    """Measures a model on a corpus: loss, perplexity and bits per byte for text; for images, what its task measures.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok list`).
-      corpus: The name python, a file or folder, tfds:NAME or arrayrecord:PATTERN (of images: emoji, sprites, digits,
-        folder:PATH, tfds:NAME or arrayrecord:PATTERN). By default it is what the run was trained on.
+      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config that
+        was trained here.
+      corpus: The corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN (for images: emoji, sprites,
+        digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN). By default it is the one that the model was trained on.
       split: The part of the corpus; files are split by a hash of their path.
-      batches: Only so many batches are evaluated; 0 is for all.
-      output: The numbers are also written into this JSON file.
+      batches: How many batches are evaluated; 0 means all.
+      output: A JSON file into which the numbers are also written.
       adapter: A PEFT folder of LoRA, whose differences are added to the model.
-      ema: Takes the moving average of the parameters, of a run that keeps one (optimizer.ema_decay).
+      ema: Whether the moving average of the parameters is taken, from a run that keeps one (optimizer.ema_decay).
     """
     model = open_model(checkpoint, adapter, ema)
     data = model.on(corpus)
-    of = {"checkpoint": str(checkpoint), data.source: getattr(data, data.source), "split": split, "step": model.step}
-    row = of | model.evaluate(corpus, split, batches)
+    about = {"checkpoint": str(checkpoint), data.source: getattr(data, data.source), "split": split, "step": model.step}
+    row = about | model.evaluate(corpus, split, batches)
     if output:
         output.write_text(json.dumps(row, indent=2) + "\n")
     return row
 
 
 def generate(
-    checkpoint: Positional[Path],
+    checkpoint: Positional[Annotated[Path, arg(metavar="MODEL")]],
     prompt: tuple[str, ...] = ("",),
     prompt_file: Path | None = None,
     max_new_tokens: int = 0,
@@ -58,23 +59,24 @@ def generate(
     adapter: Path | None = None,
     ema: bool = False,
 ) -> list[bytes]:
-    """Continues prompts: a single one token by token on the terminal, several as a batch.
+    """Continues prompts: one prompt is continued live on the terminal, several are continued as a batch.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, or a folder or file in another format (`jaxtok list`).
+      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config that
+        was trained here.
       prompt: One or several texts to continue; an empty one begins a new document.
-      prompt_file: A file with one prompt a line, which is read instead.
-      max_new_tokens: At most so many tokens for each prompt (bytes, for models that generate words); 0 is for 200, or
-        what the model's context has room for.
-      temperature: Below 1 is safer, above is wilder; 0 always takes the most likely token.
-      top_k: Only the k most likely tokens are drawn; 0 is for all.
-      top_p: Only the most likely tokens that together have this probability are drawn; 1 is for all.
-      seed: Another seed gives another text.
-      stop: A text also stops after any of these, each of which is a single token (with bytes: a single character).
-      stop_at_end: Whether a text stops where the model ends the document.
+      prompt_file: A file with a prompt on each line, which is read instead.
+      max_new_tokens: The largest number of new tokens for each prompt (of bytes, for models that generate words); 0
+        means 200, or fewer if the model's context has less room.
+      temperature: Below 1 it favours likely tokens, above 1 unlikely ones; 0 always takes the likeliest.
+      top_k: Tokens are drawn only from the k likeliest; 0 means from all.
+      top_p: Tokens are drawn only from the likeliest that together have this probability; 1 means from all.
+      seed: The seed; another one gives another text.
+      stop: Texts after which generation also stops, each of a single token (with bytes: a single character).
+      stop_at_end: Whether generation stops when the model ends the document.
       stream: Whether the texts are written to the standard output.
       adapter: A PEFT folder of LoRA, whose differences are added to the model.
-      ema: Takes the moving average of the parameters, of a run that keeps one (optimizer.ema_decay).
+      ema: Whether the moving average of the parameters is taken, from a run that keeps one (optimizer.ema_decay).
     """
     model = open_model(checkpoint, adapter, ema)
     prompts = tuple(prompt_file.read_text().splitlines()) if prompt_file else prompt
@@ -108,6 +110,6 @@ def generate(
 def _write(text: bytes) -> None:
     if hasattr(sys.stdout, "buffer"):
         sys.stdout.buffer.write(text)
-    else:  # a notebook's
+    else:  # in a notebook
         sys.stdout.write(text.decode(errors="replace"))
     sys.stdout.flush()

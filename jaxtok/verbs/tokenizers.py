@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from jaxtok.data.corpora import open_corpus
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
@@ -13,22 +13,22 @@ from jaxtok.tokenizers.byte_words import basic_words
 
 
 def tokenizer(
-    output: Positional[Path],
+    output: Positional[Annotated[Path, arg(metavar="FILE")]],
     corpus: str = "python",
     vocab_size: int = 4096,
     model_type: Literal["unigram", "bpe"] = "unigram",
     text_field: str = "text",
     words: bool = False,
 ) -> dict[str, Any]:
-    """Trains a SentencePiece tokenizer on the training split of a corpus; use it as `--data.tokenizer OUTPUT`.
+    """Trains a SentencePiece tokenizer on the training split of a corpus; use it as `--data.tokenizer FILE`.
 
     Args:
       output: The file to write, which ends in .model.
-      corpus: The name python, a file or folder, tfds:NAME or arrayrecord:PATTERN.
-      vocab_size: How many ids there are, including 256 bytes and the end of a document.
+      corpus: The corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN.
+      vocab_size: How many ids there are, including those of the 256 bytes and of the end of a document.
       model_type: The algorithm that chooses the pieces.
-      text_field: The field of a JSONL, Parquet or TFDS row that has the text.
-      words: Whether the pieces are of single words by BERT's rule, for models that read words; none then has a space.
+      text_field: The field with the text, in a row of JSONL, Parquet or TFDS.
+      words: Whether each piece is a part of one word by BERT's rule, for models that read words; none then has a space.
     """
     documents = open_corpus(corpus, "train", text_field=text_field)
     texts = (documents[i] for i in range(len(documents)))

@@ -1,4 +1,4 @@
-"""What `jaxtok vision` does, as functions: images to codes and back, images from models of codes, and analyses.
+"""What `jaxtok vision` does, as functions: encoding and decoding images, drawing them, and analysing their codes.
 
 Everything here is written against `ImageTokenizer` and `ImageGenerator` in `jaxtok/protocols.py`.
 """
@@ -11,7 +11,7 @@ import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ import rich.progress
 import tyro
 from jaxtyping import Int, UInt8
 from PIL import Image
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from jaxtok.data.codes import CodeData, Header, alike, open_codes, regroup, times, write_codes
 from jaxtok.data.corpora import SPLITS, open_corpus
@@ -43,8 +43,8 @@ from jaxtok.vision.token_statistics import (
 
 
 def tokenize(
-    checkpoint: Positional[Path],
-    output: Positional[Path],
+    checkpoint: Positional[Annotated[Path, arg(metavar="RUN")]],
+    output: Positional[Annotated[Path, arg(metavar="OUTPUT")]],
     images: str = "",
     splits: tuple[Literal["train", "validation", "test"], ...] = SPLITS,
     draws: int = 1,
@@ -55,7 +55,7 @@ def tokenize(
 ) -> Path:
     """Encodes the images of every split with a tokenizer, for `CodeData` (--data.path OUTPUT).
 
-    A split that is there already, of the same tokenizer, is kept: a second call goes on with those that are missing.
+    Splits that the same tokenizer has encoded already are kept: a second call goes on with those that are missing.
 
     Args:
       checkpoint: A run of an image tokenizer, or RUN/checkpoints/STEP.
@@ -63,11 +63,12 @@ def tokenize(
       images: The images to encode: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN. By default
         they are those of the run.
       splits: The splits of the images to encode.
-      draws: How often each training image is encoded, if codes are drawn; training takes one of them at each visit.
-      flip: Encode also the mirror image of each training image. By default it is done if the run's training did so.
+      draws: How often each training image is encoded, if codes are drawn; training takes one of the draws each time.
+      flip: Whether the mirror image of each training image is encoded too. By default it is if the run's training
+        showed mirror images.
       batch_size: How many images are encoded at a time; 0 means as many as in the run.
       seed: The seed of the draws.
-      ema: Use the moving average of the tokenizer's parameters.
+      ema: Whether the moving average of the tokenizer's parameters is used.
     """
     tokenizer = open_tokenizer(checkpoint, ema)
     if draws < 1 or (draws > 1 and not tokenizer.task.draws_codes):
@@ -94,8 +95,8 @@ def tokenize(
 
 
 def reconstruct(
-    checkpoint: Positional[Path],
-    output: Positional[Path] = Path("reconstructions.png"),
+    checkpoint: Positional[Annotated[Path, arg(metavar="RUN")]],
+    output: Positional[Annotated[Path, arg(metavar="[OUTPUT]")]] = Path("reconstructions.png"),
     images: str = "",
     split: Literal["train", "validation", "test", "all"] = "validation",
     prefixes: tuple[int, ...] = (),
@@ -105,9 +106,9 @@ def reconstruct(
     seed: int = 0,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """Encodes and decodes held-out images, shows some above their reconstructions, and measures how near they are.
+    """Encodes and decodes held-out images, shows some above their reconstructions, and measures how close they are.
 
-    Of a volume, the picture shows the slice in the middle.
+    For a volume, the picture shows the middle slice.
 
     Args:
       checkpoint: A run of an image tokenizer, or RUN/checkpoints/STEP.
@@ -115,12 +116,12 @@ def reconstruct(
       images: The images to reconstruct: emoji, sprites, digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN. By
         default they are those of the run.
       split: The split of the images.
-      prefixes: Show also what is decoded from the first so many codes, a row for each number, if codes are ordered.
+      prefixes: Numbers of first codes from which images are decoded too, a row for each number, if codes are ordered.
       count: How many images the picture shows; they are chosen from those that are measured.
       columns: How many columns the picture has.
-      batches: Measure on so many batches, whose images are from all over the split; 0 means all.
-      seed: The seed of which images are shown, and of what is drawn.
-      ema: Use the moving average of the tokenizer's parameters.
+      batches: How many batches are measured, with images from all over the split; 0 means all.
+      seed: The seed of the choice of images that are shown, and of what is drawn.
+      ema: Whether the moving average of the tokenizer's parameters is used.
     """
     if count < 1 or columns < 1:
         raise ValueError(f"count is {count} and columns {columns}; both must be at least 1.")
@@ -128,7 +129,7 @@ def reconstruct(
     known = tokenizer.task.prefixes
     if unknown := sorted(set(prefixes) - set(known)):
         possible = f"the first {', '.join(map(str, known))} codes" if known else "whole images only"
-        raise ValueError(f"prefixes has {unknown[0]}, but this tokenizer decodes {possible}.")
+        raise ValueError(f"prefixes has {unknown[0]}; this tokenizer decodes {possible}.")
     data = dataclasses.replace(_images(tokenizer.data, images), eval_limit=batches)
     total = data.count(split)
     total = min(total, batches * data.batch_size or total)
@@ -137,8 +138,8 @@ def reconstruct(
 
     def measured() -> Iterator[dict[str, np.ndarray]]:
         for step, batch in enumerate(_with_progress(data, split, "decoding")):
-            places = enumerate(batch["images"], step * data.batch_size)
-            kept.extend(image for (n, image), real in zip(places, batch["mask"]) if real and n in shown)
+            numbered = enumerate(batch["images"], step * data.batch_size)
+            kept.extend(image for (n, image), real in zip(numbered, batch["mask"]) if real and n in shown)
             yield batch
 
     numbers = tokenizer.task.evaluate(tokenizer.params, measured())
@@ -158,8 +159,8 @@ def reconstruct(
 
 
 def generate(
-    checkpoint: Positional[Path],
-    output: Positional[Path] = Path("samples.png"),
+    checkpoint: Positional[Annotated[Path, arg(metavar="RUN")]],
+    output: Positional[Annotated[Path, arg(metavar="[OUTPUT]")]] = Path("samples.png"),
     tokenizer: Path | None = None,
     labels: tuple[str, ...] = (),
     per_class: int = 4,
@@ -174,17 +175,17 @@ def generate(
 
     Args:
       checkpoint: A run of a model of codes, or RUN/checkpoints/STEP.
-      output: FILE.png for one picture with a row for each class (of a volume, it shows the slice in the middle);
-        or FILE.npz for all images as `arr_0` and labels as `arr_1`, which is what ADM's evaluator reads;
-        or a folder, which gets a file for each image (for a volume, a TIFF of its slices).
+      output: FILE.png for one picture with a row for each class (for a volume, it shows the middle slice); or FILE.npz
+        for all images as `arr_0` and labels as `arr_1`, which ADM's evaluator reads; or a folder, which gets a file
+        for each image (for a volume, a TIFF of its slices).
       tokenizer: The run of the tokenizer that made the codes. By default it is the one that the files of codes name.
       labels: Classes, by their names or numbers, or `none` for no class. By default they are all classes.
       per_class: How many images of each class are drawn.
       batch_size: How many images are drawn at a time.
       seed: The seed; another one gives other images.
-      ema: Use the moving average of the model's parameters.
+      ema: Whether the moving average of the model's parameters is used.
       sampling: Options of the model's own sampling: in Python, a mapping of some of them or an instance of the
-        generator's `sampling`; on the command line, an option each.
+        generator's `sampling`; on the command line, each is an option.
     """
     if per_class < 1 or batch_size < 1:
         raise ValueError(f"per_class is {per_class} and batch_size {batch_size}; both must be at least 1.")
@@ -204,7 +205,7 @@ def generate(
 
 
 def generate_from_arguments(arguments: Sequence[str]) -> dict[str, Any]:
-    """`generate` of a command line, in which the options of the run's own sampling are options like all others."""
+    """Calls `generate` with a command line, on which the options of the run's own sampling are options as well."""
     signature = inspect.signature(generate)
     fixed = [parameter for parameter in signature.parameters.values() if parameter.name != "sampling"]
     hints = {name: hint for name, hint in generate.__annotations__.items() if name != "sampling"}
@@ -224,7 +225,7 @@ def generate_from_arguments(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def make_sampling(generator: ImageGenerator, options: Any = None) -> Any:
-    """An instance of the generator's `sampling`, from a mapping of some of its options, or from an instance.
+    """Returns an instance of the generator's `sampling`, from a mapping of some of its options or from an instance.
 
     Raises:
       ValueError: the generator has no such option, or a value is impossible.
@@ -233,47 +234,48 @@ def make_sampling(generator: ImageGenerator, options: Any = None) -> Any:
     if isinstance(options, kind):
         return options
     if options is not None and not isinstance(options, Mapping):
-        raise ValueError(f"sampling is of {type(options).__name__}; {type(generator).__name__} takes {kind.__name__}.")
+        given, owner = type(options).__name__, type(generator).__name__
+        raise ValueError(f"sampling is of type {given}; for {owner} it must be a {kind.__name__}.")
     known = [field.name for field in dataclasses.fields(kind)]
     if unknown := [name for name in options or {} if name not in known]:
-        raise ValueError(f"{unknown[0]} is no option of {kind.__name__}; it can be {', '.join(known)}.")
+        raise ValueError(f"{unknown[0]} is not an option of {kind.__name__}; it must be one of {', '.join(known)}.")
     return kind(**(options or {}))
 
 
 def must_fit(generator: ImageGenerator, tokenizer: ImageTokenizer) -> None:
-    """Raises a ValueError where the tokenizer cannot decode what the generator draws."""
+    """Raises a ValueError if the tokenizer cannot decode what the generator draws."""
     shape, whole = generator.code_shape, tokenizer.code_shape
     if shape != whole and not (len(shape) == 1 and shape[0] in tokenizer.prefixes):
         raise ValueError(
-            f"the model's codes have the shape {times(shape)}, but the tokenizer's {times(whole)}; give the tokenizer "
-            "of its codes."
+            f"the model's codes have the shape {times(shape)}, but the tokenizer's have {times(whole)}; give the "
+            "tokenizer that made the model's codes."
         )
     values, others = generator.code_values, tokenizer.code_values
     if math.prod(values) != math.prod(others) and not alike(values, others):
         raise ValueError(
-            f"the model's codes have {times(values)} values, but the tokenizer's {times(others)}; give the tokenizer "
-            "of its codes."
+            f"the model's codes have {times(values)} values, but the tokenizer's have {times(others)}; give the "
+            "tokenizer that made the model's codes."
         )
 
 
 def statistics(
-    codes: Positional[tuple[Path, ...]],
+    codes: Positional[Annotated[tuple[Path, ...], arg(metavar="CODES ...")]],
     output: Path = Path("token_statistics.png"),
     split: Literal["train", "validation", "test"] = "train",
     corpus: str = "",
     tokenizer: str = "bytes",
 ) -> dict[str, Any]:
-    """Measures how random image tokens are: the divergence of unigrams and neighbours from uniform, beside text's.
+    """Measures how random image tokens are, next to those of text: how far unigrams and neighbours are from uniform.
 
     All sub-codes of a position are one token. Text is cut into rows of as many tokens as an image has, so that the
-    estimates are alike.
+    estimates are comparable.
 
     Args:
-      codes: Folders that `jaxtok vision tokenize` wrote, all of as many values a position.
+      codes: Folders that `jaxtok vision tokenize` wrote, all with the same number of values at a position.
       output: The plot to write.
       split: The split of the images.
       corpus: A corpus of text to compare with: python, a file or folder, tfds:NAME or arrayrecord:PATTERN.
-      tokenizer: The tokenizer of the text: bytes, or a file. It may have at most as many ids as a position has values.
+      tokenizer: The tokenizer of the text: bytes, or a file. It may have no more ids than a position has values.
     """
     sources, sizes = {}, {}
     for name, folder in zip(_names(codes), codes):
@@ -285,16 +287,16 @@ def statistics(
     vocabulary = max(sizes.values())
     if corpus:
         sources["text"] = _text_rows(corpus, tokenizer, *next(iter(sources.values())).shape, vocabulary)
-    found = compare_tokens(sources, vocabulary)
-    plot_statistics(found, output)
+    measured = compare_tokens(sources, vocabulary)
+    plot_statistics(measured, output)
     rows = {
-        f"{name}: {field}": value for name, row in found.items() for field, value in dataclasses.asdict(row).items()
+        f"{name}: {field}": value for name, row in measured.items() for field, value in dataclasses.asdict(row).items()
     }
     return {"plot": str(output), "vocabulary": vocabulary} | rows
 
 
 def attention(
-    checkpoints: Positional[tuple[Path, ...]],
+    checkpoints: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN ...")]],
     output: Path = Path("attention_locality.png"),
     split: Literal["train", "validation", "test"] = "validation",
     batches: int = 4,
@@ -307,20 +309,20 @@ def attention(
       output: The plot to write.
       split: The split of each run's own codes.
       batches: How many batches are measured; 0 means all.
-      ema: Use the moving average of the parameters.
+      ema: Whether the moving average of the parameters is used.
     """
-    found = {}
+    measures_of = {}
     for name, path in zip(_names(checkpoints), checkpoints):
         model = open_model(path, ema=ema)
         if not isinstance(model.task, MapsAttention):
             raise ValueError(
-                f"{path} is of {type(model.task).__name__}, which shows no attention; give runs of models of image "
-                "codes that do."
+                f"{path} is a model of {type(model.task).__name__}, which shows no attention; give a run of a model of "
+                "image codes that does."
             )
-        found[name] = locality(model.task, model.params, model.on(batches=batches).eval_batches(split))
-    plot_locality(found, output)
+        measures_of[name] = locality(model.task, model.params, model.on(batches=batches).eval_batches(split))
+    plot_locality(measures_of, output)
     rows = {}
-    for name, measures in found.items():
+    for name, measures in measures_of.items():
         for layer, (distance, mass) in enumerate(zip(measures["distance"], measures["local_mass"])):
             rows[f"{name}: layer {layer + 1}"] = f"{distance.mean():.2f} cells, {mass.mean():.0%} within 1"
     return {"plot": str(output)} | rows
@@ -335,40 +337,40 @@ def draw_images(
     rng: jax.Array,
     batch_size: int = 32,
 ) -> UInt8[np.ndarray, "images ..."]:
-    """An image of each of these classes (None: of no class), by a model of codes and the tokenizer of its codes."""
+    """Draws an image of each of these classes (None: no class) with a model of codes and the tokenizer of its codes."""
     made = []
     with _progress() as progress:
         bar = progress.add_task("drawing images", total=len(conditions))
         for start in range(0, len(conditions), batch_size):
-            some = list(conditions[start : start + batch_size])
-            count = len(some)
-            some += [None] * (batch_size - count if start else 0)  # one shape, one compilation
+            batch = list(conditions[start : start + batch_size])
+            count = len(batch)
+            batch += [None] * (batch_size - count if start else 0)  # all batches have one shape, so one compilation
             key = jax.random.fold_in(rng, start)
 
             def advance(share: float, start: int = start, count: int = count) -> None:
                 progress.update(bar, completed=start + share * count)
 
-            codes = np.asarray(generator.draw(params, some, key, sampling=sampling, on_progress=advance))
+            codes = np.asarray(generator.draw(params, batch, key, sampling=sampling, on_progress=advance))
             codes = regroup(codes, generator.code_values, tokenizer.task.code_values)
             made.append(tokenizer.decode(codes, jax.random.fold_in(key, 1)))
-    # The authors cut pixels off to whole numbers.
+    # The authors truncate pixels to whole numbers.
     return (np.clip(np.concatenate(made)[: len(conditions)], 0, 1) * 255).astype(np.uint8)
 
 
 def open_tokenizer(path: str | Path, ema: bool = False) -> Model:
-    """An image tokenizer, with its parameters on all devices of this process.
+    """Opens an image tokenizer, with its parameters on all devices of this process.
 
     Raises:
-      ValueError: the model is of something else.
+      ValueError: the model is not an image tokenizer.
     """
     model = open_model(path, ema=ema)
     if not isinstance(model.task, ImageTokenizer):
-        raise ValueError(f"{path} is of {type(model.task).__name__}; give a run of an image tokenizer.")
+        raise ValueError(f"{path} is a model of {type(model.task).__name__}; give a run of an image tokenizer.")
     return dataclasses.replace(model, params=jax.device_put(model.params, make_layout().replicated))
 
 
 def code_header(tokenizer: Model, classes: tuple[str, ...]) -> Header:
-    """What the files of the tokenizer's codes say."""
+    """Returns what the files of the tokenizer's codes say of them."""
     task = tokenizer.task
     return Header(
         shape=task.code_shape,
@@ -382,14 +384,14 @@ def code_header(tokenizer: Model, classes: tuple[str, ...]) -> Header:
 
 def _generator(task: Any, path: str | Path) -> ImageGenerator:
     if not isinstance(task, ImageGenerator):
-        raise ValueError(f"{path} is of {type(task).__name__}; give a run of a model of image codes.")
+        raise ValueError(f"{path} is a model of {type(task).__name__}; give a run of a model of image codes.")
     return task
 
 
 def _encoded(
     tokenizer: Model, data: ImageSource, split: str, repeats: int, mirrored: bool, rng: jax.Array
 ) -> Iterator[tuple[Int[np.ndarray, "images views positions sub_codes"], Int[np.ndarray, " images"]]]:
-    """Codes of the images and their mirror images in turn, and their classes, batch by batch."""
+    """Yields the codes of the images, and of their mirror images if `mirrored`, and their classes, batch by batch."""
     for step, batch in enumerate(_with_progress(data, split, f"encoding {split}")):
         key, real = jax.random.fold_in(rng, step), batch["mask"] > 0
         views = [batch["images"], batch["images"][..., ::-1, :]][: 1 + mirrored] * repeats
@@ -398,7 +400,7 @@ def _encoded(
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """The folders' own names, where they tell them apart.
+    """Returns the folders' own names, or their paths if names are not unique.
 
     Raises:
       ValueError: there is none.
@@ -410,11 +412,13 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def _images(data: Any, images: str, batch_size: int = 0) -> ImageSource:
-    """The run's data of images, or other images cut like them."""
+    """Returns the run's data of images, or other images that are cut like them."""
     if not isinstance(data, ImageSource):
-        raise ValueError(f"the run's data are {type(data).__name__}, which have no images to look at one by one.")
+        raise ValueError(f"the run's data are {type(data).__name__}, which do not hold images; give a run on images.")
     if images and data.source != "images":
-        raise ValueError(f"images is {images!r}, but the run's data, {type(data).__name__}, take no other images.")
+        raise ValueError(
+            f"images is {images!r}, but the run's {type(data).__name__} takes no other images; leave it out."
+        )
     changes = {"images": images, "batch_size": batch_size}
     return dataclasses.replace(data, eval_limit=0, **{name: value for name, value in changes.items() if value})
 
@@ -431,25 +435,25 @@ def _with_progress(data: ImageSource, split: str, what: str) -> Iterator[dict[st
 
 
 def _pixels(images: np.ndarray) -> UInt8[np.ndarray, "images ..."]:
-    """Of bytes or of floats, which are limited to [0, 1]."""
+    """Returns images as bytes; floats are limited to [0, 1]."""
     return images if images.dtype == np.uint8 else np.round(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
 def _slices(pixels: UInt8[np.ndarray, "images ..."]) -> UInt8[np.ndarray, "images height width 3"]:
-    """What a picture can show: of volumes the slice in the middle, of one channel its grey.
+    """Returns what a picture can show: the middle slice of a volume, and grey for a single channel.
 
     Raises:
-      ValueError: there are other channels than one or three.
+      ValueError: the number of channels is neither 1 nor 3.
     """
     if pixels.ndim == 5:
         pixels = pixels[:, pixels.shape[1] // 2]
     if pixels.shape[-1] not in (1, 3):
-        raise ValueError(f"images have {pixels.shape[-1]} channels; a picture shows 1 or 3. Write FILE.npz instead.")
+        raise ValueError(f"images have {pixels.shape[-1]} channels, but a picture has 1 or 3; write FILE.npz instead.")
     return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
 
 
 def _filled(pixels: UInt8[np.ndarray, "images ..."], columns: int) -> list[np.ndarray]:
-    """A row of the picture, with white where an image is missing."""
+    """Returns a row of the picture, filled up with white images."""
     return [*pixels, *[np.full_like(pixels[0], 255)] * (columns - len(pixels))]
 
 
@@ -459,7 +463,7 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 
 def _stored_header(data: Any) -> Header | None:
-    """What the run's files of codes say, if they are here."""
+    """Returns what the run's files of codes say of them, if they are here."""
     if not isinstance(data, CodeData):
         return None
     try:
@@ -469,7 +473,7 @@ def _stored_header(data: Any) -> Header | None:
 
 
 def _classes(labels: tuple[str, ...], classes: tuple[str, ...], count: int) -> tuple[list[int | None], list[str]]:
-    """Numbers and names of the classes that are asked for, of a model of so many classes."""
+    """Returns the numbers and names of the wanted classes, for a model that knows `count` classes."""
     names = [*classes, *map(str, range(len(classes), count))] if count else []
     ids: list[int | None] = []
     for label in labels or names[: len(classes) or count] or ["none"]:
@@ -480,7 +484,7 @@ def _classes(labels: tuple[str, ...], classes: tuple[str, ...], count: int) -> t
         elif label.isdigit() and int(label) < count:
             ids.append(int(label))
         else:
-            raise ValueError(f"there is no class {label!r}; choose of {', '.join([*names[:20], 'none'])}.")
+            raise ValueError(f"there is no class {label!r}; choose from {', '.join([*names[:20], 'none'])}.")
     return ids, ["none" if label is None else names[label] for label in ids]
 
 
@@ -513,8 +517,8 @@ def _text_rows(corpus: str, name: str, rows: int, length: int, vocabulary: int) 
     tokenizer = load_tokenizer(name)
     if tokenizer.vocab_size > vocabulary:
         raise ValueError(
-            f"the tokenizer {name} has {tokenizer.vocab_size} ids, but the images {vocabulary} values; give one that "
-            "has no more (`jaxtok tokenizer FILE --vocab-size N` makes it)."
+            f"the tokenizer {name} has {tokenizer.vocab_size} ids, but the images have {vocabulary} values; give a "
+            "tokenizer with no more ids (`jaxtok tokenizer FILE --vocab-size N` makes one)."
         )
     ids: list[int] = []
     documents = open_corpus(corpus, "train")
@@ -523,6 +527,6 @@ def _text_rows(corpus: str, name: str, rows: int, length: int, vocabulary: int) 
         if len(ids) >= rows * length:
             break
     if len(ids) < length:
-        raise ValueError(f"{corpus} has {len(ids)} tokens, less than one image's {length}; give more text.")
+        raise ValueError(f"{corpus} has {len(ids)} tokens, fewer than the {length} of an image; give more text.")
     whole = len(ids) // length * length
     return np.array(ids[:whole]).reshape(-1, length)[:rows]

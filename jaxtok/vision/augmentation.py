@@ -8,29 +8,29 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 TRANSLATION = 1 / 8
-"""Largest shift, as a part of a side."""
+"""The largest shift, as a fraction of a side."""
 
 
 @flax.struct.dataclass
 class AugmentationDraws:
-    """What is drawn for each image; the first three are uniform in [0, 1)."""
+    """The numbers drawn for each image; the first three are uniform in [0, 1)."""
 
     brightness: Float[Array, " batch"]
     saturation: Float[Array, " batch"]
     contrast: Float[Array, " batch"]
     rows: Int[Array, " batch"]
-    """Pixels by which the image moves up."""
+    """The pixels by which the image moves up."""
     columns: Int[Array, " batch"]
-    """Pixels by which it moves to the left."""
+    """The pixels by which the image moves to the left."""
 
 
 def largest_shift(side: int) -> int:
-    """Pixels, to the nearest."""
+    """The largest shift in pixels, rounded."""
     return int(side * TRANSLATION + 0.5)
 
 
 def draw_augmentation(rng: jax.Array, batch: int, height: int, width: int) -> AugmentationDraws:
-    """Draws for a batch of images of these sides."""
+    """The draws for a batch of images of these sides."""
     uniform, rows, columns = jax.random.split(rng, 3)
 
     def shift(key, side):
@@ -43,7 +43,7 @@ def draw_augmentation(rng: jax.Array, batch: int, height: int, width: int) -> Au
 def augment(
     images: Float[Array, "batch height width channels"], draws: AugmentationDraws
 ) -> Float[Array, "batch height width channels"]:
-    """Brightness, saturation, contrast, then translation."""
+    """The images after changes of brightness, saturation and contrast, and then a translation."""
     return translate(change_color(images, draws), draws)
 
 
@@ -65,7 +65,7 @@ def change_color(
 def translate(
     x: Float[Array, "batch height width channels"], draws: AugmentationDraws
 ) -> Float[Array, "batch height width channels"]:
-    """out[i, j] = x[i + rows, j + columns], and zero from outside."""
+    """out[i, j] = x[i + rows, j + columns], with zeros outside of x."""
     _, height, width, channels = x.shape
     up, left = largest_shift(height), largest_shift(width)
     padded = jnp.pad(x, ((0, 0), (up, up), (left, left), (0, 0)))

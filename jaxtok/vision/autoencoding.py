@@ -44,7 +44,7 @@ from jaxtok.vision.metrics import SSIM_WINDOW, psnr, ssim
 from jaxtok.vision.perceptual import LPIPS, VGG_WIDTHS, read_lpips
 
 COUNTED = 2**20
-"""Codes of a vocabulary up to this size are counted in an evaluation."""
+"""The largest vocabulary whose codes are counted in an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class TokenizerConfig(AutoencoderConfig, abc.ABC):
     """An encoder, a quantiser, which a subclass chooses, and a generator."""
 
     code_weight: float = 1.0
-    """Of the quantiser's loss."""
+    """The weight of the quantiser's loss."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,24 +66,24 @@ class TokenizerConfig(AutoencoderConfig, abc.ABC):
 
     @abc.abstractmethod
     def quantizer(self, name: str | None = None) -> nn.Module:
-        """Called with vectors and draws it returns `Quantized`; `embed` is the way back from codes."""
+        """A module that maps vectors and draws to `Quantized`; its method `embed` maps codes back to vectors."""
 
     def options(self, step: Any) -> dict[str, Any]:
-        """Arguments of the quantiser that change in training."""
+        """The arguments of the quantiser that change during training."""
         return {}
 
     def draw(self, rng: jax.Array, batch: int) -> Array | None:
-        """What quantising a batch draws."""
+        """The random numbers for quantising a batch; None: there are none."""
         return None
 
     @property
     def draws_codes(self) -> bool:
-        """Whether codes are drawn by the quantiser's definition."""
+        """Whether codes are drawn at random outside of training too."""
         return False
 
 
 class Autoencoder(nn.Module):
-    """Images to codes and back."""
+    """Maps images to codes and back."""
 
     config: TokenizerConfig
 
@@ -95,7 +95,7 @@ class Autoencoder(nn.Module):
         return self.quantizer(self.encoder(images), draws, **options)
 
     def features(self, images: Float[Array, "batch height width channels"], draws=None, **options):
-        """What goes into the generator's last convolution, and `Quantized`."""
+        """The input of the generator's last convolution, and `Quantized`."""
         quantized = self.quantize(images, draws, **options)
         return self.generator.features(quantized.vectors), quantized
 
@@ -110,7 +110,7 @@ class Autoencoder(nn.Module):
 
 @flax.struct.dataclass
 class Draws:
-    """What a training step draws."""
+    """The random numbers of a training step."""
 
     codes: Array | None
     fakes: AugmentationDraws | None = None
@@ -121,9 +121,9 @@ class Draws:
 class Autoencoding(Task):
     """Trains an image tokenizer, and is one (`jaxtok.protocols.ImageTokenizer`).
 
-    The discriminator is to have an optimizer of its own that starts at `discriminator.start_step + 1`
-    (configs/vision/bae.py). Where a batch is accumulated in parts, batch norms and the adaptive
-    weight are of each part. Batches have
+    The discriminator should have an optimizer of its own that starts at `discriminator.start_step + 1`
+    (configs/vision/bae.py). If a batch is accumulated in parts, batch norms and the adaptive weight are computed for
+    each part. Batches have
 
     images  uint8, or float32 in [0, 1]  [batch, height, width, channels]
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
@@ -136,28 +136,28 @@ class Autoencoding(Task):
 
     model: TokenizerConfig
     discriminator: DiscriminatorConfig | None = DiscriminatorConfig()
-    """None: no adversarial term."""
+    """The discriminator; None: there is no adversarial term."""
     perceptual: str = ""
-    """A file or folder with the weights of LPIPS (`jaxtok.vision.perceptual.read_lpips`), read when a run begins; or
-    `mse`, the mean squared error of each image in its place; or `none`: that term is 0."""
+    """The perceptual term. A path: LPIPS, with the weights in this file or folder, which are read when a run begins
+    (`jaxtok.vision.perceptual.read_lpips`). mse: the mean squared error of each image. none: the term is 0."""
     perceptual_weight: float = 1.0
     perceptual_widths: tuple[int, ...] = VGG_WIDTHS
-    """Channels of the stages of the file's network."""
+    """The channels of the five stages of LPIPS' network."""
 
     def __post_init__(self):
         if self.perceptual_weight < 0:
             raise ValueError(f"perceptual_weight is {self.perceptual_weight}; it must be 0 or more.")
         if self.perceptual_weight and not self.perceptual:
             raise ValueError(
-                f"perceptual_weight is {self.perceptual_weight}, but there are no weights of LPIPS: set perceptual to "
-                "their file, or to mse, or to none."
+                f"perceptual_weight is {self.perceptual_weight}, but perceptual is empty; it must be the file with the "
+                "weights of LPIPS, or mse, or none."
             )
         if len(self.perceptual_widths) != 5 or min(self.perceptual_widths) < 1:
-            raise ValueError(f"perceptual_widths is {self.perceptual_widths}; it needs five positive numbers.")
+            raise ValueError(f"perceptual_widths is {self.perceptual_widths}; it must be five positive numbers.")
         if self.discriminator is not None:
             self.discriminator.sides(self.model.image_size)
         if self.uses_lpips and self.model.image_size < 16:
-            raise ValueError(f"image_size is {self.model.image_size}; LPIPS needs at least 16 pixels a side.")
+            raise ValueError(f"image_size is {self.model.image_size}; for LPIPS it must be at least 16 pixels.")
 
     # -- an image tokenizer
 
@@ -186,14 +186,16 @@ class Autoencoding(Task):
         """Codes of images in [0, 1]; positions row by row.
 
         Args:
-          rng: for codes that are drawn. Without it, they are the likeliest.
+          rng: a key, for a tokenizer that draws its codes (`draws_codes`).
 
         Raises:
-          ValueError: the images are no such images, or the tokenizer's codes are drawn and there is no key.
+          ValueError: the images have another shape or type, or the tokenizer draws its codes and there is no key.
         """
         check_images(images, self.image_shape)
         if rng is None and self.draws_codes:
-            raise ValueError("this tokenizer draws its codes (deterministic is False): give encode a key, rng.")
+            raise ValueError(
+                "rng is None; it must be a key, as this tokenizer draws its codes (deterministic is False)."
+            )
         return _encode(self, params["autoencoder"], images, rng)
 
     def decode(
@@ -210,7 +212,8 @@ class Autoencoding(Task):
     # -- a task
 
     def fit(self, data: Data, train: Any = None) -> Autoencoding:
-        """Itself. Raises ValueError: the discriminator's own optimizer starts at another step than it does."""
+        """The task itself. Raises ValueError if the discriminator's own optimizer starts at another step than its
+        training."""
         starts = {part.part: part.start for part in train.optimizer.parts} if train is not None else {}
         if self.discriminator is None or "discriminator" not in starts:
             return self
@@ -242,7 +245,7 @@ class Autoencoding(Task):
         return params
 
     def load_weights(self, params: Params) -> Params:
-        """New parameters with those of LPIPS from its file.
+        """The parameters with those of LPIPS from its file.
 
         Raises:
           FileNotFoundError, ValueError: as `read_lpips`.
@@ -261,7 +264,7 @@ class Autoencoding(Task):
         return LPIPS(self.perceptual_widths, dtype=self.model.dtype)
 
     def distance(self, params: Params) -> Callable[[Array, Array], Float[Array, " batch"]]:
-        """The perceptual term of two batches of images, without its weight."""
+        """The function that gives the perceptual term of two batches of images, without its weight."""
         if self.uses_lpips:
             lpips = jax.lax.stop_gradient(params["frozen"]["lpips"])
             return lambda x, y: self._lpips().apply({"params": lpips}, x, y)
@@ -270,7 +273,7 @@ class Autoencoding(Task):
         return lambda x, y: jnp.zeros(len(x))
 
     def draw(self, rng: jax.Array, batch: Batch, step: jax.Array) -> Draws:
-        """What a step draws: codes, and augmentations where there are any."""
+        """The random numbers of a step: for codes, and for augmentations if there are any."""
         codes, fakes, reals = jax.random.split(rng, 3)
         count, height, width, _ = batch["images"].shape
         drawn = Draws(self.model.draw(codes, count))
@@ -280,7 +283,7 @@ class Autoencoding(Task):
         return drawn
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """L_G + L_D; metrics have its parts, and under `state` the discriminator's statistics behind the step."""
+        """L_G + L_D; metrics have its parts, and under `state` the discriminator's statistics after the step."""
         draws, mask = self.draw(rng, batch, step), batch["mask"]
         x, distance, model = as_float(batch["images"]), self.distance(params), self.module()
         features, quantized = model.apply(
@@ -323,13 +326,13 @@ class Autoencoding(Task):
             return -masked_mean(logits.mean((1, 2)), mask), statistics
 
         def slope(term):
-            """The norm of a term's gradient by the last kernel alone."""
-            at = still({"features": features, **last})
+            """The norm of a term's gradient with respect to the last kernel alone."""
+            fixed = still({"features": features, **last})
 
-            def of(kernel):
-                return term(last_conv(self.model, at["features"], {"kernel": kernel, "bias": at["bias"]}))
+            def of_kernel(kernel):
+                return term(last_conv(self.model, fixed["features"], {"kernel": kernel, "bias": fixed["bias"]}))
 
-            return jnp.linalg.norm(jax.grad(of)(at["kernel"]).astype(jnp.float32))
+            return jnp.linalg.norm(jax.grad(of_kernel)(fixed["kernel"]).astype(jnp.float32))
 
         g, statistics = g_of(fake)
         weight = jnp.clip(slope(nll_of) / (slope(lambda fake: g_of(fake)[0]) + 1e-4), 0, cfg.max_weight)
@@ -347,7 +350,7 @@ class Autoencoding(Task):
         return generator_loss + d_loss, metrics | {"state": statistics}
 
     def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
-        """The parameters behind an update: the discriminator's running statistics have seen the batch."""
+        """The parameters after an update, with the discriminator's running statistics of the batch."""
         return params if self.discriminator is None else {**params, "statistics": metrics["state"]}
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
@@ -358,7 +361,7 @@ class Autoencoding(Task):
         nll = l1 + self.perceptual_weight * self.distance(params)(x, fake)
         shown = jnp.clip(fake, 0, 1)
         mse = jnp.square(x - shown).mean((1, 2, 3))
-        found = {
+        values = {
             "loss": nll,
             "l1": l1,
             "mse": mse,
@@ -366,23 +369,23 @@ class Autoencoding(Task):
             "images": jnp.ones_like(mask),
         }
         if self.model.image_size >= SSIM_WINDOW:
-            found["ssim"] = ssim(x, shown)
-        sums = {name: jnp.sum(value * mask) for name, value in found.items()}
+            values["ssim"] = ssim(x, shown)
+        sums = {name: jnp.sum(value * mask) for name, value in values.items()}
         size = math.prod(self.code_values)
         if size > COUNTED:
             return sums
         whole = 0
         for digit, base in enumerate(self.code_values):
             whole = whole * base + quantized.codes[..., digit]
-        places = jnp.where(mask[:, None, None] > 0, whole, size)  # what fills the batch falls off the end
-        return sums | {"codes": constrain(code_counts(places, size), None)}  # whole on each device
+        counted = jnp.where(mask[:, None, None] > 0, whole, size)  # codes of images that fill the batch are dropped
+        return sums | {"codes": constrain(code_counts(counted, size), None)}  # whole on each device
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Means over images of the loss (nll) and l1, and of mse (the squared error), psnr (dB, at most 100) and ssim
-        (where its window of 11 pixels fits) of pixels that are limited to [0, 1]; and the number of images.
+        """Means over images of the loss (nll) and l1; of mse (the squared error), psnr (dB, at most 100) and ssim (if
+        its window of 11 pixels fits), for pixels limited to [0, 1]; and the number of images.
 
-        Of vocabularies up to 2^20, also codes_used, and their perplexity. Codes that are drawn by their definition are
-        drawn by the batch's number.
+        For vocabularies up to 2^20, also codes_used and their perplexity. A tokenizer that draws its codes draws them
+        with a key from the number of the batch.
         """
         images, codes = sums["images"], sums.get("codes")
         row = {name: value / images for name, value in sums.items() if name not in ("images", "codes")}
@@ -404,9 +407,9 @@ class Autoencoding(Task):
         return {**jax.tree.map(lambda _: 1.0, params), "statistics": fixed}
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step, without recomputation and what the adaptive weight takes: three times the autoencoder;
-        of the discriminator a pass and its gradient by the fakes, and three times real and fake; of LPIPS' features
-        the images' pass, and the fakes' with its gradient."""
+        """The FLOPs of one training step, without recomputation and without the adaptive weight: three passes of the
+        autoencoder; of the discriminator, one pass over the fakes with its gradient, and three over real and fake
+        images; of LPIPS' features, one pass over the images, and one over the fakes with its gradient."""
         total = 3 * self.model.flops()
         if self.discriminator is not None:
             total += (2 + 2 * 3) * self.discriminator.flops(self.model.image_size, self.model.channels)

@@ -1,7 +1,7 @@
 """BAE, the binary autoencoder of ELM (arXiv 2410.16257): an image as a grid of independent bits (arXiv 2304.04820).
 
-Of k bits at each position, all are trained at every step; no codebook is stored or searched, and the bits can be cut
-into sub-codes, each with a small vocabulary. `jaxtok.vision.autoencoding.Autoencoding` trains it.
+Each position has k bits, all of which are trained at every step. No codebook is stored or searched, and the bits can be
+cut into sub-codes, each with a small vocabulary. `jaxtok.vision.autoencoding.Autoencoding` trains it.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ class BAEConfig(TokenizerConfig):
     """Defaults: ELM's with 16 bits."""
 
     bits: int = 16
-    """At each position."""
+    """The number of bits at each position."""
     sub_codes: int = 1
-    """Into which the bits are cut, in order; of each the first bit is the most significant."""
+    """The number of sub-codes into which the bits are cut, in order; the first bit of each is the most significant."""
     deterministic: bool = False
-    """Bits are compared with 1/2, and not drawn, in training and in use."""
+    """Whether a bit is 1 if its probability is above 1/2, instead of being drawn, in training and in use."""
     tanh: bool = False
-    """Activations are tanh, and a bit stands for -1 or 1 in the generator."""
+    """Whether activations are tanh, and a bit stands for -1 or 1 in the generator."""
     corrected_code_loss: bool = False
-    """p (1 - p), and not the authors' loss with a sigmoid too many."""
+    """Whether the loss is p (1 - p), instead of the authors', which has a sigmoid too many."""
     code_weight: float = 0.0
 
     def __post_init__(self):
@@ -53,7 +53,7 @@ class BAEConfig(TokenizerConfig):
         )
 
     def draw(self, rng: jax.Array, batch: int) -> Float[Array, "batch rows columns bits"] | None:
-        """Uniform numbers, below the probabilities of the bits that are 1."""
+        """Uniform numbers; a bit is 1 if its number is below its probability."""
         return None if self.deterministic else jax.random.uniform(rng, (batch, *self.grid, self.bits))
 
     @property

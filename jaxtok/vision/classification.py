@@ -1,4 +1,4 @@
-"""Image classification, the Task of every image classifier."""
+"""Image classification: the Task of every image classifier."""
 
 from __future__ import annotations
 
@@ -32,11 +32,12 @@ class ImageClassification(Task):
     model: ViTConfig
     pixel_mean: float = 0.5
     pixel_std: float = 0.5
-    """The model sees (v / 255 - mean) / std of a uint8 image's v; and float images as they are."""
+    """The model sees (v / 255 - pixel_mean) / pixel_std for a uint8 pixel v, and float images as they are."""
     label_smoothing: float = 0.1
-    """The part of the target that is uniform over the classes, in training; 0.1 in MAE's supervised recipe."""
+    """The share of the target that is uniform over the classes in training; 0.1 in MAE's supervised recipe."""
     frozen_tokens: TokenCounts = TokenCounts()
-    """If any is positive, only the parameter tokens after these train."""
+    """The number of parameter tokens of each group that are frozen. If any is positive, only the tokens after these
+    train."""
 
     def __post_init__(self):
         if not 0 <= self.label_smoothing < 1:
@@ -48,7 +49,7 @@ class ImageClassification(Task):
         return ViT(self.model)
 
     def fit(self, data: Data, train: Any = None) -> ImageClassification:
-        """Itself. Raises ValueError: the data have more classes than the model."""
+        """The task itself. Raises ValueError if the data have more classes than the model."""
         check_classes(self.model.num_classes, data)
         return self
 
@@ -64,12 +65,12 @@ class ImageClassification(Task):
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         logits, labels, mask = self.logits(params, batch["images"]), batch["labels"], batch["mask"]
-        found = {
+        values = {
             "nats": cross_entropy(logits, labels),
             "right": _correct(logits, labels),
             "images": jnp.ones_like(mask),
         }
-        return {name: jnp.sum(x * mask) for name, x in found.items()}
+        return {name: jnp.sum(x * mask) for name, x in values.items()}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
         """loss (nats, labels not smoothed), accuracy (top-1), and examples, the number of images."""
@@ -80,7 +81,7 @@ class ImageClassification(Task):
         return self.module().apply({"params": params}, self._pixels(images))
 
     def features(self, params: Params, images: Images) -> Float[Array, "batch d_model"]:
-        """What the linear head reads, in float32."""
+        """The input of the linear head, in float32."""
         return self.module().apply({"params": params}, self._pixels(images), features=True)
 
     def _pixels(self, images: Images) -> Float[Array, "batch height width channels"]:
@@ -92,7 +93,7 @@ class ImageClassification(Task):
         return new_token_mask(params, self.frozen_tokens) if self.frozen_tokens.total() else None
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass."""
+        """The FLOPs of one training step: three times the forward pass."""
         return 3 * len(batch["images"]) * self.model.flops()
 
 

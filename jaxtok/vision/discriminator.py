@@ -14,7 +14,7 @@ from jaxtok.axes import constrain
 from jaxtok.nn.convolution import Conv
 
 MOMENTUM = 0.1
-"""The share of a batch in the running statistics."""
+"""The weight of a batch in the running statistics."""
 EPS = 1e-5
 
 Statistics = dict[str, dict[str, Array]]
@@ -26,17 +26,17 @@ class DiscriminatorConfig:
     """A discriminator and its part in training; defaults: ELM's file."""
 
     width: int = 64
-    """Channels of the first convolution."""
+    """The channels of the first convolution."""
     layers: int = 3
-    """Convolutions that halve the sides."""
+    """The number of convolutions that halve the sides."""
     start_step: int = 30_001
-    """From this step on the generator feels it; it learns itself from the next step on."""
+    """The step from which on its term is in the generator's loss; it learns itself from the next step on."""
     max_weight: float = 1.0
-    """Largest adaptive weight of its term."""
+    """The largest adaptive weight of its term."""
     augment: bool = False
-    """It sees images through DiffAugment."""
+    """Whether it sees images through DiffAugment."""
     augment_fakes: bool = True
-    """When it learns, of fakes too, as DiffAugment needs; the authors' BAE augments only the real ones there."""
+    """Whether its own loss augments fakes too, as DiffAugment needs; the authors' BAE augments only real images."""
 
     def __post_init__(self):
         for field in ("width", "layers"):
@@ -48,26 +48,26 @@ class DiscriminatorConfig:
 
     @property
     def features(self) -> tuple[int, ...]:
-        """Channels behind each convolution but the last, which has one."""
+        """The channels after each convolution except the last, which gives one."""
         return tuple(self.width * min(2**n, 8) for n in range(self.layers + 1))
 
     def sides(self, side: int) -> tuple[int, ...]:
-        """Behind each convolution.
+        """The side after each convolution.
 
         Raises:
           ValueError: nothing is left of an image of this side.
         """
-        found = []
+        sides, pixels = [], side
         for number in range(self.layers + 2):
             side = side // 2 if number < self.layers else side - 1
-            found.append(side)
-        if min(found) < 1:
+            sides.append(side)
+        if min(sides) < 1:
             smallest = 3 * 2**self.layers
             raise ValueError(
-                f"discriminator.layers is {self.layers}, which needs images of {smallest} pixels a side; theirs has "
-                "fewer: choose fewer layers or larger images."
+                f"discriminator.layers is {self.layers}, but the images have {pixels} pixels a side; they must have at "
+                f"least {smallest}: choose fewer layers or larger images."
             )
-        return tuple(found)
+        return tuple(sides)
 
     def flops(self, side: int, channels: int = 3) -> float:
         """Forward FLOPs of one image."""
@@ -76,11 +76,12 @@ class DiscriminatorConfig:
 
 
 class BatchNorm(nn.Module):
-    """Over batch and positions. Running statistics are given and returned; a mesh's batch is one batch."""
+    """A batch norm over batch and positions. It takes and returns running statistics; a mesh's batch is one batch."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch rows columns channels"], running: dict[str, Array], train: bool):
-        """In training by the batch's own mean and biased variance, else by the running ones; returns both."""
+        """x normalised, and the new running statistics. In training, x is normalised by the batch's own mean and biased
+        variance, else by the running ones."""
 
         def param(name, init):
             return self.param(name, nn.with_logical_partitioning(init, ("channels",)), x.shape[-1:], jnp.float32)
@@ -98,7 +99,7 @@ class BatchNorm(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images to a map of logits, positive for real. Layers have the numbers of PyTorch's sequence."""
+    """Maps images to a grid of logits, positive for real ones. Layers have the numbers of PyTorch's sequence."""
 
     config: DiscriminatorConfig
     dtype: Any = jnp.float32
@@ -107,7 +108,7 @@ class Discriminator(nn.Module):
     def __call__(
         self, images: Float[Array, "batch height width channels"], statistics: Statistics, *, train: bool
     ) -> tuple[Float[Array, "batch rows columns"], Statistics]:
-        """Logits in float32, and the statistics behind the batch (in training; else the same).
+        """Logits in float32, and the statistics after the batch (unchanged outside of training).
 
         Raises:
           ValueError: the images are too small.
@@ -144,5 +145,5 @@ def new_statistics(config: DiscriminatorConfig) -> Statistics:
 def hinge_loss(
     real: Float[Array, "batch rows columns"], fake: Float[Array, "batch rows columns"]
 ) -> Float[Array, " batch"]:
-    """Of each pair of images: (mean relu(1 - real) + mean relu(1 + fake)) / 2."""
+    """The loss of each pair of images: (mean relu(1 - real) + mean relu(1 + fake)) / 2."""
     return (jax.nn.relu(1 - real).mean((1, 2)) + jax.nn.relu(1 + fake).mean((1, 2))) / 2

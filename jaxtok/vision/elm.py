@@ -1,12 +1,12 @@
 """ELM: images as language (Elucidating the Design Space of Language Models for Image Generation, ICML 2025).
 
-A Llama on the codes of an image tokenizer, with a class in front. A position of the grid has t sub-codes of k bits,
-into which a binary autoencoder's t k bits are cut ("2-10": two of ten bits), so that a large vocabulary needs no large
-table. This file is the autoregressive model and its Task; `elm_sampling.py` draws images from it, and `elm_masked.py`
-is the masked model.
+A Llama on the codes of an image tokenizer, after a class. A position of the grid has t sub-codes of k bits, into which
+a binary autoencoder's t k bits are cut ("2-10": two of ten bits), so that a large vocabulary needs no large table. This
+file is the autoregressive model and its Task; `elm_sampling.py` draws images from it, and `elm_masked.py` is the masked
+model.
 
     cond = E_class[y],  tok = W concat_i E_i[c_i]  (one sub-code: E[c]),  h0 = [cond ; tok_0 .. tok_{N-2}]
-    blocks of the house, causal, with rotation by row and column;  logits_i = O_i norm(h), at place n of token n
+    jaxtok's blocks, causal, with rotation by row and column;  logits_i = O_i norm(h), those of token n from state n
 
 All sub-codes of a position are predicted in parallel from the same state. Where paper and code differ, the authors'
 code is followed: the class token's row of the rotation is zero, so it looks at everything evenly.
@@ -42,41 +42,41 @@ if TYPE_CHECKING:
 
 
 def mlp_width(d_model: int, multiple_of: int = 256) -> int:
-    """Llama's: two thirds of 4 d, rounded up to a multiple."""
+    """The width of Llama's MLP: two thirds of 4 d, rounded up to a multiple."""
     return -(-int(2 * 4 * d_model / 3) // multiple_of) * multiple_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ElmConfig(LlamaStack):
-    """The autoregressive model; defaults: ELM-L on 2 sub-codes of 10 bits, of images of 256 pixels, as trained."""
+    """The autoregressive model; defaults: ELM-L on 2 sub-codes of 10 bits, for images of 256 pixels, as trained."""
 
     num_layers: int = 24
     d_model: int = 1024
     num_heads: int = 16
     mlp_dim: int = 2816
     grid: int = 16
-    """Positions a side; an image has grid x grid."""
+    """The number of positions in a row and in a column; an image has grid x grid."""
     sub_codes: int = 2
-    """At each position (t)."""
+    """The number of sub-codes at each position (t)."""
     code_bits: int = 10
-    """Of a sub-code (k), which has 2^k values."""
+    """The bits of a sub-code (k), which has 2^k values."""
     num_classes: int = 1000
-    """One more, behind these, stands for no class."""
+    """The number of classes; the id after the last one stands for no class."""
     modulation: bool = False
-    """The class shifts and scales what comes out of a block's norms and gates what its parts add (DiT's adaLN)."""
+    """Whether the class shifts and scales the outputs of a block's norms and gates what its parts add (DiT's adaLN)."""
     cosine_scores: bool = False
-    """Queries and keys of length 1, after the rotation; with `scale_scores` off, scores are their cosines."""
+    """Whether queries and keys have length 1 after the rotation; without `scale_scores`, scores are their cosines."""
     dropout: float = 0.1
-    """On what each part of a block adds."""
+    """The dropout of what each part of a block adds."""
     drop_path: float = 0.0
-    """A part of a block is left out of a row with a probability that rises linearly from 0 in the first layer to this
-    in the last (stochastic depth, arXiv 1603.09382). If it is positive, it stands in for `dropout` in the blocks."""
+    """The probability with which a row skips a part of the last layer; it rises linearly from 0 in the first layer
+    (stochastic depth, arXiv 1603.09382). If it is positive, it replaces `dropout` in the blocks."""
     token_dropout: float = 0.1
-    """On the input embeddings."""
+    """The dropout of the input embeddings."""
     class_dropout: float = 0.1
-    """How often a class is withheld in training, for the guidance."""
+    """The probability with which a class is withheld in training, for the guidance."""
     loss_chunk: int = 0
-    """Positions whose logits exist at a time in training; 0: all. A divisor of grid x grid."""
+    """The number of positions whose logits exist at a time in training, a divisor of grid x grid; 0: all."""
 
     RETIRED: ClassVar[dict[str, Any]] = {"rotary_table": True}
 
@@ -87,8 +87,8 @@ class ElmConfig(LlamaStack):
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
         if not 1 <= self.code_bits <= 24:
             raise ValueError(
-                f"code_bits is {self.code_bits}; it must be in 1..24, as a table has 2^code_bits rows; "
-                "cut the bits into more sub-codes."
+                f"code_bits is {self.code_bits}; it must be in 1..24, as a table has 2^code_bits rows: cut the bits "
+                "into more sub-codes."
             )
         for field in ("token_dropout", "class_dropout", "drop_path"):
             if not 0 <= getattr(self, field) < 1:
@@ -96,10 +96,10 @@ class ElmConfig(LlamaStack):
         if self.head_dim % 4:
             raise ValueError(
                 f"d_model is {self.d_model} and num_heads is {self.num_heads}, which gives heads of {self.head_dim} "
-                "channels; the rotation by row and column needs a multiple of 4."
+                "channels; for the rotation by row and column it must be a multiple of 4."
             )
         if self.modulation and self.post_norm:
-            raise ValueError("modulation is True, but post_norm too; only blocks with the norm first are modulated.")
+            raise ValueError("modulation is True and post_norm is True; one of them must be False.")
         if self.loss_chunk < 0 or (self.loss_chunk and self.positions % self.loss_chunk):
             raise ValueError(
                 f"loss_chunk is {self.loss_chunk}; it must divide grid x grid = {self.positions}, or be 0."
@@ -107,17 +107,17 @@ class ElmConfig(LlamaStack):
 
     @property
     def positions(self) -> int:
-        """Of an image (N)."""
+        """The number of positions of an image (N)."""
         return self.grid**2
 
     @property
     def codebook(self) -> int:
-        """Values of a sub-code (V)."""
+        """The number of values of a sub-code (V)."""
         return 2**self.code_bits
 
     @property
     def code_shape(self) -> tuple[int, int]:
-        """Rows and columns of the positions."""
+        """The rows and columns of the positions."""
         return (self.grid, self.grid)
 
     @property
@@ -126,11 +126,11 @@ class ElmConfig(LlamaStack):
         return (self.codebook,) * self.sub_codes
 
     def cells(self) -> Int[np.ndarray, "positions 2"]:
-        """Row and column of each position."""
+        """The row and column of each position."""
         return np.stack(np.divmod(np.arange(self.positions), self.grid), -1)
 
     def rotation(self) -> Float[np.ndarray, "places pairs 2"]:
-        """For the class token (zeros) and each position."""
+        """(cos, sin) for the class token (zeros) and each position."""
         return rotary_table_2d(self.grid, self.grid, self.head_dim, self.rotary_base, leading=1)
 
     def rotate(self, q, k, positions):
@@ -158,7 +158,7 @@ class ElmConfig(LlamaStack):
 
 
 class ElmBlock(Block):
-    """With modulation by the class's embedding, which is the condition, and with stochastic depth."""
+    """A block with modulation by the class's embedding, which is the condition, and with stochastic depth."""
 
     @nn.compact
     def __call__(self, carry, layer, call: Call):
@@ -190,7 +190,7 @@ class ElmBlock(Block):
 
 
 class ElmBase(nn.Module):
-    """What the autoregressive and the masked model share: the class, the blocks, the final norm."""
+    """The parts that the autoregressive and the masked model share: the class, the blocks, the final norm."""
 
     config: ElmConfig
 
@@ -210,7 +210,7 @@ class ElmBase(nn.Module):
         return self.config.linear(features, axes, std, bias, None)
 
     def embed_class(self, labels: Int[Array, " batch"], deterministic: bool = True) -> Float[Array, "batch 1 d_model"]:
-        """In training, some labels become that of no class."""
+        """The embeddings of the classes. In training, some labels become that of no class."""
         cfg = self.config
         if cfg.class_dropout and not deterministic:
             dropped = jax.random.bernoulli(self.make_rng("dropout"), cfg.class_dropout, labels.shape)
@@ -219,7 +219,7 @@ class ElmBase(nn.Module):
 
 
 class Elm(ElmBase):
-    """Codes and a class to logits of each position's codes, given those in front of it."""
+    """Maps codes and a class to the logits of each position's codes, given the positions before it."""
 
     def setup(self):
         super().setup()
@@ -235,10 +235,10 @@ class Elm(ElmBase):
     def __call__(
         self, codes: Int[Array, "batch positions sub_codes"], labels: Int[Array, " batch"], deterministic: bool = True
     ) -> Float[Array, "batch positions sub_codes vocab"]:
-        """Logits in float32, at position n of its own sub-codes, which see the class and the positions before n.
+        """Logits in float32. Those at position n are of its own sub-codes, given the class and the positions before n.
 
         Args:
-          codes: of whole images, below 2^code_bits, in row-major order.
+          codes: the codes of whole images, below 2^code_bits, in row-major order.
           labels: classes; num_classes stands for none.
           deterministic: no dropout; else there must be a `dropout` key.
         """
@@ -256,7 +256,7 @@ class Elm(ElmBase):
         return by_parts(part, self.config.loss_chunk, self.states(codes, labels, deterministic), codes)
 
     def states(self, codes, labels, deterministic: bool = True) -> Float[Array, "batch positions d_model"]:
-        """Hidden states behind the final norm, from which each position is predicted."""
+        """Hidden states after the final norm, from which each position is predicted."""
         cfg = self.config
         if codes.shape[1:] != (cfg.positions, cfg.sub_codes):
             raise ValueError(
@@ -264,12 +264,13 @@ class Elm(ElmBase):
                 f"{cfg.grid} positions with {cfg.sub_codes} sub-codes has {cfg.positions} x {cfg.sub_codes}."
             )
         condition = self.embed_class(labels, deterministic)
-        x = jnp.concatenate([condition, self.embed(codes)[:, :-1]], axis=1)  # all, so that a mesh can divide them
+        # All positions are embedded, so that a mesh can divide them.
+        x = jnp.concatenate([condition, self.embed(codes)[:, :-1]], axis=1)
         x = self.embedding_dropout(constrain(x, "d_model"), deterministic)
         return self.hidden(x, condition, deterministic=deterministic)[0]
 
     def embed(self, codes: Int[Array, "batch length sub_codes"]) -> Float[Array, "batch length d_model"]:
-        """Of tokens: a table for each sub-code, and a projection of all of them."""
+        """The embeddings of tokens, from a table for each sub-code and a projection of all of them."""
         cfg = self.config
         x = jax.vmap(lambda table, ids: jnp.take(table, ids, axis=0), (0, -1), -2)(self.embedding, codes)
         x = x.reshape(*codes.shape[:-1], cfg.sub_codes * cfg.d_model)
@@ -280,18 +281,18 @@ class Elm(ElmBase):
         x: Float[Array, "batch length d_model"],
         condition: Float[Array, "batch 1 d_model"],
         *,
-        place: int | Int[Array, ""] = 0,
+        first: int | Int[Array, ""] = 0,
         cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
-        """States behind the final norm, and the cache with these inputs appended.
+        """States after the final norm, and the cache with these inputs appended.
 
         Args:
-          x: embeddings of the inputs from `place` on; that of place 0 is the class.
+          x: embeddings of the inputs from number `first` on; input 0 is the class.
           condition: the class's embedding, for the modulation.
         """
         cfg = self.config
-        positions = place + jnp.arange(x.shape[1])[None]
+        positions = first + jnp.arange(x.shape[1])[None]
         x, cache = self.stack(x, positions, cache=cache, deterministic=deterministic, condition=condition)
         x = self.final_norm(x)
         if cfg.modulation:
@@ -311,7 +312,7 @@ class Elm(ElmBase):
 class ElmTextConfig(ElmConfig):
     """A model of one code a position, seen as a language model: its text is a class and then an image's codes.
 
-    Ids below 2^code_bits are codes, and those from there on are classes, the last of them no class.
+    Ids below 2^code_bits are codes. The ids after them are classes, and the last id is no class.
     """
 
     sub_codes: int = 1
@@ -321,8 +322,7 @@ class ElmTextConfig(ElmConfig):
         super().__post_init__()
         if self.sub_codes != 1 or self.modulation:
             raise ValueError(
-                f"sub_codes is {self.sub_codes} and modulation {self.modulation}; a text has one code a position, and "
-                "nothing but its tokens."
+                f"sub_codes is {self.sub_codes} and modulation {self.modulation}; for a text they must be 1 and False."
             )
 
     @property
@@ -335,12 +335,12 @@ class ElmTextConfig(ElmConfig):
 
 
 class ElmText(Elm):
-    """The same parameters as a `jaxtok.protocols.CausalLM`, for what is written against that waist."""
+    """The same model, with the same parameters, as a `jaxtok.protocols.CausalLM`."""
 
     config: ElmTextConfig
 
     def __call__(self, tokens, **options: Any):
-        """As `jaxtok.lm.decoder.Decoder`. Classes are no targets: their logits are 20 below the least of the codes'."""
+        """As `jaxtok.lm.decoder.Decoder`. Classes are no targets: their logits are 20 below the lowest of a code."""
         x, cache = self.hidden(self.embed(tokens), **options)
         return self.head(x), cache
 
@@ -379,7 +379,7 @@ def init_params(config: ElmConfig, rng: jax.Array) -> Params:
 
 
 class ModelOfCodes:
-    """What the tasks of the autoregressive and the masked model say as a `jaxtok.protocols.ImageGenerator`."""
+    """The properties of a `jaxtok.protocols.ImageGenerator` that the tasks of both models share."""
 
     model: ElmConfig
 
@@ -413,7 +413,7 @@ class ElmModeling(ModelOfCodes, Task):
         return Elm(self.model)
 
     def fit(self, data: Data, train: Any = None) -> ElmModeling:
-        """Itself. Raises ValueError: see `check_data`."""
+        """The task itself. Raises ValueError if the data do not fit the model (`check_data`)."""
         check_data(self.model, data)
         return self
 
@@ -421,7 +421,7 @@ class ElmModeling(ModelOfCodes, Task):
         return self.module().init(rng, batch["codes"], batch["labels"])["params"]
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats a sub-code; k ln 2 at first, as the heads begin at 0."""
+        """Mean cross entropy in nats per sub-code; k ln 2 at first, as the heads begin at 0."""
         loss = masked_mean(self.image_nats(params, batch, rng), batch["mask"])
         return loss, {"nats_per_position": self.model.sub_codes * loss}
 
@@ -430,15 +430,15 @@ class ElmModeling(ModelOfCodes, Task):
         return {"nats": nats, "count": images, "images": images}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss (nats a sub-code), nats_per_position, and examples, the number of images."""
+        """loss (nats per sub-code), nats_per_position, and examples, the number of images."""
         return code_metrics(sums, self.model.sub_codes)
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass."""
+        """The FLOPs of one training step: three times the forward pass."""
         return 3 * len(batch["codes"]) * self.model.flops()
 
     def image_nats(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> Float[Array, " batch"]:
-        """The mean over the sub-codes of each image; with a key, under dropout."""
+        """The mean nats of each image's sub-codes; with a key, under dropout."""
         nats = self.module().apply(
             {"params": params},
             batch["codes"],
@@ -464,7 +464,7 @@ class ElmModeling(ModelOfCodes, Task):
         sampling: ElmSampling | None = None,
         on_progress: OnProgress | None = None,
     ) -> Int[Array, "batch positions sub_codes"]:
-        """Codes of an image of each class (None: of no class); `generate`, with progress after each row of the grid."""
+        """The codes of an image of each class (None: no class), by `generate`; progress is after each row of a grid."""
         from jaxtok.vision import elm_sampling
 
         sampling = elm_sampling.ElmSampling() if sampling is None else sampling
@@ -474,14 +474,14 @@ class ElmModeling(ModelOfCodes, Task):
     def attention_maps(
         self, params: Params, batch: Batch, rng: jax.Array | None = None
     ) -> Float[Array, "layers batch heads places places"]:
-        """What each place of an image attends to, without the class (rows sum to 1).
+        """The attention of each place of an image to the others, without the class (rows sum to 1).
 
-        Place n is the input of position n, which is the last one that it sees; the last position is no input.
+        Place n is the input that holds position n; it sees positions up to n. The last position is no input.
         """
         return _attention_maps(self, params, batch["codes"], batch["labels"])
 
     def attention_cells(self) -> Int[np.ndarray, "places 2"]:
-        """Row and column of each place of `attention_maps`."""
+        """The row and column of each place of `attention_maps`."""
         return self.model.cells()[:-1]
 
 
@@ -494,12 +494,12 @@ def _attention_maps(task: ElmModeling, params, codes, labels):
 def attention_weights(
     config: ElmConfig, intermediates: Any, skipped: int
 ) -> Float[Array, "layers batch heads places places"]:
-    """Softmax of the scores in every layer and head, without the first `skipped` places, which are the class's.
+    """The softmax of the scores in every layer and head, without the first `skipped` places, which are the class's.
 
-    As the rest is divided by its sum anew, it does not matter how much of the attention went to the class.
+    The softmax is over the other places only, so it does not matter how much of the attention went to the class.
     """
-    kept = intermediates["stack"]["blocks"]["attention"]
-    queries, keys = kept["queries"][0], kept["keys"][0]
+    sown = intermediates["stack"]["blocks"]["attention"]
+    queries, keys = sown["queries"][0], sown["keys"][0]
     keys = jnp.repeat(keys, config.num_heads // config.kv_heads, axis=-2)
     scores = jnp.einsum("zbqhd,zbkhd->zbhqk", queries, keys, preferred_element_type=jnp.float32)
     scores = scores / math.sqrt(config.head_dim)
@@ -509,16 +509,16 @@ def attention_weights(
 
 
 def check_data(model: ElmConfig, data: Data) -> None:
-    """Refuses data that do not fit the model.
+    """Checks that data fit the model.
 
     Raises:
-      ValueError: grid, sub-codes or their bits are others than the model's, or there are more classes.
+      ValueError: grid, sub-codes or their bits differ from the model's, or there are more classes.
     """
     if isinstance(data, CodeData):
         for field in ("grid", "sub_codes", "code_bits"):
             ours, theirs = getattr(model, field), getattr(data, field)
-            replaced = data.shape if field == "grid" else data.values
-            if theirs != ours and not replaced:
+            overridden = data.shape if field == "grid" else data.values
+            if theirs != ours and not overridden:
                 raise ValueError(f"task.model.{field} is {ours}, but data.{field} is {theirs}; make them equal.")
         for field, ours in {"shape": model.code_shape, "values": model.code_values}.items():
             if getattr(data, field) not in ((), ours):
@@ -527,7 +527,8 @@ def check_data(model: ElmConfig, data: Data) -> None:
 
 
 def code_metrics(sums: Sums, sub_codes: int) -> dict[str, float]:
-    """What an evaluation reports, from the sum of nats, the number of what they are of, and the images."""
+    """The metrics of an evaluation, from the sum of nats, the number of sub-codes or images they are of (`count`), and
+    the number of images."""
     loss = sums["nats"] / sums["count"]
     return {"loss": loss, "nats_per_position": sub_codes * loss, "examples": sums["images"]}
 
@@ -544,17 +545,17 @@ SIZES = {
     "2b": _size(48, 28, 1792),
     "xxxl": _size(48, 40, 2560),
 }
-"""The published sizes (all with heads of 64 channels)."""
+"""The published sizes; all have heads of 64 channels."""
 
 DECOMPOSITIONS = {"1-16": (1, 16), "2-8": (2, 8), "2-10": (2, 10), "2-12": (2, 12)}
-"""Sub-codes and their bits, as published."""
+"""The published numbers of sub-codes and of their bits."""
 
 
 def published(size: str, decomposition: str, **options: Any) -> ElmConfig:
-    """The autoregressive model of a published size on codes cut in a published way.
+    """The autoregressive model of a published size, on codes that are cut in a published way.
 
     Raises:
-      ValueError: an unknown name.
+      ValueError: a name is unknown.
     """
     for what, name, known in (("size", size, SIZES), ("decomposition", decomposition, DECOMPOSITIONS)):
         if name not in known:

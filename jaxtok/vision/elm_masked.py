@@ -5,8 +5,8 @@
 
 The sub-codes of a position are masked together. In training, a step j of T is drawn for the batch, and floor(N rate)
 positions of each image are masked, rate = cos(pi j / 2T). To draw images, the T rounds of MaskGIT (arXiv 2202.04200)
-begin with everything masked; each draws all masked codes from the guided logits and masks those again of which it was
-least sure. The table's row and bias of the mask as a target, which nothing uses, are left out.
+begin with everything masked; each round draws all masked codes from the guided logits, and masks the least certain ones
+again. The authors' table also has a row and a bias for the mask as a target; nothing uses them, so they are left out.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from jaxtok.vision.elm import (
 from jaxtok.vision.elm_sampling import check_guidance, choose, class_ids
 
 MASK_SCHEDULES = {"cos": lambda r: np.cos(math.pi / 2 * r), "linear": lambda r: 1 - r}
-"""The part of an image that is masked at r, from 0 to 1 on the way."""
+"""The fraction of an image that is masked at r, which goes from 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,12 @@ class MaskedElmConfig(ElmConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.causal:
-            raise ValueError("causal is True; the masked model sees all positions.")
+            raise ValueError("causal is True; it must be False, as the masked model sees all positions.")
         if self.modulation:
-            raise ValueError("modulation is True; the masked model has none.")
+            raise ValueError("modulation is True; it must be False, as the masked model has none.")
 
     def rotation(self) -> Float[np.ndarray, "places pairs 2"]:
-        """Each row of the autoregressive model's, for every sub-code."""
+        """The rotation of the autoregressive model, with each row repeated for every sub-code."""
         return np.repeat(super().rotation(), self.sub_codes, axis=0)
 
     def flops(self) -> float:
@@ -70,7 +70,7 @@ class MaskedElmConfig(ElmConfig):
 
 
 class MaskedElm(ElmBase):
-    """Codes, a class and a mask to logits of all codes."""
+    """Maps codes, a class and a mask to the logits of all codes."""
 
     config: MaskedElmConfig
 
@@ -105,8 +105,8 @@ class MaskedElm(ElmBase):
         smoothing: float = 0.0,
         hamming: int = 0,
     ) -> Float[Array, "batch positions sub_codes"]:
-        """-log p of each sub-code, masked or not, with smoothed labels; or the mean over those of a Hamming distance
-        up to `hamming`, weighted by `hamming_weights` (without smoothing)."""
+        """-log p of each sub-code, masked or not, with smoothed labels; or, without smoothing, the mean over the codes
+        up to the Hamming distance `hamming`, weighted by `hamming_weights`."""
         cfg, table = self.config, self.target_table()
         hidden = self.states(codes, labels, masked, deterministic)
 
@@ -121,7 +121,7 @@ class MaskedElm(ElmBase):
         return by_parts(part, chunk, hidden, codes.reshape(len(codes), -1)).reshape(codes.shape)
 
     def states(self, codes, labels, masked, deterministic: bool = True) -> Float[Array, "batch places d_model"]:
-        """What the table is multiplied with, at all sub-codes in the order of positions."""
+        """The vectors by which the table is multiplied, for all sub-codes in the order of positions."""
         cfg = self.config
         batch, t = len(codes), cfg.sub_codes
         if codes.shape[1:] != (cfg.positions, t):
@@ -142,7 +142,7 @@ class MaskedElm(ElmBase):
 
 
 def hamming_weights(codes: Int[Array, "*batch"], code_bits: int, distance: int) -> Float[Array, "*batch vocab"]:
-    """exp(-3 h) for the codes whose bits differ from those of `codes` in h <= distance places, divided by their sum."""
+    """exp(-3 h) for the codes that differ from `codes` in h <= distance bits, divided by their sum."""
     differing = jnp.bitwise_xor(jnp.asarray(codes)[..., None], jnp.arange(2**code_bits))
     h = jax.lax.population_count(differing).astype(jnp.float32)
     weights = jnp.where(h <= distance, jnp.exp(-3 * h), 0.0)
@@ -162,12 +162,12 @@ def init_params(config: MaskedElmConfig, rng: jax.Array) -> Params:
 
 
 def mask_counts(positions: int, at: Float[np.ndarray, " steps"], schedule: str) -> Int[np.ndarray, " steps"]:
-    """How many positions are masked at each r: max(1, floor(N rate(r))), by float64 as the authors' numpy has it."""
+    """How many positions are masked at each r: max(1, floor(N rate(r))), in float64, as in the authors' NumPy."""
     return np.maximum(1, np.floor(positions * MASK_SCHEDULES[schedule](np.asarray(at, np.float64)))).astype(np.int32)
 
 
 def mask_lowest(values: Float[Array, "batch positions"], count: Int[Array, " ..."]) -> Bool[Array, "batch positions"]:
-    """True at the `count` lowest of each row, exactly so many: of equal ones, the first."""
+    """True at exactly the `count` lowest values of each row (of equal ones, the first)."""
     ranks = jnp.argsort(jnp.argsort(values, axis=1), axis=1)
     return ranks < jnp.broadcast_to(count, (len(values),))[:, None]
 
@@ -180,15 +180,17 @@ class MaskedElmModeling(ModelOfCodes, Task):
 
     model: MaskedElmConfig
     rounds: int = 12
-    """T: masks are those of so many steps of the schedule."""
+    """The number of steps of the schedule of masks (T)."""
     mask_schedule: Literal["cos", "linear"] = "cos"
+    """How fast the masked part of an image shrinks."""
     mask_per_image: bool = False
-    """A step for each image, instead of one for the batch. (The authors' option of this kind turns the schedule round
-    after 10,000 updates; here it stays.)"""
+    """Whether a step is drawn for each image, instead of one for the batch. (The authors' option of this kind reverses
+    the schedule after 10,000 updates; here it stays.)"""
     label_smoothing: float = 0.0
     hamming: int = 0
-    """If positive, targets are all codes up to this Hamming distance, with `hamming_weights`, at all
-    positions, masked or not, and without smoothing (the authors call it useless)."""
+    """The largest Hamming distance of targets; 0: the targets are the codes. If it is positive, all codes up to it are
+    targets, with `hamming_weights`, at all positions, masked or not, and without smoothing (the authors call it
+    useless)."""
 
     def __post_init__(self):
         if self.rounds < 1:
@@ -204,7 +206,7 @@ class MaskedElmModeling(ModelOfCodes, Task):
         return MaskedElm(self.model)
 
     def fit(self, data: Data, train: Any = None) -> MaskedElmModeling:
-        """Itself. Raises ValueError: see `jaxtok.vision.elm.check_data`."""
+        """The task itself. Raises ValueError if the data do not fit the model (`jaxtok.vision.elm.check_data`)."""
         check_data(self.model, data)
         return self
 
@@ -213,17 +215,17 @@ class MaskedElmModeling(ModelOfCodes, Task):
         return self.module().init(rng, batch["codes"], batch["labels"], masked)["params"]
 
     def counts(self) -> Int[np.ndarray, " rounds"]:
-        """Masked positions at each step of the training."""
+        """The number of masked positions at each step of the schedule."""
         return mask_counts(self.model.positions, np.arange(self.rounds) / self.rounds, self.mask_schedule)
 
     def draw_mask(self, rng: jax.Array, images: int) -> Bool[Array, "batch positions"]:
-        """Exactly as many positions of each image as the step says, which is drawn too."""
+        """A random mask for each image, with exactly as many positions as a step of the schedule, drawn too, has."""
         steps, noise = jax.random.split(rng)
         step = jax.random.randint(steps, (images,) if self.mask_per_image else (), 0, self.rounds)
         return mask_lowest(jax.random.uniform(noise, (images, self.model.positions)), jnp.asarray(self.counts())[step])
 
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats over the masked sub-codes of the whole batch; also logs the part masked."""
+        """Mean cross entropy in nats over the masked sub-codes of the whole batch; also logs the masked fraction."""
         of_mask, of_dropout = jax.random.split(rng)
         masked = self.draw_mask(of_mask, len(batch["codes"]))
         total, count = self.masked_nats(params, batch, masked, of_dropout)
@@ -237,11 +239,11 @@ class MaskedElmModeling(ModelOfCodes, Task):
         rng: jax.Array | None = None,
         plain: bool = False,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """Nats and the number of sub-codes that they are of.
+        """The sum of nats, and the number of sub-codes that it is over.
 
         Args:
-          rng: of the dropout; None: there is none.
-          plain: without smoothed and soft targets.
+          rng: a key for dropout; None: there is no dropout.
+          plain: whether smoothed and soft targets are off.
         """
         nats = self.module().apply(
             {"params": params},
@@ -260,12 +262,12 @@ class MaskedElmModeling(ModelOfCodes, Task):
         return jnp.sum(nats * counted), jnp.sum(counted)
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        """Under masks as in training, without smoothed and soft targets."""
+        """The sums under masks as in training, without smoothed and soft targets."""
         nats, count = self.masked_nats(params, batch, self.draw_mask(rng, len(batch["codes"])), plain=True)
         return {"nats": nats, "count": count, "images": jnp.sum(batch["mask"])}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """loss (nats a masked sub-code), nats_per_position, and examples, the number of images."""
+        """loss (nats per masked sub-code), nats_per_position, and examples, the number of images."""
         return code_metrics(sums, self.model.sub_codes)
 
     def evaluate(
@@ -275,7 +277,7 @@ class MaskedElmModeling(ModelOfCodes, Task):
         return super().evaluate(params, batches, jax.random.key(0) if rng is None else rng, **options)
 
     def flops(self, batch: Batch) -> float:
-        """Of one training step: three times the forward pass."""
+        """The FLOPs of one training step: three times the forward pass."""
         return 3 * len(batch["codes"]) * self.model.flops()
 
     @property
@@ -291,21 +293,21 @@ class MaskedElmModeling(ModelOfCodes, Task):
         sampling: MaskedSampling | None = None,
         on_progress: OnProgress | None = None,
     ) -> Int[Array, "batch positions sub_codes"]:
-        """Codes of an image of each class (None: of no class); `generate`, with progress after each round."""
+        """The codes of an image of each class (None: no class), by `generate`; progress is after each round."""
         sampling = MaskedSampling() if sampling is None else sampling
         return generate(self.model, params, conditions, sampling=sampling, rng=rng, on_progress=on_progress)
 
     def attention_maps(
         self, params: Params, batch: Batch, rng: jax.Array
     ) -> Float[Array, "layers batch heads places places"]:
-        """What each place of an image attends to, without the class (rows sum to 1): all sub-codes, by position.
+        """The attention of each place of an image to the others, without the class (rows sum to 1).
 
-        Half of the positions are masked, as the key says.
+        The places are all sub-codes in the order of positions. Half of the positions are masked, by the key.
         """
         return _attention_maps(self, params, batch["codes"], batch["labels"], rng)
 
     def attention_cells(self) -> Int[np.ndarray, "places 2"]:
-        """Row and column of each place of `attention_maps`."""
+        """The row and column of each place of `attention_maps`."""
         return np.repeat(self.model.cells(), self.model.sub_codes, axis=0)
 
 
@@ -321,7 +323,7 @@ class MaskedSampling:
     """How images are drawn."""
 
     rounds: int = 12
-    """T: how many passes through the model draw an image."""
+    """The number of passes through the model that draw an image (T)."""
     guidance: float = 3.0
     """The scale s of the guidance; 1 means none."""
     schedule: Literal["constant", "linear", "powercos"] = "linear"
@@ -329,12 +331,13 @@ class MaskedSampling:
     1 + (s - 1) (1 - cos(pi r^power)) / 2."""
     power: float = 1.0
     """The exponent in `powercos`."""
-    temperature: float = 4.0
-    """How much noise (Gumbel's, times 1 - r) is added to how sure a draw is; 0 means none. Codes are drawn at 1."""
+    noise: float = 4.0
+    """The scale of the Gumbel noise (times 1 - r) on the confidence of each draw; 0 means none. (The authors call it
+    temperature; codes are drawn at temperature 1.)"""
     mask_schedule: Literal["cos", "linear"] = "cos"
     """How fast the masked part of an image shrinks."""
     remask: bool = False
-    """In the first half of the rounds, a known code of which another was drawn may be masked again."""
+    """Whether, in the first half of the rounds, a known code may be masked again if another one was drawn for it."""
 
     def __post_init__(self):
         if self.rounds < 1:
@@ -344,10 +347,9 @@ class MaskedSampling:
         if self.mask_schedule not in MASK_SCHEDULES:
             raise ValueError(f"mask_schedule is {self.mask_schedule!r}; it can be {', '.join(MASK_SCHEDULES)}.")
         check_guidance(self.guidance, self.schedule)
-        if not 0 <= self.temperature < math.inf or not 0 < self.power < math.inf:
+        if not 0 <= self.noise < math.inf or not 0 < self.power < math.inf:
             raise ValueError(
-                f"temperature is {self.temperature} and power {self.power}; "
-                "the first must be 0 or more and the second positive."
+                f"noise is {self.noise} and power {self.power}; noise must be 0 or more, and power positive."
             )
 
     def progress(self) -> Float[np.ndarray, " rounds"]:
@@ -360,7 +362,7 @@ class MaskedSampling:
         return (1 + (self.guidance - 1) * part[self.schedule]).astype(np.float32)
 
     def counts(self, positions: int) -> Int[np.ndarray, " rounds"]:
-        """Positions that are masked behind each round: fewer each time, until it is one (which is drawn for good)."""
+        """The number of positions masked after each round: it falls each time, down to one, which is drawn for good."""
         unknown, counts = positions, []
         for count in mask_counts(positions, self.progress(), self.mask_schedule):
             unknown = max(1, min(unknown - 1, int(count)))
@@ -388,15 +390,15 @@ def generate(
       on_progress: called after each round with the share of the rounds that are done.
 
     Raises:
-      ValueError: a class is out of range; no key.
+      ValueError: a class is out of range, or there is no key.
     """
     return draw(config, params, class_ids(config, labels), sampling, rng, draws, on_progress)[0]
 
 
 def draw(config, params, labels, sampling, rng=None, draws=None, on_progress=None):
-    """As `generate`, of class ids; also returns the last round's guided logits [batch, positions, sub_codes, vocab].
+    """As `generate`, from class ids; also returns the last round's guided logits [batch, positions, sub_codes, vocab].
 
-    Where progress is reported, each round is a compiled call of its own; else one call runs all rounds.
+    If progress is reported, each round is a compiled call of its own; else one call runs all rounds.
     """
     if rng is None and draws is None:
         raise ValueError("rng is None; give a key such as jax.random.key(0).")
@@ -405,7 +407,7 @@ def draw(config, params, labels, sampling, rng=None, draws=None, on_progress=Non
     xs = (
         rounds,
         weights,
-        (sampling.temperature * (1 - sampling.progress())).astype(np.float32),
+        (sampling.noise * (1 - sampling.progress())).astype(np.float32),
         sampling.counts(config.positions),
         sampling.remask & (rounds < sampling.rounds / 2),
         draws,
@@ -425,9 +427,9 @@ def draw(config, params, labels, sampling, rng=None, draws=None, on_progress=Non
 
 @functools.partial(jax.jit, static_argnames=("config", "guided", "remask"), donate_argnames="state")
 def _draw_rounds(config, guided, remask, params, labels, state, xs, rng):
-    """Some rounds; the state is the codes, which positions of them are masked, and the last round's logits."""
+    """The state after some rounds: the codes, which positions of them are masked, and the last round's logits."""
     model, images = MaskedElm(config), len(labels)
-    if guided:  # the rows of an image are neighbours, lest a mesh part them
+    if guided:  # the rows of an image are neighbours, lest a mesh separate them
         labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], 1).reshape(-1)
 
     def both(x):

@@ -1,4 +1,4 @@
-"""Images from ELM: guidance by a schedule, top-k and top-p, beginnings of images, and images beyond the square.
+"""Draws images from ELM: guidance by a schedule, top-k and top-p, given beginnings, and images beyond the square.
 
 At step n of M new positions, with r = (n + 1) / M and the scale s, logits are l_null + w_n (l_class - l_null), where
 
@@ -6,9 +6,8 @@ At step n of M new positions, with r = (n + 1) / M and the scale s, logits are l
     linear    1 + (s - 1) r              log          1 + (s - 1) ln(1 + r (e - 1))
     square    1 + (s - 1) r^2            square_root  1 + (s - 1) sqrt(n / M), which begins at 1
 
-then `jaxtok.decoding.Sampling` restricts them, and each sub-code is drawn on its own. The
-authors' code computes everything again for each position; here the engine of `jaxtok.decoding` runs over positions,
-with a key-value cache.
+then `jaxtok.decoding.Sampling` restricts them, and each sub-code is drawn independently. The authors' code computes
+everything again for each position; here the engine of `jaxtok.decoding` runs over positions, with a key-value cache.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ SCHEDULES = {
     "square": lambda r, _: r**2,
     "square_root": lambda r, steps: np.sqrt(np.maximum(r - 1 / steps, 0)),
 }
-"""How far the guidance is on its way from 1 to its scale."""
+"""How far the guidance is on its way from 1 to its scale, from 0 to 1."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,16 +61,16 @@ class ElmSampling(Sampling):
         check_guidance(self.guidance, self.schedule)
 
     def weights(self, steps: int) -> Float[np.ndarray, " steps"]:
-        """The guidance w_n at each of so many new positions."""
+        """The guidance w_n at each of `steps` new positions."""
         part = SCHEDULES[self.schedule](np.arange(1, steps + 1) / steps, steps)
         return (1 + (self.guidance - 1) * part).astype(np.float32)
 
 
 def check_guidance(scale: float, schedule: str) -> None:
-    """Warns where a schedule that should rise falls.
+    """Warns if a schedule falls instead of rising.
 
     Raises:
-      ValueError: the scale is no number.
+      ValueError: the scale is not finite.
     """
     if not math.isfinite(scale):
         raise ValueError(f"guidance is {scale}; it must be a finite number (1 is none).")
@@ -82,10 +81,10 @@ def check_guidance(scale: float, schedule: str) -> None:
 
 
 def class_ids(config: ElmConfig, labels: Sequence[int | None] | np.ndarray) -> Int[np.ndarray, " batch"]:
-    """The classes as the model's embedding has them; None is no class.
+    """The rows of the model's class embedding for these classes; None is no class.
 
     Raises:
-      ValueError: there is none, or one that is out of range.
+      ValueError: there is no label, or one is out of range.
     """
     ids = np.array([config.num_classes if label is None else label for label in labels])
     known = np.array([label is not None for label in labels], bool)
@@ -98,10 +97,10 @@ def class_ids(config: ElmConfig, labels: Sequence[int | None] | np.ndarray) -> I
 
 
 def check_codes(config: ElmConfig, codes: np.ndarray, what: str) -> Int[np.ndarray, "batch length sub_codes"]:
-    """As int32.
+    """The codes as int32.
 
     Raises:
-      ValueError: another shape than the model's, more positions than it has, or an index that is out of range.
+      ValueError: they have another shape than the model's or more positions, or one is out of range.
     """
     codes = np.asarray(codes)
     if codes.ndim != 3 or codes.shape[2] != config.sub_codes or codes.shape[1] > config.positions:
@@ -127,15 +126,14 @@ def generate(
     uniforms: Float[np.ndarray, "new sub_codes batch"] | None = None,
     on_progress: OnProgress | None = None,
 ) -> Int[Array, "batch positions sub_codes"]:
-    """Codes of images of these classes. A row depends on its class, `rng` and its place in the batch, not on others.
+    """Codes of images of these classes. A row depends on its class, on `rng` and on its number in the batch only.
 
     Args:
       labels: a class for each image; None is no class.
       rng: a key; needed unless there are uniforms or the temperature is 0.
       prefix: codes of the first positions of each image.
-      new: positions to make; default: all that are left. The schedule of the guidance runs over these.
-      uniforms: recorded draws from [0, 1): a sub-code is the number of its values, in the order of their indices, up to
-        which the probabilities sum to this or less.
+      new: the number of positions to draw; default: all that are left. The schedule of the guidance runs over these.
+      uniforms: recorded draws u from [0, 1): a sub-code is the number of cumulative probabilities that are u or less.
       on_progress: called after each row of the grid with the share of the new positions that are made.
 
     Raises:
@@ -148,7 +146,8 @@ def generate(
     new = left if new is None else new
     if not 1 <= new <= left:
         raise ValueError(
-            f"{new} new positions behind a prefix of {prefix.shape[1]}; an image has {config.positions} positions."
+            f"new is {new} after a prefix of {prefix.shape[1]} positions; it must be at least 1, and an image has "
+            f"{config.positions} positions."
         )
     if len(prefix) != len(ids):
         raise ValueError(f"there are {len(ids)} labels, but the prefix has {len(prefix)} images.")
@@ -175,10 +174,10 @@ def draw(
     fixed: tuple[Int[np.ndarray, "batch new sub_codes"], Bool[np.ndarray, " new"]] | None = None,
     on_progress: OnProgress | None = None,
 ) -> tuple[Int[Array, "batch positions sub_codes"], Float[Array, "batch sub_codes vocab"]]:
-    """As `generate`, from guidance weights; also returns the last position's logits as they were drawn from.
+    """As `generate`, from guidance weights; also returns the logits from which the last position was drawn.
 
     Args:
-      fixed: codes, and at which of the new positions they are taken instead of drawn ones.
+      fixed: codes, and which of the new positions take them instead of drawn ones.
       on_progress: as in `generate`. Without it, one compiled call draws the whole images.
     """
     if uniforms is None:
@@ -215,16 +214,16 @@ def _draw(engine, params, given):
 
 @flax.struct.dataclass
 class _State:
-    """Between two positions. With guidance, the rows of an image with and without its class are neighbours, lest a mesh
-    part them."""
+    """The state between two positions. With guidance, the rows of an image with and without its class are neighbours,
+    lest a mesh separate them."""
 
     cache: KVCache
     condition: Float[Array, "rows 1 d_model"]
     weights: Float[Array, " new"]
-    place: Int[Array, ""]
-    """Of the next input; that of the class is 0."""
-    number: Int[Array, ""]
-    """Positions that have been made."""
+    next_input: Int[Array, ""]
+    """The number of the next input; the class is input 0."""
+    made: Int[Array, ""]
+    """The number of positions that have been drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +240,7 @@ class GuidedCodes:
         prefix: Int[Array, "batch given sub_codes"],
         weights: Float[Array, " new"],
     ) -> _State:
-        """The state after all of the class and the prefix but the last, with the guidance of each new position."""
+        """The state after all inputs (the class and the prefix) except the last, with each new position's guidance."""
         config, given, apply = self.config, prefix.shape[1], self._apply(params)
         if self.guided:
             labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], 1).reshape(-1)
@@ -254,13 +253,13 @@ class GuidedCodes:
 
     def step(self, params: Params, codes, state: _State, live):
         apply = self._apply(params)
-        x = jnp.where(state.place == 0, state.condition, apply("embed", self._both(codes[:, None])))
-        hidden, cache = apply("hidden", x, state.condition, place=state.place, cache=state.cache)
+        x = jnp.where(state.next_input == 0, state.condition, apply("embed", self._both(codes[:, None])))
+        hidden, cache = apply("hidden", x, state.condition, first=state.next_input, cache=state.cache)
         logits = constrain(apply("head", hidden)[:, 0], None, "vocab")
         if self.guided:
             logits = logits.reshape(len(codes), 2, *logits.shape[1:])
-            logits = logits[:, 1] + state.weights[state.number] * (logits[:, 0] - logits[:, 1])
-        return logits, state.replace(cache=cache, place=state.place + 1, number=state.number + 1), live
+            logits = logits[:, 1] + state.weights[state.made] * (logits[:, 0] - logits[:, 1])
+        return logits, state.replace(cache=cache, next_input=state.next_input + 1, made=state.made + 1), live
 
     def _both(self, x):
         return jnp.repeat(x, 2, axis=0) if self.guided else x
@@ -272,7 +271,7 @@ class GuidedCodes:
 
 @flax.struct.dataclass
 class _Draws:
-    """What is given of the draws of each row; None: nothing."""
+    """The draws that are given for each row; None: not given."""
 
     number: Int[Array, " batch"]
     uniforms: Float[Array, "batch new sub_codes"] | None
@@ -284,7 +283,7 @@ class _Draws:
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """A `jaxtok.decoding.Chooser` that can be told the uniforms of its draws, or at some positions their outcome."""
+    """A `jaxtok.decoding.Chooser` that can be given the uniforms of its draws, or the outcomes at some positions."""
 
     sampling: Sampling
 
@@ -317,7 +316,7 @@ def choose(
     rng: jax.Array | None,
     uniform: Float[Array, "batch ..."] | None = None,
 ) -> Int[Array, "batch ..."]:
-    """A draw from softmax(logits) for each item, with a key of its own for each row; or from recorded uniforms."""
+    """A draw from softmax(logits) for each item, by a key of its own for each row, or by recorded uniforms."""
     if uniform is None:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(rng, jnp.arange(len(logits)))
         return Sampling().choose(logits, keys)[0]
@@ -328,7 +327,7 @@ def choose(
 
 
 Decode = Callable[[Int[Array, "batch positions sub_codes"]], Float[Array, "batch height width channels"]]
-"""Codes of whole images to pixels, as an image tokenizer's `decode` with its parameters."""
+"""Maps the codes of whole images to pixels, as an image tokenizer's `decode` with its parameters."""
 
 
 def extend(
@@ -343,16 +342,16 @@ def extend(
     rng: jax.Array | None = None,
     uniforms: Float[np.ndarray, "draws sub_codes batch"] | None = None,
 ) -> Int[Array, "batch positions sub_codes"]:
-    """The codes of the next image, which has the last `keep` rows or columns of the one before as its first.
+    """The codes of the next image, whose first rows or columns are the last `keep` ones of the image before.
 
-    Downwards, the kept rows are a prefix. To the right, each row continues what is made above it and its kept columns,
-    and the guidance's schedule begins anew in each row.
+    Downwards, the kept rows are a prefix. To the right, each row continues the rows above it and its kept columns, and
+    the guidance's schedule begins anew in each row.
 
     Args:
-      uniforms: as in `generate`; to the right, for all positions, of which the kept ones are not used.
+      uniforms: as in `generate`; to the right, there is one for each position, and those of kept ones are not used.
 
     Raises:
-      ValueError: as `generate`; or `keep` is no part of the grid.
+      ValueError: as `generate`; or `keep` is not between 1 and the grid's side minus 1.
     """
     grid = config.grid
     if direction not in ("down", "right"):
@@ -383,10 +382,10 @@ def blend(
     overlap: int,
     direction: Literal["down", "right"],
 ) -> Float[Array, "batch height width channels"]:
-    """One picture of two, the second's first `overlap` pixels over the first's last ones, faded linearly.
+    """One picture made of two; the first `overlap` pixels of the second fade linearly over the last ones of the first.
 
     Raises:
-      ValueError: the overlap is larger than one of them.
+      ValueError: the overlap is larger than one of the pictures.
     """
     axis = {"down": 1, "right": 2}[direction]
     if not 0 < overlap <= min(first.shape[axis], second.shape[axis]):
@@ -413,8 +412,8 @@ def expand(
     sampling: ElmSampling = ElmSampling(),
     rng: jax.Array,
 ) -> Float[Array, "batch height width channels"]:
-    """Pictures that go on beyond the square, `times` times: each next image overlaps the one before by `keep` rows or
-    columns of codes, in whose place the two are blended. Pixels are as `decode` makes them (not clipped).
+    """Pictures that continue beyond the square, `times` times. Each image overlaps the one before by `keep` rows or
+    columns of codes, where the two are blended. Pixels are as `decode` makes them (not clipped).
 
     Raises:
       ValueError: as `extend`.

@@ -1,4 +1,4 @@
-"""Sheets of images to look at."""
+"""Sheets of images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-_GAP, _LEGIBLE = 6, 96  # pixels between tiles; the least width of a tile that is scaled by itself
+_GAP, _LEGIBLE = 6, 96  # pixels between tiles; the least width of a tile if no scale is given
 _FONT = 13
 _MARGIN = 3  # above and below a title
 
@@ -23,23 +23,24 @@ def image_grid(
 
     Args:
       images: uint8, or floats in [0, 1], which are clipped to that.
-      columns: how many in a row.
-      titles: a line under each; what is too long for its column is shortened.
-      scale: an image's pixel becomes scale x scale pixels, unchanged; 0: as many as make it 96 pixels wide.
+      columns: the number of images in a row.
+      titles: a line under each image; it is shortened if it is too wide.
+      scale: each pixel becomes scale x scale equal pixels; 0: the smallest scale that makes an image at least 96 pixels
+        wide.
 
     Raises:
-      ValueError: there is no image, the numbers do not fit each other, or a float is not finite.
+      ValueError: there is no image, there are too few or too many titles, or a float is not finite.
     """
     pixels = np.asarray(images)
     if pixels.ndim != 4 or pixels.shape[-1] != 3 or not pixels.size:
-        raise ValueError(f"images of shape {pixels.shape} make no grid; give [images, height, width, 3].")
+        raise ValueError(f"the images have the shape {pixels.shape}; it must be [images, height, width, 3].")
     if columns < 1 or scale < 0:
-        raise ValueError(f"columns is {columns} and scale {scale}; the first must be at least 1, the second 0 or more.")
+        raise ValueError(f"columns is {columns} and scale {scale}; columns must be at least 1, and scale 0 or more.")
     if titles is not None and len(titles) != len(pixels):
         raise ValueError(f"there are {len(titles)} titles for {len(pixels)} images; give one for each, or none.")
     if pixels.dtype != np.uint8:
         if not np.isfinite(pixels).all():
-            raise ValueError("there are pixels that are not finite; look at what made them.")
+            raise ValueError("there are pixels that are not finite; check what made them.")
         pixels = np.round(np.clip(pixels.astype(np.float64), 0, 1) * 255).astype(np.uint8)
     count, height, width, _ = pixels.shape
     columns, scale = min(columns, count), scale or max(1, -(-_LEGIBLE // width))

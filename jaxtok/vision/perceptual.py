@@ -1,4 +1,4 @@
-"""LPIPS (arXiv 1801.03924): a distance of images by the features of VGG16. Its weights come from a file."""
+"""LPIPS (arXiv 1801.03924): a distance between images by the features of VGG16. Its weights come from a file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jaxtok.nn.convolution import conv2d
 from jaxtok.weights import read_weights
 
 VGG_WIDTHS = (64, 128, 256, 512, 512)
-"""Channels of VGG16's five stages."""
+"""The channels of VGG16's five stages."""
 STAGES = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-"""torchvision's number of each convolution, by stage; a 2 x 2 max pool stands between two stages."""
+"""torchvision's number of each convolution, by stage; a 2 x 2 max pool is between two stages."""
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """The distance of two images, and the features it is made of. The parameters are NaN until they are read."""
+    """The distance between two images, and the features it is made of. New parameters are NaN; they must be read."""
 
     widths: tuple[int, ...] = VGG_WIDTHS
     dtype: Any = jnp.float32
@@ -43,17 +43,17 @@ class LPIPS(nn.Module):
         self.convs, self.heads = convs, heads
 
     def features(self, images: Float[Array, "batch height width channels"]) -> list[Float[Array, "batch h w features"]]:
-        """Of each stage, for images in [0, 1] (LPIPS itself was made for [-1, 1]; ELM's code gives it [0, 1])."""
+        """The features of each stage, for images in [0, 1] (LPIPS was made for [-1, 1]; ELM's code gives it [0, 1])."""
         x = ((images - jnp.array(SHIFT)) / jnp.array(SCALE)).astype(self.dtype)
-        found = []
+        stages = []
         for stage, numbers in enumerate(STAGES):
             if stage:
                 x = nn.max_pool(x, (2, 2), (2, 2))
             for number in numbers:
                 kernel, bias = (w.astype(self.dtype) for w in self.convs[f"{number}"])
                 x = jax.nn.relu(conv2d(x, kernel, bias, padding=(1, 1)))
-            found.append(x)
-        return found
+            stages.append(x)
+        return stages
 
     def __call__(
         self, x: Float[Array, "batch height width channels"], y: Float[Array, "batch height width channels"]
@@ -74,10 +74,11 @@ def _normalised(x: Float[Array, "*shape features"]) -> Float[Array, "*shape feat
 
 
 def read_lpips(path: str | Path, widths: tuple[int, ...] = VGG_WIDTHS) -> dict[str, np.ndarray]:
-    """Parameters of `LPIPS` from a file of weights, or from a folder that holds them in several.
+    """Parameters of `LPIPS` from a file of weights, or from a folder with several.
 
-    The names may be LPIPS' own (`net.slice1.0.weight`, `lin0.model.1.weight`), with a prefix such as `perceptual.` or
-    not, or torchvision's for VGG16 (`features.0.weight`) beside a file with the heads; other tensors are left out.
+    The names may be LPIPS' own (`net.slice1.0.weight`, `lin0.model.1.weight`), with or without the prefix
+    `perceptual.`; or torchvision's for VGG16 (`features.0.weight`), next to a file with the heads. Other tensors are
+    ignored.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -93,10 +94,10 @@ def lpips_params(tensors: Mapping[str, np.ndarray], widths: tuple[int, ...], whe
     def take(names, shape):
         found = next((tensors[name] for name in names if name in tensors), None)
         if found is None:
-            raise ValueError(f"{where} has no tensor {names[0]} (nor {' or '.join(names[1:])}); LPIPS needs it.")
+            raise ValueError(f"{where} has no tensor {names[0]} (nor {' or '.join(names[1:])}), which LPIPS needs.")
         if found.shape != shape:
             raise ValueError(
-                f"{where}: {names[0]} has the shape {found.shape}, not {shape}; perceptual_widths has to be the file's."
+                f"{names[0]} of {where} has the shape {found.shape}, not {shape}; perceptual_widths must be the file's."
             )
         return np.asarray(found, np.float32)
 

@@ -1,8 +1,8 @@
 """How random the tokens of images are, and how far a model of them looks (ELM's section 3).
 
-The authors' claim: images' tokens are close to uniform and to independent, so a language model of them keeps a high
-loss, though its pictures are good; and models of all sizes look at neighbours, only large ones further. No code of
-these analyses was released, so the definitions are ours. Everything is in nats.
+The authors claim that the tokens of images are close to uniform and to independent, so that a language model of them
+keeps a high loss although its pictures are good; and that models of all sizes attend to neighbours, and only large ones
+also further away. No code of these analyses was released, so the definitions are ours. Everything is in nats.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ class TokenStatistics:
     """Plug-in estimates, in nats. At n samples of V values, the divergence is too high by about (V - 1) / 2n."""
 
     kl_unigram: float
-    """From uniform: ln V - H."""
+    """The divergence of tokens from uniform: ln V - H."""
     kl_bigram: float
-    """Of neighbours in raster order inside a row of tokens, from uniform over pairs: 2 ln V - H."""
+    """The divergence of pairs of neighbours in a row of tokens from uniform: 2 ln V - H."""
     entropy: float
     bigram_mutual_information: float
     """H(first) + H(second) - H(pair)."""
     usage: float
-    """The part of the vocabulary that occurs."""
+    """The fraction of the vocabulary that occurs."""
     perplexity: float
     samples: int
-    """Tokens."""
+    """The number of tokens."""
     bias: float
-    """(V - 1) / 2n, of `kl_unigram`."""
+    """The bias of `kl_unigram`, (V - 1) / 2n."""
 
 
 def token_statistics(tokens: Int[np.ndarray, "rows length"], vocab_size: int) -> TokenStatistics:
-    """Of rows of tokens: an image in raster order each, or a piece of text.
+    """The statistics of rows of tokens; each is an image in raster order, or a piece of text.
 
     Raises:
       ValueError: the rows have fewer than two tokens, or a token is out of range.
@@ -80,7 +80,7 @@ def stored_tokens(file: CodeFile, images: int = 0) -> Int[np.ndarray, "images po
     """The first draws of stored images as rows of tokens: all sub-codes of a position as one number.
 
     Args:
-      images: the first so many; 0: all.
+      images: the number of images, the first ones; 0: all.
 
     Raises:
       ValueError: a position has more than 2^24 values.
@@ -88,7 +88,7 @@ def stored_tokens(file: CodeFile, images: int = 0) -> Int[np.ndarray, "images po
     values = file.header.values
     if math.prod(values) > 2**24:
         raise ValueError(
-            f"a position has {' x '.join(map(str, values))} values; statistics need one token of at most 2^24 values."
+            f"a position has {' x '.join(map(str, values))} values; for statistics it must have at most 2^24."
         )
     return regroup(np.asarray(file.codes[: images or None, 0]), values, (math.prod(values),))[..., 0].astype(np.int32)
 
@@ -96,9 +96,10 @@ def stored_tokens(file: CodeFile, images: int = 0) -> Int[np.ndarray, "images po
 def compare_tokens(
     sources: Mapping[str, Int[np.ndarray, "rows length"]], vocab_size: int
 ) -> dict[str, TokenStatistics]:
-    """Statistics of several kinds of tokens of one vocabulary size, such as images' and text's, from equal samples.
+    """Statistics of several kinds of tokens with one vocabulary size, such as images' and text's, from equal samples.
 
-    All are cut to the shortest rows and the smallest number of them, as the estimates depend on the sample's size.
+    All are cut to the length of the shortest rows and to the smallest number of rows, as the estimates depend on the
+    size of the sample.
 
     Raises:
       ValueError: as `token_statistics`; or there is no source.
@@ -136,11 +137,12 @@ def plot_statistics(found: Mapping[str, TokenStatistics], path: Path) -> Path:
 def attention_locality(
     attention: Float[Array, "... rows places"], cells: Int[Array, "places axes"]
 ) -> tuple[Float[Array, " ..."], Float[Array, " ..."]]:
-    """How far attention reaches: the mean distance in cells, and the part of it in the cells that touch its own.
+    """How far attention reaches: the mean distance in cells, and the fraction of it in the query's cell and the cells
+    that touch it.
 
     Args:
-      attention: weights of each query (a row) on the places, which are divided by their sum.
-      cells: where each place is (row and column, or depth, row and column); the queries are at the same places.
+      attention: the weights of each query (a row) on the places; they are divided by their sum.
+      cells: the cell of each place (row and column, or depth, row and column); the queries are at the same places.
     """
     attention = attention / jnp.maximum(attention.sum(-1, keepdims=True), 1e-30)
     offsets = cells[:, None].astype(jnp.float32) - cells[None].astype(jnp.float32)
@@ -150,28 +152,28 @@ def attention_locality(
 
 @runtime_checkable
 class MapsAttention(Protocol):
-    """A task whose model of codes shows what the places of an image attend to."""
+    """A task whose model of codes shows the attention between the places of an image."""
 
     def attention_maps(
         self, params: Params, batch: Batch, rng: jax.Array
     ) -> Float[Array, "layers batch heads places places"]:
-        """Weights of each query (a row) on the places; the key is for a model that hides some of them."""
+        """The weights of each query (a row) on the places; the key is for a model that hides some of them."""
         ...
 
     def attention_cells(self) -> Int[np.ndarray, "places axes"]:
-        """Where each place is, in cells of the codes' shape: its row and column, or its depth, row and column."""
+        """The cell of each place in the codes' shape: its row and column, or its depth, row and column."""
         ...
 
 
 def locality(
     task: MapsAttention, params: Params, batches: Iterable[Batch]
 ) -> dict[str, Float[np.ndarray, "layers heads"]]:
-    """Distance and local mass of attention (`attention_locality`), a mean over images, for each layer and head.
+    """The distance and local mass of attention (`attention_locality`) for each layer and head, as means over images.
 
-    Where a model hides a part of the positions, they are the same in every call.
+    A model that hides some of the positions hides the same ones in every call.
 
     Raises:
-      ValueError: there was not a single image.
+      ValueError: there is no image.
     """
     sums: Any = 0.0
     count = 0.0
@@ -180,7 +182,7 @@ def locality(
         sums = sums + np.asarray(_locality_sums(maps, task.attention_cells(), batch["mask"]), np.float64)
         count += float(np.sum(batch["mask"]))
     if not count:
-        raise ValueError("there is no image to look at; choose a larger data set or split.")
+        raise ValueError("there is no image; choose a larger data set or split.")
     distance, mass = sums / count
     return {"distance": distance, "local_mass": mass}
 
@@ -205,7 +207,7 @@ def plot_locality(found: Mapping[str, Mapping[str, Float[np.ndarray, "layers hea
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    figure.suptitle("How far attention looks (points: heads)")
+    figure.suptitle("How far attention reaches (points: heads)")
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     return path

@@ -2,13 +2,13 @@
 
 TokenFormer (arXiv 2410.23168, its ImageNet table) trains the standard ViT-B/16 and ViT-L/16 with every projection
 replaced by parameter attention, in bidirectional blocks, by the recipe of MAE's supervised ViT (arXiv 2111.06377,
-appendix A.2). No vision code and no weights were released, so what follows is a reconstruction:
+appendix A.2). No vision code and no weights were released, so this is a reconstruction:
 
-- The size-matched models (86M and 307M, nominally) have the parameter tokens that give ViT's count of projection
+- The size-matched models (86M and 307M, nominally) have as many parameter tokens as give ViT's number of projection
   parameters: 4 d^2 + 2 d mlp = 2 d (3 n_qkv + n_output + n_ffn). The tokens of the larger ones (109M and 407M) are not
   public; grow a matched one, or choose `tokens`.
 - As in MAE's ViT: patches embedded by one matrix with a bias, a class token, a position embedding added once, pre-norm
-  blocks, a norm in front of a linear head with a bias, and label smoothing of 0.1 (in `ImageClassification`).
+  blocks, a norm before a linear head with a bias, and label smoothing of 0.1 (in `ImageClassification`).
 - Pooling: the class token, as in the first ViT, or the mean of the patches before the final norm, as in MAE's code.
 - As in TokenFormer's language models: no parameters in the blocks' norms, an affine final norm, the initialisation.
 - Ours: the position embedding is learned; there is no drop path (MAE: 0.1 for B, 0.2 for L); norms have epsilon 1e-5
@@ -32,15 +32,15 @@ from jaxtok.nn.transformer import Stack, StackConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ViTConfig(StackConfig):
-    """A Vision Transformer; `projection`, from a subclass, says of what kind."""
+    """A Vision Transformer; a subclass defines its `projection`."""
 
     image_size: int = 224
-    """Height and width of the images."""
+    """The height and width of the images in pixels."""
     patch_size: int = 16
     channels: int = 3
     num_classes: int = 1000
     pool: Literal["token", "mean"] = "token"
-    """What the head reads: the class token, or the mean of the patches."""
+    """The input of the head: the class token, or the mean of the patches."""
     final_norm: str = "layernorm"
     causal: bool = False
     rotary_fraction: float = 0.0
@@ -68,13 +68,14 @@ class ViTConfig(StackConfig):
         return self.patch_size**2 * self.channels
 
     def flops(self) -> float:
-        """Forward FLOPs of one image: patch embedding, blocks and head."""
+        """The forward FLOPs of one image: patch embedding, blocks and head."""
         length = 1 + self.num_patches
         ends = 2 * self.d_model * (self.num_patches * self.patch_dim + self.num_classes)
         return length * self.stack_flops(length) + ends
 
 
-# A dataclass takes all fields of its bases, inherited ones too, and the first base wins: ViTConfig, as it isn't causal.
+# A dataclass takes the fields of all its bases, inherited ones too, and the first base wins. It must be ViTConfig, in
+# which `causal` is False.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +91,7 @@ class LinearViTConfig(ViTConfig, LinearStack):
 
 
 class ViT(nn.Module):
-    """Images to class logits."""
+    """Maps images to class logits."""
 
     config: ViTConfig
 
@@ -107,7 +108,7 @@ class ViT(nn.Module):
         Args:
           images: normalised pixels, of the config's size.
           deterministic: no dropout; else there must be a `dropout` key.
-          features: returns what the head reads, in float32, instead of the logits.
+          features: whether to return the input of the head, in float32, instead of the logits.
 
         Raises:
           ValueError: the images have another size.
@@ -115,7 +116,7 @@ class ViT(nn.Module):
         cfg = self.config
         if images.shape[1:] != (cfg.image_size, cfg.image_size, cfg.channels):
             raise ValueError(
-                f"the images are {' x '.join(map(str, images.shape[1:]))}, but the model's are "
+                f"the images are {' x '.join(map(str, images.shape[1:]))}; for this model they must be "
                 f"{cfg.image_size} x {cfg.image_size} x {cfg.channels} (height, width, channels)."
             )
         init = nn.initializers.normal(cfg.init_std)
@@ -158,4 +159,4 @@ PUBLISHED = {
     "vit-b16": LinearViTConfig(mlp_dim=3072),
     "vit-l16": LinearViTConfig(**_LARGE, mlp_dim=4096),
 }
-"""The published sizes by name, the TokenFormers size-matched with the ViTs."""
+"""The published sizes by name; the TokenFormers are size-matched with the ViTs."""

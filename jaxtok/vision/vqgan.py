@@ -1,6 +1,6 @@
 """VQGAN (arXiv 2012.09841): an image as a grid of indices into a learned codebook, as in ELM's code.
 
-Either the nearest vector, or a Gumbel softmax. `jaxtok.vision.autoencoding.Autoencoding` trains it.
+The index is that of the nearest vector, or of a Gumbel softmax. `jaxtok.vision.autoencoding.Autoencoding` trains it.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class VQGANConfig(TokenizerConfig):
     codebook_size: int = 1024
     quantizer_kind: Literal["nearest", "gumbel"] = "nearest"
     beta: float = 0.25
-    """Of the nearest: the weight of the codebook's term (the commitment has 1)."""
+    """The weight of the codebook's term of the nearest quantiser (the commitment has 1)."""
     hard: bool = False
-    """Of Gumbel's: one vector alone in training too; elsewhere it always is."""
+    """Whether the Gumbel quantiser chooses a single vector in training too; outside of training it always does."""
     kl_weight: float = 5e-4
-    """Of Gumbel's."""
+    """The weight of the Gumbel quantiser's divergence from uniform."""
     norm_first: bool = False
 
     def __post_init__(self):

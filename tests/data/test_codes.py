@@ -27,7 +27,7 @@ DATA = CodeData(grid=2, sub_codes=2, code_bits=3, batch_size=4)
 
 
 def some(images, draws=2, header=HEADER, seed=0):
-    """The first position of image i says i."""
+    """Codes whose first position is the number of the image."""
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, header.values, (images, draws, header.positions, header.sub_codes))
     codes[:, :, 0, 0] = np.arange(images)[:, None] % header.values[0]
@@ -51,7 +51,7 @@ def stored(tmp_path):
 
 
 def images_of(batch):
-    """Which images a batch is of, by the joined bits of their first position."""
+    """The numbers of a batch's images, from the joined bits of their first position."""
     return regroup(batch["codes"], (8, 8), (64,))[:, 0, 0]
 
 
@@ -61,7 +61,7 @@ def test_written_then_read_is_the_same(stored, tmp_path):
     assert isinstance(file.codes, np.memmap) and file.codes.dtype == np.uint8
     np.testing.assert_array_equal(file.codes, codes)
     np.testing.assert_array_equal(file.labels, labels)
-    np.testing.assert_array_equal(np.load(tmp_path / "train" / "codes.npy"), codes)  # a plain file of NumPy's
+    np.testing.assert_array_equal(np.load(tmp_path / "train" / "codes.npy"), codes)  # a plain NumPy file
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_an_epoch_has_every_image_once_and_all_draws(stored):
     epochs = [sorted(image for image, _ in seen[k : k + 11]) for k in range(0, 264, 11)]
     assert epochs == [list(range(11))] * 24
     orders = {tuple(image for image, _ in seen[k : k + 11]) for k in range(0, 264, 11)}
-    assert len(orders) == 24  # a new order each
+    assert len(orders) == 24  # each has a new order
     assert len(set(seen)) == 22  # both draws of every image
 
 
@@ -187,9 +187,9 @@ def test_files_are_not_written_over(stored, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("codes.json", b"{", "no whole file of codes"),
+        ("codes.json", b"{", "are damaged"),
         ("codes.json", b'{"format": 3}', "its format is 3"),
-        ("codes.npy", b"\x93NUMPY", "no whole file of codes"),
+        ("codes.npy", b"\x93NUMPY", "are damaged"),
         ("labels.npy", None, r"labels\.npy does not exist"),
     ],
 )
@@ -204,7 +204,7 @@ def test_damaged_files(stored, tmp_path, name, content, message):
 def test_a_file_that_was_cut(stored, tmp_path):
     path = tmp_path / "train" / "codes.npy"
     path.write_bytes(path.read_bytes()[:-5])
-    with pytest.raises(ValueError, match="no whole file of codes"):
+    with pytest.raises(ValueError, match="are damaged"):
         stored.train_batches()
 
 
@@ -251,7 +251,7 @@ def test_the_first_codes_of_ordered_ones(tmp_path):
 
 @given(st.permutations([2, 3, 5, 8, 1, 16]), st.integers(0, 2**32 - 1))
 def test_regrouped_codes_come_back(values, seed):
-    """Whatever the bases of the digits are; and joined codes are numbers in that order."""
+    """They do for any bases of the digits, and joined codes are numbers in that order."""
     values = tuple(values)
     codes = np.random.default_rng(seed).integers(0, values, (4, 6))
     joined = regroup(codes, values, (math.prod(values),))
@@ -285,7 +285,7 @@ def test_codes_that_cannot_be_regrouped():
 )
 def test_impossible_options(options):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=re.escape(f"{name}={value}")):
+    with pytest.raises(ValueError, match=re.escape(f"{name} is {value}")):
         CodeData(**options)
     with pytest.raises(ValueError, match="shape is"):
         Header(shape=(0, 2), values=(2,), classes=("a",))

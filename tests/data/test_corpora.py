@@ -39,7 +39,7 @@ def write_files(path, documents=DOCUMENTS):
 
 
 class TinyTexts(tfds.core.GeneratorBasedBuilder):
-    """Has splits of its own for training and test, none for validation."""
+    """A data set that has splits for training and test, and none for validation."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -202,17 +202,17 @@ def test_errors_say_what_to_change(specs, tmp_path):
     (tmp_path / "nothing").mkdir()
     write_parquet(tmp_path / "b.parquet")
     for spec, options, message in [
-        ("a.jsonl", {"split": "dev"}, "split='dev': choose"),
-        ("a.jsonl", {"holdout": 0.5}, "holdout=0.5: choose"),
+        ("a.jsonl", {"split": "dev"}, "split is 'dev'; it must be"),
+        ("a.jsonl", {"holdout": 0.5}, "holdout is 0.5; it must be"),
         ("a.jsonl", {"text_field": "body"}, r"a\.jsonl has no text in the field 'body' \(it has text, n\)"),
         ("b.parquet", {"text_field": "n"}, r"b\.parquet has no text in the field 'n'"),
         ("b.parquet", {"text_field": "body"}, r"b\.parquet has no text in the field 'body' \(it has n, text\)"),
-        ("list.jsonl", {}, "but a list"),
+        ("list.jsonl", {}, "it is a list"),
         ("broken.parquet", {}, r"broken\.parquet is not a readable Parquet"),
         ("binary", {}, "binary is not a text file"),
         ("empty.txt", {}, r"empty\.txt is empty"),
         ("small.txt", {"split": "validation"}, r"validation split of .*small\.txt is empty"),
-        ("nothing", {}, r"no text, \*\.jsonl or \*\.parquet in"),
+        ("nothing", {}, r"holds no text, \*\.jsonl or \*\.parquet"),
     ]:
         with pytest.raises(ValueError, match=message):
             open_corpus(str(tmp_path / spec), **options)

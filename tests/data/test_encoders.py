@@ -70,7 +70,7 @@ def test_the_same_seed_gives_the_same_rows(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"length": 4}, "length=4"), ({"single": 1.5}, "single=1.5"), ({"cls_id": -1}, "cls_id=-1")],
+    [({"length": 4}, "length is 4"), ({"single": 1.5}, "single is 1.5"), ({"cls_id": -1}, "cls_id is -1")],
 )
 def test_what_is_refused(options, message):
     with pytest.raises(ValueError, match=message):

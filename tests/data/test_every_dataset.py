@@ -1,4 +1,4 @@
-"""What all data promise, whatever they are of. A test file of data adds its own as `DATASETS` (tests/collector.py)."""
+"""What all data promise. A test file of data adds its own as `DATASETS` (tests/collector.py)."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def first(iterator, count=2):
 
 
 def test_batches_are_what_the_data_say(data):
-    """Of training and of an evaluation, and the empty one that programs are compiled with."""
+    """Batches of training and of an evaluation, and the empty one that programs are compiled with."""
     for batch in (*first(data.train_batches()), *data.eval_batches("validation"), example_batch(data)):
         check_spec(batch, data)
 
 
 def test_axes_are_known(data):
-    """Each dimension has a name that rules of a mesh can divide, or none; the first is that of rows."""
+    """Each dimension has a name that the rules of a mesh can divide, or none; the first is that of rows."""
     known = {field.name for field in dataclasses.fields(AxisRules)}
     for array in data.batch_spec().values():
         assert len(array.axes) == len(array.shape) and array.axes[0] == "batch" and array.shape[0] == data.batch_size
@@ -66,11 +66,11 @@ def test_rows_of_a_process_are_those_of_the_whole(data):
 def test_training_goes_on_where_it_was(data):
     batches = data.train_batches()
     next(batches)
-    place = json.loads(json.dumps(batches.get_state()))
+    state = json.loads(json.dumps(batches.get_state()))
     expected = next(batches)
     batches.close()
     resumed = data.train_batches()
-    resumed.set_state(place)
+    resumed.set_state(state)
     chex.assert_trees_all_equal(next(resumed), expected)
     resumed.close()
 

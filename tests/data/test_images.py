@@ -118,7 +118,7 @@ def test_splits_are_disjoint_complete_and_of_the_name(data, folder, tmp_path):
     sets = [as_set(splits[split][masks[split]]) for split in splits]
     assert sum(map(len, sets)) == len(set.union(*sets)) == COUNT
     assert 5 <= len(sets[1]) <= 20 and 5 <= len(sets[2]) <= 20
-    copy = tmp_path / "copy"  # other pictures beside them move none
+    copy = tmp_path / "copy"  # adding other pictures moves none
     shutil.copytree(folder, copy)
     for number in range(COUNT, COUNT + 20):
         (copy / "ant" / f"{number}.png").write_bytes(encoded(pixels_of(number)))
@@ -141,11 +141,11 @@ def test_training_resumes_at_every_place(data, options):
     total = 2 * len(images.pictures("train")) // 4 + 3
     reference = take(images.train_batches(), total)
     running = images.train_batches()
-    for place in range(total - 1):
+    for number in range(total - 1):
         state = json.loads(json.dumps(running.get_state()))
         resumed = images.train_batches()
         resumed.set_state(state)
-        assert_equal(take(resumed, 1), reference[place : place + 1])
+        assert_equal(take(resumed, 1), reference[number : number + 1])
         next(running)
     running.set_state({"next_index": 2})  # back, in an iterator that was in use
     assert_equal(take(running, 2), reference[2:4])
@@ -192,7 +192,7 @@ def test_half_the_images_of_training_are_mirrored(data):
 
 
 def resample(x, size, kernel, support):
-    """Along axis 0, in float64: each new pixel is a weighted mean of those within the stretched kernel."""
+    """The image resized along axis 0, in float64: a new pixel is a weighted mean of those in the stretched kernel."""
     scale = len(x) / size
     stretch = max(scale, 1.0)
     centres = (np.arange(size) + 0.5) * scale
@@ -207,7 +207,7 @@ def cubic(d, a=-0.5):
 
 
 def resize(x, shape, kernel, support):
-    """The width, then the height; Pillow rounds to 8 bits behind each."""
+    """The image resized in width, then in height; Pillow rounds to 8 bits after each."""
     for axis in (1, 0):
         x = np.moveaxis(resample(np.moveaxis(x, axis, 0), shape[axis], kernel, support), 0, axis)
         x = np.clip(np.floor(x + 0.5), 0, 255)
@@ -237,7 +237,7 @@ def test_the_centre_crop_is_adms(height, width, size):
 
 
 def test_random_crops_cover_what_they_should():
-    """A ramp tells where a crop was taken: its corners give place and extent."""
+    """In a crop of a ramp, the corners show its position and extent."""
     width, height = 240, 160
     ramp = np.zeros((height, width, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(width), np.arange(height)[:, None]
@@ -248,7 +248,7 @@ def test_random_crops_cover_what_they_should():
     area, aspect = w * h / (width * height), w / h
     assert 0.17 < area.min() < 0.24 and 0.45 < area.max() < 0.55
     assert 0.7 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.45
-    assert crops[:, 8, 0, 0].min() < 10 and crops[:, 8, 15, 0].max() > 225  # every place
+    assert crops[:, 8, 0, 0].min() < 10 and crops[:, 8, 15, 0].max() > 225  # crops come from everywhere
     whole = random_crop(image.resize((4, 4)), 16, np.random.default_rng(0), (1.0, 1.0))
     assert whole.shape == (16, 16, 3)
     assert random_crop(Image.fromarray(pixels_of(0, 1, 50)), 8, rng).shape == (8, 8, 3)  # no try fits
@@ -276,7 +276,7 @@ def rotated():
     image = Image.new("RGB", (8, 16), (0, 0, 255))
     image.paste((200, 30, 30), (0, 0, 8, 8))  # the upper half is red
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees to the right
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
     return encoded(image, "PNG", exif=exif.tobytes())
 
 
@@ -316,7 +316,7 @@ def test_transparency_rotation_and_16_bits():
     assert (half[:, :4] == 255).all() and (half[:, 4:] == 0).all()  # on white
     assert np.asarray(decode(palette_with_transparency()))[0, 0].tolist() == [255, 255, 255]
     turned = np.asarray(decode(rotated()))
-    assert turned.shape == (8, 16, 3)  # what was above is now at the right
+    assert turned.shape == (8, 16, 3)  # the top is now at the right
     assert (turned[:, 8:] == [200, 30, 30]).all() and (turned[:, :8] == [0, 0, 255]).all()
     np.testing.assert_array_equal(np.asarray(decode(encoded(RAMP16)))[..., 1], np.round(RAMP16 / 257))
 
@@ -341,8 +341,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_told_once_and_their_place_is_filled(folder, data, tmp_path, name):
-    """In training by the next good picture; in an evaluation it does not count."""
+def test_bad_files_are_named_once_and_replaced(folder, data, tmp_path, name):
+    """In training, the next good picture replaces a bad one; in an evaluation, a bad one does not count."""
     root = tmp_path / "pictures"
     (root / "only").mkdir(parents=True)
     for number in range(6):
@@ -372,7 +372,7 @@ def test_a_source_without_a_readable_picture(data, tmp_path):
 
 
 def test_a_source_that_fails_in_the_middle_of_a_run(data, monkeypatch):
-    """A record that cannot be read is left out; when there is nothing left, the run ends with a reason."""
+    """A record that cannot be read is left out; when none is left, the run ends with the reason."""
     images = data(batch_size=2)
     batches = images.train_batches()
     whole, pictures = next(batches), images.pictures("train")
@@ -409,7 +409,7 @@ def test_folders_may_be_splits(folder, tmp_path):
     assert open_pictures(spec).classes == CLASSES
     assert len(open_pictures(spec, "validation")) == COUNT - 3
     rest, test = len(open_pictures(spec)), len(open_pictures(spec, "test"))
-    assert rest + test == COUNT and test > 0  # of the training folder, as there is none of its own
+    assert rest + test == COUNT and test > 0  # a part of the training folder, as there is no folder for it
     assert len(open_pictures(spec, "all")) == 2 * COUNT - 3
     (tmp_path / "validation").mkdir()
     (tmp_path / "validation" / "a.png").write_bytes(encoded(RED))
@@ -455,7 +455,7 @@ def test_array_records_of_others_are_refused(tmp_path):
 
 
 class TinyImages(tfds.core.GeneratorBasedBuilder):
-    """Has a split for training and one for test."""
+    """A data set that has a split for training and one for test."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -504,7 +504,7 @@ def test_digits():
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """Stands for the emoji's package: the same layout, with other pictures; its command copies the archive."""
+    """A stand-in for the emoji's package, with the same layout and other pictures; its command copies the archive."""
     rows = [
         {"short_name": f"e{i}", "category": CLASSES[i % 3], "image": f"{i}.png", "has_img_twitter": i != 5}
         for i in range(40)
@@ -594,7 +594,7 @@ def test_a_wheel_of_sprites(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("spec", "count", "classes"), [("emoji", 1911, 10), ("sprites", 472, 8)])
 def test_the_published_packages(spec, count, classes, tmp_path, monkeypatch):
-    """Needs a network."""
+    """This test needs a network."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = open_pictures(spec, "all")
     assert (len(found), len(found.classes)) == (count, classes)
@@ -628,7 +628,7 @@ def test_a_run_on_images_resumes_exactly_and_is_evaluated(folder, tmp_path):
     row = verbs.evaluate(tmp_path / "run", split="test")
     assert row["images"] == f"folder:{folder}" and row["examples"] == len(run.data.pictures("test"))
     for verb in (verbs.generate, verbs.adapt, functools.partial(convert, target=tmp_path / "converted")):
-        with pytest.raises(ValueError, match="is of ImageClassification"):
+        with pytest.raises(ValueError, match="is a model of ImageClassification"):
             verb(tmp_path / "run")
 
 
@@ -640,7 +640,7 @@ def test_experiments_take_image_data(folder, tmp_path):
     assert changed.data == dataclasses.replace(
         run.data, images="digits", crop_area=(0.5, 1.0), flip=False, crop="centre"
     )
-    with pytest.raises(ValueError, match="num_classes is 3, but the data have 10 classes"):
+    with pytest.raises(ValueError, match="num_classes is 3; it must be at least 10"):
         changed.fitted()
 
 
@@ -655,16 +655,16 @@ def test_a_resolved_experiment_on_text_is_as_before():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"size": 0}, "size=0: choose at least 1"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"seed": 2**32}, "seed=4294967296"),
-        ({"workers": -1}, "workers=-1"),
-        ({"prefetch": 0}, "prefetch=0"),
-        ({"eval_limit": -1}, "eval_limit=-1"),
-        ({"crop": "middle"}, "crop='middle': choose centre or random"),
-        ({"crop_area": (0.5, 0.1)}, r"crop_area=\(0.5, 0.1\)"),
+        ({"size": 0}, "size is 0; it must be at least 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"workers": -1}, "workers is -1"),
+        ({"prefetch": 0}, "prefetch is 0"),
+        ({"eval_limit": -1}, "eval_limit is -1"),
+        ({"crop": "middle"}, "crop is 'middle'; it must be centre or random"),
+        ({"crop_area": (0.5, 0.1)}, r"crop_area is \(0.5, 0.1\)"),
         ({"crop_area": (0.0, 0.1)}, "crop_area"),
-        ({"holdout": 0.5}, "holdout=0.5"),
+        ({"holdout": 0.5}, "holdout is 0.5"),
     ],
 )
 def test_bad_fields(data, options, message):
@@ -674,7 +674,7 @@ def test_bad_fields(data, options, message):
 
 def test_bad_sources(tmp_path):
     for spec in ("cats", "folder:", "digits:8", ""):
-        with pytest.raises(ValueError, match="names no pictures: choose emoji"):
+        with pytest.raises(ValueError, match="it must be emoji"):
             open_pictures(spec)
     with pytest.raises(FileNotFoundError, match="no folder of pictures"):
         open_pictures(f"folder:{tmp_path}/missing")
@@ -683,11 +683,11 @@ def test_bad_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match="no ArrayRecord file"):
         open_pictures(f"arrayrecord:{tmp_path}/missing")
     (tmp_path / "a.png").write_bytes(encoded(RED))
-    with pytest.raises(ValueError, match=r"the (train|validation) split of .* is empty, as its pictures are few \(1\)"):
+    with pytest.raises(ValueError, match=r"the (train|validation) split of .* is empty, as there are only 1 pictures"):
         [open_pictures(f"folder:{tmp_path}", split) for split in ("train", "validation")]
-    with pytest.raises(ValueError, match="split='dev'"):
+    with pytest.raises(ValueError, match="split is 'dev'"):
         open_pictures("digits", "dev")
-    with pytest.raises(ValueError, match=r"holdout=0\.7"):
+    with pytest.raises(ValueError, match=r"holdout is 0\.7"):
         open_pictures("digits", holdout=0.7)
 
 

@@ -1,4 +1,4 @@
-"""Errors are where, and as many as, they should be; and the same in every run."""
+"""Noise makes as many errors as it should, where it should, and the same ones in every run."""
 
 import unicodedata
 
@@ -71,10 +71,10 @@ def test_data_of_documents_with_errors(tmp_path):
 
 def test_what_cannot_be():
     for options, message in [
-        ({"kind": "typo"}, "kind='typo'"),
-        ({"rate": 1.5}, "rate=1.5"),
-        ({"of": "bytes"}, "of='bytes'"),
-        ({"seed": -1}, "seed=-1"),
+        ({"kind": "typo"}, "kind is 'typo'"),
+        ({"rate": 1.5}, "rate is 1.5"),
+        ({"of": "bytes"}, "of is 'bytes'"),
+        ({"seed": -1}, "seed is -1"),
     ]:
         with pytest.raises(ValueError, match=message):
             Noise(**options)

@@ -48,7 +48,7 @@ def test_spans_go_back_to_where_they_were(raw, density, mean_span):
 
 
 def test_all_ways_to_cut_are_equally_likely():
-    """Of 6 tokens, 2 and 4 in two spans each: 1 x 3 ways."""
+    """6 tokens are divided into two spans of noise (2 tokens) and two of text (4 tokens) in 1 x 3 ways."""
     rng = np.random.default_rng(0)
     masks = [tuple(noise_mask(6, 0.4, 1.0, rng)) for _ in range(3000)]
     counts = [masks.count(mask) for mask in set(masks)]
@@ -64,7 +64,7 @@ def test_raw_length_is_the_longest_that_fits():
 
 
 def test_rows_hold_the_corpus(corpus):
-    """In order, with nothing between documents; sentinels stand for no bytes."""
+    """The bytes are in order, with nothing between documents; sentinels have no bytes."""
     data = SpanCorruption(corpus=corpus, length=40, batch_size=3, mean_span=3.0)
     batches = list(data.eval_batches("all"))
     for batch in batches:
@@ -103,15 +103,15 @@ def test_training_resumes_and_divides(corpus):
 
 def test_what_span_corruption_refuses():
     for options, message in (
-        ({"density": 0.0}, "density=0.0"),
-        ({"density": 0.6}, "density=0.6"),
-        ({"mean_span": 0.5}, "mean_span=0.5"),
-        ({"length": 3}, "length=3"),
-        ({"first_sentinel": 5}, "first_sentinel=5: there are 9 spans"),
+        ({"density": 0.0}, "density is 0.0"),
+        ({"density": 0.6}, "density is 0.6"),
+        ({"mean_span": 0.5}, "mean_span is 0.5"),
+        ({"length": 3}, "length is 3"),
+        ({"first_sentinel": 5}, "first_sentinel is 5; it must be at least 9"),
     ):
         with pytest.raises(ValueError, match=message):
             SpanCorruption(**options)
-    with pytest.raises(ValueError, match="the length is 1"):
+    with pytest.raises(ValueError, match="length is 1; it must be"):
         noise_mask(1, 0.15, 3.0, np.random.default_rng(0))
 
 
@@ -142,6 +142,6 @@ def test_character_edits_of_a_corpus(corpus):
     text = data.loaded_tokenizer.decode(batch["tokens"][0])
     assert text == text.lower() and len(text) == 20
     assert data.loaded_tokenizer.decode(batch["targets"][0]) == edited(text, "vowels")
-    for options, message in (({"edit": "none"}, "edit='none'"), ({"tokenizer": "bytes"}, "choose byt5")):
+    for options, message in (({"edit": "none"}, "edit is 'none'"), ({"tokenizer": "bytes"}, "it must be byt5")):
         with pytest.raises(ValueError, match=message):
             CharacterEdits(**options)

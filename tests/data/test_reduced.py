@@ -1,4 +1,4 @@
-"""Text in small alphabets: nothing is lost behind the reduction, and other text is refused."""
+"""Text in small alphabets: nothing is lost after the reduction, and other text is refused."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def test_other_text_is_refused():
     for tokenizer, text, named in ((LETTERS, "a B", "'B'"), (LETTERS, "é", r"'\\xe9'"), (ASCII, "a\0", r"'\\x00'")):
         with pytest.raises(ValueError, match=f"{tokenizer.name} cannot represent the character {named}"):
             tokenizer.encode(text)
-    with pytest.raises(ValueError, match="alphabet 'greek': choose one of letters, ascii"):
+    with pytest.raises(ValueError, match="alphabet is 'greek'; it must be one of letters, ascii"):
         AlphabetTokenizer("greek")
-    with pytest.raises(ValueError, match="tokenizer='bytes': choose one of letters, ascii"):
+    with pytest.raises(ValueError, match="tokenizer is 'bytes'; it must be one of letters, ascii"):
         ReducedText(tokenizer="bytes")
 
 

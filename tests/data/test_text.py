@@ -60,7 +60,7 @@ def take(iterator, count):
 
 
 def stream(batches, name):
-    """The values of all places that are not padding, in order."""
+    """The values at all positions that are not padding, in order."""
     return np.concatenate([batch[name][batch["segments"] > 0] for batch in batches])
 
 
@@ -109,10 +109,10 @@ def test_segments_and_positions_follow_the_documents(data):
     assert 0 < padding.sum() < 64 and not np.concatenate([b["mask"] for b in batches])[padding].any()
     for row in range(len(tokens)):
         segment, position = 1, -1
-        for place in np.flatnonzero(~padding[row]):
-            starts = tokens[row, place] == 256 and place > 0
+        for index in np.flatnonzero(~padding[row]):
+            starts = tokens[row, index] == 256 and index > 0
             segment, position = (segment + 1, 0) if starts else (segment, position + 1)
-            assert (segments[row, place], positions[row, place]) == (segment, position)
+            assert (segments[row, index], positions[row, index]) == (segment, position)
 
 
 def test_documents_need_not_be_isolated(data):
@@ -233,15 +233,15 @@ def test_workers_do_not_change_the_batches(data):
 
 def test_errors_say_what_to_change(data, tmp_path):
     for options, message in [
-        ({"length": 0}, "length=0: choose at least 1"),
-        ({"batch_size": -1}, "batch_size=-1"),
-        ({"seed": 2**32}, "seed=4294967296"),
-        ({"workers": -1}, "workers=-1"),
-        ({"eval_limit": -1}, "eval_limit=-1"),
+        ({"length": 0}, "length is 0; it must be at least 1"),
+        ({"batch_size": -1}, "batch_size is -1"),
+        ({"seed": 2**32}, "seed is 4294967296"),
+        ({"workers": -1}, "workers is -1"),
+        ({"eval_limit": -1}, "eval_limit is -1"),
     ]:
         with pytest.raises(ValueError, match=message):
             data(**options)
-    with pytest.raises(ValueError, match="streams=3 does not divide batch_size=4"):
+    with pytest.raises(ValueError, match="streams is 3; it must divide batch_size = 4"):
         data(streams=3)
     with pytest.raises(ValueError, match=r"fewer documents .* than data.streams = 128"):
         data(batch_size=128, streams=128).train_batches()

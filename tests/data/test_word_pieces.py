@@ -18,7 +18,7 @@ DATASETS = {
 }
 
 DATA = WordPieceText(length=6, batch_size=2, max_bytes=4, max_pieces=3, shuffle_window=1)
-"""Pieces are bytes."""
+"""A tokenizer whose pieces are bytes."""
 
 
 def test_rows():
@@ -45,7 +45,7 @@ def test_rows():
 
 
 def test_rows_of_a_corpus_begin_and_end(tmp_path):
-    """Each is a part of one document, and padded places are those that packing left too."""
+    """Each row is a part of one document, and only what packing leaves empty is padded."""
     for name in "abcdefgh":
         (tmp_path / f"{name}.txt").write_text(f"{name} " * 9)
     (tmp_path / "no_word.txt").write_text(" \n")
@@ -83,9 +83,9 @@ def test_each_word_has_one_error():
 
 
 def test_numbers_out_of_range():
-    with pytest.raises(ValueError, match="length=2: choose at least 3"):
+    with pytest.raises(ValueError, match="length is 2; it must be at least 3"):
         WordPieceText(length=2)
-    with pytest.raises(ValueError, match="max_pieces=0: choose at least 1"):
+    with pytest.raises(ValueError, match="max_pieces is 0; it must be at least 1"):
         WordPieceText(max_pieces=0)
-    with pytest.raises(ValueError, match=r"noise=1\.5: choose a part"):
+    with pytest.raises(ValueError, match=r"noise is 1\.5; it must be in"):
         WordPieceText(noise=1.5)

@@ -51,17 +51,17 @@ def test_rows_hold_the_documents(corpus):
     assert [b"".join(words).decode() for words in documents[:-1]] == DOCUMENTS
     splitter = WordSplitter("whitespace", 6)
     assert documents[:-1] == [[*splitter.split(text), b""] for text in DOCUMENTS]
-    assert words[0] == () and words[1:] == targets[:-1]  # also across rows; an end is followed by a start
+    assert words[0] == () and words[1:] == targets[:-1]  # also across rows; a start follows each end
     np.testing.assert_array_equal(rows["bytes"][real], [len(word) for word in targets])
     np.testing.assert_array_equal(rows["mask"], real)
-    behind = np.arange(data.max_units) >= rows["lengths"][..., None]
-    assert not rows["words"][behind].any()
+    after_word = np.arange(data.max_units) >= rows["lengths"][..., None]
+    assert not rows["words"][after_word].any()
     for row in range(len(real)):
         segment, position = 1, -1
-        for place in np.flatnonzero(real[row]):
-            starts = rows["lengths"][row, place] == 0 and place > 0
+        for index in np.flatnonzero(real[row]):
+            starts = rows["lengths"][row, index] == 0 and index > 0
             segment, position = (segment + 1, 0) if starts else (segment, position + 1)
-            assert (rows["segments"][row, place], rows["positions"][row, place]) == (segment, position)
+            assert (rows["segments"][row, index], rows["positions"][row, index]) == (segment, position)
 
 
 @pytest.mark.parametrize(("start", "end"), [(False, False), (True, False), (False, True)])
@@ -113,7 +113,7 @@ def test_bytes_that_are_not_text(tmp_path):
 
 
 def test_what_cannot_be():
-    with pytest.raises(ValueError, match="max_units=0: choose at least 1"):
+    with pytest.raises(ValueError, match="max_units is 0; it must be at least 1"):
         WordText(max_units=0)
-    with pytest.raises(ValueError, match="rows of tokens"):
+    with pytest.raises(ValueError, match="mask_eod is True; in rows of words they must be"):
         WordText(mask_eod=True)

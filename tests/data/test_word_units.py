@@ -130,9 +130,9 @@ def test_rows_are_padded_with_the_end_mark(corpus):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="rule='other': choose one of paper, spaces, letters, lossless"):
+    with pytest.raises(ValueError, match="rule is 'other'; it must be one of paper, spaces, letters, lossless"):
         WordUnitText(rule="other")
-    with pytest.raises(ValueError, match="long_words='drop'"):
+    with pytest.raises(ValueError, match="long_words is 'drop'"):
         WordUnitText(long_words="drop")
-    with pytest.raises(ValueError, match="rule='other'"):
+    with pytest.raises(ValueError, match="rule is 'other'"):
         NormalizedText(rule="other")

@@ -1,4 +1,4 @@
-"""The decoding engine, for each model of the registry: it equals the uncached model, with drafts and without."""
+"""The decoding engine, for each CausalLM of the tests: it equals the uncached model, with drafts and without."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def greedy(model, params, prompts=PROMPTS, **options):
 
 @pytest.fixture
 def alike_rows_lm(causal_lm):
-    """A model that says the same in each row of a batch."""
+    """A model that has the same logits in each row of a batch."""
     if isinstance(causal_lm[0], Lexinvariant):
         pytest.skip("each row has a table of its own; tests/lm/test_lexinvariant.py generates with them")
     return causal_lm
@@ -74,7 +74,7 @@ def test_greedy_equals_the_uncached_model_token_for_token(alike_rows_lm):
 def test_rows_of_a_batch_equal_single_rows(alike_rows_lm):
     model, params = alike_rows_lm
     assert greedy(model, params) == [greedy(model, params, [prompt])[0] for prompt in PROMPTS]
-    # With random sampling a row depends on its place, but not on what else is there.
+    # With random sampling, a row depends on its index, but not on the other rows.
     first, second = (
         generate(model, params, [PROMPTS[0], other, [7]], max_new_tokens=NEW, rng=KEY).tokens for other in PROMPTS[1:]
     )
@@ -88,7 +88,7 @@ SAMPLED = {"chooser": Sampling(temperature=1.5, top_k=20), "rng": KEY}
 
 @pytest.fixture(scope="module")
 def llama():
-    """The model for what cannot depend on the model: each test of it compiles the loop anew."""
+    """The model for tests of what cannot depend on the model, as each of them compiles the loop anew."""
     model = collect("CAUSAL_LMS")["llama"]()
     return model, noisy_params(model)
 
@@ -155,7 +155,7 @@ class Traced:
 
 @pytest.mark.parametrize("drafter", [None, PromptLookup(tokens=3)], ids=["plain", "drafts"])
 def test_one_compilation_for_a_whole_generation(llama, drafter):
-    """Streamed or not, of short prompts or longer ones: the loop is traced once."""
+    """The loop is traced once, streamed or not, for short prompts and longer ones."""
     model, params = llama
     chex.clear_trace_counter()
     options = {"chooser": Traced(), "drafter": drafter, "rng": KEY}
@@ -171,7 +171,7 @@ def test_one_compilation_for_a_whole_generation(llama, drafter):
 
 @dataclasses.dataclass(frozen=True)
 class Told:
-    """A drafter whose state is the text [batch, room] that comes, and what to add to its tokens: 0 makes it right."""
+    """A drafter whose state is the text [batch, room] that will follow, and what to add to its tokens (0: nothing)."""
 
     tokens: int = 4
 
@@ -194,7 +194,7 @@ class Told:
 
 @dataclasses.dataclass(frozen=True)
 class RandomTree(Told):
-    """Other trees in every step and row, with siblings of the same token, gaps, and what comes here and there."""
+    """Drafts another tree in every step and row, with siblings of the same token, gaps, and some right tokens."""
 
     tokens: int = 9
 
@@ -231,7 +231,7 @@ def assert_same(found, plain, what):
 
 
 def test_drafts_change_nothing(causal_lm):
-    """Neither of greedy text, of right and wrong drafts, nor of sampled text, of trees."""
+    """Neither greedy text, with right and wrong drafts, nor sampled text, with trees, changes."""
     model, params = causal_lm
     plain = run(model, params)
     truth, steps = texts_of(PROMPTS, plain.tokens), {}
@@ -274,7 +274,7 @@ def test_drafts_with_ends(llama, sampling):
 
 @dataclasses.dataclass(frozen=True)
 class Alternating(Sampling):
-    """A constraint with a state: tokens are odd and even in turns, and how many there are is counted."""
+    """A constraint with a state: tokens alternate between odd and even, and their number is counted."""
 
     temperature: float = 1.5
 
@@ -288,11 +288,11 @@ class Alternating(Sampling):
 
 
 def test_a_constraint_and_a_drafter(llama):
-    """The constraint's state is that after the tokens of the row, whatever was drafted. States can be taken along."""
+    """The constraint's state is that after the row's tokens, whatever was drafted; generation can continue from it."""
     model, params = llama
     options = {"chooser": Alternating(), "rng": KEY}
     plain = run(model, params, **options)
-    assert all(token % 2 == place % 2 for row in plain.tokens for place, token in enumerate(row))
+    assert all(token % 2 == index % 2 for row in plain.tokens for index, token in enumerate(row))
     start = texts_of(PROMPTS, plain.tokens), jax.random.key(3)
     found = run(model, params, drafter=RandomTree(), drafter_state=start, **options)
     assert_same(found, plain, "")
@@ -313,7 +313,7 @@ def test_streams_of_drafts_end_where_they_should(llama):
 
 
 def test_log_probabilities_are_those_of_a_full_pass(alike_rows_lm):
-    """Of the model's own distribution, although temperature and top_k restrict the choice."""
+    """Log-probabilities are of the model's own distribution, although temperature and top_k restrict the choice."""
     model, params = alike_rows_lm
     found = run(model, params, **SAMPLED)
     texts = texts_of(PROMPTS, found.tokens)[:, : model.config.max_length]
@@ -339,7 +339,7 @@ def test_eviction_that_keeps_everything_changes_nothing(causal_lm):
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_with_eviction_the_cache_is_of_fixed_size(llama, every):
-    """And drafts change nothing: they end where slots go."""
+    """Drafts change nothing; they end where slots are evicted."""
     model, params = llama
     evictor = SinksAndRecent(sinks=1, recent=3, every=every)
     options = SAMPLED | {"evictor": evictor}
@@ -364,7 +364,7 @@ def test_with_eviction_the_cache_is_of_fixed_size(llama, every):
 
 
 def test_what_the_evicted_model_sees(llama):
-    """Attention to the sinks and the window is that of a model which is shown them only, at their own places."""
+    """Attention to the sinks and the window is that of a model that sees only them, at their own positions."""
     model, params = llama
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
     found = run(model, params, [prompt], evictor=SinksAndRecent(sinks=1, recent=3, every=1), max_new_tokens=1)
@@ -377,7 +377,7 @@ def test_what_the_evicted_model_sees(llama):
 
 @dataclasses.dataclass(frozen=True)
 class HeavyHitters:
-    """H2O: each head of each layer keeps its newest slots, and those that had the most attention."""
+    """With H2O, each head of each layer keeps its newest slots and those that had the most attention."""
 
     slots: int = 5
     recent: int = 2
@@ -428,7 +428,7 @@ def test_an_evictor_that_observes_attention(llama):
         np.testing.assert_allclose(found.state.evictor[..., :5], plain.state.evictor[..., :5], atol=1e-4)
     whole = run(model, params, evictor=HeavyHitters(slots=40), **SAMPLED)
     assert_same(whole, run(model, params, **SAMPLED), "all")
-    # Every query has given a weight of 1 to each of the four heads, which share keys in pairs.
+    # Every query gives a weight of 1 in each of the four heads, which share keys in pairs.
     queries = np.array([len(prompt) for prompt in PROMPTS]) - 1 + NEW
     np.testing.assert_allclose(whole.state.evictor.sum(-1), np.broadcast_to(2 * queries[:, None], (2, 3, 2)), rtol=1e-4)
 
@@ -437,7 +437,7 @@ def test_an_evictor_that_observes_attention(llama):
 
 
 def test_a_recurrent_model():
-    """Plain decoding equals repeated full passes; drafts that are chains change nothing; the rest is refused."""
+    """Plain decoding equals repeated full passes; drafts that are chains change nothing; all else is refused."""
     model = Recurrent(RecurrentConfig())
     params = noisy_params(model)
     rows = greedy(model, params)
@@ -448,9 +448,9 @@ def test_a_recurrent_model():
     drafted = run(model, params, drafter=Told(), drafter_state=(texts_of(PROMPTS, plain.tokens), 0), **options)
     assert_same(drafted, plain, "")
     assert drafted.steps == [-(-len(row) // 5) for row in plain.tokens]
-    with pytest.raises(ValueError, match="cache of Recurrent, so it takes drafts that are chains"):
+    with pytest.raises(ValueError, match=r"must propose chains, as tokens cannot be .* the cache of Recurrent"):
         greedy(model, params, drafter=RandomTree())
-    with pytest.raises(ValueError, match="so it takes no evictor"):
+    with pytest.raises(ValueError, match="it must be None, as tokens"):
         greedy(model, params, evictor=SinksAndRecent())
 
 
@@ -461,7 +461,7 @@ def test_logits_that_are_no_numbers_are_refused(llama):
 
 
 def test_what_is_no_causal_model_takes_no_drafts():
-    with pytest.raises(ValueError, match="it needs a CausalLM"):
+    with pytest.raises(ValueError, match="must then be a CausalLM"):
         Engine(model=object(), drafter=PromptLookup())
 
 
@@ -470,7 +470,7 @@ def test_bfloat16_models_generate(causal_lm):
     half = model.clone(config=dataclasses.replace(model.config, dtype="bfloat16"))
     rows = greedy(half, params)
     assert [len(row) for row in rows] == [NEW] * 3
-    # Rounding may turn a close call; not the first token of every row.
+    # Rounding may change a close choice, but not the first token of every row.
     assert any(a[0] == b[0] for a, b in zip(rows, greedy(model, params)))
 
 

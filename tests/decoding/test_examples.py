@@ -19,6 +19,6 @@ def test_examples(name):
 
 
 def test_what_can_be_called_has_an_example():
-    """What only describes (protocols, and what is returned) needs none."""
+    """Classes that only describe (protocols, and what is returned) need no example."""
     without = {name for name in decoding.__all__ if ">>>" not in inspect.getdoc(getattr(decoding, name))}
     assert without == TYPES

@@ -21,7 +21,7 @@ from jaxtok.lm.llama import LlamaConfig
 
 @pytest.mark.parity("decoding_bricks/hf_prompt_lookup*.npz")
 def test_prompt_lookup(golden):
-    """Drafts with one token of budget left are left out: it is the engine that ends a row."""
+    """Cases with one token of budget left are skipped, because here the engine ends a row."""
     checked = 0
     for number in range(golden.config["n"]):
         ids, (longest, tokens, limit, end) = golden[f"in/ids{number}"], golden[f"in/args{number}"].tolist()
@@ -70,7 +70,7 @@ class Tree:
 
 
 class Table(CachedTokens):
-    """As a model: the logits of the nodes are its parameters."""
+    """The tree as a model, whose parameters are the logits of the nodes."""
 
     rewindable = True
 
@@ -83,7 +83,7 @@ class Table(CachedTokens):
 
 @pytest.mark.parity("decoding_bricks/numpy_tree_acceptance*.npz")
 def test_tree_walks(golden):
-    """All walks of the file at once, each a row: the draw at depth d takes uniform d."""
+    """All walks of the file at once, a row each; the draw at depth d takes uniform d."""
     walks = range(golden.config["n_walks"])
     probs, tokens, uniforms = (
         np.stack([golden[f"in/walk{walk}/{name}"] for walk in walks]) for name in ("probs", "tree_tokens", "uniforms")

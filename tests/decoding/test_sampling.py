@@ -75,7 +75,7 @@ def test_impossible_values_are_refused(field, value):
 
 
 def test_one_restriction_for_all():
-    """What is kept: of equal logits those with the lower ids, whatever the shape."""
+    """Of equal logits, those with the lower ids are kept, whatever the shape."""
     logits = jnp.array([[0.0, 2.0, 1.0, 2.0, -1.0]])
     kept = lambda **limits: np.isfinite(Sampling(**limits).restrict(logits))[0].tolist()  # noqa: E731
     assert kept() == kept(top_k=0, top_p=1.0) == kept(top_k=5) == kept(top_k=9) == [True] * 5

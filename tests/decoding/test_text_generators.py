@@ -1,4 +1,4 @@
-"""What every task promises that continues text in a way of its own (`jaxtok.protocols.TextGenerator`)."""
+"""What every task that continues text in its own way promises (`jaxtok.protocols.TextGenerator`)."""
 
 from __future__ import annotations
 

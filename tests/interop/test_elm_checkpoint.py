@@ -1,4 +1,4 @@
-"""ELM's checkpoints: what is written is read again, and what is refused. (Their numbers: vision/test_elm_parity.py.)"""
+"""ELM's checkpoints: what is written is read again, and what is refused (numbers: vision/test_elm_parity.py)."""
 
 from __future__ import annotations
 
@@ -88,18 +88,18 @@ def test_files_that_could_run_code(tmp_path, monkeypatch):
 
 def test_files_that_are_no_checkpoints(tmp_path):
     torch = pytest.importorskip("torch")
-    with pytest.raises(FileNotFoundError, match="no file of weights"):
+    with pytest.raises(FileNotFoundError, match="does not exist; give"):
         read_checkpoint(tmp_path / "nothing.pth")
     none = "no table of tensors by name"
-    for content, said in (([1], f"a list, {none}"), ({"x": 1}, rf"{none} \('x' is no tensor"), ({"model": {}}, none)):
+    for content, error in (([1], f"a list, {none}"), ({"x": 1}, rf"{none} \('x' is no tensor"), ({"model": {}}, none)):
         torch.save(content, tmp_path / "odd.pth")
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=error):
             read_checkpoint(tmp_path / "odd.pth")
     path = write_checkpoint(tmp_path / "whole.pth", CONFIG, params_of(CONFIG))
     (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:3000])
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
     for name in ("cut.pth", "cut.safetensors"):
-        with pytest.raises(ValueError, match="no whole"):
+        with pytest.raises(ValueError, match="damaged or not a"):
             read_checkpoint(tmp_path / name)
     with pytest.raises(ValueError, match="must end in"):
         write_checkpoint(tmp_path / "elm.txt", CONFIG, params_of(CONFIG))
@@ -125,7 +125,7 @@ def test_tensors_that_do_not_fit():
         params_from(CONFIG, tensors | {"surprise": np.zeros(2)})
     with pytest.raises(ValueError, match=r"proj\.weight has shape \(16, 16\) instead of \(16, 32\)"):
         params_from(CONFIG, tensors | {"proj.weight": np.zeros((16, 16))})
-    with pytest.raises(ValueError, match=r"no cls_embedding\.embedding_table\.weight, so it is no ELM"):
+    with pytest.raises(ValueError, match=r"no cls_embedding\.embedding_table\.weight, so it is not an ELM"):
         config_from({})
     with pytest.raises(ValueError, match="head_size is 5"):
         config_from(tensors, head_size=5)

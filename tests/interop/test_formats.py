@@ -1,4 +1,4 @@
-"""The contract of every format, on a tiny model of each kind that it holds; and by the verb that a user types."""
+"""The contract of every format, on a tiny model of each kind that it holds, and by the verb that a user types."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ class Case:
     task: Any
     data: Any
     suffix: str = ""
-    """Of the file; empty: a folder."""
+    """The suffix of the file; empty for a folder."""
     facts: dict[str, Any] = dataclasses.field(default_factory=dict)
     """What begins and ends texts, where it is not the tokenizer's own end."""
 
     def model(self) -> Model:
-        """The model with random parameters, none of which can be taken for another."""
+        """The model with random parameters, so that none can be taken for another."""
         rng = np.random.default_rng(0)
         shapes = abstract_params(self.task, self.data)
         params = jax.tree.map(lambda x: rng.normal(scale=0.2, size=x.shape).astype(x.dtype), shapes)
@@ -219,7 +219,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "elm": lambda: codes(ElmModeling(model=ElmConfig(**ELM, code_bits=3, sub_codes=2)), ".safetensors"),
     "elm, masked": lambda: codes(MaskedElmModeling(model=MaskedElmConfig(**ELM, code_bits=4, sub_codes=2)), ".npz"),
 }
-"""By kind of model. A new format joins the contract by a case here."""
+"""Cases by kind of model. A case here puts a new format into the contract."""
 
 
 @pytest.fixture(params=CASES)
@@ -235,7 +235,7 @@ def corpus(tmp_path):
 
 
 def same(ours: Model, theirs: Model) -> None:
-    """Task, parameters bit for bit, and what begins and ends texts."""
+    """Checks that task, parameters (bit for bit), and what begins and ends texts are equal."""
     assert ours.task == theirs.task
     chex.assert_trees_all_equal_structs(ours.params, theirs.params)
     chex.assert_trees_all_equal_dtypes(ours.params, theirs.params)
@@ -314,15 +314,15 @@ def test_tensors_that_do_not_fit_are_named(case, tmp_path):
     change_tensors(path, break_them)
     with pytest.raises(ValueError, match="do not fit the config") as error:
         form.read(path, case.like)
-    for said in [*names, "surprise is unknown"]:
-        assert said.removeprefix("ae.") in str(error.value)
+    for part in [*names, "surprise is unknown"]:
+        assert part.removeprefix("ae.") in str(error.value)
     change_tensors(path, lambda tensors: tensors.update({"surprise": np.zeros(2, np.int8)}))
     with pytest.raises(ValueError, match="surprise is unknown"):
         form.read(path, case.like)
 
 
 def write_config(folder: Path, run: Path) -> str:
-    """A config file that is as a run's."""
+    """A config file that is like that of a run."""
     file = folder / "config.py"
     file.write_text(
         "from pathlib import Path\nfrom jaxtok.training.checkpoints import read_config\n"
@@ -397,7 +397,7 @@ def test_an_adapter_there_and_back(adapter, tmp_path):
     (tmp_path / "peft" / "adapter_config.json").write_text(
         json.dumps(options | {"base_model_name_or_path": "some/model"})
     )
-    with pytest.raises(FileNotFoundError, match="adapter of the model 'some/model', which is no folder here"):
+    with pytest.raises(FileNotFoundError, match="adapter of the model 'some/model', which is not a folder here"):
         form.read(tmp_path / "peft")
     assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "other"), "--base", str(base)]) == 0
 
@@ -440,7 +440,7 @@ def test_a_config_says_how_a_folder_is_trained_on(name, changed, tmp_path):
     assert format_for(new.task).model_of(new.task, new.params)[0] == case.task.model
     again = format_for(new.task).write(tmp_path / "again", new)
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="the config must be of one, too"):
+    with pytest.raises(ValueError, match="the config must be that of one too"):
         format_named(case.format).read(folder, CASES["hat"]().task)
 
 
@@ -450,9 +450,9 @@ def test_a_file_of_another_model_than_the_configs(tmp_path, capsys):
     run = begin(Experiment(task=bae.task, data=bae.data, workdir=str(tmp_path / "run")), bae.model().params)
     command = ["convert", str(file), str(tmp_path / "new"), "--config", write_config(tmp_path, run)]
     assert main(command) == 1
-    assert "encoder.blocks.0.weight is missing" in said(capsys) and not (tmp_path / "new").exists()
+    assert "encoder.blocks.0.weight is missing" in printed_error(capsys) and not (tmp_path / "new").exists()
     assert main(["convert", str(run), str(file)]) == 1
-    assert "exists already" in said(capsys), "nothing is overwritten"
+    assert "exists already" in printed_error(capsys), "nothing is overwritten"
 
 
 def test_a_model_that_is_more_than_its_body_is_not_written_as_that():
@@ -468,15 +468,15 @@ def test_the_format_can_be_chosen(tmp_path, capsys):
         assert main(["convert", str(run), str(tmp_path / name), "--format", form]) == 0
         assert recognised(tmp_path / name) == [format_named(form)]
     assert main(["convert", str(run), str(tmp_path / "b"), "--format", "elm"]) == 1
-    assert "format is elm, which does not hold a ReplacedTokens" in said(capsys)
+    assert "format is elm, which cannot hold a ReplacedTokens" in printed_error(capsys)
     assert main(["convert", str(run), str(tmp_path / "b"), "--format", "onnx"]) == 1
-    assert "the format is 'onnx'; it must be one of huggingface, bert" in said(capsys)
+    assert "the format is 'onnx'; it must be one of huggingface, bert" in printed_error(capsys)
     assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b")]) == 1
-    assert "holds bare tensors; give the config of the model (--config)" in said(capsys)
+    assert "holds bare tensors; give the config of the model (--config)" in printed_error(capsys)
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--which", "ema"]) == 1
-    assert "the format electra has no use for which; leave it out" in said(capsys)
+    assert "the format electra does not take which; leave it out" in printed_error(capsys)
     assert main(["convert", str(run), str(tmp_path / "b.safetensors"), "--torch-bin"]) == 1
-    assert "the format electra_tensorflow has no use for torch_bin; leave it out" in said(capsys)
+    assert "the format electra_tensorflow does not take torch_bin; leave it out" in printed_error(capsys)
     assert not (tmp_path / "b").exists() and not (tmp_path / "b.safetensors").exists()
 
 
@@ -499,7 +499,7 @@ def test_a_file_is_opened_with_the_data_of_its_config(tmp_path):
         format_named("electra_tensorflow").read(file, case.task).evaluate()
 
 
-def said(capsys) -> str:
+def printed_error(capsys) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
@@ -508,7 +508,7 @@ def test_what_is_in_no_format(tmp_path, capsys):
         None: "does not exist; give a folder or file of a model",
         "": "is empty, which is in none of the formats here (huggingface: GPT-2, Llama",
         '{"model_type": "rwkv"}': "has the model_type 'rwkv' in its config.json",
-        "{": "config.json is no JSON",
+        "{": "config.json is not JSON",
         "[1]": "holds a list; it must be a JSON object",
     }.items():
         shutil.rmtree(tmp_path / "odd", ignore_errors=True)
@@ -517,7 +517,7 @@ def test_what_is_in_no_format(tmp_path, capsys):
         if content:
             (tmp_path / "odd" / "config.json").write_text(content)
         assert main(["convert", str(tmp_path / "odd"), str(tmp_path / "run")]) == 1
-        assert words in said(capsys)
+        assert words in printed_error(capsys)
         assert not (tmp_path / "run").exists()
 
 
@@ -616,11 +616,11 @@ def test_a_tokenizer_that_cannot_be_read_is_not_replaced_by_another(hub, tmp_pat
     (hub / "tokenizer.json").rename(hub / "kept.json")
     (hub / "tokenizer.model").write_bytes(b"x")
     assert main(["convert", str(hub), str(tmp_path / "run")]) == 1
-    assert "holds no tokenizer.json (there is tokenizer.model, which cannot be read)" in said(capsys)
+    assert "holds no tokenizer.json (there is tokenizer.model, which cannot be read)" in printed_error(capsys)
     (hub / "tokenizer.model").unlink()
     (hub / "tokenizer_config.json").unlink()
     assert main(["convert", str(hub), str(tmp_path / "run")]) == 1
-    assert "holds no tokenizer.json; put the model's there, or name its tokenizer" in said(capsys)
+    assert "holds no tokenizer.json; put the model's there, or name its tokenizer" in printed_error(capsys)
     assert not (tmp_path / "run").exists()
     assert main(["convert", str(hub), str(tmp_path / "run"), "--tokenizer", str(hub / "kept.json")]) == 0
     assert open_run(tmp_path / "run").tokenizer.vocab_size == 384
@@ -649,7 +649,7 @@ def test_weights_that_are_no_weights(hub):
     tensors = safetensors.numpy.load_file(file)
     name = next(name for name in tensors if "proj" in name)
     safetensors.numpy.save_file(tensors | {name: tensors[name].astype(np.int8)}, file)
-    with pytest.raises(ValueError, match=f"{name} holds int8, which is no weight without its scales"):
+    with pytest.raises(ValueError, match=f"{name} holds int8, which are not weights without their scales"):
         format_of(hub).read(hub)
     edit(hub / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(ValueError, match=r"is quantised \(gptq in its config\.json\)"):

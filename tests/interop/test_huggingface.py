@@ -69,7 +69,7 @@ def test_written_then_read_is_the_same(name, shard_bytes, tmp_path):
     for field in dataclasses.fields(config):
         ours, theirs = getattr(config, field.name), getattr(again, field.name)
         if field.name in ("head_size", "num_kv_heads", "qkv_bias", "mlp_bias", "use_bias"):
-            continue  # said in another way
+            continue  # stated in another way
         assert ours == theirs, field.name
     assert (again.head_dim, again.kv_heads) == (config.head_dim, config.kv_heads)
     assert jax.tree.structure(tree) == jax.tree.structure(params)
@@ -77,7 +77,7 @@ def test_written_then_read_is_the_same(name, shard_bytes, tmp_path):
 
 
 def test_with_the_library_itself(tmp_path):
-    """Models of random weights, made by `transformers`, have the same logits here, and read what is written here."""
+    """Models of random weights, made by `transformers`, have the same logits here, and it reads what we write."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     for name, config in CONFIGS.items():
@@ -145,7 +145,7 @@ def test_folder_to_run_and_back(tmp_path):
 
 
 def test_a_head_that_is_the_embedding_is_found_in_the_tensors(tmp_path):
-    """Whatever config.json says."""
+    """This holds whatever config.json has."""
     config = dataclasses.replace(LLAMA, tie_embeddings=True)
     folder = write_folder(tmp_path / "f", config, random_params(config))
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
@@ -191,9 +191,9 @@ def with_options(folder, **changed):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model_type": "rwkv"}, "model_type is 'rwkv'; the kinds that can be read are gpt2, llama"),
+        ({"model_type": "rwkv"}, "model_type is 'rwkv'; it must be one of gpt2, llama"),
         ({"hidden_act": "mish"}, "the activation is 'mish'"),
-        ({"rope_scaling": {"rope_type": "odd"}}, "rope_type is 'odd'; it can be default, linear"),
+        ({"rope_scaling": {"rope_type": "odd"}}, "rope_type is 'odd'; it must be one of default, linear"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "needs low_freq_factor, high_freq_factor"),
         ({"num_key_value_heads": 3}, "num_kv_heads is 3, which does not divide num_heads = 4"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
@@ -214,7 +214,7 @@ def test_files_that_are_missing_or_damaged(broken, tmp_path):
     shard = broken / "model-00002-of-00002.safetensors"
     content = shard.read_bytes()
     shard.write_bytes(content[:1000])
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         read_folder(broken)
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"00002-of-00002\.safetensors does not exist, but .* names it"):
@@ -245,7 +245,7 @@ def test_a_factor_of_one_changes_no_frequency():
         assert factor == 1.0
     with pytest.raises(ValueError, match="rope kind is 'odd'"):
         RopeScaling(kind="odd")
-    with pytest.raises(ValueError, match="needs original_length"):
+    with pytest.raises(ValueError, match="original_length is 0; for rope"):
         RopeScaling(kind="yarn", factor=2.0)
 
 

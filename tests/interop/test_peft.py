@@ -1,4 +1,4 @@
-"""LoRA adapters of PEFT against its own numbers, for whatever model and options a file has; and what is refused."""
+"""PEFT's LoRA adapters against its own numbers, for whatever model and options a file has; and what is refused."""
 
 from __future__ import annotations
 
@@ -106,17 +106,17 @@ def test_what_does_not_fit_is_named(golden, tmp_path):
     tensors = golden.under("adapter")
     with pytest.raises(ValueError, match=r"use_dora is True"):
         adapter_from(model, options | {"use_dora": True}, tensors)
-    with pytest.raises(ValueError, match=r"peft_type is 'IA3'; only LORA"):
+    with pytest.raises(ValueError, match=r"peft_type is 'IA3'; it must be LORA"):
         adapter_from(model, options | {"peft_type": "IA3"}, tensors)
     name = next(name for name in tensors if name.endswith("lora_A.weight"))
     with pytest.raises(ValueError, match=r"lora_A of .* has shape \(\d+, 5\); this model and rank need"):
         adapter_from(model, options, tensors | {name: tensors[name][:, :5]})
     with pytest.raises(ValueError, match=r"lora_A of .* is missing"):
         adapter_from(model, options, {n: a for n, a in tensors.items() if n != name})
-    with pytest.raises(ValueError, match=r"the adapter has odd\.lora_A\.weight, for which the model has no place"):
+    with pytest.raises(ValueError, match=r"the adapter has odd\.lora_A\.weight, which the model does not have"):
         adapter_from(model, options, tensors | {"base_model.model.odd.lora_A.weight": tensors[name]})
     both = {n: a for n, a in tensors.items() if n.rsplit(".lora_", 1)[0] != name.rsplit(".lora_", 1)[0]}
-    with pytest.raises(ValueError, match=r"targets .*, of which the adapter has no tensors"):
+    with pytest.raises(ValueError, match=r"targets .*, but the adapter has no tensors of it"):
         adapter_from(model, options, both)
     with pytest.raises(FileNotFoundError, match=r"adapter_config\.json does not exist"):
         read_adapter(tmp_path, model)
@@ -188,7 +188,7 @@ def test_what_peft_has_no_name_for():
     lora = LoraConfig(targets=(r".*/query/kernel",))
     sites = find_sites(lora, params)
     pairs = {sites[0].name: {"in": np.zeros((2, 16, 8)), "out": np.zeros((2, 8, 16))}}
-    with pytest.raises(ValueError, match=r"query/kernel cannot be written for PEFT: target .*key/kernel.* together"):
+    with pytest.raises(ValueError, match=r"query/kernel cannot be written for PEFT; target .*key/kernel.* together"):
         adapter_to(model, sites, {"pairs": pairs, "saved": {}})
 
 

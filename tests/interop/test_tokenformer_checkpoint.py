@@ -1,4 +1,4 @@
-"""TokenFormer checkpoints in the authors' layout: out and in again, and what is said about files that do not fit."""
+"""TokenFormer checkpoints in the authors' layout: written and read again, and the errors of files that do not fit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ torch_needed = pytest.mark.torch
 
 
 def random_params(config, seed=0):
-    """Every tensor with values of its own, so that none can be taken for another."""
+    """Parameters in which every tensor has its own values, so that none can be taken for another."""
     rng = np.random.default_rng(seed)
     tree = {}
     for path, shape in expected_shapes(config).items():
@@ -194,7 +194,7 @@ def put(**changes):
     [
         (put(ffn_slot_num=13), None, "sequential.2.mlp.key_param_tokens has 12 rows, but config.json says 13"),
         (put(qkv_slot_num=5), None, "attention.query.key_param_tokens has 6 rows, but config.json says 5"),
-        (put(num_layers=3), None, "the tensors are of 2 layers, but config.json says 3"),
+        (put(num_layers=3), None, "the tensors have 2 layers, but config.json says 3"),
         (put(padded_vocab_size=64), None, "word_embeddings.weight has 24 rows.*padded_vocab_size = 64"),
         (put(hidden_size=32), None, r"word_embeddings.weight has shape \(24, 16\) instead of \(24, 32\)"),
         (put(no_weight_tying=True), None, "sequential.6.final_linear.weight is missing"),
@@ -202,9 +202,9 @@ def put(**changes):
         (put(final_norm="layernorm_nonparam"), None, "sequential.5.norm.bias is unknown"),
         (put(norm="batchnorm"), None, "norm is 'batchnorm'"),
         (put(norm_activation_type="l1"), None, "normalization is 'l1'"),
-        (put(pos_emb="alibi"), None, "pos_emb is 'alibi'; only rotary and none"),
-        (put(layernorm_epsilon=1e-6), None, "layernorm_epsilon is 1e-06; only 1e-05"),
-        (put(gpt_j_residual=True), None, "gpt_j_residual is True; only False"),
+        (put(pos_emb="alibi"), None, "pos_emb is 'alibi'; it must be rotary or none"),
+        (put(layernorm_epsilon=1e-6), None, "layernorm_epsilon is 1e-06; it must be 1e-05"),
+        (put(gpt_j_residual=True), None, "gpt_j_residual is True; it must be False"),
         (pop("num_layers"), None, "no num_layers"),
         (pop("proj_slot_num"), None, "no proj_slot_num"),
         (None, pop("sequential.0.word_embeddings.weight"), "no tensor sequential.0.word_embeddings.weight"),

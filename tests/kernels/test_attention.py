@@ -1,4 +1,4 @@
-"""The flash attention kernel against the definition, as plain operations (interpreted): values and gradients."""
+"""The flash attention kernel (interpreted) against the definition as plain operations: values and gradients."""
 
 import functools
 
@@ -57,7 +57,7 @@ def test_what_the_kernel_does_not_take():
     with pytest.raises(ValueError, match="length 100 is no multiple of 128"):
         dot_product_attention(q, k, v, implementation="splash")
     plain = dot_product_attention(q, k, v, implementation="xla")
-    np.testing.assert_array_equal(dot_product_attention(q, k, v), plain)  # auto: as here, on a CPU
+    np.testing.assert_array_equal(dot_product_attention(q, k, v), plain)  # auto, which is this one on a CPU
 
 
 def test_kernel_flops_are_of_the_lanes_that_are_used():

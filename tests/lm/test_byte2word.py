@@ -82,7 +82,7 @@ NO_MIXTURE = dataclasses.replace(WORD_MASKING, mask_share=1.0, random_share=0.0)
 
 @functools.lru_cache
 def noisy_params(config=TINY):
-    """None of them zero."""
+    """Parameters, none of them zero."""
     flat, unflatten = jax.flatten_util.ravel_pytree(init_params(config, jax.random.key(0)))
     return unflatten(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
 
@@ -144,7 +144,7 @@ def test_factored_pooling_is_plain_pooling(options):
 
 
 def test_padding_changes_nothing():
-    """Neither more bytes in a word nor more words in a row; nor what stands in the padding."""
+    """Neither more bytes in a word, nor more words in a row, nor the content of the padding changes anything."""
     texts = (b"the quick brown fox, na\xc3\xafve", b"a second text")
     few, many = batch(texts, length=9, max_bytes=6), batch(texts, length=16, max_bytes=12)
     hidden = []
@@ -164,7 +164,7 @@ def test_padding_changes_nothing():
 
 
 def test_a_vector_depends_on_the_bytes_alone():
-    """The same word has the same vector anywhere, and an order of words is the order of their vectors."""
+    """A word has the same vector anywhere, and reordering the words reorders their vectors."""
     ids = batch()["words"]
     order = np.random.default_rng(0).permutation(ids.shape[1])
     np.testing.assert_allclose(vectors(ids[:, order]), np.asarray(vectors(ids))[:, order], atol=1e-5)
@@ -187,7 +187,7 @@ def test_a_word_without_any_symbol_is_defined():
 
 
 def test_numbers_of_parameters():
-    """d (4 d + 4 + 1 + 261 + M) between bytes and words; a tenth of BERT's table (the paper's abstract)."""
+    """There are d (4 d + 4 + 1 + 261 + M) numbers between bytes and words, a tenth of BERT's table (the abstract)."""
     for config in (PUBLISHED["base"], TINY, *(dataclasses.replace(TINY, **o) for o in OPTIONS.values())):
         shapes = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
         assert count(shapes["pool"]) == config.input_params()
@@ -236,17 +236,17 @@ def loss_and_gradient(task, params, batch, rng):
 
 
 def test_a_masked_word_does_not_see_its_own_bytes():
-    """Their embeddings have no gradient, and other bytes give the same loss; those of other words count."""
+    """Their embeddings have no gradient, and other bytes give the same loss; the bytes of other words count."""
     rows, rng = batch((TEXT,)), jax.random.key(4)
     _, slots = jax.jit(task().predict)(noisy_params(), rows, rng)
-    (place,) = np.asarray(slots.places)[np.asarray(slots.weights) > 0][:1]
+    (position,) = np.asarray(slots.places)[np.asarray(slots.weights) > 0][:1]
     words = rows["words"].copy()
-    words[0, place, :4] = [250, 251, 252, 253]  # in no other word
-    words[0, place, 4:] = PAD
+    words[0, position, :4] = [250, 251, 252, 253]  # in no other word
+    words[0, position, 4:] = PAD
     (loss, _), gradient = loss_and_gradient(task(), noisy_params(), rows | {"words": words}, rng)
     assert not np.any(gradient["pool"]["byte_embedding"][250:254])
     assert np.any(gradient["pool"]["byte_embedding"][MASK])
-    words[0, place, :4] = 249
+    words[0, position, :4] = 249
     assert loss_and_gradient(task(), noisy_params(), rows | {"words": words}, rng)[0][0] == loss
     unmasked = next(i for i in range(1, 9) if i not in np.asarray(slots.places))
     words[0, unmasked, :4] = 249
@@ -254,7 +254,8 @@ def test_a_masked_word_does_not_see_its_own_bytes():
 
 
 def test_words_are_chosen_as_bert_does():
-    """round(15 %) of them without repetition, never a symbol; 80, 10 and 10 % masked, other words, and themselves."""
+    """round(15 %) of the words are chosen, without repetition and never a symbol; of these, 80 % become the mask, 10 %
+    other words, and 10 % stay."""
     text = b" ".join(b"w%d" % i for i in range(40))
     rows = batch([text] * 64, length=42)
     model = ByteWords(model=dataclasses.replace(TINY, max_length=42))
@@ -269,8 +270,8 @@ def test_words_are_chosen_as_bert_does():
     for row, places, weights in zip(range(64), np.asarray(slots.places), np.asarray(slots.weights)):
         untouched = np.setdiff1d(np.arange(42), places[weights > 0])
         np.testing.assert_array_equal(read[row, untouched], rows["words"][row, untouched])
-        for place in places[weights > 0]:
-            word, was = read[row, place], rows["words"][row, place]
+        for position in places[weights > 0]:
+            word, was = read[row, position], rows["words"][row, position]
             kind = "mask" if word[0] == MASK else "same" if (word == was).all() else "other"
             kinds[kind] += 1
             if kind == "mask":
@@ -351,7 +352,7 @@ def test_both_models_are_asked_for_the_same_words():
     other = np.where(masked[..., None] & (rows["inputs"] >= 0), 0, rows["inputs"])
     again, _ = jax.jit(SUBWORDS.predict)(params, rows | {"inputs": other}, rng)
     np.testing.assert_array_equal(found.nats, again.nats)
-    # and the numbers are those of the model on the row by hand
+    # and the numbers are those of the model on a row made by hand
     inputs = np.where(masked[..., None] & (rows["inputs"] >= 0), 43, rows["inputs"])
     tokens, real, starts = SUBWORDS.row(inputs, rows)
     model = SUBWORDS.module()
@@ -371,7 +372,7 @@ def test_words_beyond_the_row_of_pieces_do_not_count():
     assert found.weights.sum() == 3  # those of the first word
 
 
-# --- Beside it ---
+# --- Other tasks and models ---
 
 
 def test_classes():
@@ -398,8 +399,8 @@ def test_a_bert_lends_its_body(tmp_path):
         assert jax.tree.structure(ours) == jax.tree.structure(noisy_params())
     # the same layers: from equal embeddings, equal states
     x = np.random.default_rng(0).normal(size=(1, 4, 32)).astype(np.float32)
-    place = jnp.arange(4)[None]
-    states = [Stack(c).apply({"params": p["stack"]}, x, place)[0] for c, p in ((theirs, body), (TINY, params))]
+    position = jnp.arange(4)[None]
+    states = [Stack(c).apply({"params": p["stack"]}, x, position)[0] for c, p in ((theirs, body), (TINY, params))]
     np.testing.assert_array_equal(*states)
     with pytest.raises(ValueError, match="num_layers is 2, but the BERT's is 3"):
         with_bert_body(TINY, noisy_params(), dataclasses.replace(theirs, num_layers=3), body)

@@ -68,5 +68,5 @@ def test_arrays_that_do_not_fit(golden):
         params_from(config, {n: a for n, a in tensors.items() if n != "pool.wk"} | {"layer.0.odd": jnp.zeros(1)})
     with pytest.raises(ValueError, match=r"byte_pos has shape"):
         params_from(dataclasses.replace(config, max_bytes=config.max_bytes + 1), tensors)
-    with pytest.raises(ValueError, match="mask_id is 4; only 259"):
+    with pytest.raises(ValueError, match="mask_id is 4; it must be 259"):
         read_config(golden.config | {"mask_id": 4})

@@ -1,5 +1,5 @@
-"""What every CausalLM promises: each model that test files define as `CAUSAL_LMS` (tests/collector.py), and two that
-join them here."""
+"""What every CausalLM promises, tested on the models that test files define as `CAUSAL_LMS` (tests/collector.py), and
+on two more."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MODELS = collect("CAUSAL_LMS")
 def conditioned():
     """T5's decoder with an input for each row."""
     module = T5(T5Config(num_layers=2, d_model=16, num_heads=2, head_size=8, mlp_dim=24, vocab_size=32))
-    params = jax.tree.map(lambda leaf: leaf / 2, noisy_params(Pair(module)))  # softmax would be sharp: T5 divides none
+    params = jax.tree.map(lambda leaf: leaf / 2, noisy_params(Pair(module)))  # T5 does not divide its scores
     inputs = jax.random.randint(jax.random.key(7), (BATCH, 5), 1, 32)
     encoded = module.apply({"params": params}, inputs, method="encode")
     return Conditioned(module), condition(module, params, encoded)
@@ -65,7 +65,7 @@ EXCEPTIONS = {
         "test_bfloat16": "it is no module that takes another config; tests/lm/test_t5.py has bfloat16",
     },
 }
-"""By model and test: why it is not run."""
+"""The reason why a test is not run, by model and test."""
 
 
 @pytest.fixture(scope="module", params=[*MODELS, *OTHERS])
@@ -139,10 +139,10 @@ def test_a_token_changes_nothing_before_it(causal_lm):
     model, params = causal_lm
     tokens = some_tokens(model)
     before, _ = apply(model, params, tokens)
-    for place in (1, LENGTH - 1):
-        after, _ = apply(model, params, tokens.at[:, place].add(1) % model.config.vocab_size)
-        np.testing.assert_array_equal(after[:, :place], before[:, :place])
-        assert (jnp.abs(after[:, place:] - before[:, place:]).max((0, 2)) > 1e-4).all()
+    for position in (1, LENGTH - 1):
+        after, _ = apply(model, params, tokens.at[:, position].add(1) % model.config.vocab_size)
+        np.testing.assert_array_equal(after[:, :position], before[:, :position])
+        assert (jnp.abs(after[:, position:] - before[:, position:]).max((0, 2)) > 1e-4).all()
 
 
 def test_parts_compose_to_the_whole(causal_lm):
@@ -175,8 +175,8 @@ def test_layer_ranges_compose_with_a_cache(causal_lm):
     x = apply(model, params, tokens[:, 6:], method="embed")
     # A draft of the first layer, token by token; then the others, all tokens at once.
     drafted, states = cache, []
-    for place in range(4):
-        y, drafted = hidden(model, params, x[:, place : place + 1], layers=(0, 1), cache=drafted)
+    for position in range(4):
+        y, drafted = hidden(model, params, x[:, position : position + 1], layers=(0, 1), cache=drafted)
         states.append(y)
     chex.assert_trees_all_equal(drafted.length, expected.length)
     for after, before in zip(arrays(drafted), arrays(cache), strict=True):
@@ -205,7 +205,7 @@ def test_cached_equals_uncached_with_rows_of_different_lengths(causal_lm):
         assert_close(logits[row, :length], full[row, :length])
 
     cache, rows = cache.truncate(lengths), np.arange(BATCH)
-    for step in range(LENGTH - 6):  # one by one, each row at its own place
+    for step in range(LENGTH - 6):  # one by one, each row at its own position
         logits, cache = apply(model, params, tokens[rows, lengths + step][:, None], cache=cache)
         assert_close(logits[:, 0], full[rows, lengths + step])
         np.testing.assert_array_equal(cache.length, lengths + step + 1)
@@ -234,7 +234,7 @@ def test_a_packed_row_equals_its_documents_alone(causal_lm):
     # Nothing leaks: another first document changes no bit of the second one.
     other = tokens.at[:, :4].add(1) % model.config.vocab_size
     np.testing.assert_array_equal(apply(model, params, other, **packed)[0][:, 4:], logits[:, 4:])
-    # Without segments it would: the test is not blind.
+    # Without segments it would, so the test can fail.
     assert jnp.abs(apply(model, params, other)[0] - apply(model, params, tokens)[0])[:, 4:].max() > 1e-3
 
 
@@ -280,7 +280,7 @@ def test_truncated_equals_never_seen(causal_lm):
 
 
 def test_padding_leaves_no_trace(causal_lm):
-    """Rows of unequal lengths without truncation: what has the position -1 is not there."""
+    """Rows of unequal lengths without truncation: a token at position -1 is not seen."""
     model, params = causal_lm
     tokens, lengths = some_tokens(model), jnp.array([2, 6, 4])
     positions = jnp.where(jnp.arange(6) < lengths[:, None], jnp.arange(6), -1)
@@ -323,13 +323,13 @@ def test_a_tree_is_its_branches(causal_lm):
             assert_close(cached[row, np.array(path)], expected[row])
             if length == 5:
                 assert_close(uncached[row, 5 + np.array(path)], expected[row])
-    # the branches differ: the test is not blind
+    # the branches differ, so the test can fail
     plain, _ = apply(model, params, tree, positions=positions, cache=cache)
     assert jnp.abs(plain - cached)[:, 1:].max() > 1e-3
 
 
 def test_a_branch_of_a_tree_is_kept(causal_lm):
-    """Accepted slots are gathered next to the text; positions move with them, and the text goes on."""
+    """Accepted slots are gathered next to the text; positions move with them, and the text continues."""
     model, params = causal_lm
     tokens, lengths = some_tokens(model, length=5), np.array([2, 5, 3])
     tree, following = some_tokens(model, length=len(PARENTS), seed=5), some_tokens(model, length=2, seed=6)
@@ -351,7 +351,7 @@ def test_a_branch_of_a_tree_is_kept(causal_lm):
 
 
 def test_slots_can_be_moved(causal_lm):
-    """Who sees a slot depends on its position: other orders, in each row, layer and head, change nothing."""
+    """Who sees a slot depends on its position, so other orders, in each row, layer and head, change nothing."""
     model, params = causal_lm
     tokens, rng = some_tokens(model), np.random.default_rng(0)
     cache = filled(model, params, tokens[:, :6], [6, 6, 6])
@@ -366,7 +366,7 @@ def test_slots_can_be_moved(causal_lm):
 
 
 def test_a_dropped_slot_is_a_hidden_one(causal_lm):
-    """And positions stay, though the length shrinks."""
+    """Positions stay, though the length shrinks."""
     model, params = causal_lm
     tokens, gone = some_tokens(model), np.array([1, 4, 2])
     cache = filled(model, params, tokens[:, :6], [6, 6, 6])
@@ -384,32 +384,32 @@ def test_a_dropped_slot_is_a_hidden_one(causal_lm):
 
 def test_slots_are_dropped_by_layer_and_by_head(causal_lm):
     model, params = causal_lm
-    tokens, place = some_tokens(model), 6
-    cache = filled(model, params, tokens[:, :place], [place] * 3)
+    tokens, position = some_tokens(model), 6
+    cache = filled(model, params, tokens[:, :position], [position] * 3)
     layers, _, _, heads, _ = cache.keys.shape
     rest = np.array([slot for slot in range(LENGTH) if slot != 2])
     index = np.broadcast_to(np.arange(LENGTH - 1), (layers, BATCH, heads, LENGTH - 1)).copy()
-    count = np.full((layers, BATCH, heads), place)
-    index[1], count[1] = rest, place - 1
+    count = np.full((layers, BATCH, heads), position)
+    index[1], count[1] = rest, position - 1
     expected, _ = hidden(model, params, apply(model, params, tokens, method="embed"), layers=(0, 1))
     mask = np.tril(np.ones((LENGTH, LENGTH), bool))
-    mask[place:, 2] = False
+    mask[position:, 2] = False
     expected, _ = hidden(model, params, expected, mask=jnp.asarray(mask)[None], layers=(1, layers))
-    expected = apply(model, params, expected, method="head")[:, place]
+    expected = apply(model, params, expected, method="head")[:, position]
     for given in ((index[:, :, 0], count[:, :, 0]), (index, count)):  # of the second layer; of all its heads
         kept = cache.gather(*map(jnp.asarray, given))
-        np.testing.assert_array_equal(kept.next_position, place)
-        logits, after = apply(model, params, tokens[:, place : place + 1], cache=kept)
+        np.testing.assert_array_equal(kept.next_position, position)
+        logits, after = apply(model, params, tokens[:, position : position + 1], cache=kept)
         assert_close(logits[:, 0], expected)
-        np.testing.assert_array_equal(after.next_position, place + 1)
-    # Of one head: as if that slot of this head only were empty.
-    index[1, :, 1:], count[1, :, 1:] = np.arange(LENGTH - 1), place
+        np.testing.assert_array_equal(after.next_position, position + 1)
+    # In one head, it is as if only that slot of this head were empty.
+    index[1, :, 1:], count[1, :, 1:] = np.arange(LENGTH - 1), position
     kept = cache.gather(jnp.asarray(index), jnp.asarray(count))
-    logits, _ = apply(model, params, tokens[:, place : place + 1], cache=kept)
+    logits, _ = apply(model, params, tokens[:, position : position + 1], cache=kept)
     positions = np.broadcast_to(cache.positions, (layers, BATCH, LENGTH, heads)).copy()
     positions[1, :, 2, 0] = -1
     hollow = cache.replace(positions=jnp.asarray(positions))
-    assert_close(logits, apply(model, params, tokens[:, place : place + 1], cache=hollow)[0])
+    assert_close(logits, apply(model, params, tokens[:, position : position + 1], cache=hollow)[0])
     if heads > 1:
         assert jnp.abs(logits[:, 0] - expected).max() > 1e-4
 
@@ -425,8 +425,8 @@ def test_a_step_compiles_once(causal_lm):
     def step(params, token, cache):
         return model.apply({"params": params}, token, cache=cache)
 
-    for place in range(3):
-        _, cache = step(params, tokens[:, place : place + 1], cache)
+    for position in range(3):
+        _, cache = step(params, tokens[:, position : position + 1], cache)
     if cache.rewindable:
         step(params, tokens[:, :1], cache.truncate(jnp.array([0, 1, 2])))
 

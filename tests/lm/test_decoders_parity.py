@@ -46,7 +46,7 @@ def apply(config, params, tokens, **kwargs):
 
 @functools.partial(jax.jit, static_argnames="config")
 def run(config, params, tokens, labels):
-    """Loss, gradients, logits and hidden states: the embedding, behind each block but the last, behind the norm."""
+    """Loss, gradients, logits and hidden states: the embedding, after each block but the last, after the norm."""
 
     def loss(params):
         model = Decoder(config)
@@ -98,7 +98,7 @@ def test_cached_decoding(golden, parity):
 
 @pytest.mark.parity(*DECODERS)
 def test_left_padded_rows(golden, parity):
-    """Rows of a padded batch are rows of their own lengths here: without the padding, and with the same numbers."""
+    """Rows of a padded batch have their own lengths here, without the padding, and the same numbers."""
     config, params = load(golden)
     if "in/pad_input_ids" not in golden.arrays:
         pytest.skip("the fixture has no padded batch")
@@ -114,7 +114,7 @@ def test_left_padded_rows(golden, parity):
     theirs = golden["out/pad_logits"]
     parity("padded logits", np.concatenate([a[:n] for a, n in zip(logits, lengths)]), theirs[mask.astype(bool)])
     logits, cache = apply(config, params, following, cache=cache.truncate(jnp.asarray(lengths)))
-    parity("logits behind padded rows", logits, golden["out/pad_next_logits"])
+    parity("logits after padded rows", logits, golden["out/pad_next_logits"])
 
     stop = golden["in/gen_eos_token_id"].tolist()
     pad, count = int(golden["in/gen_pad_token_id"]), int(golden["in/gen_max_new_tokens"])

@@ -76,19 +76,19 @@ def batch():
     rng = np.random.default_rng(0)
     tokens = rng.integers(4, 40, (4, 16)).astype(np.int32)
     ends = np.array([15, 12, 9, 4])[:, None]
-    place = np.arange(16)[None]
-    tokens = np.where(place == 0, CLS, np.where((place == ends) | (place == 6), SEP, tokens))
-    mask = place <= ends
+    position = np.arange(16)[None]
+    tokens = np.where(position == 0, CLS, np.where((position == ends) | (position == 6), SEP, tokens))
+    mask = position <= ends
     return {
         "tokens": np.where(mask, tokens, 0).astype(np.int32),
-        "types": (mask & (place > 6)).astype(np.int32),
+        "types": (mask & (position > 6)).astype(np.int32),
         "mask": mask.astype(np.float32),
         "bytes": np.where(mask & (tokens > 3), 2, 0).astype(np.int32),
     }
 
 
 def parameters(task, batch, seed=1):
-    """None of them zero; made without compiling anything."""
+    """Parameters, none of them zero, made without compiling anything."""
     shapes = jax.eval_shape(lambda: unboxed(task.init(jax.random.key(0), batch)))
     return random_like(shapes, seed)
 
@@ -166,7 +166,7 @@ def test_padding_changes_nothing(batch, case):
 
 
 def test_evaluation_has_the_losses_of_training(batch, case):
-    """With the choices of its key; and twice the same batch gives other choices, and the same means each time."""
+    """A batch has the choices of its key; the same batch twice has other choices, and the same means each time."""
     params, _, result = case
     metrics = TASK.evaluate(params, [batch])
     for name in ("loss", "generator_loss", "discriminator_loss"):
@@ -213,7 +213,7 @@ def test_as_many_places_as_there_should_be(seed, rate, repeated, data):
 
 @pytest.mark.parametrize("repeated", [False, True])
 def test_the_share_of_masks(repeated):
-    """rate * 0.85 with distinct places, 1 - exp(-0.85 rate) with places that may be drawn again."""
+    """It is rate * 0.85 with distinct positions, and 1 - exp(-0.85 rate) with positions that may be drawn again."""
     masking = Masking(mask_id=MASK, kept_ids=(CLS, SEP), with_replacement=repeated)
     tokens, mask = np.full((1000, 100), 9, np.int32), np.ones((1000, 100))
 
@@ -283,8 +283,8 @@ def test_a_uniform_generator(batch):
     assert metrics["generator_loss"] == pytest.approx(math.log(40), rel=1e-5) and metrics["auc"] > 0
 
 
-def test_a_loss_at_the_chosen_places_only(batch, case):
-    """ELECTRA 15%: other logits do not matter, and the mean is over the chosen places."""
+def test_a_loss_at_the_chosen_positions_only(batch, case):
+    """In ELECTRA 15%, other logits do not matter, and the mean is over the chosen positions."""
     params, choices, result = case
     chosen = np.asarray(put(jnp.zeros((4, 16), jnp.int32), *choices.slots, jnp.ones_like(choices.slots.places)))
     nats = np.asarray(optax.sigmoid_binary_cross_entropy(result["replaced"], result["labels"]))
@@ -399,7 +399,7 @@ def test_hugging_face_folders(head, changed, tmp_path):
     """What is written is read, and `transformers` computes the same from it."""
     config = dataclasses.replace(HEADS[head], **changed)
     if changed and head != "PreTraining":
-        with pytest.raises(ValueError, match="heads of Hugging Face's ELECTRA are of gelu"):
+        with pytest.raises(ValueError, match="it must be gelu, as in Hugging Face's ELECTRA"):
             write_folder(tmp_path / "refused", config, {})
     config = dataclasses.replace(config, head_activation="gelu" if changed else "")
     params = random_like(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
@@ -427,7 +427,7 @@ def test_hugging_face_folders(head, changed, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_is_evaluated_and_becomes_a_folder(tmp_path):
-    """The loop, a checkpoint, `jaxtok evaluate` and `jaxtok convert`."""
+    """The loop, a checkpoint, `jaxtok eval` and `jaxtok convert`."""
     (tmp_path / "corpus").mkdir()
     for k in range(100):
         (tmp_path / "corpus" / f"{k}.txt").write_text(f"text {k}, and some more of it. " * 4)

@@ -22,7 +22,7 @@ THEIR_NAMES = {"gelu": "gelu", "relu": "relu", "swish": "silu", "gelu_new": "gel
 
 
 def task_of(options):
-    """The authors' options (`configure_pretraining.py`) as a Task; what a file does not say has their default."""
+    """The authors' options (`configure_pretraining.py`) as a Task; options that a file lacks have their default."""
     sizes = options["model_hparam_overrides"]
     names = {
         "hidden_size": "d_model",
@@ -94,7 +94,7 @@ def masked_only(task, params, batch, choices):
 
 
 def close(parity, what, ours, theirs, kind="key/bias"):
-    """Gradients; those of the keys' biases are 0 but for rounding, as softmax does not see them."""
+    """Compares gradients; those of the keys' biases are 0 but for rounding, as softmax does not depend on them."""
     assert theirs and theirs.keys() <= ours.keys()
     for name, expected in theirs.items():
         if name.endswith(kind):

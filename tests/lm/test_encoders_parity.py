@@ -101,7 +101,7 @@ def compare_gradients(config, gradient, theirs, parity, what):
     assert theirs and theirs.keys() <= ours.keys()
     for name, expected in theirs.items():
         mine = np.array(ours[name])
-        if name.endswith("self.key.bias"):  # softmax does not see it: theirs is rounding
+        if name.endswith("self.key.bias"):  # softmax does not depend on it, so theirs is rounding
             assert np.abs(mine - expected).max() < 1e-6
             continue
         expected = np.array(expected)
@@ -196,7 +196,7 @@ def test_verbs_for_language_models_refuse_an_encoder(tmp_path):
     data = EncoderData(cls_id=258, sep_id=259)
     model = Model(task=task, params=init_params(config, jax.random.key(0)), data=data)
     format_named("bert").write(tmp_path / "bert", model)
-    with pytest.raises(ValueError, match="is of MaskedWords, which does not generate text"):
+    with pytest.raises(ValueError, match="is a model of MaskedWords, which does not generate text"):
         verbs.generate(tmp_path / "bert")
 
 

@@ -1,4 +1,4 @@
-"""What is exactly so in HATs: what depends on what, caches, padding, the stream of bytes; and what is refused."""
+"""Exact statements about HATs: what depends on what, caches, padding, the stream of bytes; and what is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def word_batch(data: WordText) -> dict[str, np.ndarray]:
     items = [data.items(text) for text in texts]
     size = data.batch_size * data.length
     rows = np.zeros((size, items[0].shape[1]), np.int32)
-    place = np.zeros((2, size), np.int32)
+    context = np.zeros((2, size), np.int32)
     whole = np.concatenate(items)[: size - 3]
     rows[: len(whole)] = whole
     documents = np.repeat(np.arange(len(items)), [len(x) for x in items])[: len(whole)]
@@ -47,9 +47,9 @@ def word_batch(data: WordText) -> dict[str, np.ndarray]:
         here = documents[row * data.length : (row + 1) * data.length]
         segments = np.cumsum(np.diff(here, prepend=here[:1]) > 0) + 1
         first = np.searchsorted(segments, segments)
-        place[:, row * data.length : row * data.length + len(here)] = segments, np.arange(len(here)) - first
+        context[:, row * data.length : row * data.length + len(here)] = segments, np.arange(len(here)) - first
     shape = (data.batch_size, data.length)
-    return data.layout(rows.reshape(*shape, -1), place[0].reshape(shape), place[1].reshape(shape))
+    return data.layout(rows.reshape(*shape, -1), context[0].reshape(shape), context[1].reshape(shape))
 
 
 def paper_case() -> Case:
@@ -111,7 +111,7 @@ def spell(model, params, words, lengths, targets, positions, segments):
 
 
 def one_row(text, words=8, **options):
-    """A batch of one row, from one document, and eight rows of padding behind it."""
+    """A batch of one row, from one document, and seven rows of padding after it."""
     data = WordText(length=words, batch_size=8, **options)
     items = data.items(text)
     rows = np.zeros((8, words, items.shape[1]), np.int32)
@@ -124,17 +124,17 @@ def one_row(text, words=8, **options):
 INPUTS = ("words", "lengths", "targets", "positions", "segments")
 
 
-def test_a_byte_changes_only_what_is_behind_it(paper):
+def test_a_byte_changes_only_what_comes_after_it(paper):
     case, params = paper
     batch = one_row(b"abcd bcda cdab dabc acbd", max_units=5)
     before = spell(case.task.module(), params, *(batch[name] for name in INPUTS))
-    place, byte = 2, 1  # of the third word, which is the input of the slot behind it
+    index, byte = 2, 1  # a byte of the third word, which is the input of the next slot
     changed = {name: array.copy() for name, array in batch.items()}
-    changed["targets"][0, place, byte] = changed["words"][0, place + 1, byte] = ord("x")
+    changed["targets"][0, index, byte] = changed["words"][0, index + 1, byte] = ord("x")
     after = spell(case.task.module(), params, *(changed[name] for name in INPUTS))
     same = np.all(np.asarray(before == after), -1)
-    assert same[0, :place].all() and same[0, place, : byte + 1].all() and same[1:].all()
-    assert not same[0, place, byte + 1 :].any() and not same[0, place + 1 : 6, 0].any()
+    assert same[0, :index].all() and same[0, index, : byte + 1].all() and same[1:].all()
+    assert not same[0, index, byte + 1 :].any() and not same[0, index + 1 : 6, 0].any()
 
 
 def test_the_decoder_knows_the_past_by_one_vector(paper):
@@ -209,7 +209,7 @@ PROMPTS = [b"abcd ab", b"", b"dd\nca ", b"\xff\xc3"]
 
 @pytest.fixture(scope="module")
 def spoken(paper):
-    """Greedy words behind PROMPTS, of a model whose special ids are no bytes."""
+    """Greedy words after PROMPTS, of a model whose special ids are no bytes."""
     case, _ = paper
     model = dataclasses.replace(case.task.model, alphabet=258, w_id=256, s_id=257)
     one = np.zeros((1, 1, 5), np.int32)
@@ -228,22 +228,22 @@ def test_generation_is_what_a_full_pass_says(spoken):
         assert sum(map(len, new)) <= 20 and all(new)
         full = [*closed, begun + new[0], *new[1:]] if new else [*closed, begun]
         starts.append((len(closed), len(begun), full))
-        for place, word in enumerate(full, 1):
-            lengths[row, place] = len(word)
-            words[row, place, : len(word)] = list(word)
+        for index, word in enumerate(full, 1):
+            lengths[row, index] = len(word)
+            words[row, index, : len(word)] = list(word)
     targets = np.concatenate([words[:, 1:], words[:, :1]], 1)
     zeros = np.zeros_like(lengths)
     logits = np.array(spell(HAT(cfg), params, words, lengths, targets, zeros + np.arange(32), zeros + 1))
     logits[:, :, 0, cfg.w_id] = logits[:, :, 1:, cfg.s_id] = -np.inf
     choice, checked = logits.argmax(-1), 0
     for row, (first, begun, full) in enumerate(starts):
-        for place in range(first, len(full)):
-            word, last = full[place], place + 1 == len(full)
-            said = choice[row, place, begun if place == first else 0 : len(word)]
-            assert bytes(said.tolist()) == word[begun if place == first else 0 :]
+        for index in range(first, len(full)):
+            word, last = full[index], index + 1 == len(full)
+            spelled = choice[row, index, begun if index == first else 0 : len(word)]
+            assert bytes(spelled.tolist()) == word[begun if index == first else 0 :]
             if not last and len(word) < cfg.max_units:
-                assert choice[row, place, len(word)] == cfg.w_id
-            checked += len(said)
+                assert choice[row, index, len(word)] == cfg.w_id
+            checked += len(spelled)
     assert checked == sum(len(b"".join(row)) for row in rows) and checked > 20
 
 
@@ -260,7 +260,7 @@ def test_a_whole_last_word_can_be_asked_for(paper):
     assert task._prompt(b"ab cd", True) == ([b"ab "], b"cd")
     assert task._prompt(b"ab cd", False) == ([b"ab ", b"cd"], b"")
     bare = HATModeling(model=dataclasses.replace(task.model, start=False))
-    assert bare._prompt(b"ab", True) == ([b"ab"], b"")  # else there would be nothing to go on from
+    assert bare._prompt(b"ab", True) == ([b"ab"], b"")  # otherwise there would be nothing to continue
     with pytest.raises(ValueError, match="a prompt is empty"):
         bare.continue_text({}, [b""], max_bytes=4, sampling=GREEDY)
     with pytest.raises(ValueError, match="holds the byte 255"):
@@ -285,12 +285,12 @@ def stream_by_hand(batch, row, length, eot):
         number = np.concatenate([np.full(len(piece), k) for k, piece in pieces]).astype(int)
         n, context = len(text), len(pieces[0][1])
         ended = batch["target_lengths"][row, slots[-1]] == 0
-        place = slice(t, t + n)
-        out["tokens"][place], out["word"][place] = text, number
-        out["positions"][place], out["segments"][place] = np.arange(n), segment
-        out["targets"][place] = [*text[1:], eot if ended else 0][:n]
+        span = slice(t, t + n)
+        out["tokens"][span], out["word"][span] = text, number
+        out["positions"][span], out["segments"][span] = np.arange(n), segment
+        out["targets"][span] = [*text[1:], eot if ended else 0][:n]
         counted = [k + 1 >= context and (k + 1 < n or ended) for k in range(n)]
-        out["mask"][place] = counted
+        out["mask"][span] = counted
         t += n
     assert t <= length and words == batch["lengths"].shape[1]
     return out
@@ -313,7 +313,7 @@ def test_the_stream_of_bytes_is_that_of_the_words():
         assert (following > 0).all()
     short = {name: np.asarray(array) for name, array in byte_stream(batch, 10, 192).items()}
     for name in ("tokens", "word", "segments", "targets"):
-        np.testing.assert_array_equal(short[name][:, :9], stream[name][:, :9])  # what fits in stays
+        np.testing.assert_array_equal(short[name][:, :9], stream[name][:, :9])  # what fits is kept
     assert not short["mask"][:, 9][stream["targets"][:, 9] != 192].any()
 
 
@@ -332,23 +332,23 @@ def test_documents_in_a_row_are_as_if_alone(released):
     tokens, numbers = np.zeros((8, segments.shape[1]), np.int32), np.full((8, segments.shape[1]), 8, np.int32)
     kept = []
     for segment in range(1, segments[row].max() + 1):
-        place = np.flatnonzero(segments[row] == segment)
-        kept.append(place)
-        tokens[segment - 1, : len(place)] = np.asarray(stream["tokens"])[row, place]
-        if len(place):
-            numbers[segment - 1, : len(place)] = word[row, place] - word[row, place[0]]
+        span = np.flatnonzero(segments[row] == segment)
+        kept.append(span)
+        tokens[segment - 1, : len(span)] = np.asarray(stream["tokens"])[row, span]
+        if len(span):
+            numbers[segment - 1, : len(span)] = word[row, span] - word[row, span[0]]
     words = np.tile(np.arange(8), (8, 1))
     names = {"positions": np.tile(np.arange(segments.shape[1]), (8, 1)), "segments": np.ones_like(segments)}
     alone = read(
         case.task.module(), params, tokens, numbers, words, names | {"word_segments": words * 0, "unknown": words < 0}
     )
-    assert sum(len(place) > 1 for place in kept) > 1
-    for number, place in enumerate(kept):
-        np.testing.assert_allclose(alone[number, : len(place)], together[row, place], atol=2e-4)
+    assert sum(len(span) > 1 for span in kept) > 1
+    for number, span in enumerate(kept):
+        np.testing.assert_allclose(alone[number, : len(span)], together[row, span], atol=2e-4)
 
 
 def released_inputs(rows, length, most):
-    """Texts as words: what the model takes."""
+    """Texts as words, as the model takes them."""
     tokens, word = np.zeros((len(rows), length), np.int32), np.full((len(rows), length), most, np.int32)
     for row, words in enumerate(rows):
         text = b"".join(words)
@@ -357,7 +357,7 @@ def released_inputs(rows, length, most):
     return tokens, word, np.tile(np.arange(most), (len(rows), 1))
 
 
-def test_a_byte_changes_no_logits_in_front_of_it(released):
+def test_a_byte_changes_no_logits_before_it(released):
     case, params = released
     inputs = released_inputs([WordSplitter("unicode").split("Hello, world! FooBar x+y")] * 2, 32, 12)
     inputs[0][1, 9] = ord("q")
@@ -410,7 +410,7 @@ def test_released_generation_is_what_a_full_pass_says(released):
         for step in range(len(new)):
             closed, open_word = split[row][:-1], split[row][-1]
             now = list(closed)
-            for byte in new[:step]:  # as the stream goes
+            for byte in new[:step]:  # in the order of the stream
                 opened, open_word = splitter.opens(open_word, byte), open_word + bytes([byte])
                 if opened:
                     now.append(open_word[:-opened])
@@ -524,17 +524,17 @@ def test_what_cannot_be():
         LlamaStack(num_layers=1, d_model=8, num_heads=1, causal=False),
     )
     for options, message in [
-        ({"encoder": causal}, "encoder.causal has to be False"),
+        ({"encoder": causal}, "encoder.causal must be False"),
         ({"encoder": both}, "decoder.d_model is 64, but encoder.d_model = 8"),
         ({"max_units": 0}, "max_units is 0"),
         ({"w_id": 256}, "w_id is 256; it must be below alphabet = 256"),
         ({"w_id": 254}, "the ids must differ"),
-        ({"alphabet": 255, "w_id": 3, "s_id": 4}, "have the 256 bytes"),
+        ({"alphabet": 255, "w_id": 3, "s_id": 4}, "alphabet must be at least 256"),
     ]:
         with pytest.raises(ValueError, match=message):
             HATConfig(**options)
     for options, message in [
-        ({"encoder": both}, "have to be True"),
+        ({"encoder": both}, "must be True"),
         ({"encoder": causal}, "decoder.d_model is 64, but encoder.d_model = 8"),
         ({"connector_heads": 4, "connector_kv_heads": 3}, "connector_heads is 4 and connector_kv_heads 3"),
         ({"max_word_size": 0}, "max_word_size is 0"),

@@ -74,7 +74,7 @@ def words_of(data, lengths, units):
 
 @functools.partial(jax.jit, static_argnums=0)
 def paper_forward(config, params, words, lengths):
-    """Logits of words 2 ... L and of the end behind L, and everything on the way."""
+    """Logits of words 2 ... L and of the end after L, and everything on the way."""
     model = HAT(config)
 
     def run(method, *args):

@@ -59,7 +59,7 @@ SEMI = Lexinvariant(CONFIG, random_symbols=0.3)
 
 @functools.cache
 def noisy_params(model):
-    """None of them zero."""
+    """Parameters, none of them zero."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))
     rng = np.random.default_rng(0)
 
@@ -83,7 +83,7 @@ def some_keys(seed=0, batch=BATCH):
 
 
 def test_renamed_symbols_have_renamed_probabilities():
-    """Where the rows of the tables move along, hidden states stay and logits move."""
+    """If the rows of the tables are renamed too, hidden states stay the same and logits move."""
     params, tokens = noisy_params(PURE), some_tokens()
     table = call(PURE, params, some_keys(), method="table")
     logits, _ = call(PURE, params, tokens, table=table)
@@ -91,7 +91,7 @@ def test_renamed_symbols_have_renamed_probabilities():
         renamed = np.random.default_rng(seed).permutation(VOCAB)
         moved, _ = call(PURE, params, renamed[tokens], table=jnp.zeros_like(table).at[:, renamed].set(table))
         np.testing.assert_allclose(moved[..., renamed], logits, atol=1e-5)
-    assert jnp.abs(call(PURE, params, renamed[tokens], table=table)[0] - logits).max() > 1e-2  # the test is not blind
+    assert jnp.abs(call(PURE, params, renamed[tokens], table=table)[0] - logits).max() > 1e-2  # so the test can fail
 
 
 def test_each_sequence_has_a_table_of_its_own_and_each_key_one():
@@ -144,7 +144,7 @@ def test_blocks_of_a_table_give_the_same_loss_and_gradients(model):
 
 
 def test_without_random_symbols_it_is_the_tied_language_model():
-    """Bit by bit. s = 16^-1/2 is a power of 2, by which the final norm can be scaled without rounding."""
+    """Bit for bit: s = 16^-1/2 is a power of 2, by which the final norm can be scaled without rounding."""
     case = text(dataclasses.replace(CONFIG, vocab_size=64))
     model, rng = case.task.model, jax.random.key(3)
     standard = LanguageModeling(model=model)
@@ -163,7 +163,7 @@ def test_without_random_symbols_it_is_the_tied_language_model():
 
 
 def test_random_symbols_are_the_asked_part():
-    """At 1 the rows are the pure model's; between, a symbol's row is random or learned as a whole."""
+    """At 1, the rows are those of the pure model; below, a symbol's whole row is either random or learned."""
     params, keys = noisy_params(SEMI), some_keys(batch=400)
     drawn = call(PURE, noisy_params(PURE), keys, method="table")
     mixed = call(SEMI, params, keys, method="table")
@@ -346,7 +346,7 @@ def test_what_cannot_be_is_refused():
 @pytest.mark.parametrize("block", [0, 8])
 @pytest.mark.parametrize("model", [PURE, SEMI], ids=["pure", "semi"])
 def test_an_unknown_symbol_makes_no_number(model, block):
-    """As in other models: the loop then stops and says where."""
+    """As with other models, the loop stops and the error says where."""
     params, tokens = noisy_params(model), some_tokens()
     fine = call(model.clone(block=block), params, tokens, tokens, method="nats")
     assert jnp.isfinite(fine).all()
@@ -357,7 +357,7 @@ def test_an_unknown_symbol_makes_no_number(model, block):
 
 @pytest.mark.slow
 def test_a_small_model_learns_to_copy():
-    """16 letters drawn from 26, and again: it copies, and the loss of a renamed text stays what it was."""
+    """On 16 letters drawn from 26, twice, it learns to copy, and the loss of a renamed text is the same."""
     config = LexinvariantConfig(num_layers=2, d_model=64, num_heads=4, mlp_dim=256, vocab_size=26, max_length=32)
     task = LexinvariantModeling(model=config)
     optimizer = make_optimizer(OptimizerConfig(b2=0.98, weight_decay=0.0))

@@ -44,10 +44,10 @@ def load(golden):
 def from_flat(config, arrays):
     blocks: dict = {}
     for theirs, (*folders, leaf) in NAMES.items():
-        place = blocks
+        branch = blocks
         for folder in folders:
-            place = place.setdefault(folder, {})
-        place[leaf] = jnp.stack([arrays[f"layer.{k}.{theirs}"] for k in range(config.num_layers)])
+            branch = branch.setdefault(folder, {})
+        branch[leaf] = jnp.stack([arrays[f"layer.{k}.{theirs}"] for k in range(config.num_layers)])
     return {
         "stack": {"blocks": blocks},
         "relative_bias": {"table": jnp.asarray(arrays["rel_bias"])},

@@ -1,4 +1,4 @@
-"""MrT5: what deletion leaves as it is, what training may and may not do, and what is refused."""
+"""MrT5: what deletion does not change, what training may and may not do, and what is refused."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def t5_params():
 
 @pytest.fixture(scope="module")
 def params(t5_params):
-    """Of a MrT5 around that T5, whose gate keeps about half."""
+    """Parameters of a MrT5 around that T5, whose gate keeps about half."""
     params = jax.jit(functools.partial(from_t5, CONFIG))(t5_params, jax.random.key(2))
     return with_gate(params, kernel=2.0 * jax.random.normal(jax.random.key(3), (16, 1)), bias=jnp.zeros(1))
 
@@ -104,7 +104,7 @@ def arrays():
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity"))
 def run(config, params, tokens, outputs, hard=False, capacity=0, threshold=-15.0):
-    """Logits, and what was in front of the reduction."""
+    """Logits, and the states before the reduction."""
     apply = functools.partial(MrT5(config).apply, {"params": params})
     begun = apply(tokens, threshold=threshold, method="begin")
     return apply(outputs, apply(begun, hard, capacity, method="finish"), method="decode")[0], begun
@@ -141,7 +141,7 @@ def test_saturated_gates_make_soft_and_hard_the_same(params, arrays):
 
 
 def test_capacities_agree(params, arrays):
-    """Taken out into just enough places, into more, and hidden."""
+    """Bytes are taken out into just enough positions, into more, and hidden."""
     hidden, begun = run(CONFIG, params, *arrays, True)
     most = int(begun.counts.max())
     assert most < LENGTH
@@ -186,7 +186,7 @@ def test_only_the_regulariser_reaches_the_gate_in_a_hard_step(params, arrays):
 
 
 def test_the_controller_reaches_its_target():
-    """Of a plant whose rate follows alpha slowly; alpha is never negative on the way."""
+    """The controlled rate follows alpha slowly; alpha is never negative on the way."""
 
     def step(carry, _):
         state, rate = carry
@@ -219,7 +219,7 @@ def experiment(corpus, tmp_path_factory):
 
 
 def test_the_controller_is_saved_with_the_parameters(experiment):
-    """It stands still until the delay is over, then follows the rates that were logged; a checkpoint has it."""
+    """Its state stays the same during the delay, then follows the rates that were logged; a checkpoint holds it."""
     import json
 
     result = train(experiment, quiet=True)
@@ -240,7 +240,7 @@ def test_the_controller_is_saved_with_the_parameters(experiment):
 
 
 def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
-    """From a folder, and from a run that was made of it, as `jaxtok convert` does; both verbs take the folder too."""
+    """A MrT5 starts from a folder and from a run that `jaxtok convert` made of it; both verbs take the folder too."""
     folder = write_folder(tmp_path / "byt5", dataclasses.replace(PLAIN, softmax1=False), t5_params)
     run = convert(folder, tmp_path / "run")
     assert isinstance(load(run).task, SequenceToSequence) and load(run).experiment.data == SpanCorruption(batch_size=8)
@@ -263,7 +263,7 @@ def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
 
 
 def test_the_command_starts_a_run_from_a_byt5(experiment, t5_params, tmp_path):
-    """One small step away from the T5's weights; the run that is there is resumed without opening the T5 again."""
+    """The result is one small step away from the T5's weights; a run that exists is resumed without opening the T5."""
     folder = write_folder(tmp_path / "byt5", dataclasses.replace(PLAIN, softmax1=False), t5_params)
     run = dataclasses.replace(
         experiment,
@@ -291,7 +291,7 @@ def test_configs_of_published_sizes():
 
 
 def test_evaluation_and_generation(params, experiment):
-    """Hard evaluation shortens; texts are continued; rows that are padding only count for nothing."""
+    """Hard evaluation shortens rows; texts are continued; rows of padding alone do not count."""
     task = experiment.task
     batch = next(iter(experiment.data.eval_batches("train")))
     found = task.evaluate(params, [batch])
@@ -315,7 +315,7 @@ def test_evaluation_and_generation(params, experiment):
         task.generate(params, [], max_new_tokens=2)
 
 
-def test_a_gate_that_deletes_everything_is_said(params, experiment):
+def test_a_gate_that_deletes_everything_is_an_error(params, experiment):
     closed = with_gate(params, kernel=jnp.zeros((16, 1)), bias=jnp.full(1, -40.0))
     batch = next(iter(experiment.data.eval_batches("train")))
     with pytest.raises(ValueError, match=r"deletes every byte of a batch.*threshold = -15\.0"):
@@ -323,7 +323,7 @@ def test_a_gate_that_deletes_everything_is_said(params, experiment):
 
 
 def test_a_row_without_survivors_keeps_its_first_place(params, arrays):
-    """One row among others; and a row that is padding only stays finite."""
+    """A row is the same alone and among others, and a row of padding alone stays finite."""
     tokens, outputs = arrays
     tokens = tokens.copy()
     tokens[0] = 0
@@ -352,7 +352,7 @@ def test_random_and_fixed_deletion():
 
 @pytest.mark.parametrize(("kind", "options"), [(Segments, {"mask_surplus": True}), (Convolution, {}), (NoInput, {})])
 def test_baselines(kind, options, arrays, tmp_path):
-    """Each forgets what it should, and is written and read as it is."""
+    """Each deletes what it should, and is the same after it was written and read."""
     config = mrt5(PLAIN, kind, gate_layer=0 if kind is NoInput else 1, **options)
     params = jax.jit(functools.partial(init_params, config))(jax.random.key(0))
     tokens, _ = arrays
@@ -397,7 +397,7 @@ def test_published_sizes_have_a_gate_more():
 
 @pytest.mark.parametrize("kind", [MrT5Config, *BASELINES.values()], ids=["gate", *BASELINES])
 def test_every_reduction_trains_in_bfloat16(kind, arrays):
-    """Shapes and types only; parameters and loss stay float32."""
+    """Only shapes and types are computed; parameters and loss stay float32."""
     options = {"dtype": "bfloat16", "remat": "full", "dropout": 0.1, "attention_dropout": 0.1, "mlp_dropout": 0.1}
     config = mrt5(CONFIG, kind, gumbel_noise=True, gate_layer=0, **options)
     gated = {"target_rate": 0.5, "score_weight": 0.5} if kind is MrT5Config else {}
@@ -458,7 +458,7 @@ def test_baselines_that_cannot_be(kind, options, message):
 
 @pytest.mark.parametrize("name", ["gate", *BASELINES])
 def test_configs_saved_when_reduction_was_a_field(name):
-    """Runs of that time have all options of all reductions; those of other reductions had no effect."""
+    """Old runs have all options of all reductions; those of other reductions had no effect."""
     kind = BASELINES.get(name, MrT5Config)
     own = {"random": {"amount": 0.3}, "convolution": {"stride": 2}, "boundaries": {"prior": 0.3}}.get(name, {})
     now = mrt5(CONFIG, kind, **own)

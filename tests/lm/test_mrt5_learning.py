@@ -1,4 +1,4 @@
-"""The paper's claim at a small size: a gate that is trained deletes what the task can do without."""
+"""The paper's claim at a small size: a trained gate deletes what the task does not need."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def test_soft_deletion(golden, parity):
 
 @pytest.mark.parity(*GATES)
 def test_hard_deletion(golden, parity):
-    """Hidden, and taken out into as many places as theirs."""
+    """Deleted bytes are hidden, and taken out into as many positions as in the authors' code."""
     config, params = load(golden)
     arrays = inputs(golden)
     kept, counts = golden["mid/hard_keep"].astype(bool), golden["out/hard_new_lengths"]
@@ -129,7 +129,7 @@ def test_hard_deletion(golden, parity):
 
 @pytest.mark.parity("mrt5/mrt5_hard_edges*.npz")
 def test_hard_edges(golden, parity):
-    """A row without survivors keeps its place 0; no gradient of the cross entropy reaches the gate."""
+    """A row without survivors keeps its position 0; no gradient of the cross entropy reaches the gate."""
     config, params = load(golden)
     arrays = inputs(golden)
     wanted, override = arrays["labels"] >= 0, golden.config["threshold_override"]

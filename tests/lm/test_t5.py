@@ -50,7 +50,7 @@ def logits(params):
 
 
 def test_padding_on_either_side_is_the_same(logits):
-    """Places are relative; what stands in the padding means nothing."""
+    """Positions are relative, and the content of the padding has no effect."""
     text, outputs = np.arange(2, 22)[None], np.arange(5, 12)[None]
     padding = np.zeros((1, 4), int)
     right = logits(np.concatenate([text, padding], 1), outputs)
@@ -71,7 +71,7 @@ def test_later_outputs_change_nothing(logits):
 
 
 def test_greedy_with_a_cache_is_greedy_without(params, logits):
-    """And a row of a batch is generated as it is alone."""
+    """A row of a batch is generated as if it were alone."""
     task, inputs = SequenceToSequence(model=CONFIG), [[5, 6, 7, 8, 9, 1], [20, 1]]
     options = {"max_new_tokens": 5, "stop_tokens": ()}
     new = task.generate(params, inputs, **options).tokens
@@ -86,7 +86,7 @@ def test_greedy_with_a_cache_is_greedy_without(params, logits):
 
 
 def test_whose_scale_the_head_has():
-    """By the keys of either version of their library, whatever the tensors say of the head."""
+    """The keys of either version of their library decide, whatever tensors of a head there are."""
     head = {"shared.weight": np.zeros((2, 2)), "lm_head.weight": np.ones((2, 2))}
     tied = {"shared.weight": np.zeros((2, 2))}
     for options, tensors, expected in [

@@ -33,7 +33,7 @@ def load(golden):
 
 @functools.partial(jax.jit, static_argnames="config")
 def run(config, params, arrays):
-    """Loss, gradients, logits, and the states of both sides: the embedding, behind each block, behind the norm."""
+    """Loss, gradients, logits, and the states of both sides: the embedding, after each block, after the norm."""
     module, labels = T5(config), arrays["labels"]
     outputs = shift_right(jnp.maximum(labels, 0))
 
@@ -61,7 +61,7 @@ def test_model(golden, parity):
     parity("logits", logits[wanted], golden["out/logits"][wanted])
     parity("loss", loss, golden["out/loss"], rtol=1e-5)
     for side, short in (("encoder", "enc"), ("decoder", "dec")):
-        for k, ours in enumerate(hidden[side][:-1], 1):  # the last is given behind the norm
+        for k, ours in enumerate(hidden[side][:-1], 1):  # the last is given after the norm
             name = next((n for n in (f"mid/{side}_hidden_{k}", f"mid/{short}_hidden_{k}") if n in golden.arrays), None)
             if name:
                 at = real if side == "encoder" else wanted
@@ -81,7 +81,7 @@ def encode(config, params, inputs, mask):
 
 @pytest.mark.parity(*FILES)
 def test_generation(golden, parity):
-    """With a cache, in steps of one and more tokens, and greedy, from an input that is encoded once."""
+    """Decoding with a cache, in steps of one and of more tokens, and greedily, from an input that is encoded once."""
     config, params = load(golden)
     inputs = golden["in/input_ids"]
     encoded = encode(config, params, inputs, golden["in/attention_mask"])
@@ -149,7 +149,7 @@ CONFIGS = {
 
 @functools.partial(jax.jit, static_argnames="config")
 def loud_params(config):
-    """Parameters that are far from their beginnings, norms included."""
+    """Parameters that are far from their initial values, those of norms too."""
     flat, unflatten = jax.flatten_util.ravel_pytree(init_params(config, jax.random.key(0)))
     return unflatten(flat + 0.2 * jax.random.normal(jax.random.key(7), flat.shape))
 

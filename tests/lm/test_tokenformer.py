@@ -218,7 +218,7 @@ def test_impossible_inputs_are_refused(params):
         model.apply({"params": params}, TOKENS, segments=segments, cache=model.init_cache(*TOKENS.shape))
     with pytest.raises(ValueError, match="vocab_size is 0"):
         init_params(Decoder(dataclasses.replace(TINY, vocab_size=0)), jax.random.key(0), TOKENS)
-    # An id beyond the vocabulary cannot raise under jit: it must not pass for another token's either.
+    # An id beyond the vocabulary cannot raise under jit, but it must not be taken for another token either.
     assert jnp.isnan(model.apply({"params": params}, jnp.array([[3, 32]]))[0]).all()
 
 
@@ -232,7 +232,7 @@ def test_matched_transformer_has_the_same_size_but_for_the_norms(name):
     config = PUBLISHED[name]
     transformer = matched_transformer(config)
     assert isinstance(transformer, TransformerConfig)
-    norms = 4 * config.d_model * config.num_layers  # scale and bias of two norms a block, which TokenFormer has not
+    norms = 4 * config.d_model * config.num_layers  # scale and bias of two norms; TokenFormer's have none
     assert count(transformer) == config.num_params() + norms
     assert transformer.flops(1024) == config.flops(1024)
 

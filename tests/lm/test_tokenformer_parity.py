@@ -30,7 +30,7 @@ def logits_of(config, params, tokens):
 
 @functools.partial(jax.jit, static_argnames="config")
 def run(config, params, tokens, labels, mask):
-    """Loss, gradients, logits and the hidden states behind each block."""
+    """Loss, gradients, logits and the hidden states after each block."""
 
     def loss(params):
         (logits, _), state = Decoder(config).apply({"params": params}, tokens, mutable="intermediates")

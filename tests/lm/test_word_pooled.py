@@ -55,14 +55,14 @@ def case() -> Case:
     lengths = rng.integers(0, data.max_units + 1, (data.batch_size, data.length + 1))
     units = rng.integers(1, model.vocab_size, (*lengths.shape, data.max_units))
     units *= np.arange(data.max_units) < lengths[..., None]
-    place = np.broadcast_to(np.arange(data.length), (data.batch_size, data.length))
-    segments = (1 + (place >= 7)) * (place < rng.integers(9, 17, (data.batch_size, 1)))
+    index = np.broadcast_to(np.arange(data.length), (data.batch_size, data.length))
+    segments = (1 + (index >= 7)) * (index < rng.integers(9, 17, (data.batch_size, 1)))
     batch = {
         "words": units[:, :-1],
         "lengths": lengths[:, :-1],
         "targets": units[:, 1:],
         "target_lengths": lengths[:, 1:],
-        "positions": np.where(place < 7, place, place - 7),
+        "positions": np.where(index < 7, index, index - 7),
         "segments": segments,
         "mask": segments > 0,
         "bytes": lengths[:, 1:] + 1,
@@ -125,12 +125,12 @@ def run(config, params, *args, method="__call__", **kwargs):
 
 
 def logits_of(config, words, lengths, **kwargs):
-    """[batch, words - 1, units, vocab]: of each word but the first, behind the others."""
+    """Logits [batch, words - 1, units, vocab] of each word but the first, given those before it."""
     return run(config, noisy_params(config), words[:, :-1], lengths[:, :-1], words[:, 1:], **kwargs)
 
 
 @pytest.mark.parametrize("config", [CLEAN, OFFICIAL], ids=["clean", "official"])
-def test_a_unit_changes_nothing_in_front_of_it(config):
+def test_a_unit_changes_nothing_before_it(config):
     words, lengths = random_words(config, 2, 6)
     lengths[:, 3], words[:, 3] = 4, np.array([3, 4, 5, 6, END])
     changed = words.copy()
@@ -176,18 +176,18 @@ def test_documents_in_a_row_do_not_see_each_other():
     words, lengths = random_words(CLEAN, 1, 7)
     others, other_lengths = random_words(CLEAN, 1, 7, seed=1)
     others[:, 3:], other_lengths[:, 3:] = words[:, 3:], lengths[:, 3:]
-    places = {"segments": np.array([[1, 1, 1, 2, 2, 2]]), "positions": np.array([[0, 1, 2, 0, 1, 2]])}
-    packed = logits_of(CLEAN, words, lengths, **places)[:, 3:]
-    assert np.array_equal(packed, logits_of(CLEAN, others, other_lengths, **places)[:, 3:])
-    one = places | {"segments": np.ones((1, 6), np.int32)}
+    context = {"segments": np.array([[1, 1, 1, 2, 2, 2]]), "positions": np.array([[0, 1, 2, 0, 1, 2]])}
+    packed = logits_of(CLEAN, words, lengths, **context)[:, 3:]
+    assert np.array_equal(packed, logits_of(CLEAN, others, other_lengths, **context)[:, 3:])
+    one = context | {"segments": np.ones((1, 6), np.int32)}
     assert np.abs(logits_of(CLEAN, words, lengths, **one)[:, 3:] - packed).max() > 1e-2
-    first = [np.roll(a, -3, 1) for a in (words, lengths)]  # the second document in front
-    np.testing.assert_allclose(logits_of(CLEAN, *first, **places)[:, :3], packed, atol=1e-5)
+    first = [np.roll(a, -3, 1) for a in (words, lengths)]  # the second document first
+    np.testing.assert_allclose(logits_of(CLEAN, *first, **context)[:, :3], packed, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [CLEAN, OFFICIAL], ids=["clean", "official"])
 def test_cached_generation_is_recomputation(config):
-    """Of rows with contexts of different lengths; every word is spelled again behind the whole text."""
+    """Rows have contexts of different lengths; every word is spelled again after the whole text."""
     params, model = noisy_params(config), WordPooled(config)
     words, lengths = random_words(config, 3, 5)
     counts = np.array([5, 2, 3])
@@ -296,7 +296,7 @@ def test_one_batch_can_be_learned_by_heart():
 
 
 def test_greedy_accuracy_needs_no_spelling():
-    """With the arg-max behind the true units as truth for most words, and another last unit for some."""
+    """For most words, the truth is the arg-max after the true units; for some, it has another last unit."""
     params, task = noisy_params(CLEAN), WordPooling(model=CLEAN)
     words, lengths = random_words(CLEAN, 4, 6)
     truth = np.array(guess_words(WordPooled(CLEAN), params, words, lengths))
@@ -323,7 +323,7 @@ def jitted_loss(task, params, batch, rng):
 
 @pytest.mark.parametrize("on_pads", [True, False])
 def test_the_loss_is_a_mean_over_what_counts(on_pads):
-    """Over whole canvases or over units and one end mark; and never over a row of padding."""
+    """The mean is over whole canvases, or over units and one end mark, and never over a row of padding."""
     task, params = WordPooling(model=dataclasses.replace(CLEAN, loss_on_pads=on_pads)), noisy_params(CLEAN)
     words, lengths = random_words(CLEAN, 3, 5)
     words[2], lengths[2] = END, 0
@@ -434,5 +434,5 @@ def test_inputs_that_cannot_be():
     with pytest.raises(ValueError, match="13 words in a row, but the model's max_words is 12"):
         logits_of(TINY, *random_words(TINY, 1, 14))
     words, lengths = random_words(TINY, 1, 3)
-    words[0, 0, 0] = TINY.vocab_size  # no such unit: the loop stops at a loss that is no number
+    words[0, 0, 0] = TINY.vocab_size  # there is no such unit, so the loop stops at a loss that is not a number
     assert np.isnan(logits_of(TINY, words, lengths)).any()

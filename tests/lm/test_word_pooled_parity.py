@@ -55,7 +55,7 @@ def test_model(golden, parity):
     ours, theirs = params_to(config, gradient), golden.under("grad")
     assert theirs.keys() <= ours.keys()
     for name in [name for name, expected in theirs.items() if np.abs(expected).max() < 1e-6]:
-        expected = theirs.pop(name)  # the bias of keys, which softmax does not see: theirs is rounding
+        expected = theirs.pop(name)  # the bias of keys, on which softmax does not depend, so theirs is rounding
         assert np.abs(ours[name] - expected).max() < 1e-6, name
     if theirs:
         parity("gradient", {name: ours[name] for name in theirs}, theirs, rtol=1e-3)
@@ -63,7 +63,7 @@ def test_model(golden, parity):
 
 @pytest.mark.parity("word_pooled/e2e*.npz")
 def test_pooled_vectors_and_the_last_word(golden, parity):
-    """As in the authors' validation, with arg-max in place of sampling: spelled to the end of the canvas."""
+    """Words are spelled to the end of the canvas, as in the authors' validation, but by arg-max instead of sampling."""
     config, params = load(golden)
     units, lengths = golden["in/x"], golden["in/x_len"]
     if "mid/pooled" in golden.arrays:

@@ -99,7 +99,7 @@ def test_gather_keeps_slots_in_the_order_asked_for():
 
 @pytest.mark.parametrize("by_head", [False, True])
 def test_gather_by_layer_and_head(by_head):
-    """Against loops; and once more, when the positions have these dimensions already."""
+    """Gathering equals loops, also when the positions have these dimensions already."""
     cache, rng = filled([5, 4, 3]), np.random.default_rng(0)
     for _ in range(2):
         shape = (LAYERS, BATCH, HEADS) if by_head else (LAYERS, BATCH)

@@ -47,7 +47,7 @@ def close(ours, theirs, atol):
 def test_a_new_adapter_changes_nothing(name):
     sites, adapter = made(CONFIGS[name], noise=False)
     jax.tree.map(np.testing.assert_array_equal, merge(PARAMS, sites, adapter), PARAMS)
-    assert any(np.any(leaf) for leaf in jax.tree.leaves(adapter))  # and can learn: one of the two is not zero
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(adapter))  # and it can learn, as one of the two is not zero
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -84,7 +84,7 @@ def test_tables():
 
 
 def test_several_adapters():
-    """They add up in any order, with weights; and what one of them saved is taken as it is."""
+    """They add up in any order, with weights; what one of them saved is taken as it is."""
     config = dataclasses.replace(CONFIGS["every projection"], saved=("stack/query/bias",))
     (sites, first), (others, second) = made(CONFIGS["joint"]), made(config, seed=5)
     one = merge(merge(PARAMS, sites, first, weight=0.5), others, second)
@@ -115,7 +115,9 @@ def test_dropout_is_of_input_channels():
 def test_what_cannot_be():
     sites, adapter = made(CONFIGS["every projection"])
     wide = PARAMS | {"head": {"kernel": jnp.zeros((7, 5))}}
-    with pytest.raises(ValueError, match=r"'in' of head/kernel has shape \(6, 2\), but .* needs \(7, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"'in' of head/kernel has shape \(6, 2\); for this model it must have \(7, 2\)"
+    ):
         merge(wide, sites, adapter)
     with pytest.raises(ValueError, match="for head/kernel, which the model does not have"):
         merge({name: part for name, part in PARAMS.items() if name != "head"}, sites, adapter)

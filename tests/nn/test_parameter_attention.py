@@ -65,7 +65,7 @@ def test_softmax_weights_add_up_to_their_number_and_do_not_overflow():
 
 
 @pytest.mark.parametrize("kind", NORMALIZATIONS)
-def test_scale_invariance_is_that_of_the_norm_in_front_of_the_gelu(kind):
+def test_scale_invariance_is_that_of_the_norm_before_the_gelu(kind):
     invariant = kind in ("l2_norm_gelu", "l2_norm")
     for a in (0.01, 30.0):
         assert close(pattention(a * X, K, V, kind), pattention(X, K, V, kind)) == invariant
@@ -101,7 +101,7 @@ def test_the_order_of_the_parameter_tokens_does_not_matter(kind):
     assert not close(pattention(X, K[order], V, kind), pattention(X, K, V, kind), 1e-2)
 
 
-def test_a_parameter_free_layernorm_in_front_only_centres():
+def test_a_parameter_free_layernorm_before_it_only_centres():
     centred = K - K.mean(1, keepdims=True)
     x = 5 * X + 2
     assert close(pattention(Norm("layernorm_nonparam").apply({}, x), K, V), pattention(x, centred, V), 1e-5)

@@ -1,4 +1,4 @@
-"""What quantisers promise exactly."""
+"""Exact statements about quantisers."""
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +40,8 @@ def test_bits_and_codes_are_one_to_one(size, sub_codes, seed):
 
 
 def test_bits_that_are_refused():
-    for count, sub_codes, said in ((32, 1, "at most 31"), (0, 1, "positive"), (6, 4, "divisor"), (6, 0, "positive")):
-        with pytest.raises(ValueError, match=said):
+    for count, sub_codes, message in ((32, 1, "at most 31"), (0, 1, "positive"), (6, 4, "divisor"), (6, 0, "positive")):
+        with pytest.raises(ValueError, match=message):
             pack_bits(jnp.zeros((1, count), jnp.int32), sub_codes)
 
 
@@ -55,7 +55,7 @@ def test_binary(tanh):
     assert np.array_equal(fixed.codes, half.codes)  # u = 1/2 is the comparison with 1/2
     assert np.array_equal(unpack_bits(fixed.codes, 6), p > 0.5)
     np.testing.assert_array_equal(apply(fixed.codes, method="embed"), fixed.vectors)
-    # the gradient passes straight through: that of z is the table's rows, whatever the code
+    # the gradient passes straight through, so that of z is the table's rows, whatever the code
     y = vectors(1, 2, 4, 4, 5)
     for draws in (None, jnp.zeros_like(z), jnp.ones_like(z)):
         slope = jax.grad(lambda x, draws=draws: jnp.sum(apply(x, draws).vectors * y))(x)

@@ -1,4 +1,4 @@
-"""Attention in a window, block by block, is that with a mask."""
+"""Attention in a window, computed block by block, equals attention with a mask."""
 
 import jax
 import jax.numpy as jnp

@@ -50,7 +50,7 @@ def test_rows_of_packages():
 
 @pytest.mark.slow
 def test_words_from_bytes_are_as_good_as_subwords(tmp_path):
-    """About the same loss of a word from a third of the input's numbers (the paper's abstract: on par, a tenth)."""
+    """The loss of a word is about the same with a third of the input's numbers (the abstract: on par with a tenth)."""
     study = load_config("byte2word_study")
     tokenizer(tmp_path / "words.model", vocab_size=2000, model_type="bpe", words=True)
     arms = tuple(

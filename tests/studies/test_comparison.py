@@ -1,4 +1,4 @@
-"""Comparisons at a tiny size: arms run, resume, are measured anew where that changed, and make a table and a plot."""
+"""Comparisons at a tiny size: arms run, resume, are measured again where needed, and make a table and a plot."""
 
 import dataclasses
 import json

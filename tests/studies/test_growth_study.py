@@ -1,4 +1,4 @@
-"""The growth study at a tiny size: every arm runs, the study resumes, and its table and plot say what was found."""
+"""The growth study at a tiny size: every arm runs, the study resumes, and its table and plot show the results."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def test_arms_run_resume_and_are_reported(study, capsys, tmp_path):
     assert grown["parameters"] == results["scratch/0"]["parameters"]
     assert (tmp_path / "study" / "loss_vs_compute.png").stat().st_size > 10_000
     capsys.readouterr()
-    # more arms later: what is there stays
+    # with more arms later, the old results stay
     more = dataclasses.replace(study, arms=("base", "zero_keys", "scratch", "transformer"))
     assert more.run()
     again = json.loads((tmp_path / "study" / "results.json").read_text())

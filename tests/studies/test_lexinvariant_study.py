@@ -51,12 +51,12 @@ def some_params(task):
 
 
 def by_hand(batch, probability):
-    """-log p of each target, from the tokens of its document up to there."""
+    """-log p of each target, from the tokens of its document before it."""
     nats = np.zeros(batch["tokens"].shape)
-    for row, place in np.ndindex(nats.shape):
-        start = place - batch["positions"][row, place] if batch["segments"][row, place] else place
-        context = batch["tokens"][row, start : place + 1].tolist()
-        nats[row, place] = -math.log(probability(context, int(batch["targets"][row, place])))
+    for row, index in np.ndindex(nats.shape):
+        start = index - batch["positions"][row, index] if batch["segments"][row, index] else index
+        context = batch["tokens"][row, start : index + 1].tolist()
+        nats[row, index] = -math.log(probability(context, int(batch["targets"][row, index])))
     return nats
 
 
@@ -132,11 +132,11 @@ def test_permutation_can_be_solved_by_its_rule():
 
 
 def test_tasks_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="has 12 different symbols, but the vocabulary only 11"):
+    with pytest.raises(ValueError, match="has 12 different symbols, but the vocabulary has 11"):
         lookup(jax.random.key(0), 1, 5, VOCAB)
     with pytest.raises(ValueError, match="has 14 different symbols"):
         permutation(jax.random.key(0), 1, 3, 3, VOCAB)
-    with pytest.raises(ValueError, match="pairs is less than 1"):
+    with pytest.raises(ValueError, match="pairs is 0; it must be at least 1"):
         lookup(jax.random.key(0), 1, 0, VOCAB)
     with pytest.raises(ValueError, match=r"target is 'next'"):
         train_probe(TASK, {}, iter([]), target="next")
@@ -146,7 +146,7 @@ def test_tasks_that_do_not_fit_are_refused():
 
 @dataclasses.dataclass(frozen=True)
 class Oracle:
-    """A task whose model knows the text: its likeliest next token is the one that stands `ahead` places on."""
+    """A task whose model knows the text: its likeliest next token is the one `ahead` positions later."""
 
     ahead: int
 

@@ -1,4 +1,4 @@
-"""Next-word accuracy is what generation finds, for word-pooled and for plain models, and is right by frequency."""
+"""Next-word accuracy is that of generation, for word-pooled and for plain models, and is right for each frequency."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def fresh(task):
 
 
 def bigrams(params, rows):
-    """Parameters with which the next token depends on the last one alone, as often as it follows it in the rows."""
+    """Parameters with which the next token depends only on the last one, with the frequencies of the rows."""
     ids = np.unique(np.concatenate(rows))
     params = dict(params, stack=jax.tree.map(jnp.zeros_like, params["stack"]))
     params["embedding"] = (

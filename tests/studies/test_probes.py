@@ -64,7 +64,7 @@ def test_a_linear_probe_finds_what_is_linear():
 
 
 def test_a_probe_of_packages_that_differ(data):
-    """Even an untrained encoder tells them apart; and fine-tuning does."""
+    """Even an untrained encoder tells them apart, and so does fine-tuning."""
     task = ReplacedTokens(model=MODEL, masking=MASKING)
     params = unboxed(jax.jit(task.init)(jax.random.key(0), {"tokens": np.ones((2, 16), np.int32)}))
     probe = PackageProbe(

@@ -32,7 +32,7 @@ def test_a_word_is_right_if_all_its_bytes_are(data, monkeypatch):
     words = [word for text in TEXTS for word in splitter.split(text + "!")]
     assert share == pytest.approx(np.mean([not {*b"oi"} & {*word} for word in words]))
     cut = flat_word_accuracy(None, None, data.eval_batches("all"), ByteTokenizer(), splitter)
-    assert 0 < cut < 1  # of the words that no end of a row cuts
+    assert 0 < cut < 1  # of the words that are not cut at the end of a row
 
 
 def test_noises_are_measured_by_name(data):

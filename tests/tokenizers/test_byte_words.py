@@ -14,8 +14,8 @@ from jaxtok.tokenizers import load_tokenizer
 from jaxtok.tokenizers.byte_words import CLS, PAD, SEP, UNK, basic_words, collate, symbol_mask, word_array
 from jaxtok.verbs import tokenizer
 
-# Rust's rule also drops what Unicode has not assigned or has left to private use, and its tables are older: it does not
-# know the punctuation of newer editions. What an old edition says as the new one does, all know.
+# Rust's rule also drops characters that Unicode has not assigned or has left to private use, and its older tables
+# lack the punctuation of newer editions. So only characters that are the same in an old and a new edition are compared.
 TEXT = st.text(
     st.characters(exclude_categories=["Cn", "Co", "Cs"]).filter(
         lambda c: unicodedata.category(c) == unicodedata.ucd_3_2_0.category(c)
@@ -61,7 +61,7 @@ def test_arrays_of_words():
         [255, PAD, PAD, PAD],
         [SEP, PAD, PAD, PAD],
     ]
-    with pytest.raises(ValueError, match="a word is the number 3; a number stands for a symbol, 256 to 260"):
+    with pytest.raises(ValueError, match="a word is the number 3; numbers must be symbols, 256 to 260"):
         word_array([3], 4)
 
 
@@ -71,7 +71,7 @@ def test_rows_of_words():
     assert real.tolist() == [[True, True, False], [True, False, False]]
     assert symbols[0].tolist() == [[True, False, False], [True, True, True], [True, False, False]]
     np.testing.assert_array_equal(symbols, symbol_mask(ids))
-    with pytest.raises(ValueError, match="a text has 2 words, but there is room for 1"):
+    with pytest.raises(ValueError, match="length is 1; it must be at least 2"):
         collate([[CLS, b"a"]], max_bytes=3, length=1)
 
 

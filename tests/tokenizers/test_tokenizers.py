@@ -260,13 +260,13 @@ def test_load_tokenizer_says_what_is_wrong(paths, tmp_path):
 def test_train_sentencepiece_says_what_is_wrong(tmp_path):
     output = tmp_path / "x.model"
     for texts, size, message in [
-        ([TEXT[:200]], 2000, "choose at most"),
-        ([TEXT], 200, "choose more than"),
+        ([TEXT[:200]], 2000, "it must be at most"),
+        ([TEXT], 200, "it must be more than"),
         ([], 300, "texts are empty"),
     ]:
         with pytest.raises(ValueError, match=message):
             train_sentencepiece(texts, output, vocab_size=size)
-    with pytest.raises(ValueError, match="'unigram' or 'bpe'"):
+    with pytest.raises(ValueError, match="it must be unigram or bpe"):
         train_sentencepiece([TEXT], output, vocab_size=300, model_type="word")
     assert not output.exists()
 

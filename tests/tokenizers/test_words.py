@@ -1,4 +1,4 @@
-"""Words against those of the authors' splitter, and that they are the text again, whatever bytes it holds."""
+"""Words equal those of the authors' splitter, and joined they are the text again, whatever bytes it has."""
 
 import json
 
@@ -19,7 +19,7 @@ any_bytes = st.one_of(st.binary(max_size=24), broken.map(bytes), all_texts.map(s
 
 @pytest.fixture(params=["wheel", "pure"])
 def implementation(request, monkeypatch):
-    """The unicode rule with the authors' wheel, and without."""
+    """The unicode rule with the authors' wheel, and without it."""
     if request.param == "pure":
         monkeypatch.setattr(words, "_Wheel", None)
     elif words._Wheel is None:
@@ -63,7 +63,7 @@ def test_words_are_the_bytes_again(data, rule, limit):
 @given(texts)
 @settings(deadline=None)
 def test_streamed_words_are_those_of_the_text(text):
-    """But where a mark or modifier follows whitespace or punctuation; the authors' rule has that, too."""
+    """Except where a mark or modifier follows whitespace or punctuation, as in the authors' rule."""
     text = text.replace("🏽", "").replace("\u200b", "").replace("\u00ad", "")
     splitter = WordSplitter("unicode", 10**6)
     assert splitter.stream(text.encode()) == splitter.split(text)
@@ -89,7 +89,7 @@ def test_a_text_and_its_bytes_have_the_same_words(text):
 
 
 def test_whitespace_is_that_of_unicode():
-    """U+001C to U+001F are none, though `str.isspace` takes them for some; U+0085 and U+3000 are."""
+    """U+001C to U+001F are not whitespace, though `str.isspace` says so; U+0085 and U+3000 are."""
     assert WordSplitter().split("a\x1cb \x1fc\x85d\u3000 e") == [
         b"a\x1cb ",
         b"\x1fc\xc2\x85",
@@ -125,9 +125,9 @@ def test_the_string_of_a_special_token_is_text_unless_asked():
 
 
 def test_what_cannot_be():
-    with pytest.raises(ValueError, match="max_word_size=0: choose at least 1"):
+    with pytest.raises(ValueError, match="max_word_size is 0; it must be at least 1"):
         WordSplitter(max_word_size=0)
-    with pytest.raises(ValueError, match="rule='bpe'"):
+    with pytest.raises(ValueError, match="rule is 'bpe'"):
         WordSplitter("bpe")
     assert WordSplitter().split("") == WordSplitter("unicode").split(b"") == []
     assert WordSplitter("unicode").split("a\udc80") == [b"a", b"\x80"]

@@ -12,7 +12,7 @@ from jaxtok.transfer.growth import Growth
 
 
 def test_a_fork_goes_on_where_the_run_was(short, tmp_path):
-    """Parameters, moments and place in the data are taken along: trained on, it sees the next batches."""
+    """A fork has the parameters, the moments and the position in the data: trained on, it sees the next batches."""
     train(short, quiet=True)
     fork(short.workdir, tmp_path / "fork", steps=3)
     old, new = load(short.workdir), load(tmp_path / "fork")

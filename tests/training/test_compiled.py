@@ -1,4 +1,4 @@
-"""Reading compiled programs: what a loop does counts as often as it turns."""
+"""Reading compiled programs: the body of a loop counts as often as it runs."""
 
 # ruff: noqa: E501
 

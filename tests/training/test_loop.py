@@ -105,7 +105,7 @@ def test_signal_saves_and_leaves_and_the_run_resumes(short, tmp_path, monkeypatc
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_batch(short, monkeypatch):
-    short = dataclasses.replace(short, train=dataclasses.replace(short.train, seed=5))  # compiled for itself
+    short = dataclasses.replace(short, train=dataclasses.replace(short.train, seed=5))  # compiled separately
     original = LanguageModeling.loss
 
     def loss(self, params, batch, rng, step):
@@ -154,7 +154,7 @@ def test_training_only_new_tokens_leaves_all_else(experiment):
 
 
 def test_growth_keeps_the_validation_loss(experiment):
-    """Zero keys with fixed tau: the first loss behind the growth is the old model's."""
+    """With zero keys and fixed tau, the first loss after the growth is the old model's."""
     train(experiment, quiet=True)
     before, after = load(f"{experiment.workdir}/checkpoints/6"), load(f"{experiment.workdir}/checkpoints/8")
     assert after.task.model.norm_tokens == uniform_counts(8, 16)

@@ -29,7 +29,7 @@ from jaxtok.verbs.convert import convert
 
 
 def case() -> tiny.Case:
-    """The adapter's matrices have no axis of their own that a mesh divides: only that of their parameter."""
+    """The only axis of the adapter's matrices that a mesh divides is that of their parameter."""
     config = LoraConfig(rank=2, targets=(r".*/kernel", "embedding", "head_matrix"), saved=(r"final_norm/.*",))
     base = tiny.text(LlamaConfig(**tiny.SIZES, num_kv_heads=2, mlp_dim=32, tie_embeddings=False))
     return dataclasses.replace(base, task=Lora(task=base.task, lora=config))
@@ -39,7 +39,7 @@ TASKS = {"lora": case}
 
 
 def operation() -> tiny.Operation:
-    """Joins an adapter to every projection and a table; it refuses what has one."""
+    """Adds an adapter to every projection and a table; a task that has one already is refused."""
     there = case()
     before = dataclasses.replace(there, task=there.task.task)
     return tiny.Operation(AddLora(lora=there.task.lora, steps=2), before, there.task)

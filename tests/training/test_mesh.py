@@ -1,4 +1,4 @@
-"""Meshes: rules, errors, and that a Task on eight devices does what it does on one."""
+"""Meshes: their rules and errors, and that a Task on eight devices computes the same as on one."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def steps(case, layout, count=2):
 
 @pytest.fixture(scope="module")
 def on_one_device():
-    """What each task does there, computed once."""
+    """The result of each task on one device, computed once."""
     cache = {}
 
     def run(name):
@@ -67,7 +67,7 @@ def on_one_device():
 
 
 EVERYWHERE = ("tokenformer", "transformer", "tokenformer_vit")
-"""Of the other tasks, one mesh of three axes is tested; the rest with --slow."""
+"""The other tasks are tested on one mesh of three axes, and on the rest with --slow."""
 
 LIKE_ANOTHER = (
     "vqgan",
@@ -77,7 +77,7 @@ LIKE_ANOTHER = (
     "masked_words",
     "elm_masked",
 )
-"""Tasks of the same kind as one that is tested (BAE, lexinvariant, Byte2Word, ELECTRA, ELM): with --slow only."""
+"""Tasks of the same kind as one that is tested (BAE, lexinvariant, Byte2Word, ELECTRA, ELM); they run with --slow."""
 
 
 def tasks_on_meshes():
@@ -91,7 +91,7 @@ def tasks_on_meshes():
 @needs_eight
 @pytest.mark.parametrize(("name", "mesh"), tasks_on_meshes())
 def test_every_task_is_the_same_on_every_mesh(name, mesh, on_one_device):
-    """Loss, gradient norm, and the parameters behind two updates. (One learns nothing: its rate is 0.)"""
+    """Loss, gradient norm, and the parameters after two updates. (One of them learns nothing, as its rate is 0.)"""
     case = TASKS[name]()
     if reason := case.unfit.get(mesh):
         pytest.skip(reason)
@@ -150,7 +150,7 @@ def test_growth_happens_where_the_parameters_are(mesh):
     (alone, expected), (task, grown) = results
     assert task == alone
     for ours, theirs in zip(jax.tree.leaves(grown), jax.tree.leaves(expected)):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # two programs round the random rows each in their way
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)  # two programs round the random rows differently
         assert len(ours.sharding.device_set) == 8
     keys = grown[0]["stack"]["blocks"]["ffn"]["keys"]
     assert keys.shape == (2, 64, 16) and keys.sharding == layout.sharding(("layers", "param_tokens", None), keys.shape)
@@ -219,11 +219,11 @@ def test_collectives_of_a_tensor_mesh():
     blocks = [c for c in found if c.times == case.task.model.num_layers]
     other = [c for c in found if c.times == 1]
     assert len(blocks) + len(other) == len(found)
-    # Of five parameter attentions: forward, a norm and an output; backward, a number for the norm's gradient and
+    # For five parameter attentions: forward, a norm and an output; backward, a number for the norm's gradient and
     # the gradient of the input. (XLA joins sums that are ready together, so bytes are counted.)
     sums = [c for c in blocks if c.kind == "all-reduce"]
     assert sum(c.bytes for c in sums) == 10 * row + 10 * hidden, [(c.kind, c.bytes, c.source) for c in sums]
-    # The heads are gathered in front of `output`, there again in the backward pass, and for the gradients of q, k, v.
+    # The heads are gathered before `output`, again there in the backward pass, and for the gradients of q, k, v.
     gathers = [c for c in blocks if c.kind == "all-gather"]
     assert sum(c.bytes for c in gathers) == 5 * hidden, [(c.kind, c.bytes, c.source) for c in gathers]
     assert {c.kind for c in blocks} == {"all-reduce", "all-gather"}
@@ -288,16 +288,16 @@ def test_meshes_and_rules_that_cannot_be():
         MeshConfig(tensor=0)
     with pytest.raises(ValueError, match="two mesh axes are -1"):
         MeshConfig(fsdp=-1)
-    with pytest.raises(ValueError, match=r"rules\.mlp names 'model'"):
+    with pytest.raises(ValueError, match=r"rules\.mlp has 'model'"):
         AxisRules(mlp=("model",))
-    with pytest.raises(ValueError, match=r"rules\.vocab names a mesh axis twice"):
+    with pytest.raises(ValueError, match=r"rules\.vocab is tensor, tensor; it must have each mesh axis at most once"):
         AxisRules(vocab=("tensor", "tensor"))
     assert MeshConfig(data=-1, tensor=4).shape(8) == {"data": 2, "fsdp": 1, "sequence": 1, "tensor": 4}
 
 
 @needs_eight
 def test_rules_are_chosen_in_the_config():
-    """With `heads` whole, attention is computed on each device, and only sums are left between them."""
+    """If `heads` is not divided, each device computes attention by itself, and only sums cross devices."""
     rules = AxisRules(heads=())
     layout = make_layout(dataclasses.replace(MESHES["tensor 8"], rules=rules))
     assert layout.sharding(("batch", "length", "heads", None), (8, 8, 8, 2)).spec == P(

@@ -1,4 +1,4 @@
-"""Runs that an older version saved (tests/goldens/runs) are opened, evaluated, resumed and continued as by that one."""
+"""Runs that an older version saved (tests/goldens/runs) are opened, evaluated, resumed and continued as it would do."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_an_old_run_has_the_old_numbers_and_texts(runs, name):
 
 @pytest.mark.parametrize("name", ["grown", "mrt5", "vit", "adapted"])
 def test_an_old_run_is_resumed(runs, name):
-    """With its moments, its place in the data and, of the TokenFormer, both growths."""
+    """Each resumes with its moments, its position in the data and, for the TokenFormer, both growths."""
     expected = json.loads((runs / "expected.json").read_text())[name]
     experiment = read_config(runs / name)
     if name == "grown":

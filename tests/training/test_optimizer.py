@@ -144,7 +144,7 @@ ADAM = {"learning_rate": 0.1, "min_learning_rate": 0.0, "schedule": "constant", 
 
 
 def test_parts_have_optimizers_of_their_own():
-    """Each is what it would be alone: its rate, clipping and state, from its own first step on."""
+    """Each part's rate, clipping and state are what they would be alone, from its own first step on."""
     config = OptimizerConfig(**ADAM, parts=(PartOptimizer(**ADAM | {"learning_rate": 0.3}, part="b", start=2),))
     params = {"a": {"kernel": jnp.ones(2)}, "b": {"kernel": jnp.ones(3)}, "frozen": {"kernel": jnp.ones(1)}}
     rng = np.random.default_rng(0)
@@ -204,14 +204,14 @@ def test_moving_average():
 
 
 def test_optimizers_that_cannot_be():
-    for options, said in (
+    for options, message in (
         ({"ema_decay": 1.0}, "ema_decay is 1.0"),
         ({"ema_every": 0}, "ema_every is 0"),
         ({"parts": (PartOptimizer(part="a"), PartOptimizer(part="a"))}, "each part can have one"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             OptimizerConfig(**options)
-    with pytest.raises(ValueError, match="has no name"):
+    with pytest.raises(ValueError, match="part is empty"):
         PartOptimizer()
     with pytest.raises(ValueError, match="start is -1"):
         PartOptimizer(part="a", start=-1)

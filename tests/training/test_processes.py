@@ -26,7 +26,7 @@ LOCAL = Path(__file__).parents[2] / "tpu_scripts" / "local.sh"
 
 
 def start(processes, experiment, *options):
-    """Starts `jaxtok train` in so many processes, with the config read from the run's folder."""
+    """Starts `jaxtok train` in this number of processes, with the config from the run's folder."""
     write_config(Path(experiment.workdir), experiment.fitted())
     env = os.environ | {
         "JAXTOK": f"{sys.executable} -m jaxtok.cli",
@@ -58,7 +58,7 @@ def assert_same(run, reference):
 
 
 def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_path):
-    """With a growth, on three meshes, and with a preemption of one process of two."""
+    """The run has a growth, three meshes, and a preemption of one process of two."""
     model = dataclasses.replace(experiment.task.model, num_heads=4)
     experiment = dataclasses.replace(
         experiment,
@@ -79,7 +79,7 @@ def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_pa
     assert len(processes) >= 2, "each process writes what it holds"
 
     def resumed(name, **mesh):
-        """What four processes saved up to step 4, in front of the growth."""
+        """What four processes saved up to step 4, before the growth."""
         run = on(name, **mesh)
         shutil.copytree(four.workdir, run.workdir)
         for step in Path(run.workdir, "checkpoints").iterdir():
@@ -104,7 +104,7 @@ def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_pa
 
 
 def preempt_one(job, workdir):
-    """SIGTERM to the second process, as soon as a step was made."""
+    """The second process gets SIGTERM as soon as a step was made."""
     path = Path(workdir, "metrics.jsonl")
     before = path.read_text()
     deadline = time.monotonic() + 200
@@ -123,7 +123,7 @@ def preempt_one(job, workdir):
 
 @pytest.fixture
 def joined(monkeypatch):
-    """The arguments with which JAX was told to join the others."""
+    """The arguments with which JAX joined the other processes."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
     for name in list(os.environ):

@@ -1,4 +1,4 @@
-"""What happens to a run is mended or said: damaged checkpoints, a full disk, signals at bad moments, kills."""
+"""Runs survive, or end with a clear error: damaged checkpoints, a full disk, signals at bad moments, kills."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def truncate(step):
 
 
 def flip(step):
-    """One bit, in the middle of the optimizer's moments."""
+    """Flips one bit in the middle of the optimizer's moments."""
     path = largest(step / "opt_state")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -71,8 +71,8 @@ def test_the_newest_whole_checkpoint_is_used_and_the_other_is_named(run, finishe
     directory = Path(run.workdir)
     damage(directory / "checkpoints" / "6")
     result = train(run)
-    said = capfd.readouterr().err
-    assert "checkpoint 6 is damaged: " in said and "resuming" in said and "at step 4 of 6" in said
+    printed = capfd.readouterr().err
+    assert "checkpoint 6 is damaged: " in printed and "resuming" in printed and "at step 4 of 6" in printed
     assert (directory / "damaged" / "6").is_dir(), "nothing is lost"
     assert result.step == 6 and compare(directory, finished) == []
 
@@ -118,7 +118,7 @@ def test_checksums_are_of_values_in_their_places_on_any_mesh():
 
 
 def full_at(step, patch):
-    """The disk is full when this step is saved; its half-written folder has the space."""
+    """Makes the disk full when this step is saved; its half-written folder takes the space."""
     original = Checkpoints.save
 
     def save(self, meta, *args):
@@ -136,7 +136,7 @@ def full_at(step, patch):
 
 
 @pytest.mark.parametrize("keep", [1, 20])
-def test_a_full_disk_is_said_and_the_last_whole_checkpoint_stays(short, finished, monkeypatch, keep):
+def test_a_full_disk_is_reported_and_the_last_whole_checkpoint_stays(short, finished, monkeypatch, keep):
     short = dataclasses.replace(short, train=dataclasses.replace(short.train, keep_checkpoints=keep))
     with monkeypatch.context() as patch:
         full_at(4, patch)
@@ -202,8 +202,8 @@ def test_a_signal_inside_an_evaluation_leaves_it_to_the_resumed_run(short, finis
     assert compare(Path(short.workdir), finished) == []
 
 
-def test_behind_the_deadline_a_process_leaves_without_saving(run, tmp_path):
-    """A save that never ends: the process is gone two seconds behind the signal, with the code for: start me again."""
+def test_after_the_deadline_a_process_leaves_without_saving(run, tmp_path):
+    """If a save never ends, the process ends two seconds after the signal, with the exit code for a restart."""
     shutil.rmtree(Path(run.workdir) / "checkpoints" / "6")
     script = tmp_path / "stuck.py"
     script.write_text(
@@ -236,7 +236,7 @@ def test_logs_and_config_are_whole_or_as_before(run, monkeypatch):
         train(run, quiet=True)
     assert ((directory / "metrics.jsonl").read_bytes(), (directory / "config.json").read_bytes()) == before
     (directory / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config.json is no JSON"):
+    with pytest.raises(ValueError, match=r"config.json is not JSON"):
         train(run, quiet=True)
 
 
@@ -249,7 +249,7 @@ def test_comparing_runs_finds_what_differs(run, finished):
     (directory / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     shutil.rmtree(directory / "checkpoints" / "6")
     different = compare(directory, finished)
-    assert different == ["steps (4 and 6)", "parameters", "optimizer state", "place in the data", "logged numbers"]
+    assert different == ["steps (4 and 6)", "parameters", "optimizer state", "position in the data", "logged numbers"]
     assert np.isfinite(row["loss"])
 
 

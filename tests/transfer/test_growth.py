@@ -101,7 +101,7 @@ def test_why_not_exact_says_exactly_when_the_function_changes(projection, normal
         for scale in ("auto", "fixed", "current"):
             reason = why_not_exact(config, init, scale)
             grown = grow(config, old, to=to, rng=KEY, init=init, scale=scale)
-            # New values of a size that shows.
+            # New values that are large enough to show.
             new = grown.params["ffn"]["values"]
             if init != "copy":
                 new = new.at[12:].multiply(100)
@@ -179,7 +179,7 @@ def test_growing_then_cutting_is_the_identity(params, init):
 
 
 def test_new_rows(params):
-    """Random rows are as in a new model, other for each group and layer, and reproducible."""
+    """Random rows are as in a new model, differ between groups and layers, and are reproducible."""
     to = TokenCounts(**{g: n + 400 for g, n in vars(COUNTS).items()})
     zero_keys, again, other = (grow(CONFIG, params, to=to, rng=k).params for k in (KEY, KEY, jax.random.key(4)))
     random = grow(CONFIG, params, to=to, rng=KEY, init="random").params
@@ -206,7 +206,7 @@ def test_two_growths_are_one(params):
     assert twice.config == once.config
     assert same(logits_of(twice.config, twice.params), logits_of(CONFIG, params))
     assert same(logits_of(once.config, once.params), logits_of(CONFIG, params))
-    # The values are random, but in the same places.
+    # The values are random, but at the same positions.
     jax.tree.map(
         lambda a, b: np.testing.assert_array_equal(a == 0, b == 0),
         jax.tree.map(lambda leaf: leaf["keys"], each_group(twice.params), is_leaf=lambda x: "keys" in x),
@@ -214,7 +214,7 @@ def test_two_growths_are_one(params):
     )
 
 
-def test_copies_behind_a_fixed_tau(params):
+def test_copies_after_a_fixed_tau(params):
     """tau^2 of 12 for 13 tokens becomes 24 for 26."""
     first = grow(CONFIG, params, to=UNEVEN, rng=KEY)
     to = TokenCounts(**{g: 2 * n for g, n in vars(UNEVEN).items()})
@@ -354,19 +354,19 @@ def test_a_model_without_parameter_tokens_cannot_grow():
 
 
 def test_a_larger_run_starts_with_a_smaller_model(params):
-    """By `Experiment.start`; what would change the function is said, and without a surgery the sizes have to fit."""
+    """`Experiment.start` names what would change the function; without a surgery, the sizes must fit."""
     source = Model(task=LanguageModeling(model=CONFIG), params=params, data=DATA)
     larger = LanguageModeling(model=grown_config(CONFIG, UNEVEN))
-    run, said = Experiment(task=larger, data=DATA, start=Growth()), []
-    found = start_from(run, source, say=said.append)
+    run, lines = Experiment(task=larger, data=DATA, start=Growth()), []
+    started = start_from(run, source, say=lines.append)
     expected, _ = Growth(to=UNEVEN).params(source.task, DATA, params, None, jax.random.key(run.train.seed))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
-    assert said == []
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), started, expected)
+    assert lines == []
     current = dataclasses.replace(larger, model=dataclasses.replace(larger.model, norm_tokens=TokenCounts()))
-    start_from(dataclasses.replace(run, task=current), source, say=said.append)
-    (line,) = said
+    start_from(dataclasses.replace(run, task=current), source, say=lines.append)
+    (line,) = lines
     assert "model.norm_tokens." in line
-    with pytest.raises(ValueError, match=r"has the shape .* in the one and has the shape .*set `start`"):
+    with pytest.raises(ValueError, match=r"has the shape .* in the first and has the shape .*set `start`"):
         start_from(dataclasses.replace(run, start=None), source)
 
 

@@ -111,7 +111,7 @@ def corpus(tmp_path_factory):
 
 
 def test_as_a_stage_it_is_resumed_bit_for_bit(operation, corpus, tmp_path, monkeypatch):
-    """A run that dies in the step before the surgery, in the one after it and in the last one ends as another."""
+    """A run that dies in the step before the surgery, in the one after it and in the last one ends like any other."""
     case = operation.before
     model = dataclasses.replace(case.task.model, vocab_size=384)
     experiment = Experiment(

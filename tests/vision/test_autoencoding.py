@@ -48,7 +48,7 @@ def case(model, **options) -> Case:
         "labels": np.zeros(8, np.int32),
         "mask": (np.arange(8) < 7).astype(np.float32),
     }
-    # Of so many kernels' gradients some are next to nothing, which Adam with a small epsilon makes large.
+    # Some of the many kernels have gradients near zero, which Adam with a small epsilon would make large.
     optimizer = OptimizerConfig(eps=1e-5)
     if options["discriminator"]:
         part = PartOptimizer(eps=1e-5, part="discriminator", start=1)
@@ -96,7 +96,7 @@ def size(tree):
 
 @pytest.mark.parametrize("name", binary_autoencoder.PUBLISHED)
 def test_published_sizes(name):
-    """The counts of the authors' classes; what these hold and ours do not is counted too."""
+    """The counts of the authors' classes, including what only these hold."""
     task = Autoencoding(model=binary_autoencoder.PUBLISHED[name], perceptual="weights")
     batch = {"images": jax.ShapeDtypeStruct((1, 256, 256, 3), np.float32)}
     params = unboxed(jax.eval_shape(task.init, jax.random.key(0), batch))
@@ -149,7 +149,9 @@ def test_discriminator():
     assert not np.allclose(run(x, True)[0][:1], run(x[:1], True)[0], atol=1e-3)  # its batch is in the norm
     assert run(x, True)[0].shape[1:] == config.sides(12)[-1:] * 2
     assert np.all(hinge_loss(jnp.full((2, 1, 1), 1.5), jnp.full((2, 1, 1), -1.0)) == 0)
-    with pytest.raises(ValueError, match=r"discriminator\.layers is 3, which needs images of 24 pixels"):
+    with pytest.raises(
+        ValueError, match=r"discriminator\.layers is 3, .* have 23 pixels a side; they must have at least 24"
+    ):
         DiscriminatorConfig().sides(23)
 
 
@@ -200,7 +202,7 @@ def test_lpips(lpips_file, tmp_path):
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, read_lpips(tmp_path, WIDTHS), params)))
     with pytest.raises(ValueError, match="perceptual_widths"):
         read_lpips(path)
-    with pytest.raises(FileNotFoundError, match="no file of weights"):
+    with pytest.raises(FileNotFoundError, match="does not exist; give"):
         read_lpips(tmp_path / "nothing.pth")
     with pytest.raises(FileExistsError):
         write_weights(path, {})
@@ -211,7 +213,7 @@ def test_files_of_weights(tmp_path):
     assert read_weights(half)["a"].dtype == np.float32 and read_weights(half)["n"].dtype == np.int64
     path = tmp_path / "cut.safetensors"
     path.write_bytes(b"1234567890")
-    with pytest.raises(ValueError, match="no whole safetensors file"):
+    with pytest.raises(ValueError, match="damaged or not a safetensors file"):
         read_weights(path)
     torch = pytest.importorskip("torch")
     torch.save({"a": torch.ones(2, dtype=torch.float16), "n": torch.tensor(3)}, tmp_path / "a.th")
@@ -230,7 +232,7 @@ def test_files_of_weights(tmp_path):
 @pytest.mark.parametrize("kind", ["bae", "nearest", "gumbel"])
 @pytest.mark.parametrize("suffix", [".safetensors", ".th"])
 def test_official_checkpoints_both_ways(kind, suffix, lpips_file, tmp_path):
-    """Every tensor comes back as it was, those that nothing here uses too."""
+    """Every tensor comes back as it was, even those that nothing here uses."""
     if suffix == ".th":
         pytest.importorskip("torch")
     sizes = SIZES | {"image_size": 16, "multipliers": (1, 2), "attention_resolutions": (8,)}
@@ -263,7 +265,7 @@ def test_official_checkpoints_both_ways(kind, suffix, lpips_file, tmp_path):
     own = {k: v for k, v in own.items() if k not in unused_shapes(model)}
     alone, aside = from_official(task, own)
     assert set(alone) == {"autoencoder"} and not aside
-    # and what the task has not is kept
+    # and what the task does not have is kept
     bare = Autoencoding(model=model, discriminator=None, perceptual="none")
     less, aside = from_official(bare, theirs)
     assert set(less) == {"autoencoder"} and to_official(bare, less, aside).keys() == theirs.keys()
@@ -277,7 +279,7 @@ def test_official_checkpoints_both_ways(kind, suffix, lpips_file, tmp_path):
 
 
 def test_configs_that_cannot_be():
-    for field, value, said in (
+    for field, value, message in (
         ("width", 48, "width is 48.*multiple of 32"),
         ("embed_dim", 8, "embed_dim is 8.*multiple of 32"),
         ("image_size", 9, "image_size is 9.*multiple of 2"),
@@ -290,7 +292,7 @@ def test_configs_that_cannot_be():
         ("sub_codes", 3, "sub_codes 3"),
         ("code_weight", -1.0, "code_weight is -1"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             BAEConfig(**SIZES | {field: value})
     for field, value in (("codebook_size", 0), ("quantizer_kind", "other"), ("beta", -1.0), ("kl_weight", -1.0)):
         with pytest.raises(ValueError, match=f"{field} is {value!r}"):
@@ -300,13 +302,13 @@ def test_configs_that_cannot_be():
             DiscriminatorConfig(**{field: value})
     with pytest.raises(TypeError, match="abstract"):
         TokenizerConfig()
-    with pytest.raises(ValueError, match=r"perceptual_weight is 1\.0, but there are no weights"):
+    with pytest.raises(ValueError, match=r"perceptual_weight is 1\.0, but perceptual is empty"):
         Autoencoding(model=BAEConfig())
     with pytest.raises(ValueError, match="perceptual_weight is -1"):
         Autoencoding(model=BAEConfig(), perceptual_weight=-1)
-    with pytest.raises(ValueError, match="needs images of 24 pixels"):
+    with pytest.raises(ValueError, match="must have at least 24"):
         Autoencoding(model=BAEConfig(**SIZES), perceptual="none")
-    with pytest.raises(ValueError, match="LPIPS needs at least 16"):
+    with pytest.raises(ValueError, match="for LPIPS it must be at least 16"):
         Autoencoding(model=BAEConfig(**SIZES), discriminator=None, perceptual="file.pth")
     with pytest.raises(ValueError, match="five positive"):
         Autoencoding(model=BAEConfig(), perceptual="none", perceptual_widths=(1, 2))
@@ -338,7 +340,7 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise:
-    """Random images, from a place that can be saved."""
+    """Random images, whose position can be saved."""
 
     batch_size: int = 4
     size: int = 8
@@ -389,7 +391,7 @@ class Batches:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Small(Task):
-    """As an `Autoencoding` to the loop, with three arrays."""
+    """Looks like an `Autoencoding` to the loop, with three arrays."""
 
     def init(self, rng, batch):
         kernel = {"kernel": jax.random.normal(rng, (3,))}
@@ -499,7 +501,7 @@ def test_a_run_with_two_optimizers_and_an_average(adversarial, tmp_path, monkeyp
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(first))  # no moment, no count
     assert [int(state.state[1]["discriminator"][0].count) for state in states] == [0, 1, 2]
     assert [int(state.state[0][0].count) for state in states] == [2, 3, 4]
-    # the average moves behind every second update; what no gradient moves is no average
+    # the average moves after every second update; what no gradient moves has no average
     assert same(states[0].average["autoencoder"], states[1].average["autoencoder"])
     mean = jax.tree.map(lambda a, b: 0.5 * a + 0.5 * b, states[1].average["autoencoder"], at[2].params["autoencoder"])
     for x, y in zip(jax.tree.leaves(mean), jax.tree.leaves(states[2].average["autoencoder"])):
@@ -511,10 +513,10 @@ def test_a_run_with_two_optimizers_and_an_average(adversarial, tmp_path, monkeyp
     assert raw["loss"] == pytest.approx(whole.metrics["loss"], rel=1e-5)
     again = averaged.task.evaluate(averaged.params, Noise().eval_batches(""))
     assert smooth["loss"] == again["loss"] != pytest.approx(raw["loss"], rel=1e-5)
-    if isinstance(adversarial.task, Small):  # what is read from a file is there, and stays
+    if isinstance(adversarial.task, Small):  # what is read from a file is there, and stays the same
         assert all(np.array_equal(run.params["frozen"]["kernel"], [0, 1]) for run in at)
         assert "frozen" not in states[0].average
-    # and a run that is interrupted goes on bit by bit
+    # and a run that was interrupted continues bit for bit
     broken = dataclasses.replace(adversarial, workdir=str(tmp_path / "broken"))
     original = Batches.__next__
 
@@ -541,7 +543,7 @@ def test_lpips_of_a_task(lpips_file, tmp_path):
     x, y = pictures(2, 16, 16, 3), pictures(2, 16, 16, 3, seed=1)
     expected = jax.jit(LPIPS(WIDTHS).apply)({"params": lpips_file[1]}, x, y)
     np.testing.assert_allclose(jax.jit(task.distance(loaded))(x, y), expected, rtol=1e-5)
-    with pytest.raises(FileNotFoundError, match="no file of weights"):
+    with pytest.raises(FileNotFoundError, match="does not exist; give"):
         dataclasses.replace(task, perceptual=str(tmp_path / "nothing.pth")).load_weights(params)
 
 

@@ -325,7 +325,7 @@ ABSOLUTE = ("g_loss", "d_loss")
 
 @pytest.mark.parity("vqgan_bae_bricks/gan_step*.npz")
 def test_one_step_of_both_losses(golden, parity):
-    """One gradient of the sum is that of each loss by its own parameters."""
+    """The gradient of the sum is, for each part, that of its own loss."""
     c = golden.config
     task = adversarial(c)
     params = adversarial_params(task, golden.under("params"))
@@ -352,7 +352,7 @@ def test_one_step_of_both_losses(golden, parity):
     own = discriminator_tensors(task.discriminator, grads["discriminator"], grads["statistics"])
     theirs = golden.under("grad/d")
     floored(parity, "gradients of L_D", {k: own[k.removeprefix("disc.")] for k in theirs}, theirs)
-    # at the first step at which the generator feels it, the discriminator does not learn: it has seen the fakes only
+    # at the first step at which it moves the generator, the discriminator does not learn, as it has seen only fakes
     (_, metrics), grads = run(params, c["disc_start_step"])
     parity("statistics", flat_statistics(metrics["state"]), golden.under("out/bn_after_g_step"))
     assert float(metrics["d_loss"]) == 0 and float(metrics["d_weight"]) > 0
@@ -362,7 +362,7 @@ def test_one_step_of_both_losses(golden, parity):
 
 
 class Shapes:
-    """Stands for the data."""
+    """A stand-in for the data."""
 
     def __init__(self, shape):
         self.batch_size, self._shape = shape[0], shape

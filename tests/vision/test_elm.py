@@ -77,7 +77,7 @@ LABELS = np.array([1, 3])
 
 @functools.cache
 def noisy_params(config):
-    """None of them zero."""
+    """Parameters, none of them zero."""
     init = elm_masked.init_params if isinstance(config, MaskedElmConfig) else elm.init_params
     shapes = jax.eval_shape(lambda: init(config, jax.random.key(0)))
     rng = np.random.default_rng(1)
@@ -114,7 +114,7 @@ def count(config):
     ],
 )
 def test_published_sizes(size, ffn, millions):
-    """The counts that are known, in millions, and the same by hand, to the last one."""
+    """Counts are those that are known, in millions, and equal counts by hand exactly."""
     layers, d = SIZES[size]["num_layers"], SIZES[size]["d_model"]
     assert mlp_width(d) == SIZES[size]["mlp_dim"] == ffn
     for decomposition, known in zip(("1-16", "2-8", "2-10", "2-12"), millions):
@@ -127,7 +127,7 @@ def test_published_sizes(size, ffn, millions):
 
 
 def test_published_masked_sizes():
-    """They hold one table. Ours has one number less: the bias of the mask as a target."""
+    """They have a single table. Ours has one number less, as it has no bias of the mask as a target."""
     for size, millions in {"l": 377.6, "xl": 818, "xxl": 1465}.items():
         config = published_masked(size)
         layers, d, ffn = config.num_layers, config.d_model, config.mlp_dim
@@ -137,7 +137,7 @@ def test_published_masked_sizes():
 
 
 def test_work():
-    """Near twice the parameters that products use for each position, and attention."""
+    """They are near twice the parameters that products use for each position, plus attention."""
     config = published("l", "2-10")
     used = count(config) - 1001 * 1024 - 2 * 1024 * 1024  # without the tables that are looked up
     attention = config.num_layers * 4 * 1024 * 256
@@ -201,15 +201,15 @@ def test_the_first_loss_is_that_of_guessing(config):
 
 @pytest.mark.parametrize("config", [CONFIG, MODULATED, COSINE], ids=["two sub-codes", "modulated", "cosine"])
 def test_nothing_is_seen_ahead(config):
-    """A position's codes change no bit of the logits up to its own, and something of all behind it."""
+    """A position's codes change no bit of the logits up to its own, and some of all those after it."""
     params, codes = noisy_params(config), some_codes(config)
     before = logits_of(config, params, codes, LABELS)
-    for place in (0, 4, config.positions - 1):
+    for position in (0, 4, config.positions - 1):
         other = codes.copy()
-        other[:, place] = (other[:, place] + 1) % config.codebook
+        other[:, position] = (other[:, position] + 1) % config.codebook
         after = logits_of(config, params, other, LABELS)
-        np.testing.assert_array_equal(after[:, : place + 1], before[:, : place + 1])
-        assert (jnp.abs(after - before)[:, place + 1 :].max((0, 2, 3)) > 1e-5).all()
+        np.testing.assert_array_equal(after[:, : position + 1], before[:, : position + 1])
+        assert (jnp.abs(after - before)[:, position + 1 :].max((0, 2, 3)) > 1e-5).all()
     assert jnp.abs(logits_of(config, params, codes, LABELS[::-1]) - before).min((2, 3)).max() > 1e-5
 
 
@@ -249,7 +249,7 @@ def test_places_are_turned_by_row_and_column():
 
 
 def test_sub_codes_have_no_order():
-    """Swapped in codes, tables, projection and heads, they swap in the logits."""
+    """Swapping them in codes, tables, projection and heads swaps them in the logits."""
     codes, params = some_codes(CONFIG), noisy_params(CONFIG)
     kernel = params["projection"]["kernel"]
     swapped = {
@@ -277,7 +277,7 @@ def test_the_loss_by_parts_is_the_loss():
         np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-6)
     x = jnp.arange(24.0).reshape(2, 12)
     np.testing.assert_array_equal(by_parts(lambda a, b: a - 2 * b, 4, x, x), -x)
-    with pytest.raises(ValueError, match="5 places"):
+    with pytest.raises(ValueError, match="part is 5; it must divide"):
         by_parts(lambda a: a, 5, x)
 
 
@@ -308,7 +308,7 @@ def test_classes_are_withheld_in_training():
 
 
 def test_paths_are_dropped_by_depth():
-    """Never in the first of two layers; in the second, either part of it or both, for a whole row, or none."""
+    """Nothing is dropped in the first of two layers; in the second, either part, both or none, for a whole row."""
     config = StackOf(num_layers=2, d_model=8, num_heads=1, mlp_dim=8, drop_path=0.5)
     x = jnp.broadcast_to(jax.random.normal(jax.random.key(0), (1, 3, 8)), (200, 3, 8))
 
@@ -334,20 +334,20 @@ class StackOf(ElmConfig):
 
 
 def recomputed(config, params, labels, prefix, sampling, uniforms):
-    """Every position from a whole pass, with and without the class, by NumPy."""
+    """Computes every position by a whole pass, with and without the class, in NumPy."""
     images, given = prefix.shape[:2]
     codes = np.zeros((images, config.positions, config.sub_codes), np.int32)
     codes[:, :given] = prefix
     nothing = np.full(images, config.num_classes, np.int32)
     weights = sampling.weights(len(uniforms))
-    for step, place in enumerate(range(given, given + len(uniforms))):
-        with_class, without = (np.asarray(logits_of(config, params, codes, y))[:, place] for y in (labels, nothing))
+    for step, position in enumerate(range(given, given + len(uniforms))):
+        with_class, without = (np.asarray(logits_of(config, params, codes, y))[:, position] for y in (labels, nothing))
         logits = (without + weights[step] * (with_class - without)) / np.float32(sampling.temperature)
         if sampling.top_k:
             logits = np.where(logits >= np.sort(logits, -1)[..., -sampling.top_k, None], logits, -np.inf)
         p = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
-        codes[:, place] = (np.cumsum(p, -1) <= uniforms[step].T[..., None]).sum(-1)
+        codes[:, position] = (np.cumsum(p, -1) <= uniforms[step].T[..., None]).sum(-1)
     return codes[:, : given + len(uniforms)], logits
 
 
@@ -392,7 +392,7 @@ def test_schedules():
 
 
 def test_guidance():
-    """At 1 it is the model of the class, and without a class it is nothing, whatever the scale."""
+    """At 1, it is the model with the class; without a class it has no effect, whatever the scale."""
     params, key = noisy_params(CONFIG), jax.random.key(5)
     draw = functools.partial(generate, CONFIG, params, rng=key)
     one = draw(LABELS, sampling=ElmSampling(guidance=1.0, top_k=0))
@@ -433,7 +433,7 @@ def test_rows_do_not_depend_on_each_other():
 
 
 def test_bfloat16():
-    """Activations and the cache are; logits and what is drawn from are not."""
+    """Activations and the cache are bfloat16; logits and the distribution that is drawn from are not."""
     for config in (MODULATED, COSINE):
         half, params = dataclasses.replace(config, dtype="bfloat16", drop_path=0.1), noisy_params(config)
         codes = generate(half, params, LABELS, rng=jax.random.key(0))
@@ -444,7 +444,7 @@ def test_bfloat16():
 
 
 def test_draws_have_the_models_probabilities():
-    """Of the first position, many times."""
+    """Codes of the first position, drawn many times."""
     config = ElmConfig(**SMALL | {"grid": 1, "sub_codes": 1, "num_layers": 1})
     params = noisy_params(config)
     codes = generate(config, params, [2] * 4000, sampling=ElmSampling(guidance=1.0, top_k=0), rng=jax.random.key(0))
@@ -469,7 +469,7 @@ def test_a_mesh_draws_the_same():
 
 
 def test_beyond_the_square():
-    """Downwards it is a prefix; to the right, each row continues all above it and its kept columns."""
+    """Downwards, the image is a prefix; to the right, each row continues all rows above it and its kept columns."""
     params, first = noisy_params(CONFIG), some_codes(CONFIG)
     sampling = ElmSampling(top_k=0)
     uniforms = np.random.default_rng(3).random((9, 2, 2)).astype(np.float32)
@@ -508,7 +508,7 @@ def test_pictures_beyond_the_square():
 
 
 def test_one_code_is_a_language():
-    """The house's decoding draws what ELM's own does; what was made for text needs no more than ids."""
+    """The decoding engine draws what ELM's own loop does; options that were made for text need only ids."""
     config = ElmTextConfig(**SMALL)
     params = noisy_params(config)
     images = generate(config, params, LABELS, sampling=ElmSampling(guidance=1.0, top_k=1), rng=jax.random.key(0))
@@ -566,7 +566,7 @@ def test_masked_codes_are_not_seen():
 
 
 def test_the_masked_loss_is_a_mean_over_what_is_masked():
-    """Over the whole batch; soft targets count everywhere; and the head does not teach the table."""
+    """The mean is over the whole batch; soft targets count everywhere; the head does not train the table."""
     codes, params, masked = some_codes(MASKED) % 4, noisy_params(MASKED), np.arange(9) < np.array([[2], [7]])
     task = MaskedElmModeling(model=dataclasses.replace(MASKED, loss_chunk=3), label_smoothing=0.1)
     batch = {"codes": codes, "labels": LABELS, "mask": np.ones(2, np.float32)}
@@ -583,7 +583,7 @@ def test_the_masked_loss_is_a_mean_over_what_is_masked():
     by_hand = -(hamming_weights(codes, 3, 1) * logp).sum(-1).mean()
     assert (count, float(total / count)) == (36, pytest.approx(float(by_hand), rel=1e-5))
     gradient = jax.jit(jax.grad(lambda p: task.masked_nats(p, batch, masked)[0]))(params)
-    np.testing.assert_array_equal(gradient["embedding"][4:], 0)  # codes that are no inputs are met in the head only
+    np.testing.assert_array_equal(gradient["embedding"][4:], 0)  # codes that are no inputs occur only in the head
     assert jnp.abs(gradient["embedding"][:4]).max() > 0
 
 
@@ -603,12 +603,12 @@ def test_rounds():
     "options",
     [
         {"rounds": 4},
-        {"rounds": 1, "temperature": 0.0, "guidance": 1.0},
+        {"rounds": 1, "noise": 0.0, "guidance": 1.0},
         {"rounds": 5, "remask": True, "schedule": "powercos", "mask_schedule": "linear"},
     ],
 )
 def test_masked_generation(options):
-    """All codes are codes, and with a key it is the same twice."""
+    """All codes are in range, and the same key gives the same codes."""
     params, sampling = noisy_params(MASKED), MaskedSampling(**options)
     first, again, other = (
         np.asarray(elm_masked.generate(MASKED, params, [1, None], sampling=sampling, rng=jax.random.key(k)))
@@ -622,7 +622,7 @@ def test_masked_generation(options):
 def test_one_round_draws_every_code_once():
     params = noisy_params(MASKED)
     uniforms = np.random.default_rng(0).random((1, 2, 18)).astype(np.float32)
-    sampling = MaskedSampling(rounds=1, temperature=0.0, guidance=1.0)
+    sampling = MaskedSampling(rounds=1, noise=0.0, guidance=1.0)
     codes = elm_masked.generate(MASKED, params, LABELS, sampling=sampling, draws=(uniforms, np.zeros((1, 2, 9, 2))))
     logits = masked_logits(MASKED, params, np.zeros((2, 9, 2), np.int32), LABELS, np.ones((2, 9), bool))
     chances = np.cumsum(jax.nn.softmax(logits), -1)
@@ -664,7 +664,7 @@ def test_impossible_models(options, message):
         (lambda: MaskedElmModeling(model=MASKED, hamming=-1), "hamming is -1"),
         (lambda: MaskedElmModeling(model=MASKED, mask_schedule="square"), "mask_schedule is 'square'"),
         (lambda: MaskedSampling(rounds=0), "rounds is 0"),
-        (lambda: MaskedSampling(temperature=-1.0), "temperature is -1.0"),
+        (lambda: MaskedSampling(noise=-1.0), "noise is -1.0"),
         (lambda: MaskedSampling(schedule="cos"), "schedule is 'cos'"),
         (lambda: MaskedSampling(mask_schedule="cosine"), "mask_schedule is 'cosine'"),
         (lambda: ElmSampling(schedule="cubic"), "schedule is 'cubic'"),
@@ -700,9 +700,9 @@ def test_a_schedule_that_falls_is_warned_of():
         ([0, 1], {"prefix": np.full((2, 4, 2), 8)}, "the code 8"),
         ([0, 1], {"prefix": np.full((2, 4, 2), -1)}, "the code -1"),
         ([0, 1], {"prefix": np.zeros((3, 4, 2), int)}, "3 images"),
-        ([0, 1], {"prefix": np.zeros((2, 9, 2), int)}, "0 new positions"),
+        ([0, 1], {"prefix": np.zeros((2, 9, 2), int)}, "new is 0 after"),
         ([0, 1], {"uniforms": np.zeros((9, 1, 2))}, "9 positions, 2 sub-codes, 2 images"),
-        ([0, 1], {"prefix": np.zeros((2, 4, 2), int), "new": 6}, "6 new positions behind a prefix of 4"),
+        ([0, 1], {"prefix": np.zeros((2, 4, 2), int), "new": 6}, "new is 6 after a prefix of 4 positions"),
     ],
 )
 def test_impossible_generation(labels, options, message):

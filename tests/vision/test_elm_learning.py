@@ -101,7 +101,7 @@ def test_the_autoregressive_model_draws_digits(digits, tmp_path, sub_codes):
 def test_the_masked_model_draws_digits(digits, tmp_path):
     model = MaskedElmConfig(**SIZE, sub_codes=1, code_bits=BITS)
     params, nats, unigram = run(digits, tmp_path, MaskedElmModeling(model=model), 1)
-    sampling = MaskedSampling(rounds=8, guidance=3.0, temperature=2.0)
+    sampling = MaskedSampling(rounds=8, guidance=3.0, noise=2.0)
     codes = elm_masked.generate(model, params, LABELS, sampling=sampling, rng=jax.random.key(0))
     score = recognised(digits, codes, LABELS)
     print(f"\nmasked: {nats:.3f} nats a masked position, unigram {unigram:.3f}, recognised {score}")

@@ -21,7 +21,7 @@ from jaxtok.vision.token_statistics import attention_locality, token_statistics
 
 
 def load(golden):
-    """Model and parameters, of a file's config; what the tensors say themselves is checked against it."""
+    """Model and parameters of a file; the sizes of its tensors are checked against its config."""
     theirs, tensors = golden.config, golden.under("params")
     config = config_from(
         tensors,
@@ -42,7 +42,7 @@ def load(golden):
 
 
 def check_tensors(golden, config, params):
-    """Tensors written are those that were read."""
+    """The tensors that are written are those that were read."""
     theirs, ours = golden.under("params"), params_to(config, params)
     assert set(ours) == set(theirs)
     for name, array in theirs.items():
@@ -140,7 +140,7 @@ def check_masked_generation(golden, parity, config, params):
         guidance=options["cfg_scale"],
         schedule=options["cfg_schedule"],
         power=options.get("scale_pow", 1.0),
-        temperature=options["temperature"],
+        noise=options["temperature"],
         mask_schedule=options["mask_schedule"],
     )
     labels = golden.arrays.get("in/gen_labels", golden["in/labels"])
@@ -205,7 +205,7 @@ def test_decomposition(golden, parity):
 
 @pytest.mark.parity("elm/vocab_decomposition*.npz")
 def test_the_authors_cosine_schedule(golden, parity):
-    """As a run of 800,000 steps; theirs goes on at the minimum, and a run here ends."""
+    """In a run of 800,000 steps; theirs continues at the minimum, and a run here ends."""
     steps = 800_000
     schedule = OptimizerConfig(learning_rate=1e-4, min_learning_rate=1e-6, warmup=100 / steps)
     inside = golden["in/lr_steps"] <= steps

@@ -15,9 +15,10 @@ from image_generators import TEST_ONLY, random_params
 
 from jaxtok.protocols import ImageGenerator
 from jaxtok.verbs.vision import make_sampling
+from jaxtok.vision.elm_masked import MaskedSampling
 
 IMAGE_GENERATORS = collect("IMAGE_GENERATORS") | TEST_ONLY
-"""All know four classes."""
+"""Every generator knows four classes."""
 KEY = jax.random.key(3)
 
 
@@ -46,7 +47,7 @@ def test_an_image_depends_on_its_condition_and_place(case):
 
 
 def test_progress(case):
-    """It rises to 1, and the images are the same as without it."""
+    """Progress rises to 1, and the images are the same as without it."""
     task, params, codes = case
     shares = []
     chex.assert_trees_all_equal(task.draw(params, [1, None, 3], KEY, on_progress=shares.append), codes)
@@ -58,16 +59,19 @@ def test_options(case):
     kind = task.sampling
     assert dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen
     assert make_sampling(task) == make_sampling(task, {}) == make_sampling(task, kind()) == kind()
-    assert make_sampling(task, {"temperature": 0.5}).temperature == 0.5
+    option = "noise" if kind is MaskedSampling else "temperature"
+    assert getattr(make_sampling(task, {option: 0.5}), option) == 0.5
     chex.assert_trees_all_equal(
         task.draw(params, [2], KEY, sampling=kind()), task.draw(params, [2], KEY, sampling=None)
     )
     assert not np.array_equal(
-        task.draw(params, range(4), KEY), task.draw(params, range(4), KEY, sampling=kind(temperature=50.0))
+        task.draw(params, range(4), KEY), task.draw(params, range(4), KEY, sampling=kind(**{option: 50.0}))
     )
-    with pytest.raises(ValueError, match=f"noise is no option of {kind.__name__}; it can be .*temperature"):
-        make_sampling(task, {"noise": 1.0})
-    with pytest.raises(ValueError, match=f"sampling is of int; {type(task).__name__} takes {kind.__name__}"):
+    with pytest.raises(ValueError, match=f"luck is not an option of {kind.__name__}; it must be one of .*{option}"):
+        make_sampling(task, {"luck": 1.0})
+    with pytest.raises(
+        ValueError, match=f"sampling is of type int; for {type(task).__name__} it must be a {kind.__name__}"
+    ):
         make_sampling(task, 3)
 
 

@@ -29,7 +29,7 @@ def case(request):
 
 
 def decode(task, params, codes, key=5):
-    """With a key where the tokenizer needs one."""
+    """Encodes, with a key where the tokenizer needs one."""
     return task.decode(params, codes, jax.random.key(key) if task.draws_images else None)
 
 
@@ -57,7 +57,7 @@ def test_images(case):
     chex.assert_shape(decoded, images.shape)
     chex.assert_type(decoded, jnp.float32)
     chex.assert_tree_all_finite(decoded)
-    # an image depends on its own codes, its place and the key only
+    # an image depends only on its own codes, its index in the batch and the key
     chex.assert_trees_all_close(decode(task, params, codes[:1]), decoded[:1], atol=1e-5)
     chex.assert_trees_all_close(decode(task, params, codes.at[1].set(0))[:1], decoded[:1], atol=1e-5)
     if task.draws_images:
@@ -71,7 +71,7 @@ def test_images(case):
 
 
 def test_prefixes(case):
-    """Each that is named is decoded, with a key to something else where there is a choice; others are refused."""
+    """Each prefix that is named is decoded, with a key to other images where they are drawn; others are refused."""
     _, task, params, images, codes = case
     positions = math.prod(task.code_shape)
     assert tuple(sorted(set(task.prefixes))) == task.prefixes
@@ -89,7 +89,7 @@ def test_prefixes(case):
 
 
 def test_more_codes_are_nearer_to_the_image():
-    """Of codes that are ordered."""
+    """This holds for codes that are ordered."""
     task = FrequencyTokenizer()
     params = task.init(jax.random.key(0), {})
     ramp = np.linspace(0, 1, 8)
@@ -133,7 +133,7 @@ def test_what_is_refused(case):
         (images[:, 1:], rf"shape \(2, {first - 1}, {', '.join(map(str, others))}\)"),
         (np.concatenate([images] * 2, -1), rf"\[batch, {sizes}\]"),
         (images[0], "batch"),
-        ((255 * images).astype(np.uint8), "uint8; divide them by 255"),
+        ((255 * images).astype(np.uint8), "uint8; they must be floats"),
         (np.where(images > 0.5, np.nan, images), "not finite"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -150,7 +150,7 @@ def test_what_is_refused(case):
 
 
 def test_inside_a_compiled_function(case):
-    """As a language model of codes calls it."""
+    """A language model of codes calls the tokenizer in this way."""
     _, task, params, images, _ = case
     rng = jax.random.key(1)
     found = jax.jit(lambda p, x: task.decode(p, task.encode(p, x, rng), rng))(params, images)

@@ -1,4 +1,4 @@
-"""Statistics of tokens and the reach of attention (their numbers: test_elm_parity.py)."""
+"""Statistics of tokens and the reach of attention (numbers: test_elm_parity.py)."""
 
 from __future__ import annotations
 
@@ -113,10 +113,10 @@ def test_reach_of_a_model(task, tmp_path):
     assert isinstance(task, MapsAttention)
     maps = np.asarray(task.attention_maps(params, batch, jax.random.fold_in(jax.random.key(0), 0)))
     cells = task.attention_cells()
-    places = len(cells)
-    assert maps.shape == (2, 3, 4, places, places) and places == (8 if causal else 18)
+    cell_count = len(cells)
+    assert maps.shape == (2, 3, 4, cell_count, cell_count) and cell_count == (8 if causal else 18)
     np.testing.assert_allclose(maps.sum(-1), 1, rtol=1e-5)
-    assert (maps[..., np.triu_indices(places, 1)[0], np.triu_indices(places, 1)[1]] == 0).all() == causal
+    assert (maps[..., np.triu_indices(cell_count, 1)[0], np.triu_indices(cell_count, 1)[1]] == 0).all() == causal
     found = locality(task, params, [batch])
     assert found["distance"].shape == found["local_mass"].shape == (2, 4)
     # the image that only fills the batch does not count

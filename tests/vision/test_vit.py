@@ -52,7 +52,7 @@ def make_batch(size=6, seed=0, config=TOKENFORMER):
 
 @functools.cache
 def make_params(config):
-    """Parameters none of which is zero, so that each of them shows."""
+    """Parameters, none of them zero, so that each has an effect."""
     shapes = jax.eval_shape(functools.partial(init_params, ViT(config)), jax.random.key(0), make_batch()["images"])
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda x: rng.normal(scale=0.3, size=x.shape).astype(np.float32), shapes)
@@ -169,7 +169,7 @@ def test_dropout_is_for_training():
 
 @pytest.mark.parametrize("shape", [(2, 8, 8, 1), (2, 8, 12, 3), (2, 16, 16, 3)])
 def test_images_of_another_size(shape):
-    with pytest.raises(ValueError, match="the model's are 8 x 8 x 3"):
+    with pytest.raises(ValueError, match="must be 8 x 8 x 3"):
         ViT(LINEAR).init(jax.random.key(0), jnp.zeros(shape))
 
 
