@@ -120,7 +120,7 @@ def test_remat_of_a_model_in_parts():
 
 @libtpu
 def test_what_cannot_be_planned():
-    with pytest.raises(ValueError, match=r"topology 'v5e:3x5' is unknown.*CHIP:AxB"):
+    with pytest.raises(ValueError, match=r"topology is 'v5e:3x5', unknown to the TPU compiler.*CHIP:AxB"):
         plan(EXPERIMENT, "v5e:3x5")
     with pytest.raises(ValueError, match=r"mesh .* does not fit 4 devices"):
         plan(dataclasses.replace(EXPERIMENT, mesh=MeshConfig(fsdp=8)), "v5e:2x2")
@@ -167,7 +167,7 @@ def test_gpus_that_are_not_there(capsys):
 
 
 def test_gpus_by_another_name_or_without_their_compiler(monkeypatch):
-    with pytest.raises(ValueError, match="use h100:N for N GPUs"):
+    with pytest.raises(ValueError, match="must be h100:N for N GPUs"):
         plan(EXPERIMENT, "h100")
     monkeypatch.setattr("jaxtok.plan.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="pip install jax-cuda12-plugin"):
