@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import numbers
 import runpy
 import sys
 import traceback
@@ -118,7 +119,18 @@ def _replaced(config: Any, path: Sequence[str], value: Any, name: str) -> Any:
     if first not in fields:
         hint = systems.nearest(first, fields, f"; it must be one of {', '.join(fields)}" if fields else "")
         raise ValueError(f"{name} is not a field: a {type(config).__name__} has no {first!r}{hint}")
-    return dataclasses.replace(config, **{first: _replaced(getattr(config, first), rest, value, name)})
+    old = getattr(config, first)
+    if not rest and value is not None and not _may_replace(old, value):
+        raise ValueError(f"{name} is {value!r}; it must be of type {type(old).__name__}.")
+    return dataclasses.replace(config, **{first: _replaced(old, rest, value, name)})
+
+
+def _may_replace(old: Any, value: Any) -> bool:
+    """Tells whether a number replaces a number, and a truth value a truth value; the config's class checks the rest."""
+    if isinstance(old, bool):
+        return isinstance(value, bool)
+    kind = {int: numbers.Integral, float: numbers.Real}.get(type(old))
+    return kind is None or (isinstance(value, kind) and not isinstance(value, bool))
 
 
 def override(config: T, arguments: Sequence[str], prog: str) -> T:

@@ -73,6 +73,10 @@ def _location(path: str | Path) -> Path:
         if not is_run(run):
             raise FileNotFoundError(f"{name} has not been trained here: there is no {run}; run `jaxtok train {name}`.")
         return run
+    if any(name.rsplit("/", 1)[-1].lower() in row.published for row in systems.SYSTEMS):
+        raise FileNotFoundError(
+            f"there is no folder {name}, and nothing is downloaded; give the folder that has this size's weights."
+        )
     others = [str(other) for other in location.parent.glob("*") if other.is_dir()]
     hint = systems.nearest(name, [*others, *systems.configs()], "; give a run's folder, or a folder or file of a model")
     raise FileNotFoundError(f"there is nothing at {name}{hint}")

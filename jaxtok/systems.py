@@ -473,10 +473,10 @@ class Listing:
         if self.systems:
             width = max(len(row.name) for row in self.systems)
             parts.append(["systems", *(f"  {row.name:<{width}}  {row.title}: {row.does}" for row in self.systems)])
-        if self.configs:
-            width = max(len(entry.name) for entry in self.configs)
-            lines = (f"  {entry.name:<{width}}  {entry.about}" for entry in self.configs)
-            parts.append(["configs (jaxtok train or study NAME)", *lines])
+        for title, verb in (("configs (jaxtok train NAME)", "train"), ("studies (jaxtok study NAME)", "study")):
+            if shown := [entry for entry in self.configs if entry.verb == verb]:
+                width = max(len(entry.name) for entry in shown)
+                parts.append([title, *(f"  {entry.name:<{width}}  {entry.about}" for entry in shown)])
         if self.published:
             parts.append(["published sizes (jaxtok.published)", *(f"  {name}" for name in self.published)])
         return "\n\n".join("\n".join(part) for part in parts) or "no name matches"
@@ -486,7 +486,7 @@ def find(pattern: str = "*") -> Listing:
     """Returns the systems, configs and published sizes whose names match.
 
     >>> jaxtok.list("mrt5*small")
-    configs (jaxtok train or study NAME)
+    configs (jaxtok train NAME)
       mrt5_small  300M parameters; in the paper, half of the bytes are deleted and a batch takes 29.99 ms, not 44.29
     <BLANKLINE>
     published sizes (jaxtok.published)

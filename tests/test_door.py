@@ -125,6 +125,7 @@ def test_the_error_names_what_another_kind_of_model_cannot_do():
     ("path", "message"),
     [
         ("rnu", "there is nothing at rnu; did you mean run?"),
+        ("some/gpt2", "there is no folder some/gpt2, and nothing is downloaded; give the folder that has this size's"),
         ("no/such/run", "there is nothing at no/such/run; give a run's folder, or a folder or file of a model."),
         ("hat_1b", "hat_1b has not been trained here: there is no runs/hat_1b; run `jaxtok train hat_1b`."),
         ("hat_study", "hat_study is a study, which has several models"),
@@ -144,6 +145,7 @@ def test_the_error_names_what_is_no_model(path, message, folder, monkeypatch):
     [
         ({"train__step": 3}, "train.step is not a field: a TrainConfig has no 'step'; did you mean steps?"),
         ({"stages__0__init": "copy"}, "stages.0.init is not a field"),
+        ({"train__steps": "3"}, "train.steps is '3'; it must be of type int."),
         ({"train__steps": 0}, "train.steps is 0; it must be at least 1."),
     ],
 )

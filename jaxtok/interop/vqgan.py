@@ -244,7 +244,7 @@ class AutoencoderFile:
         return has_tensors(path, lambda names: any(name.removeprefix("ae.") == _FIRST for name in names))
 
     def read(self, path: Path, like: Any = None, *, which: str = "") -> Model:
-        """Returns the model in a file. Without discriminator or LPIPS, it can encode and decode, but not train.
+        """Returns the model in a file. If the file has no discriminator or no LPIPS, the task has none, either.
 
         Args:
           path: .safetensors, .npz, or PyTorch's (needs PyTorch).
@@ -256,9 +256,10 @@ class AutoencoderFile:
           ValueError: no task is given, or its sizes are others.
         """
         params, _ = from_official(like, read_file(path, like, which))
-        if not {"discriminator", "frozen"} <= params.keys():
-            like = dataclasses.replace(like, discriminator=None, perceptual="none")
-            params = {"autoencoder": params["autoencoder"]}
+        if "discriminator" not in params:
+            like = dataclasses.replace(like, discriminator=None)
+        if like.uses_lpips and "frozen" not in params:
+            like = dataclasses.replace(like, perceptual="none")
         return Model(task=like, params=params, data=None, path=Path(path))
 
     def write(self, path: Path, model: Model) -> Path:

@@ -121,8 +121,9 @@ def find_sites(config: LoraConfig, params: Params) -> tuple[Site, ...]:
     def matched(pattern: str, field: str) -> list[str]:
         paths = [path for path in shapes if re.fullmatch(pattern, path)]
         if not paths:
-            some = ", ".join(path for path in shapes if path.endswith("kernel"))
-            raise ValueError(f"lora.{field} has {pattern!r}, which is no parameter; there are {some[:300]}.")
+            names = [path for path in shapes if path.rsplit("/", 1)[-1] in ("kernel", *TABLES)]
+            there = f"those that can have a difference are {', '.join(names)[:300]}" if names else "no other fits"
+            raise ValueError(f"lora.{field} has {pattern!r}, which is no parameter of the model; {there}.")
         return paths
 
     def order(path: str) -> tuple[int, str]:

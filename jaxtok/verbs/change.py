@@ -79,13 +79,13 @@ def adapt(
     """Makes a new run that trains a LoRA adapter of a model: `jaxtok train OUTPUT`, then `jaxtok convert` writes it.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config that
-        was trained here.
+      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config
+        that was trained here.
       output: The new run's folder; by default it is MODEL-adapted.
       lora: Which matrices get a difference, and of which rank.
       adapter: A PEFT folder of LoRA, whose differences are added to the model first.
-      corpus: The corpus to train on: python, a file or folder, tfds:NAME or arrayrecord:PATTERN. By default it is the
-        one that the model was trained on.
+      corpus: The corpus to train on: python, a file or folder, tfds:NAME or arrayrecord:PATTERN. By default it is
+        the one that the model was trained on.
       steps: How many steps the adapter is trained.
       learning_rate: The highest learning rate; it ends at a tenth of it.
       batch_size: How many rows a batch has; 0 means as many as in the run (8 for a Hugging Face folder).

@@ -25,10 +25,11 @@ def evaluate(
     """Measures a model on a corpus: loss, perplexity and bits per byte for text; for images, what its task measures.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config that
-        was trained here.
+      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config
+        that was trained here.
       corpus: The corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN (for images: emoji, sprites,
-        digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN). By default it is the one that the model was trained on.
+        digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN). By default it is the one that the model was trained
+        on.
       split: The part of the corpus; files are split by a hash of their path.
       batches: How many batches are evaluated; 0 means all.
       output: A JSON file into which the numbers are also written.
@@ -62,8 +63,8 @@ def generate(
     """Continues prompts: one prompt is continued live on the terminal, several are continued as a batch.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config that
-        was trained here.
+      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config
+        that was trained here.
       prompt: One or several texts to continue; an empty one begins a new document.
       prompt_file: A file with a prompt on each line, which is read instead.
       max_new_tokens: The largest number of new tokens for each prompt (of bytes, for models that generate words); 0

@@ -67,7 +67,7 @@ def test_greedy_equals_the_uncached_model_token_for_token(alike_rows_lm):
     model, params = alike_rows_lm
     rows = greedy(model, params)
     assert rows == [greedy_without_cache(model, params, prompt, NEW) for prompt in PROMPTS]
-    assert len({tuple(row) for row in rows}) == len(rows)
+    assert len({tuple(row) for row in rows}) > 1
     assert max(len(set(row)) for row in rows) > 1, "a model that says one thing only tests nothing"
 
 
