@@ -13,7 +13,7 @@ from jaxtok.configuration import load_config, replaced
 from jaxtok.interop.formats import format_of
 from jaxtok.interop.peft import apply_adapter
 from jaxtok.model import Model, Split
-from jaxtok.runs import is_run, open_run
+from jaxtok.runs import is_run, open_run, with_data
 from jaxtok.training.checkpoints import read_config
 from jaxtok.training.experiment import Experiment
 from jaxtok.transfer.lora import Lora
@@ -45,11 +45,14 @@ def open_model(
     if is_run(location):
         model = open_run(location, ema)
     else:
-        like = load_config(config).task if config else None
+        known = experiment_of(config, "convert") if config else None
+        like = known.task if known else None
         form = format_of(location, like)
         if ema:
             raise ValueError(f"{path} is not a run, so it has no moving average; leave out ema.")
         model = form.read(location, like)
+        if known and model.data is None:
+            model = with_data(model, known.data)
     if isinstance(model.task, Lora):
         model = dataclasses.replace(model, task=model.task.task, params=model.task.merged(model.params))
     if adapter is not None:

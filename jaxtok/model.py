@@ -276,7 +276,13 @@ class Model:
         return _on_devices(lambda params, x: task.decode(params, x, key), self.params, codes)
 
     def on(self, corpus: str = "", batches: int = 0) -> Any:
-        """Returns the model's data, of another corpus if one is named, with `batches` in an evaluation (0: all)."""
+        """Returns the model's data, of another corpus if one is named, with `batches` in an evaluation (0: all).
+
+        Raises:
+          ValueError: nothing says what data the model is of.
+        """
+        if self.data is None:
+            raise ValueError(f"nothing says what data {self.path or 'this model'} is of; open it with its config.")
         source = {self.data.source: corpus} if corpus else {}
         return dataclasses.replace(self.data, eval_limit=batches, **source)
 

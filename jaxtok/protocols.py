@@ -394,19 +394,17 @@ class Format(Protocol):
         """Whether the folder or file is in this format; only names and headers are looked at."""
         ...
 
-    def read(self, path: Path, like: Task | None = None) -> Any:
+    def read(self, path: Path, like: Task | None = None, **options: Any) -> Any:
         """Returns the `jaxtok.model.Model` in the folder or file.
 
         If the files are bare tensors, the sizes come from `like`; otherwise only its other settings are taken. The
-        model's `data` is None if the files do not say what it was trained on.
+        model's `data` is None if the files do not say what it was trained on. The options are the format's own:
+        keyword arguments with defaults.
         """
         ...
 
     def write(self, path: Path, model: Any, **options: Any) -> Path:
-        """Writes a `jaxtok.model.Model`; the inverse of `read`. A failure leaves nothing at the path.
-
-        Options of other formats are ignored.
-        """
+        """Writes a `jaxtok.model.Model`; the inverse of `read`. A failure leaves nothing at the path."""
         ...
 
 

@@ -25,9 +25,14 @@ def open_run(path: Path, ema: bool = False) -> Model:
       FileNotFoundError, ValueError: as `jaxtok.training.checkpoints.load`.
     """
     loaded = load(path, ema)
-    data = loaded.data
-    facts = named_texts(data.tokenizer).facts() | read_record(loaded.directory) if hasattr(data, "tokenizer") else {}
-    return Model(task=loaded.task, params=loaded.params, data=data, path=Path(path), step=loaded.meta.step, **facts)
+    model = Model(task=loaded.task, params=loaded.params, data=None, path=Path(path), step=loaded.meta.step)
+    return dataclasses.replace(with_data(model, loaded.data), **read_record(loaded.directory))
+
+
+def with_data(model: Model, data: Any) -> Model:
+    """A model with the data that it was trained on, and with their tokenizer where they are text."""
+    facts = named_texts(data.tokenizer).facts() if hasattr(data, "tokenizer") else {}
+    return dataclasses.replace(model, data=data, **facts)
 
 
 def write_run(target: Path, model: Model, experiment: Experiment | None = None) -> Path:

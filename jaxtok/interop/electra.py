@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from jaxtok.interop import encoders
-from jaxtok.interop.files import has_tensors, write_file
+from jaxtok.interop.files import has_tensors, read_file, write_file
 from jaxtok.interop.folders import FolderFormat, Options
 from jaxtok.interop.tensors import Place, Source, read_params, shapes_of, write_params
 from jaxtok.interop.texts import Texts
@@ -28,7 +28,6 @@ from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.lm.text_classification import TextClassification
 from jaxtok.model import Model
 from jaxtok.protocols import Params
-from jaxtok.weights import read_weights
 
 Variables = Mapping[str, np.ndarray]
 
@@ -172,11 +171,10 @@ class TensorFlowVariables:
           FileNotFoundError: there is no such file.
           ValueError: no task is given, or its variables are others.
         """
-        if like is None:
-            raise ValueError(f"{path} holds bare tensors; give the config of the model (--config).")
-        return Model(task=like, params=from_official(like, read_weights(path)), data=None, path=Path(path))
+        params = from_official(like, read_file(path, like))
+        return Model(task=like, params=params, data=None, path=Path(path))
 
-    def write(self, path: Path, model: Model, **_: Any) -> Path:
+    def write(self, path: Path, model: Model) -> Path:
         """Writes an .npz or .safetensors file.
 
         Raises:

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxtok.interop.files import has_tensors, write_file
+from jaxtok.interop.files import has_tensors, read_file, write_file
 from jaxtok.interop.folders import dtype_of
 from jaxtok.interop.tensors import Place, Shapes, Source, read_params, shapes_of, write_params
 from jaxtok.model import Model
@@ -193,12 +193,10 @@ class ElmFile:
           FileNotFoundError: there is no such file.
           ValueError: no task is given, or its sizes are others.
         """
-        if like is None:
-            raise ValueError(f"{path} holds bare tensors; give the config of the model (--config).")
-        params = params_from(like.model, read_weights(path, which))
-        return Model(task=like, params=params, data=None, path=Path(path))
+        tensors = read_file(path, like, which)
+        return Model(task=like, params=params_from(like.model, tensors), data=None, path=Path(path))
 
-    def write(self, path: Path, model: Model, **_: Any) -> Path:
+    def write(self, path: Path, model: Model) -> Path:
         """Writes a file; raises as `write_checkpoint`."""
         return write_checkpoint(path, model.task.model, model.params)
 

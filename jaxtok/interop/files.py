@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from jaxtok.weights import SUFFIXES, tensor_names, write_weights
+from jaxtok.weights import SUFFIXES, read_weights, tensor_names, write_weights
 
 
 def has_tensors(path: Path, wanted: Callable[[Collection[str]], bool]) -> bool:
@@ -20,6 +21,18 @@ def has_tensors(path: Path, wanted: Callable[[Collection[str]], bool]) -> bool:
     except ValueError:
         return False
     return names is None or wanted(names)
+
+
+def read_file(path: Path, like: Any, which: str = "") -> dict[str, np.ndarray]:
+    """`jaxtok.weights.read_weights`, of a model whose sizes and settings `like`, a task, says.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: no task is given; or it is no file of tensors, or it does not say which are meant.
+    """
+    if like is None:
+        raise ValueError(f"{path} holds bare tensors; give the config of the model (--config).")
+    return read_weights(path, which)
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.interop.tensors import Shapes, Table, read_params, read_tensors, save_tensors, whole_folder
-from jaxtok.interop.texts import Texts, named_texts, read_texts, write_texts
+from jaxtok.interop.texts import Texts, named_texts, read_json, read_texts, write_texts
 from jaxtok.model import Model
 from jaxtok.protocols import Params
 
@@ -83,9 +83,7 @@ class FolderFormat:
         texts = texts or named_texts(data.tokenizer)
         return Model(task=task, params=self.params_of(task, params), data=data, path=path, **texts.facts())
 
-    def write(
-        self, path: Path, model: Model, *, shard_bytes: int = 5 * 10**9, torch_bin: bool = False, **_: Any
-    ) -> Path:
+    def write(self, path: Path, model: Model, *, shard_bytes: int = 5 * 10**9, torch_bin: bool = False) -> Path:
         """Writes a folder; a failure leaves none.
 
         Args:
@@ -143,13 +141,7 @@ def read_options(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; give a folder with config.json and the weights.")
-    try:
-        options = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again.") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} holds a {type(options).__name__}; it must be a JSON object.")
-    return options
+    return read_json(path)
 
 
 _IGNORED = re.compile(

@@ -28,6 +28,7 @@ from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.model import Model
 from jaxtok.nn.lora import Site, find_sites, flat, merge, nested
 from jaxtok.protocols import Params
+from jaxtok.transfer.lora import Lora
 from jaxtok.weights import open_safetensors
 
 _PREFIX = "base_model.model."
@@ -333,7 +334,7 @@ class AdapterFolder:
     is_file: bool = False
 
     def owns(self, task: Any) -> bool:
-        return hasattr(task, "lora") and any(form.owns(task.task) for form in HUB)
+        return isinstance(task, Lora) and any(form.owns(task.task) for form in HUB)
 
     def recognises(self, path: Path) -> bool:
         return (Path(path) / "adapter_config.json").is_file()
@@ -368,7 +369,7 @@ class AdapterFolder:
         task = dataclasses.replace(opened.task, model=model)
         return dataclasses.replace(opened, task=task, params=params, path=Path(path))
 
-    def write(self, path: Path, model: Model, *, base: str = "", **_: Any) -> Path:
+    def write(self, path: Path, model: Model, *, base: str = "") -> Path:
         """Writes the adapter; `base` is the folder or name of the model that it is for. Raises as `write_adapter`."""
         lora, params = model.task.lora, model.params
         return write_adapter(

@@ -64,7 +64,7 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
     if not tokenizer and spec and (folder / Path(spec).name).is_file():
         spec = str((folder / Path(spec).name).absolute())
     if not spec:
-        kind = _json(folder / "tokenizer_config.json").get("tokenizer_class", "")
+        kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class", "")
         there = sorted(file.name for pattern in _UNREAD for file in folder.glob(pattern))
         if there or (kind and not kind.startswith("ByT5")):
             what = f"{', '.join(there)}, which cannot be read" if there else f"{kind} in tokenizer_config.json"
@@ -95,7 +95,7 @@ def named_texts(spec: str) -> Texts:
 def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[str, Any]) -> Texts:
     file = folder / "tokenizer.json"
     theirs = tokenizers.Tokenizer.from_file(str(file))
-    generation, settings = _json(folder / "generation_config.json"), _json(folder / "tokenizer_config.json")
+    generation, settings = read_json(folder / "generation_config.json"), read_json(folder / "tokenizer_config.json")
 
     def of_role(role: str) -> Any:
         """Returns a role's ids from the first of generation_config, config and tokenizer_config.json that has them."""
@@ -147,7 +147,7 @@ def write_texts(folder: Path, model: Model) -> dict[str, Any]:
     if model.pad is not None:
         ids["pad_token_id"] = model.pad
     if (folder / "generation_config.json").is_file():
-        generation = _json(folder / "generation_config.json") | ids
+        generation = read_json(folder / "generation_config.json") | ids
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
     return ids | {"jaxtok": own}
 
@@ -178,13 +178,19 @@ def write_record(folder: Path, model: Model) -> None:
     (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
 
 
+def copy_record(source: Path, target: Path) -> None:
+    """Copies what `write_record` kept, if it did, to a run that is made from another."""
+    if (source / RECORD).is_file():
+        shutil.copyfile(source / RECORD, target / RECORD)
+
+
 def read_record(folder: Path) -> dict[str, Any]:
     """Returns the fields of a `Model` that `write_record` kept; none if it kept none."""
-    facts = _json(folder / RECORD)
+    facts = read_json(folder / RECORD)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Returns the content of a file of options; empty if there is no such file.
 
     Raises:

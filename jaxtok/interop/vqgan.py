@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtok.interop.files import has_tensors, write_file
+from jaxtok.interop.files import has_tensors, read_file, write_file
 from jaxtok.interop.tensors import CONVOLUTION, Place, Source, read_params, shapes_of, write_params
 from jaxtok.model import Model
 from jaxtok.nn.convolution import Layer, encoder_levels, generator_levels
@@ -27,7 +27,6 @@ from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, Statistics, new_statistics
 from jaxtok.vision.perceptual import lpips_params, lpips_tensors
 from jaxtok.vision.vqgan import VQGANConfig
-from jaxtok.weights import read_weights
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -256,16 +255,14 @@ class AutoencoderFile:
           FileNotFoundError: there is no such file.
           ValueError: no task is given, or its sizes are others.
         """
-        if like is None:
-            raise ValueError(f"{path} holds bare tensors; give the config of the model (--config).")
-        params, _ = from_official(like, read_weights(path, which))
+        params, _ = from_official(like, read_file(path, like, which))
         if "discriminator" not in params:
             like = dataclasses.replace(like, discriminator=None)
         if like.uses_lpips and "frozen" not in params:
             like = dataclasses.replace(like, perceptual="none")
         return Model(task=like, params=params, data=None, path=Path(path))
 
-    def write(self, path: Path, model: Model, **_: Any) -> Path:
+    def write(self, path: Path, model: Model) -> Path:
         """Writes a file; raises as `write_official`."""
         return write_official(path, model.task, model.params)
 

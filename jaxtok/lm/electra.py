@@ -18,6 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain
@@ -307,7 +308,8 @@ class ReplacedTokens(Task):
                 logits = logits + energy + math.log(self.masking.rate / (1 - self.masking.rate))
             elif self.objective == "replaced_masked":
                 weights = real * chosen
-            values = binary_cross_entropy(logits, labels) if values is None else values
+            if values is None:
+                values = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels)
             result["replaced"] = logits
         discriminator_loss = weighted_mean(values, weights)
         loss = self.generator_weight * generator_loss + self.discriminator_weight * discriminator_loss
@@ -424,12 +426,6 @@ def sample(
     if disallowed is not None:
         logits = logits - 1000.0 * jax.nn.one_hot(disallowed, logits.shape[-1])
     return jnp.argmax(logits - jnp.log(-jnp.log(noise + 1e-9) + 1e-9), -1).astype(jnp.int32)
-
-
-def binary_cross_entropy(logits: Float[Array, "*shape"], labels: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """-log sigmoid(logit) where the label is 1, -log sigmoid(-logit) where it is 0, in nats."""
-    logits = logits.astype(jnp.float32)
-    return jax.nn.softplus(logits) - logits * labels
 
 
 def copying_nats(copy: Array, words: Array, tokens: Array, targets: Array) -> Float[Array, "batch length"]:

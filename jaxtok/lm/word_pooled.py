@@ -36,7 +36,7 @@ from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, text_loss
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
@@ -630,9 +630,8 @@ class WordPooling(Task):
         nats, _ = self._nats(params, batch, rng)
         size, lengths, mask = nats.shape[-1], batch["target_lengths"], batch["mask"]
         own = unit_weights(lengths, size, mask, False)
-        bits = jnp.sum(nats * own) / math.log(2)
-        loss = masked_mean(nats, unit_weights(lengths, size, mask, self.model.loss_on_pads))
-        return loss, {"bits_per_byte": bits / jnp.maximum(jnp.sum(batch["bytes"] * mask), 1)}
+        _, logged = text_loss(nats, own, jnp.sum(batch["bytes"] * mask))
+        return masked_mean(nats, unit_weights(lengths, size, mask, self.model.loss_on_pads)), logged
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         nats, of_words, right = score_words(self, params, batch)

@@ -16,6 +16,7 @@ import numpy as np
 import rich.console
 
 from jaxtok.configuration import differences, from_json, to_json
+from jaxtok.door import open_model
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.nn.parameter_attention import TokenCounts
 from jaxtok.studies.comparison import key, markdown, print_table, spread
@@ -24,7 +25,6 @@ from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import count, train
 from jaxtok.transfer.growth import Growth
-from jaxtok.verbs import generate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,8 +199,7 @@ class GrowthStudy:
 
     def _sample(self, arm: str) -> str:
         """Returns the prompt as continued by an arm's model."""
-        (text,) = generate(self.folder(arm, self.seeds[0]), prompt=(self.prompt,), temperature=0.7, stream=False)
-        return self.prompt + text.decode(errors="replace")
+        return self.prompt + open_model(self.folder(arm, self.seeds[0])).generate(self.prompt, temperature=0.7)
 
 
 def summarize(results: dict[str, Any], arms: tuple[str, ...], seeds: tuple[int, ...]) -> list[dict[str, str]]:

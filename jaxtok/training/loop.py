@@ -24,7 +24,6 @@ import optax
 from jax.experimental import multihost_utils
 
 from jaxtok.configuration import differences
-from jaxtok.model import Model
 from jaxtok.protocols import Data, Surgery, Task
 from jaxtok.training.checkpoints import (
     Checkpoints,
@@ -75,14 +74,15 @@ class Result:
     """The model FLOPs of all training so far, including that of the runs from which this one was forked."""
 
 
-def train(experiment: Experiment, *, start: Callable[[], Model] | None = None, quiet: bool = False) -> Result:
+def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, quiet: bool = False) -> Result:
     """Trains a run, or resumes it from the newest checkpoint in its folder; a finished run is only evaluated again.
 
     A run that was interrupted and resumed ends with the same parameters, bit for bit, as one that was not.
 
     Args:
       experiment: the run.
-      start: opens the model whose parameters a new run starts with (`start_from`); not called if a run is resumed.
+      start: opens the `jaxtok.model.Model` whose parameters a new run starts with (`start_from`); not called if a run
+        is resumed.
       quiet: show no progress.
 
     Raises:
@@ -92,13 +92,14 @@ def train(experiment: Experiment, *, start: Callable[[], Model] | None = None, q
     experiment = experiment.fitted()
     directory, config = experiment.directory, experiment.train
     layout = make_layout(experiment.mesh)
-    _check_config(directory, experiment)
+    resumed = _check_config(directory, experiment)
+    source = start() if start and not resumed else None  # which is opened on one device, before the mesh is active
     with (
         layout.active(),
         Checkpoints(directory, config.keep_checkpoints) as checkpoints,
         _Interrupt(config.save_deadline) as interrupt,
     ):
-        run, notes = _start(experiment, checkpoints, layout, start)
+        run, notes = _start(experiment, checkpoints, layout, source)
         if is_main():
             write_config(directory, experiment)
         log = MetricsLog(directory, run.meta.step, config.tensorboard) if is_main() else NoLog()
@@ -186,7 +187,7 @@ def _state(step: int, stage_start: int, params: Any, opt_state: Any, rng: jax.Ar
 
 
 def _start(
-    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, start: Callable[[], Model] | None
+    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, source: Any | None
 ) -> tuple[_Run, list[str]]:
     """Returns the run at its newest whole checkpoint, or at step 0, and what there is to tell about it."""
     optimizer = make_optimizer(experiment.train.optimizer)
@@ -215,7 +216,7 @@ def _start(
     if newest is None:
         data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
         notes: list[str] = []
-        params = None if start is None else start_from(experiment, start(), layout, notes.append)
+        params = None if source is None else start_from(experiment, source, layout, notes.append)
         state = initial_state(experiment.task, experiment.train, experiment.data, layout, params)
         meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
         return _Run(meta, state, data), notes
@@ -231,7 +232,7 @@ def _start(
 
 def start_from(
     experiment: Experiment,
-    source: Model,
+    source: Any,
     layout: Layout | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Any:
@@ -242,7 +243,7 @@ def start_from(
 
     Args:
       experiment: the run, with a task that fits its data.
-      source: the model, with its parameters on this process's host or device.
+      source: the `jaxtok.model.Model`, with its parameters on this process's host or device.
       layout: where the parameters are to be; default: on one device.
       say: called with a text if the run's task differs from that of the parameters, as in its dropout.
 
@@ -517,8 +518,11 @@ def _evaluate(task, params, data, layout, rows, interrupt) -> dict[str, float] |
         return None
 
 
-def _check_config(directory: Path, experiment: Experiment) -> None:
-    """Checks that a run that has made a step keeps its config, and that a forked one without steps keeps its task."""
+def _check_config(directory: Path, experiment: Experiment) -> bool:
+    """Checks that a run that has made a step keeps its config, and that a forked one without steps keeps its task.
+
+    Returns whether there is a run.
+    """
     steps = [int(p.name) for p in (directory / "checkpoints").glob("*") if p.name.isdigit()]
     if steps:
         changed = [d for d in differences(experiment, read_config(directory)) if not d.startswith(MAY_CHANGE)]
@@ -528,6 +532,7 @@ def _check_config(directory: Path, experiment: Experiment) -> None:
                 "Choose another --workdir (or remove that folder) to start again."
             )
     barrier("config")
+    return bool(steps)
 
 
 class _Interrupt:

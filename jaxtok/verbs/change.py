@@ -10,9 +10,11 @@ import jax
 from tyro.conf import Positional, arg
 
 from jaxtok.door import open_model
+from jaxtok.interop.texts import copy_record
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
-from jaxtok.training.checkpoints import begin, fork, must_be_free
+from jaxtok.runs import write_run
+from jaxtok.training.checkpoints import find_run, fork, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.transfer.growth import Growth
@@ -56,9 +58,10 @@ def grow(
             raise ValueError(f"{checkpoint} has no parameter tokens, so it cannot grow; give a run of a TokenFormer.")
         to = TokenCounts(**{g: round(getattr(model.tokens, g) * times) for g in GROUPS})
     growth = Growth(to=to, init=init, scale=scale, optimizer=optimizer, train=train, steps=steps or 1)
-    return fork(
-        checkpoint, output or Path(f"{str(checkpoint).rstrip('/')}-grown"), steps=steps, surgery=growth, seed=seed
-    )
+    output = output or Path(f"{str(checkpoint).rstrip('/')}-grown")
+    fork(checkpoint, output, steps=steps, surgery=growth, seed=seed)
+    copy_record(find_run(checkpoint)[0], output)
+    return output
 
 
 def adapt(
@@ -105,4 +108,4 @@ def adapt(
     )
     train = TrainConfig(steps=steps, optimizer=optimizer, seed=seed)
     experiment = Experiment(task=task, data=data, name=output.name, workdir=str(output), train=train)
-    return begin(experiment, params)
+    return write_run(output, dataclasses.replace(opened, task=task, data=data, params=params), experiment)

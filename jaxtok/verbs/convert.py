@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from jaxtok.configuration import load_config
+from jaxtok.door import experiment_of
 from jaxtok.interop.formats import format_for, format_named, format_of
 from jaxtok.model import Model
+from jaxtok.protocols import Format
 from jaxtok.runs import is_run, open_run, write_run
 from jaxtok.training.checkpoints import must_be_free
 
@@ -54,21 +57,22 @@ def convert(
             raise ValueError(
                 f"format is {form.name}, which cannot hold a {type(model.task).__name__}; leave out --format."
             )
-        return form.write(target, model, base=base, torch_bin=torch_bin)
+        return form.write(target, model, **_options(form, form.write, base=base, torch_bin=torch_bin))
     if ema:
         raise ValueError(f"{source} is not a run, so it has no moving average; leave out ema.")
-    experiment = load_config(config) if config else None
+    experiment = experiment_of(config, "convert") if config else None
     task = experiment.task if experiment else None
     form = format_named(format) if format else format_of(source, task)
-    given = {"which": which, "tokenizer": tokenizer, "base": base}
-    options = {name: value for name, value in given.items() if value}
-    try:
-        model = form.read(source, task, **options)
-    except TypeError as error:
-        if "unexpected keyword" not in str(error):
-            raise
-        raise ValueError(f"the format {form.name} does not take {' or '.join(options)}; leave it out.") from None
-    return write_run(target, model, experiment)
+    options = _options(form, form.read, which=which, tokenizer=tokenizer, base=base)
+    return write_run(target, form.read(source, task, **options), experiment)
+
+
+def _options(form: Format, function: Callable[..., Any], **options: Any) -> dict[str, Any]:
+    """Returns the options that are set; raises a ValueError if the format's function has no such option."""
+    found = {name: value for name, value in options.items() if value}
+    if unknown := [name for name in found if name not in inspect.signature(function).parameters]:
+        raise ValueError(f"the format {form.name} does not take {' or '.join(unknown)}; leave it out.")
+    return found
 
 
 def _format_for(source: Path, model: Model, target: Path) -> Any:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.stats
 from jaxtyping import Array, Float, Int
 
 from jaxtok.data.codes import CodeFile, regroup
@@ -57,12 +58,12 @@ def token_statistics(tokens: Int[np.ndarray, "rows length"], vocab_size: int) ->
             f"there is the token {wrong}; with vocab_size = {vocab_size}, tokens are 0 to {vocab_size - 1}."
         )
     first, second = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
-    entropy, pair = _entropy(tokens), _entropy(first * vocab_size + second)
+    entropy, pair = entropy_of(tokens), entropy_of(first * vocab_size + second)
     return TokenStatistics(
         kl_unigram=math.log(vocab_size) - entropy,
         kl_bigram=2 * math.log(vocab_size) - pair,
         entropy=entropy,
-        bigram_mutual_information=_entropy(first) + _entropy(second) - pair,
+        bigram_mutual_information=entropy_of(first) + entropy_of(second) - pair,
         usage=len(np.unique(tokens)) / vocab_size,
         perplexity=math.exp(entropy),
         samples=tokens.size,
@@ -70,9 +71,9 @@ def token_statistics(tokens: Int[np.ndarray, "rows length"], vocab_size: int) ->
     )
 
 
-def _entropy(values: np.ndarray) -> float:
-    p = np.unique(values, return_counts=True)[1] / values.size
-    return float(-np.sum(p * np.log(p)))
+def entropy_of(values: Int[np.ndarray, ...]) -> float:
+    """Of how often each value occurs."""
+    return float(scipy.stats.entropy(np.unique(values, return_counts=True)[1]))
 
 
 def stored_tokens(file: CodeFile, images: int = 0) -> Int[np.ndarray, "images positions"]:

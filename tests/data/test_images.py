@@ -118,7 +118,7 @@ def test_splits_are_disjoint_complete_and_of_the_name(data, folder, tmp_path):
     sets = [as_set(splits[split][masks[split]]) for split in splits]
     assert sum(map(len, sets)) == len(set.union(*sets)) == COUNT
     assert 5 <= len(sets[1]) <= 20 and 5 <= len(sets[2]) <= 20
-    copy = tmp_path / "copy"  # adding other pictures moves none
+    copy = tmp_path / "copy"  # other pictures beside them move none
     shutil.copytree(folder, copy)
     for number in range(COUNT, COUNT + 20):
         (copy / "ant" / f"{number}.png").write_bytes(encoded(pixels_of(number)))
@@ -141,11 +141,11 @@ def test_training_resumes_at_every_place(data, options):
     total = 2 * len(images.pictures("train")) // 4 + 3
     reference = take(images.train_batches(), total)
     running = images.train_batches()
-    for number in range(total - 1):
+    for place in range(total - 1):
         state = json.loads(json.dumps(running.get_state()))
         resumed = images.train_batches()
         resumed.set_state(state)
-        assert_equal(take(resumed, 1), reference[number : number + 1])
+        assert_equal(take(resumed, 1), reference[place : place + 1])
         next(running)
     running.set_state({"next_index": 2})  # back, in an iterator that was in use
     assert_equal(take(running, 2), reference[2:4])
@@ -192,7 +192,7 @@ def test_half_the_images_of_training_are_mirrored(data):
 
 
 def resample(x, size, kernel, support):
-    """The image resized along axis 0, in float64: a new pixel is a weighted mean of those in the stretched kernel."""
+    """Along axis 0, in float64: each new pixel is a weighted mean of those within the stretched kernel."""
     scale = len(x) / size
     stretch = max(scale, 1.0)
     centres = (np.arange(size) + 0.5) * scale
@@ -207,7 +207,7 @@ def cubic(d, a=-0.5):
 
 
 def resize(x, shape, kernel, support):
-    """The image resized in width, then in height; Pillow rounds to 8 bits after each."""
+    """The width, then the height; Pillow rounds to 8 bits behind each."""
     for axis in (1, 0):
         x = np.moveaxis(resample(np.moveaxis(x, axis, 0), shape[axis], kernel, support), 0, axis)
         x = np.clip(np.floor(x + 0.5), 0, 255)
@@ -237,7 +237,7 @@ def test_the_centre_crop_is_adms(height, width, size):
 
 
 def test_random_crops_cover_what_they_should():
-    """In a crop of a ramp, the corners show its position and extent."""
+    """A ramp tells where a crop was taken: its corners give place and extent."""
     width, height = 240, 160
     ramp = np.zeros((height, width, 3), np.uint8)
     ramp[..., 0], ramp[..., 1] = np.arange(width), np.arange(height)[:, None]
@@ -248,7 +248,7 @@ def test_random_crops_cover_what_they_should():
     area, aspect = w * h / (width * height), w / h
     assert 0.17 < area.min() < 0.24 and 0.45 < area.max() < 0.55
     assert 0.7 < aspect.min() < 0.8 and 1.25 < aspect.max() < 1.45
-    assert crops[:, 8, 0, 0].min() < 10 and crops[:, 8, 15, 0].max() > 225  # crops come from everywhere
+    assert crops[:, 8, 0, 0].min() < 10 and crops[:, 8, 15, 0].max() > 225  # every place
     whole = random_crop(image.resize((4, 4)), 16, np.random.default_rng(0), (1.0, 1.0))
     assert whole.shape == (16, 16, 3)
     assert random_crop(Image.fromarray(pixels_of(0, 1, 50)), 8, rng).shape == (8, 8, 3)  # no try fits
@@ -276,7 +276,7 @@ def rotated():
     image = Image.new("RGB", (8, 16), (0, 0, 255))
     image.paste((200, 30, 30), (0, 0, 8, 8))  # the upper half is red
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    exif[0x0112] = 6  # to be turned by 90 degrees to the right
     return encoded(image, "PNG", exif=exif.tobytes())
 
 
@@ -316,7 +316,7 @@ def test_transparency_rotation_and_16_bits():
     assert (half[:, :4] == 255).all() and (half[:, 4:] == 0).all()  # on white
     assert np.asarray(decode(palette_with_transparency()))[0, 0].tolist() == [255, 255, 255]
     turned = np.asarray(decode(rotated()))
-    assert turned.shape == (8, 16, 3)  # the top is now at the right
+    assert turned.shape == (8, 16, 3)  # what was above is now at the right
     assert (turned[:, 8:] == [200, 30, 30]).all() and (turned[:, :8] == [0, 0, 255]).all()
     np.testing.assert_array_equal(np.asarray(decode(encoded(RAMP16)))[..., 1], np.round(RAMP16 / 257))
 
@@ -341,8 +341,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_files_are_named_once_and_replaced(folder, data, tmp_path, name):
-    """In training, the next good picture replaces a bad one; in an evaluation, a bad one does not count."""
+def test_bad_files_are_told_once_and_their_place_is_filled(folder, data, tmp_path, name):
+    """In training by the next good picture; in an evaluation it does not count."""
     root = tmp_path / "pictures"
     (root / "only").mkdir(parents=True)
     for number in range(6):
@@ -372,7 +372,7 @@ def test_a_source_without_a_readable_picture(data, tmp_path):
 
 
 def test_a_source_that_fails_in_the_middle_of_a_run(data, monkeypatch):
-    """A record that cannot be read is left out; when none is left, the run ends with the reason."""
+    """A record that cannot be read is left out; when there is nothing left, the run ends with a reason."""
     images = data(batch_size=2)
     batches = images.train_batches()
     whole, pictures = next(batches), images.pictures("train")
@@ -409,7 +409,7 @@ def test_folders_may_be_splits(folder, tmp_path):
     assert open_pictures(spec).classes == CLASSES
     assert len(open_pictures(spec, "validation")) == COUNT - 3
     rest, test = len(open_pictures(spec)), len(open_pictures(spec, "test"))
-    assert rest + test == COUNT and test > 0  # a part of the training folder, as there is no folder for it
+    assert rest + test == COUNT and test > 0  # of the training folder, as there is none of its own
     assert len(open_pictures(spec, "all")) == 2 * COUNT - 3
     (tmp_path / "validation").mkdir()
     (tmp_path / "validation" / "a.png").write_bytes(encoded(RED))
@@ -455,7 +455,7 @@ def test_array_records_of_others_are_refused(tmp_path):
 
 
 class TinyImages(tfds.core.GeneratorBasedBuilder):
-    """A data set that has a split for training and one for test."""
+    """Has a split for training and one for test."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -504,7 +504,7 @@ def test_digits():
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A stand-in for the emoji's package, with the same layout and other pictures; its command copies the archive."""
+    """Stands for the emoji's package: the same layout, with other pictures; its command copies the archive."""
     rows = [
         {"short_name": f"e{i}", "category": CLASSES[i % 3], "image": f"{i}.png", "has_img_twitter": i != 5}
         for i in range(40)
@@ -594,7 +594,7 @@ def test_a_wheel_of_sprites(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("spec", "count", "classes"), [("emoji", 1911, 10), ("sprites", 472, 8)])
 def test_the_published_packages(spec, count, classes, tmp_path, monkeypatch):
-    """This test needs a network."""
+    """Needs a network."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     found = open_pictures(spec, "all")
     assert (len(found), len(found.classes)) == (count, classes)
@@ -628,7 +628,7 @@ def test_a_run_on_images_resumes_exactly_and_is_evaluated(folder, tmp_path):
     row = verbs.evaluate(tmp_path / "run", split="test")
     assert row["images"] == f"folder:{folder}" and row["examples"] == len(run.data.pictures("test"))
     for verb in (verbs.generate, verbs.adapt, functools.partial(convert, target=tmp_path / "converted")):
-        with pytest.raises(ValueError, match="is a model of ImageClassification"):
+        with pytest.raises(ValueError, match="ImageClassification"):
             verb(tmp_path / "run")
 
 
@@ -676,7 +676,7 @@ def test_bad_sources(tmp_path):
     for spec in ("cats", "folder:", "digits:8", ""):
         with pytest.raises(ValueError, match="it must be emoji"):
             open_pictures(spec)
-    with pytest.raises(FileNotFoundError, match="is not a folder; give a folder of pictures"):
+    with pytest.raises(FileNotFoundError, match="missing is not a folder"):
         open_pictures(f"folder:{tmp_path}/missing")
     with pytest.raises(ValueError, match=r"no file in .* has the name of a picture"):
         open_pictures(f"folder:{tmp_path}")

@@ -25,6 +25,7 @@ from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
 from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.data.word_units import NormalizedText, WordUnitText
+from jaxtok.door import open_model
 from jaxtok.interop.formats import FORMATS, format_for, format_named, format_of, recognised
 from jaxtok.interop.hat import task_and_data as hat_task_and_data
 from jaxtok.lm.bert import BertConfig
@@ -44,12 +45,12 @@ from jaxtok.lm.word_pooled import PlainConfig, WordPooledConfig, WordPooling
 from jaxtok.model import Model
 from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.lora import LoraConfig
-from jaxtok.runs import open_run
+from jaxtok.runs import open_run, write_run
 from jaxtok.tokenizers import load_tokenizer, train_sentencepiece
 from jaxtok.training.checkpoints import abstract_params, begin
 from jaxtok.training.experiment import Experiment
 from jaxtok.transfer.lora import Lora
-from jaxtok.verbs import evaluate
+from jaxtok.verbs import evaluate, grow
 from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
@@ -474,7 +475,28 @@ def test_the_format_can_be_chosen(tmp_path, capsys):
     assert "holds bare tensors; give the config of the model (--config)" in printed_error(capsys)
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--which", "ema"]) == 1
     assert "the format electra does not take which; leave it out" in printed_error(capsys)
-    assert not (tmp_path / "b").exists()
+    assert main(["convert", str(run), str(tmp_path / "b.safetensors"), "--torch-bin"]) == 1
+    assert "the format electra_tensorflow does not take torch_bin; leave it out" in printed_error(capsys)
+    assert not (tmp_path / "b").exists() and not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_run_that_has_grown_begins_its_texts_as_before(tmp_path):
+    model = dataclasses.replace(CASES["tokenformer"]().model(), begin=(97,), ends=(98, 99), pad=100)
+    grown = grow(write_run(tmp_path / "run", model), times=2.0)
+    assert grown == tmp_path / "run-grown"
+    opened = open_run(grown)
+    assert (opened.begin, opened.ends, opened.pad) == ((97,), (98, 99), 100)
+
+
+def test_a_file_is_opened_with_the_data_of_its_config(tmp_path):
+    case = CASES["electra, variables"]()
+    file = format_named("electra_tensorflow").write(tmp_path / "a.safetensors", case.model())
+    run = begin(Experiment(task=case.task, data=case.data, workdir=str(tmp_path / "run")), case.model().params)
+    opened = open_model(file, config=write_config(tmp_path, run))
+    assert opened.data == case.data and opened.tokenizer.name == "bytes"
+    assert opened.on(batches=1).eval_limit == 1
+    with pytest.raises(ValueError, match=r"nothing says what data .*a.safetensors is of; open it with its config"):
+        format_named("electra_tensorflow").read(file, case.task).evaluate()
 
 
 def printed_error(capsys) -> str:

@@ -71,6 +71,15 @@ def folders(request, tmp_path_factory):
     return source, run, convert(run, folder / "peft"), base, result
 
 
+def test_texts_begin_and_end_as_those_of_the_model(folders):
+    """Also where that is not what the tokenizer's names say, as in Llama's folder; the tokenizer is in the run."""
+    source, run, *_ = folders
+    before, after = open_model(source), open_model(run)
+    assert (after.begin, after.ends, after.pad) == (before.begin, before.ends, before.pad)
+    assert after.begin != (after.tokenizer.eod_id,)
+    assert Path(after.data.tokenizer).parent == run.absolute()
+
+
 def test_only_the_adapter_trains(folders):
     _, run, _, before, result = folders
     assert result.step == 3

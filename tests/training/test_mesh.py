@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -12,13 +13,14 @@ import pytest
 from collector import collect
 from jax.sharding import PartitionSpec as P
 
+from jaxtok.door import open_model
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.protocols import ArraySpec
 from jaxtok.training.compiled import read_program
 from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.loop import abstract_state, compile_surgery, initial_state, make_train_step, train
 from jaxtok.training.mesh import AxisRules, MeshConfig, make_layout, one_device
-from jaxtok.training.optimizer import make_optimizer
+from jaxtok.training.optimizer import OptimizerConfig, make_optimizer
 from jaxtok.transfer.growth import Growth
 
 TASKS = collect("TASKS")
@@ -155,6 +157,25 @@ def test_growth_happens_where_the_parameters_are(mesh):
     # Rows that move to a neighbour are exchanged; nothing is gathered.
     kinds = {collective.kind for collective in read_program(program.as_text()).collectives}
     assert kinds <= {"all-to-all", "collective-permute"}
+
+
+@needs_eight
+def test_a_run_on_a_mesh_starts_with_another_run(short, finished, tmp_path):
+    """Which is opened on one device, whatever the mesh."""
+    short = dataclasses.replace(
+        short,
+        data=dataclasses.replace(short.data, batch_size=8),
+        train=dataclasses.replace(
+            short.train,
+            steps=1,
+            optimizer=OptimizerConfig(learning_rate=1e-8, min_learning_rate=1e-8, warmup=0.0),
+        ),
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        workdir=str(tmp_path / "meshed"),
+    )
+    result = train(short, start=functools.partial(open_model, finished), quiet=True)
+    old = open_model(finished).params
+    chex.assert_trees_all_close(jax.device_get(result.params), jax.device_get(old), rtol=0, atol=1e-6)
 
 
 @needs_eight
