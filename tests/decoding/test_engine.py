@@ -28,7 +28,7 @@ from jaxtok.decoding.protocols import keep_slots
 from jaxtok.lm.lexinvariant import Lexinvariant
 
 LIKE_ANOTHER = ("gpt2", "mistral", "semi_lexinvariant", "transformer", "word_pooled_plain")
-"""Models that decode through the same code as another one; tests/lm/test_causal_lm.py tests their caches anyway."""
+"""Models that decode through the same code as another one; tests/lm/test_causal_lm.py tests the caches of all."""
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [8]]
 NEW = 12

@@ -309,7 +309,11 @@ def test_moments_that_cannot_grow_are_refused():
         (TokenCounts(ffn=11), {}, "ffn has 12 parameter tokens and cannot grow to 11.*12 or more"),
         (COUNTS, {}, "every group already has"),
         (TokenCounts(), {}, "every group already has"),
-        (TokenCounts(value=12), {"init": "copy"}, "value has 8 parameter tokens.*whole multiples.*not 12"),
+        (
+            TokenCounts(value=12),
+            {"init": "copy"},
+            "value has 8 parameter tokens; copies must make a multiple of that, not 12",
+        ),
         (DOUBLE, {"init": "zero_both"}, "zero_both.*neither ever gets a gradient.*zero_keys or copy"),
         (DOUBLE, {"init": "ones"}, "init is 'ones'.*zero_keys, copy, random"),
         (DOUBLE, {"scale": "big"}, "scale is 'big'.*auto, fixed, current"),
