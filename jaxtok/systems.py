@@ -357,7 +357,7 @@ SYSTEMS: tuple[System, ...] = (
     System(
         name="lora",
         title="LoRA",
-        does="low-rank differences of any model's matrices",
+        does="low-rank differences of a model's matrices",
         paper="https://arxiv.org/abs/2106.09685",
         modules=("transfer/lora.py", "nn/lora.py"),
         checked="PEFT",
