@@ -40,7 +40,12 @@ def test_bits_and_codes_are_one_to_one(size, sub_codes, seed):
 
 
 def test_bits_that_are_refused():
-    for count, sub_codes, message in ((32, 1, "at most 31"), (0, 1, "positive"), (6, 4, "must divide bits"), (6, 0, "positive")):
+    for count, sub_codes, message in (
+        (32, 1, "at most 31"),
+        (0, 1, "positive"),
+        (6, 4, "must divide bits"),
+        (6, 0, "positive"),
+    ):
         with pytest.raises(ValueError, match=message):
             pack_bits(jnp.zeros((1, count), jnp.int32), sub_codes)
 
