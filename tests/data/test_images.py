@@ -207,7 +207,7 @@ def cubic(d, a=-0.5):
 
 
 def resize(x, shape, kernel, support):
-    """The width, then the height; Pillow rounds to 8 bits behind each."""
+    """The width, then the height; Pillow rounds to 8 bits after each."""
     for axis in (1, 0):
         x = np.moveaxis(resample(np.moveaxis(x, axis, 0), shape[axis], kernel, support), 0, axis)
         x = np.clip(np.floor(x + 0.5), 0, 255)
