@@ -81,7 +81,12 @@ class Model:
         Raises:
           ValueError: the model is not of text.
         """
-        return jnp.array([*self.begin, *self._text_tokenizer().encode(text)], jnp.int32)
+        return jnp.array(self._ids(text), jnp.int32)
+
+    def _ids(self, text: str | bytes) -> list[int]:
+        tokenizer = self._text_tokenizer()
+        # An empty text of a model whose texts nothing begins follows the end of another.
+        return [*self.begin, *tokenizer.encode(text)] or [self.ends[0] if self.ends else tokenizer.eod_id]
 
     def logits(
         self, inputs: str | bytes | Int[Array, " length"] | Int[Array, "batch length"]
@@ -211,7 +216,7 @@ class Model:
         def report_tokens(new: Piece) -> None:
             report([bytes_of(tokens) for tokens in new.tokens])
 
-        ids = [[*self.begin, *tokenizer.encode(text)] for text in prompts]
+        ids = [self._ids(text) for text in prompts]
         room = self.task.model.max_length - max(map(len, ids), default=0)
         rows = generate(
             self.module,
@@ -221,7 +226,7 @@ class Model:
             chooser=sampling,
             rng=rng,
             stop_tokens=[*(token for (token,) in stops), *(self.ends if stop_at_end else ())],
-            num_ids=tokenizer.vocab_size,
+            num_ids=min(tokenizer.vocab_size, self.task.model.vocab_size),
             on_tokens=report_tokens if on_bytes else None,
             chunk=4,
         ).tokens

@@ -25,8 +25,9 @@ _SAMPLED_ROWS = 16384  # the rows from which the batches of a limited evaluation
 class TextData:
     """Text as packed rows of tokens.
 
-    A document t1..tn has the inputs [eod, t1..tn] and the targets [t1..tn, eod]. Documents are laid end to end and cut
-    into rows, so that a row that continues a document has the token before the cut as its first input.
+    A document t1..tn has the inputs [b, t1..tn] and the targets [t1..tn, e], where b begins every text (see `begin`)
+    and e ends a document. Documents are laid end to end and cut into rows, so that a row that continues a document has
+    the token before the cut as its first input.
 
     Other layouts of text are subclasses: `items` turns a document into the items that are packed, `layout` turns packed
     rows into a batch, and `batch_spec` gives its shapes. Order, packing, shares of processes and resumption are the
@@ -55,8 +56,7 @@ class TextData:
     """Whether there is no attention across documents; if not, a row is one segment with positions 0..length-1
     (GPT-NeoX's recipe)."""
     mask_eod: bool = False
-    """Whether positions whose input is the end-of-document token are left out of the loss (GPT-NeoX's
-    `eod_mask_loss`)."""
+    """Whether positions whose input begins a document are left out of the loss (GPT-NeoX's `eod_mask_loss`)."""
     streams: int = 1
     """The number of shares of the training documents; each fills its part of every batch. A process reads only the
     shares of its rows: on a pod, choose a multiple of the number of processes. The batches depend on it."""
@@ -70,6 +70,16 @@ class TextData:
     it."""
     eval_limit: int = 0
     """The number of batches in an evaluation, of rows from all over the split; 0: the whole split."""
+    begin: tuple[int, ...] | None = None
+    """The ids that begin every text. None: the one that ends a document. (): none are written before a text, so that a
+    document follows the end of the one before it."""
+    ends: tuple[int, ...] = ()
+    """The ids each of which ends a text; the first one ends a document. (): those that the tokenizer's names tell."""
+    pad: int | None = None
+    """The id by which other programs fill up rows, for exports; here, the mask and the segments say what is padding."""
+    whole_documents: bool = False
+    """Whether no document is cut in an evaluation unless it is longer than a row; then each of its parts begins as the
+    document does, with the token before the cut after that. If not, its rows are cut like those of training."""
 
     def __post_init__(self):
         least = dict(length=1, batch_size=1, seed=0, streams=1, shuffle_window=1, prefetch=0, workers=0, eval_limit=0)
@@ -80,6 +90,11 @@ class TextData:
             raise ValueError(f"streams is {self.streams}; it must divide batch_size = {self.batch_size}.")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}; it must be below 2**32.")
+        for field in ("begin", "ends"):
+            if any(i < 0 for i in getattr(self, field) or ()):
+                raise ValueError(f"{field} is {getattr(self, field)}; ids must be at least 0.")
+        if self.whole_documents and len(self.begin or ()) >= self.length:
+            raise ValueError(f"length is {self.length}; it must be more than the {len(self.begin)} ids of begin.")
 
     def train_batches(self, rows: range | None = None) -> StreamBatches:
         """Endless batches, in a new order each epoch; or only these rows of each, for a process that needs no others.
@@ -111,13 +126,15 @@ class TextData:
         return StreamBatches(streams)
 
     def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
-        """One pass over a split in the order of the corpus (with `eval_limit`: over shuffled rows), for each `iter`.
+        """One pass over a split for each `iter`, in the order of the corpus (with `whole_documents`: nearly in that
+        order; with `eval_limit`: over shuffled rows).
 
         With `rows`, each batch has only these rows; the whole split is read for them. The last batch is filled up with
         padding.
         """
         documents = self._documents(split)
-        packed = self._pack(documents.shuffle(0) if self.eval_limit else documents)
+        pack = self._pack_whole if self.whole_documents else self._pack
+        packed = pack(documents.shuffle(0) if self.eval_limit else documents)
         if self.eval_limit:  # a fair sample, the same for all seeds: rows of many documents
             packed = grain.experimental.WindowShuffleIterDataset(packed, window_size=_SAMPLED_ROWS, seed=0)
         rows = range(self.batch_size) if rows is None else rows
@@ -139,17 +156,26 @@ class TextData:
 
     def items(self, document: str | bytes) -> Int[np.ndarray, "items ..."]:
         """The items of a document, with which rows are packed; here an item is an input, its target and the target's
-        bytes."""
-        tokenizer = self.loaded_tokenizer
-        ids = tokenizer.encode(document)
-        items = np.empty((len(ids) + 1, 3), np.int32)
+        bytes, which are -1 for an id of `begin`: it is given, not predicted."""
+        ids = [*self.opening, *self.loaded_tokenizer.encode(document), self.end]
+        items = np.empty((len(ids) - 1, 3), np.int32)
         inputs, targets, lengths = items.T
-        inputs[0] = targets[-1] = tokenizer.eod_id
-        inputs[1:] = targets[:-1] = ids
-        lengths[:] = self._byte_lengths[targets]
+        inputs[:], targets[:] = ids[:-1], ids[1:]
+        given = len(self.opening) - 1
+        lengths[:given], lengths[given:] = -1, self._byte_lengths[targets[given:]]
         # Without the space that some tokenizers write before a text.
-        lengths[0] -= lengths.sum() - len(document if isinstance(document, bytes) else document.encode())
+        lengths[given] -= lengths[given:].sum() - len(document if isinstance(document, bytes) else document.encode())
         return items
+
+    @property
+    def end(self) -> int:
+        """The id that ends a document."""
+        return self.ends[0] if self.ends else self.loaded_tokenizer.eod_id
+
+    @property
+    def opening(self) -> tuple[int, ...]:
+        """The inputs before a document's first token."""
+        return self.begin or (self.end,)
 
     def layout(
         self,
@@ -169,15 +195,16 @@ class TextData:
         if not self.isolate_documents:
             segments = mask.astype(np.int32)
             positions = np.where(mask, np.arange(mask.shape[1], dtype=np.int32), 0)
+        mask = mask & (lengths >= 0)
         if self.mask_eod:
-            mask &= tokens != self.loaded_tokenizer.eod_id
+            mask &= ~np.isin(tokens, self.opening)
         return {
             "tokens": tokens,
             "targets": targets,
             "positions": positions,
             "segments": segments,
             "mask": mask.astype(np.float32),
-            "bytes": lengths,
+            "bytes": np.maximum(lengths, 0),
         }
 
     def _documents(self, split: str) -> grain.MapDataset[str | bytes]:
@@ -194,6 +221,13 @@ class TextData:
             examples = examples.mp_prefetch(options)
         return _Pack(examples, length_struct={"example": self.row_items})
 
+    def _pack_whole(self, documents: grain.MapDataset[str | bytes]) -> grain.IterDataset[dict[str, Any]]:
+        """As `_pack`, with documents that are cut only if they are longer than a row."""
+        parts = grain.experimental.FlatMapIterDataset(documents.map(self.items).to_iter_dataset(_READ), _Parts(self))
+        return grain.experimental.FirstFitPackIterDataset(
+            parts, length_struct={"example": self.row_items}, num_packing_bins=self.batch_size, shuffle_bins=False
+        )
+
     def _batch(
         self, packed: grain.IterDataset[dict[str, Any]], size: int, rows: range, limit: int = 0
     ) -> grain.IterDataset[Batch]:
@@ -207,11 +241,13 @@ class TextData:
     @functools.cached_property
     def loaded_tokenizer(self) -> Tokenizer:
         """The tokenizer that `tokenizer` names."""
-        return load_tokenizer(self.tokenizer)
+        return load_tokenizer(self.tokenizer, self.ends[0] if self.ends else None)
 
     @functools.cached_property
-    def _byte_lengths(self) -> Int[np.ndarray, " vocab"]:
-        return token_byte_lengths(self.loaded_tokenizer)
+    def _byte_lengths(self) -> Int[np.ndarray, " ids"]:
+        """The bytes of each id; those that only the model knows stand for none."""
+        lengths = token_byte_lengths(self.loaded_tokenizer)
+        return np.append(lengths, np.zeros(max(self.end + 1 - len(lengths), 0), np.int32))
 
     def _example(self, document: str | bytes) -> dict[str, np.ndarray]:
         return {"example": self.items(document)}
@@ -224,6 +260,22 @@ class TextData:
 def row_arrays(shape: tuple[int, int], names: Iterable[str]) -> dict[str, ArraySpec]:
     """The specs of arrays [batch, length], which are int32 except for `mask`, which is float32."""
     return {name: ArraySpec(shape, np.float32 if name == "mask" else np.int32, ("batch", "length")) for name in names}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts(grain.experimental.FlatMapTransform):
+    """Cuts the items of a document into parts that fit a row."""
+
+    data: TextData
+
+    def flat_map(self, items: Int[np.ndarray, "items ..."]) -> list[dict[str, np.ndarray]]:
+        size, again = self.data.row_items, items[:0]
+        if type(self.data).layout is TextData.layout:  # the items are tokens
+            given = self.data.begin or ()
+            again = np.array([(i, 0, -1) for i in given], np.int32).reshape(-1, 3)
+        starts = range(size, len(items), size - len(again))
+        rest = [np.concatenate([again, items[start : start + size - len(again)]]) for start in starts]
+        return [{"example": part} for part in [items[:size], *rest] if len(part)]
 
 
 class _Pack(grain.experimental.ConcatThenSplitIterDataset):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 
 from jaxtok.data.encoders import EncoderData
 from jaxtok.interop.folders import FolderFormat, Options, hub_names, read_hub_params, stored_dtype
@@ -230,9 +228,9 @@ def task_and_data(config: BertConfig, texts: Texts, options: Options) -> tuple[A
     own, ids = options.get("jaxtok") or {}, {}
     for role, names in _SYMBOLS.items():
         ids[role] = own.get(f"{role}_id")
-        if ids[role] is None and Path(texts.spec).suffix == ".json":
-            vocabulary = tokenizers.Tokenizer.from_file(texts.spec).get_vocab(with_added_tokens=True)
-            ids[role] = next((vocabulary[name] for name in names if name in vocabulary), None)
+        if ids[role] is None and hasattr(texts.tokenizer, "token_id"):
+            found = (texts.tokenizer.token_id(name) for name in names)
+            ids[role] = next((i for i in found if i is not None), None)
         if ids[role] is None and not (role == "mask" and config.num_classes):
             raise ValueError(f"the tokenizer {texts.spec} has neither {' nor '.join(names)}; give the encoder's own.")
     data = EncoderData(

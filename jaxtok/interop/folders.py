@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.interop.tensors import Shapes, Table, read_params, read_tensors, save_tensors, whole_folder
-from jaxtok.interop.texts import Texts, named_texts, read_json, read_texts, write_texts
+from jaxtok.interop.texts import Texts, read_texts, texts_of, told, write_texts
 from jaxtok.model import Model
 from jaxtok.protocols import Params
+from jaxtok.tokenizers.hub_files import read_json
 
 Options = Mapping[str, Any]
 """The content of a config.json."""
@@ -80,7 +81,8 @@ class FolderFormat:
             if type(like) is not type(task):
                 raise ValueError(f"{path} holds a {type(task).__name__}; the config must be that of one too.")
             task = dataclasses.replace(like, model=task.model)
-        texts = texts or named_texts(data.tokenizer)
+        data = told(data, texts) if texts else data
+        texts = texts or texts_of(data)
         return Model(task=task, params=self.params_of(task, params), data=data, path=path, **texts.facts())
 
     def write(self, path: Path, model: Model, *, shard_bytes: int = 5 * 10**9, torch_bin: bool = False) -> Path:

@@ -25,6 +25,7 @@ from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.t5 import T5Config
+from jaxtok.model import Model
 from jaxtok.nn.rotary import RopeScaling
 from jaxtok.protocols import Params
 from jaxtok.tokenizers import HuggingFaceTokenizer
@@ -321,9 +322,20 @@ def config_from(options: Options, tensors: Mapping[str, np.ndarray]) -> DecoderC
 
 
 def task_and_data(config: DecoderConfig, texts: Texts, options: Options) -> tuple[LanguageModeling, TextData]:
-    """Returns the task of a language model, and rows of text."""
-    data = TextData(tokenizer=texts.spec, length=min(1024, config.max_length), batch_size=8)
+    """Returns the task of a language model, and rows of text.
+
+    An evaluation cuts no documents, so that its loss is that of the documents one by one; but a run of jaxtok that was
+    written as a folder is evaluated as the run.
+    """
+    own = options.get("jaxtok")
+    whole = own.get("whole_documents", False) if own else True
+    data = TextData(tokenizer=texts.spec, length=min(1024, config.max_length), batch_size=8, whole_documents=whole)
     return LanguageModeling(model=config), data
+
+
+def facts(model: Model) -> dict[str, bool]:
+    """Returns how a model's texts are evaluated."""
+    return {"whole_documents": True} if getattr(model.data, "whole_documents", False) else {}
 
 
 def owns(task: Any) -> bool:
@@ -347,6 +359,7 @@ DECODERS = FolderFormat(
     params_from=decoder_params,
     params_to=lambda config, params: write_params(decoder_sources(config), params),
     task_and_data=task_and_data,
+    facts=facts,
 )
 
 HUB = (DECODERS, encoders.ENCODERS, electra.ELECTRA, t5.T5)

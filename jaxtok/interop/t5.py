@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tokenizers
 
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.interop.folders import FolderFormat, Options, read_hub_params, stored_dtype
@@ -267,22 +265,30 @@ def task_and_data(config: T5Config, texts: Texts, options: Options) -> tuple[Seq
     sentinels = {}
     if (first := (options.get("jaxtok") or {}).get("first_sentinel")) is not None:
         sentinels["first_sentinel"] = first
-    elif Path(texts.spec).suffix == ".json":
-        sentinels["first_sentinel"] = first_sentinel(texts.spec)
+    elif texts.spec != "byt5":
+        sentinels["first_sentinel"] = first_sentinel(texts)
     data = SpanCorruption(tokenizer=texts.spec, length=min(1024, config.max_length), batch_size=8, **sentinels)
-    return (MrT5Training if isinstance(config, MrT5Config) else SequenceToSequence)(model=config), data
+    task = MrT5Training if isinstance(config, MrT5Config) else SequenceToSequence
+    return task(model=config, tokenizer=texts.spec, first_sentinel=data.first_sentinel), data
 
 
-def first_sentinel(file: str | Path) -> int:
-    """Returns the id of <extra_id_0> in a tokenizer.json, from which T5's sentinels count down.
+def first_sentinel(texts: Texts) -> int:
+    """Returns the id of <extra_id_0>, from which T5's sentinels count down; mT5 writes a space into its name.
 
     Raises:
-      ValueError: the tokenizer has none.
+      ValueError: the tokenizer has none, or its sentinels count up.
     """
-    found = tokenizers.Tokenizer.from_file(str(file)).token_to_id("<extra_id_0>")
-    if found is None:
-        raise ValueError(f"{file} has no token <extra_id_0>; give the tokenizer that the model was trained with.")
-    return found
+
+    def id_of(number: int) -> int | None:
+        found = (texts.tokenizer.token_id(f"{space}<extra_id_{number}>") for space in ("", "▁"))
+        return next((i for i in found if i is not None), None)
+
+    first, second = id_of(0), id_of(1)
+    if first is None:
+        raise ValueError(f"{texts.spec} has no token <extra_id_0>; give the tokenizer that the model was trained with.")
+    if second is not None and second != first - 1:
+        raise ValueError(f"<extra_id_1> of {texts.spec} is {second}; it must be {first - 1}, below <extra_id_0>.")
+    return first
 
 
 def facts(model: Model) -> dict[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,26 @@ import tokenizers
 
 from jaxtok.model import Model
 from jaxtok.protocols import Tokenizer
-from jaxtok.tokenizers import HuggingFaceTokenizer, load_tokenizer
+from jaxtok.tokenizers import load_tokenizer
+from jaxtok.tokenizers.hub_files import kind_of, named_token, read_json, tokenizer_json
+from jaxtok.tokenizers.huggingface import read_tokenizer_json
 
 RECORD = "text.json"
-"""The file in which a converted run keeps the facts."""
+"""The file in which a converted run of jaxtok 0.1's development kept the facts, which are in its data since."""
 
-_BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
-"""Files that go along with a tokenizer.json."""
-_UNREAD = ("*.model", "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken")
-"""Files of tokenizers that cannot be read from a folder of another format."""
+_BESIDE = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("generation_config.json", "chat_template.jinja"),
+)
+"""Files that go along with a tokenizer's."""
+_SENTENCEPIECE = ("tokenizer.model", "spiece.model")
+"""Models of SentencePiece whose ids are the folder's, for tokenizers of the kinds below."""
+_SENTENCEPIECE_KINDS = ("llama", "codellama", "mistral", "gemma", "t5", "mt5")
+_BEGUN = ("llama", "codellama", "mistral", "gemma", "bert", "electra", "roberta")
+"""Kinds of tokenizers without a tokenizer.json that write their first symbol before a text, if add_bos_token does not
+say whether they do."""
+_UNREAD = ("*.model", "*.model.v*", "vocab.json", "merges.txt", "vocab.txt", "*.tiktoken", "tekken.json")
+"""Files of tokenizers, for messages."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +60,9 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
     """Returns how a folder's texts become ids.
 
     Args:
-      folder: a folder with a tokenizer.json, or with the tokenizer that config.json names under `jaxtok`.
+      folder: a folder with a tokenizer, or with the one that config.json names under `jaxtok`.
       options: the content of its config.json.
-      default: the tokenizer of a folder without any.
+      default: the tokenizer of a folder without any, if the vocabulary is no larger.
       tokenizer: the tokenizer to take instead of the folder's.
 
     Raises:
@@ -58,25 +70,11 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
       ValueError: nothing tells what ends a text.
     """
     own = options.get("jaxtok") or {}
-    if not tokenizer and (folder / "tokenizer.json").is_file():
-        return _from_tokenizer_json(folder, options, own)
-    spec = tokenizer or own.get("tokenizer") or ""
-    if not tokenizer and spec and (folder / Path(spec).name).is_file():
-        spec = str((folder / Path(spec).name).absolute())
-    if not spec:
-        kind = read_json(folder / "tokenizer_config.json").get("tokenizer_class", "")
-        there = sorted(file.name for pattern in _UNREAD for file in folder.glob(pattern))
-        if there or (kind and not kind.startswith("ByT5")):
-            what = f"{', '.join(there)}, which cannot be read" if there else f"{kind} in tokenizer_config.json"
-            raise FileNotFoundError(
-                f"{folder} holds no tokenizer.json (there is {what}); save the tokenizer there in the fast format."
-            )
-        size = options.get("vocab_size") or options.get("padded_vocab_size") or 0
-        spec = default or ("bytes" if 257 <= size <= 384 else "")
-    if not spec:
-        raise FileNotFoundError(f"{folder} holds no tokenizer.json; put the model's there, or name its tokenizer.")
+    spec = tokenizer or _spec_of(folder, options, own, default)
+    if Path(spec).exists():
+        return _from_files(folder, spec, options, own)
     loaded = load_tokenizer(spec)
-    begin = () if default else (loaded.eod_id,)
+    begin = () if spec == default else (loaded.eod_id,)
     return Texts(
         spec,
         loaded,
@@ -86,39 +84,99 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
     )
 
 
-def named_texts(spec: str) -> Texts:
-    """Returns how texts become ids in a run with this tokenizer, whose end of a document also begins a text."""
-    tokenizer = load_tokenizer(spec)
-    return Texts(spec, tokenizer, begin=(tokenizer.eod_id,), ends=tokenizer.special.eos, pad=tokenizer.special.pad)
+def _spec_of(folder: Path, options: Mapping[str, Any], own: Mapping[str, Any], default: str) -> str:
+    """Returns the tokenizer of a folder."""
+    if (folder / "tokenizer.json").is_file():
+        return str((folder / "tokenizer.json").absolute())
+    if spec := own.get("tokenizer"):
+        file = folder / Path(spec).name
+        return str(file.absolute()) if file.is_file() else spec
+    kind = kind_of(folder)
+    for name in _SENTENCEPIECE:
+        lower = read_json(folder / "tokenizer_config.json").get("do_lower_case")
+        if (folder / name).is_file() and kind in _SENTENCEPIECE_KINDS and not lower:
+            return str((folder / name).absolute())
+    if tokenizer_json(folder) is not None:
+        return str(folder.absolute())
+    there = sorted({file.name for pattern in _UNREAD for file in folder.glob(pattern)})
+    size = options.get("vocab_size") or options.get("padded_vocab_size") or 0
+    if not there and default and size <= load_tokenizer(default).vocab_size:
+        return default
+    named = read_json(folder / "tokenizer_config.json").get("tokenizer_class")
+    if not there and not named and not default and 257 <= size <= 384:
+        warnings.warn(
+            f"{folder} holds no tokenizer; as it has {size} ids, its texts are taken to be bytes.", stacklevel=4
+        )
+        return "bytes"
+    what = f"{', '.join(there)}, of a tokenizer of the kind {kind!r}" if there else f"only the name {named}"
+    what = what if there or named else "none"
+    raise FileNotFoundError(
+        f"{folder} holds no tokenizer.json (there is {what}); it needs that, as the fast tokenizer's save_pretrained "
+        f"writes it, or a {' or '.join(_SENTENCEPIECE)} of {', '.join(_SENTENCEPIECE_KINDS)}, a vocab.json with a "
+        "merges.txt of GPT-2, RoBERTa or Qwen2, or a vocab.txt of BERT or ELECTRA."
+    )
 
 
-def _from_tokenizer_json(folder: Path, options: Mapping[str, Any], own: Mapping[str, Any]) -> Texts:
-    file = folder / "tokenizer.json"
-    theirs = tokenizers.Tokenizer.from_file(str(file))
+def texts_of(data: Any) -> Texts:
+    """Returns how texts become ids by the data alone: the end of a document begins a text if nothing else is told."""
+    tokenizer = data.loaded_tokenizer
+    return Texts(
+        data.tokenizer,
+        tokenizer,
+        begin=(data.end,) if data.begin is None else data.begin,
+        ends=data.ends or tokenizer.special.eos,
+        pad=data.pad if data.ends else tokenizer.special.pad,
+    )
+
+
+def told(data: Any, texts: Any) -> Any:
+    """Returns data that say what begins and ends a text as `texts` do, which has the fields of `Texts`."""
+    known = texts_of(data)
+    names = ("begin", "ends", "pad")
+    if all(getattr(known, name) == getattr(texts, name) for name in names):
+        return data
+    return dataclasses.replace(data, **{name: getattr(texts, name) for name in names})
+
+
+def _from_files(folder: Path, spec: str, options: Mapping[str, Any], own: Mapping[str, Any]) -> Texts:
     generation, settings = read_json(folder / "generation_config.json"), read_json(folder / "tokenizer_config.json")
+    is_sentencepiece = Path(spec).suffix == ".model"
+    theirs = None if is_sentencepiece else tokenizers.Tokenizer.from_str(json.dumps(read_tokenizer_json(spec)))
+    sentences = load_tokenizer(spec) if is_sentencepiece else None
+
+    def id_of(name: str | None) -> int | None:
+        return None if name is None else (theirs.token_to_id(name) if theirs else sentences.token_id(name))
 
     def of_role(role: str) -> Any:
         """Returns a role's ids from the first of generation_config, config and tokenizer_config.json that has them."""
         for file in (generation, options):
             if (ids := file.get(f"{role}_token_id")) is not None:
                 return ids
-        named = settings.get(f"{role}_token")
-        named = named.get("content") if isinstance(named, dict) else named
-        return None if named is None else theirs.token_to_id(named)
+        return id_of(named_token(settings.get(f"{role}_token")))
 
     ends = own.get("ends", of_role("eos"))
     if ends is None:  # as in encoders
-        ends = theirs.token_to_id("[SEP]")
+        ends = id_of("[SEP]") if theirs else sentences.special.eos
     if ends is None or ends == []:
         raise ValueError(
             f"{folder} has no eos_token_id, neither in generation_config.json nor in config.json, and no eos_token in "
             "tokenizer_config.json; add one."
         )
     ends = (ends,) if isinstance(ends, int) else tuple(ends)
-    begin = own.get("begin", _written_first(theirs, ends))  # whatever add_bos_token says, as in transformers
+    tokenizer = load_tokenizer(spec, ends[0])
+
+    def begin() -> tuple[int, ...]:
+        if Path(spec).suffix == ".json" or (Path(spec) / "tokenizer.json").is_file():
+            return _written_first(theirs, ends)  # whatever add_bos_token says, as in transformers
+        written = settings.get("add_bos_token", kind_of(folder) in _BEGUN)
+        bos = id_of(named_token(settings.get("bos_token")))
+        bos = tokenizer.special.bos if bos is None else bos
+        bos = of_role("bos") if bos is None else bos
+        return (bos,) if written and bos is not None else ()
+
     pad = own.get("pad") if own else of_role("pad")
-    tokenizer = HuggingFaceTokenizer(folder, eod=theirs.id_to_token(ends[0]))
-    return Texts(str(file.absolute()), tokenizer, tuple(begin), ends, pad if isinstance(pad, int) else None)
+    first = own["begin"] if "begin" in own else begin()
+    return Texts(spec, tokenizer, tuple(first), ends, pad if isinstance(pad, int) else None)
 
 
 def _written_first(theirs: tokenizers.Tokenizer, ends: tuple[int, ...]) -> tuple[int, ...]:
@@ -153,55 +211,43 @@ def write_texts(folder: Path, model: Model) -> dict[str, Any]:
 
 
 def copy_tokenizer(spec: str, folder: Path) -> str:
-    """Copies a tokenizer's file, and what is beside a tokenizer.json, into a folder; returns its name there.
+    """Copies a tokenizer's file, and what is beside it, into a folder; returns its name there.
 
-    A tokenizer that is not a file keeps its name.
+    A vocabulary with its merges, or a list of words, becomes a tokenizer.json. A tokenizer that is not a file keeps its
+    name.
     """
     path = Path(spec)
     if path.is_dir():
         models = sorted(path.glob("*.model"))
         path = path / "tokenizer.json" if (path / "tokenizer.json").is_file() or not models else models[0]
+        if not path.is_file() and (content := tokenizer_json(path.parent)) is not None:
+            (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+            _copy_beside(path.parent, folder)
+            return "tokenizer.json"
     if not path.is_file():
         return spec
     name = "tokenizer.json" if path.suffix == ".json" else path.name
     shutil.copyfile(path, folder / name)
-    if path.name == "tokenizer.json":
-        for beside in _BESIDE:
-            if (path.parent / beside).is_file():
-                shutil.copyfile(path.parent / beside, folder / beside)
+    if path.name == "tokenizer.json" or path.suffix == ".model":
+        _copy_beside(path.parent, folder)
+    if path.suffix == ".model" and (added := load_tokenizer(path).added):
+        (folder / "added_tokens.json").write_text(json.dumps(added, indent=2) + "\n")
     return name
 
 
-def write_record(folder: Path, model: Model) -> None:
-    """Keeps, in a run's folder, what begins and ends its texts."""
-    facts = {"begin": list(model.begin), "ends": list(model.ends), "pad": model.pad}
-    (folder / RECORD).write_text(json.dumps(facts, indent=2) + "\n")
+def _copy_beside(source: Path, folder: Path) -> None:
+    for name in _BESIDE:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
 
 
 def copy_record(source: Path, target: Path) -> None:
-    """Copies what `write_record` kept, if it did, to a run that is made from another."""
+    """Copies the record of a run, if it has one, to a run that is made from it."""
     if (source / RECORD).is_file():
         shutil.copyfile(source / RECORD, target / RECORD)
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Returns the fields of a `Model` that `write_record` kept; none if it kept none."""
+    """Returns the fields of a `Model` that a run's record holds; none if there is no record."""
     facts = read_json(folder / RECORD)
     return {name: tuple(value) if isinstance(value, list) else value for name, value in facts.items()}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Returns the content of a file of options; empty if there is no such file.
-
-    Raises:
-      ValueError: it is not a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); fetch it again.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds a {type(found).__name__}; it must be a JSON object.")
-    return found

@@ -14,17 +14,21 @@ def fit_text(task: T, data: Any) -> T:
     """The task, with a vocabulary size of 0 replaced by the tokenizer's, rounded up to 128. Other data leave it alone.
 
     Raises:
-      ValueError: the tokenizer has more ids than the model, or a row is longer than the model's context.
+      ValueError: texts become ids that the model does not have (special tokens that no text has may lie beyond), or a
+        row is longer than the model's context.
     """
     if not isinstance(data, TextData):
         return task
     model, ids = task.model, data.loaded_tokenizer.vocab_size
     if not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=-(-ids // 128) * 128)
-    if model.vocab_size < ids:
+    tokenizer = data.loaded_tokenizer
+    used = (i for i in range(model.vocab_size, ids) if i in (*data.opening, data.end) or tokenizer.token_bytes(i))
+    if (beyond := next(used, None)) is not None:
         raise ValueError(
-            f"task.model.vocab_size is {model.vocab_size}, but the tokenizer {data.tokenizer} has {ids} "
-            "ids; raise it, or set it to 0 to take the tokenizer's."
+            f"task.model.vocab_size is {model.vocab_size}, but the tokenizer {data.tokenizer} has {ids} ids, of which "
+            f"{beyond} stands for {tokenizer.token_bytes(beyond).decode(errors='replace')!r}; raise it, or set it to 0 "
+            "to take the tokenizer's, or use the tokenizer of the model."
         )
     if data.length > model.max_length:
         raise ValueError(

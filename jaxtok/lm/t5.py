@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
+from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.decoding.engine import Generation
 from jaxtok.decoding.engine import generate as generate_tokens
 from jaxtok.decoding.protocols import Chooser
@@ -32,13 +33,11 @@ from jaxtok.nn.losses import cross_entropy, text_loss, text_metrics, text_sums
 from jaxtok.nn.relative import RelativeBias
 from jaxtok.nn.transformer import Block, Call, MultiHead, Stack, layer_range
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
-from jaxtok.tokenizers.byt5 import ByT5Tokenizer
+from jaxtok.tokenizers import load_tokenizer
 
 _BUCKET = 64  # inputs are padded to a multiple of this many ids, so that similar lengths share a compiled function
 HIDDEN = float(np.finfo(np.float32).min)
 """The bias of a hidden key."""
-SENTINEL = 258
-"""ByT5's first sentinel. The others count down from it, on the ids of bytes that UTF-8 does not have."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -439,13 +438,29 @@ class SequenceToSequence(Task):
     counted = "tokens"
 
     model: T5Config
+    tokenizer: str = "byt5"
+    """The tokenizer by which texts are continued; `fit` takes that of span corruption."""
+    first_sentinel: int = 258
+    """The sentinel in whose place a text is continued; `fit` takes that of span corruption."""
 
     def module(self) -> T5:
         return self.model.module()
 
     def fit(self, data: Data, train: Any = None) -> SequenceToSequence:
-        """See `jaxtok.lm.fitting.fit_text`."""
-        return fit_text(self, data)
+        """Fits the task to its data; see `jaxtok.lm.fitting.fit_text`.
+
+        Raises:
+          ValueError: as there; or the model does not have the first sentinel.
+        """
+        task = fit_text(self, data)
+        if not isinstance(data, SpanCorruption):
+            return task
+        if data.first_sentinel >= task.model.vocab_size:
+            raise ValueError(
+                f"task.model.vocab_size is {task.model.vocab_size}, but the first sentinel of {data.tokenizer} is "
+                f"{data.first_sentinel}; use the tokenizer of the model."
+            )
+        return dataclasses.replace(task, tokenizer=data.tokenizer, first_sentinel=data.first_sentinel)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return initial(self.model, rng, batch["tokens"])
@@ -534,36 +549,39 @@ class SequenceToSequence(Task):
         on_text: OnText | None = None,
         logprobs: bool = False,
     ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
-        """Continues each prompt by what a ByT5 trained on span corruption puts in the place of a sentinel after it.
+        """Continues each prompt by what a model trained on span corruption puts in the place of a sentinel after it.
 
-        See `jaxtok.protocols.TextGenerator`.
+        See `jaxtok.protocols.TextGenerator`; `max_bytes` counts tokens.
 
         Raises:
-          ValueError: the model's vocabulary is not ByT5's; or see `generate`.
+          ValueError: the model does not have the tokenizer's ids; or see `generate`.
         """
-        tokenizer = ByT5Tokenizer()
-        if self.model.vocab_size != tokenizer.vocab_size:
+        tokenizer, sentinel, size = _tokenizer(self.tokenizer), self.first_sentinel, self.model.vocab_size
+        if sentinel >= size or (self.tokenizer == "byt5" and size != tokenizer.vocab_size):
             raise ValueError(
-                f"vocab_size is {self.model.vocab_size}; it must be {tokenizer.vocab_size}, as text is continued with "
-                "ByT5's ids."
+                f"vocab_size is {size}, which does not fit the tokenizer {self.tokenizer} and its sentinel {sentinel}, "
+                "by which texts are continued; convert the model again from the folder that has its tokenizer."
             )
 
         def text_of(tokens: Sequence[int]) -> bytes:
-            return tokenizer.decode(token for token in tokens if token != SENTINEL - 1)
+            return b"".join(tokenizer.token_bytes(token) for token in tokens if token != sentinel - 1)
 
         generated = self.generate(
             params,
-            [[*tokenizer.encode(prompt), SENTINEL, self.model.eos_id] for prompt in prompts],
+            [[*tokenizer.encode(prompt), sentinel, self.model.eos_id] for prompt in prompts],
             max_new_tokens=max_bytes,
             chooser=sampling,
             rng=rng,
-            begin=[SENTINEL],
-            stop_tokens=(self.model.eos_id, SENTINEL - 1),
-            num_ids=SENTINEL + 1,
+            begin=[sentinel],
+            stop_tokens=(self.model.eos_id, sentinel - 1),
+            num_ids=sentinel + 1,
             on_tokens=on_text and (lambda piece: on_text([text_of(new) for new in piece.tokens])),
         )
         rows = [Continued(text_of(row), row, likely) for row, likely in zip(generated.tokens, generated.logprobs)]
         return texts_and_logprobs(rows, logprobs)
+
+
+_tokenizer = functools.lru_cache(maxsize=4)(load_tokenizer)
 
 
 @functools.partial(jax.jit, static_argnames="module")

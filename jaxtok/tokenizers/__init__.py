@@ -1,4 +1,4 @@
-"""Text tokenizers. All of them are lossless on any byte string."""
+"""Text tokenizers. All of them are lossless on any byte string, but for published vocabularies that lack bytes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from jaxtok.protocols import Tokenizer
 from jaxtok.tokenizers.byt5 import ByT5Tokenizer
 from jaxtok.tokenizers.bytes import ByteTokenizer
 from jaxtok.tokenizers.characters import ALPHABETS, PREFIX, AlphabetTokenizer, CharacterTokenizer
+from jaxtok.tokenizers.hub_files import tokenizer_json
 from jaxtok.tokenizers.huggingface import HuggingFaceTokenizer
 from jaxtok.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
@@ -26,14 +27,19 @@ __all__ = [
 ]
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
+def load_tokenizer(spec: str | Path, eod: int | None = None) -> Tokenizer:
     """The tokenizer that `spec` names.
 
     bytes                 the 256 bytes
     byt5                  the 256 bytes with ByT5's ids (`ByT5Tokenizer`)
     letters, ascii        a small alphabet only (`AlphabetTokenizer`)
     characters:ALPHABET   these characters, and bytes for all others
-    PATH                  a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one
+    PATH                  a SentencePiece `*.model`, a `tokenizer.json`, or a folder with one of these, with a
+                          vocab.json and a merges.txt, or with a vocab.txt
+
+    Args:
+        spec: the name or path.
+        eod: the id that ends a document, for a tokenizer in a file; by default, its names tell.
 
     Raises:
         FileNotFoundError: there is no such file or folder, or the folder holds no tokenizer.
@@ -51,6 +57,8 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     if path.is_dir():
         files = [path / "tokenizer.json"] if (path / "tokenizer.json").is_file() else sorted(path.glob("*.model"))
         if not files:
+            if tokenizer_json(path) is not None:
+                return HuggingFaceTokenizer(path, eod)
             raise FileNotFoundError(f"{path} holds no tokenizer.json and no *.model; give the path of a tokenizer.")
         if len(files) > 1:
             raise ValueError(f"{path} holds {len(files)} *.model files; give the path of one of them.")
@@ -60,9 +68,9 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             f"there is no tokenizer {str(spec)!r}; give 'bytes', 'byt5', a *.model, a tokenizer.json or a folder."
         )
     if path.suffix == ".model":
-        return SentencePieceTokenizer(path)
+        return SentencePieceTokenizer(path, eod)
     if path.suffix == ".json":
-        return HuggingFaceTokenizer(path)
+        return HuggingFaceTokenizer(path, eod)
     raise ValueError(f"{path} is neither a *.model nor a *.json; give a SentencePiece or Hugging Face tokenizer.")
 
 

@@ -1,16 +1,17 @@
-"""Tokenizers in the format of Hugging Face's `tokenizers` library (`tokenizer.json`), used losslessly."""
+"""Tokenizers of Hugging Face's `tokenizers` library (`tokenizer.json`), used losslessly where they have all bytes."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from jaxtok.protocols import Special
+from jaxtok.tokenizers.hub_files import named_token, read_json, tokenizer_json
 from jaxtok.tokenizers.lossless import LosslessTokenizer
 
 EOD_NAMES = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]", "<eos>")
@@ -22,52 +23,61 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class HuggingFaceTokenizer(LosslessTokenizer):
-    """A `tokenizer.json`, or the folder that holds one: byte-level (GPT-2), byte fallback (Llama) and others.
+    """A `tokenizer.json`: byte-level (GPT-2), byte fallback (Llama), and others.
 
     A tokenizer that writes a space before a text still does ("Hello" is "▁Hello"), and `decode` drops it. No special
-    tokens are added.
+    tokens are added. One with an unknown token, but without all bytes (T5, BERT), encodes as published: see
+    `LosslessTokenizer`.
 
     Args:
-        path: the file or folder.
-        eod: the token that ends a document; by default the first of `EOD_NAMES` in the vocabulary. The roles of other
-            special tokens follow from their names.
+        source: the file, the folder that holds it (or a vocab.json with its merges.txt, or a vocab.txt), or its
+            content.
+        eod: the token that ends a document, or its id; by default the first of `EOD_NAMES` in the vocabulary, or else
+            the eos_token of the tokenizer_config.json beside. The roles of other special tokens follow from their
+            names.
+        name: a name for logs and errors; by default that of the folder or file.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is no tokenizer, or has no token `eod`.
     """
 
-    def __init__(self, path: str | Path, eod: str | None = None):
-        file = Path(path).absolute()
-        file = file / "tokenizer.json" if file.is_dir() else file
-        if not file.is_file():
-            raise FileNotFoundError(f"there is no tokenizer at {path}; give a tokenizer.json or the folder of one.")
-        self._args = (file, eod)
+    def __init__(self, source: str | Path | Mapping[str, Any], eod: str | int | None = None, name: str = ""):
+        self._args = (source, eod, name)
+        folder = None
+        if not isinstance(source, Mapping):
+            file = Path(source).absolute()
+            folder = file if file.is_dir() else file.parent
+            self._args = (file, eod, name)
+            name = name or (folder.name if file.is_dir() or file.name == "tokenizer.json" else file.stem)
+        path = name if folder is None else source
+        config = read_tokenizer_json(source)
         try:
-            config = json.loads(file.read_text(encoding="utf-8"))
             steps = {key: config.get(key) for key in ("normalizer", "pre_tokenizer")}
             bare = _without_prefix(steps)  # `encode` writes the prefix instead, once per text
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps({**config, **bare}))
         except Exception as error:  # the library raises plain Exceptions
             raise ValueError(f"{path} is not a tokenizer.json ({error}); give another file.") from error
-        self._tokenizer.encode_special_tokens = True  # their strings are encoded as ordinary text
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
 
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        names = EOD_NAMES if eod is None else (eod,)
-        eod_id = next((vocab[name] for name in names if name in vocab), None)
-        if eod_id is None:
-            raise ValueError(
-                f"{path} has none of the tokens {', '.join(names)}; name its end-of-document token as eod."
-            )
+        eod_id = eod
+        if not isinstance(eod, int):
+            names = EOD_NAMES if eod is None else (eod,)
+            if eod is None and folder is not None:
+                names += (named_token(read_json(folder / "tokenizer_config.json").get("eos_token")),)
+            eod_id = next((vocab[name] for name in names if name in vocab), None)
+            if eod_id is None:
+                raise ValueError(
+                    f"{path} has none of the tokens {', '.join(map(str, names))}, so nothing tells what ends a text; "
+                    "name the token as eos_token in a tokenizer_config.json beside it, or give its id as data.ends."
+                )
         byte_ids = {int(match[1], 16): i for name, i in vocab.items() if (match := _BYTE.fullmatch(name))}
         self._merges, self._spell = config["model"].get("merges") or [], _speller(config)
         pieces = _pieces(config, vocab, self._spell)
+        pieces += [b""] * (eod_id + 1 - len(pieces))
         for byte, i in byte_ids.items():
             pieces[i] = bytes([byte])
         pieces[eod_id] = b""
-        name = file.parent.name if file.name == "tokenizer.json" else file.stem
         special = Special(
             bos=next((vocab[name] for name in BEGINNINGS if name in vocab), None),
             eos=(eod_id, *(vocab[name] for name in TURN_ENDS if name in vocab and vocab[name] != eod_id)),
@@ -75,9 +85,19 @@ class HuggingFaceTokenizer(LosslessTokenizer):
             unk=_unknown(config["model"], vocab),
         )
         super().__init__(name, pieces, byte_ids, eod_id, b" " if bare != steps else b"", special)
+        self.as_published = special.unk is not None and not self.has_all_bytes
+        if self.as_published and bare != steps:
+            self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(config))
+        self._tokenizer.encode_special_tokens = True  # their strings are encoded as ordinary text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
 
     def __reduce__(self):
         return type(self), self._args
+
+    def token_id(self, name: str) -> int | None:
+        """The id of the token of this name, if there is one."""
+        return self._tokenizer.token_to_id(name)
 
     def merges(self) -> list[tuple[bytes, bytes]]:
         """The pairs of a BPE in the order in which they are merged; none for other models."""
@@ -86,6 +106,29 @@ class HuggingFaceTokenizer(LosslessTokenizer):
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def read_tokenizer_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the content of a tokenizer.json, or what it would be for the files that a folder has instead.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not JSON, or a file is damaged.
+    """
+    if isinstance(source, Mapping):
+        return source
+    file = Path(source).absolute()
+    if file.is_dir() and not (file / "tokenizer.json").is_file() and (config := tokenizer_json(file)) is not None:
+        return config
+    file = file / "tokenizer.json" if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no tokenizer at {source}; give a tokenizer.json or the folder of one.")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["model"]["vocab"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a tokenizer.json ({error}); give another file.") from error
+    return config
 
 
 def _without_prefix(step: Any) -> Any:

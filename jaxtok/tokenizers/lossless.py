@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable
 
 from jaxtok.protocols import Special
@@ -16,6 +17,10 @@ class LosslessTokenizer:
     Text is encoded by the library and kept if its tokens spell the same bytes. Otherwise (a normaliser changed a
     character, the text holds the marker that stands for a space, ...) it is halved until the parts that differ are
     single characters, and these become byte tokens. Text is never taken for a special token.
+
+    A subclass sets `as_published` for a vocabulary that has an unknown token instead of all bytes: then the ids are the
+    library's own, whatever they keep of the text (T5 folds white space, BERT drops it), and the first unknown character
+    gives a warning.
 
     Args:
         name: a name for logs and errors.
@@ -42,6 +47,13 @@ class LosslessTokenizer:
         self._pieces = pieces
         self._byte_ids = {piece[0]: i for i, piece in enumerate(pieces) if len(piece) == 1} | byte_ids
         self._prefix = prefix
+        self.as_published = False
+        self._warned = False
+
+    @property
+    def has_all_bytes(self) -> bool:
+        """Whether every byte has a token."""
+        return len(self._byte_ids) == 256
 
     def vocabulary(self) -> list[bytes]:
         """The bytes that each id stands for; none for special tokens."""
@@ -60,10 +72,23 @@ class LosslessTokenizer:
         data = text.encode() if isinstance(text, str) else text
         if not data:
             return []
+        if self.as_published:
+            return self._encode_as_published(data.decode(errors="replace"))
         runs = _INVALID.split((self._prefix + data).decode(errors="surrogateescape"))
         ids = self._encode_run(runs[0])
         for invalid, run in zip(runs[1::2], runs[2::2]):
             ids += self._encode_bytes(invalid) + self._encode_run(run)
+        return ids
+
+    def _encode_as_published(self, text: str) -> list[int]:
+        ids = self._encode_text(text)
+        if self.special.unk in ids and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the vocabulary of {self.name} lacks characters of these texts; as published, they become its unknown "
+                "token.",
+                stacklevel=3,
+            )
         return ids
 
     def decode(self, ids: Iterable[int]) -> bytes:

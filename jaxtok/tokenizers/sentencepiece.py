@@ -1,4 +1,4 @@
-"""SentencePiece models (Kudo & Richardson, 2018), used losslessly, and their training."""
+"""SentencePiece models (Kudo & Richardson, 2018), used losslessly where they have all bytes, and their training."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sentencepiece
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from jaxtok.protocols import Special
+from jaxtok.tokenizers.hub_files import added_tokens, kind_of, read_json
 from jaxtok.tokenizers.lossless import LosslessTokenizer
 
 EOD = "<|endoftext|>"
@@ -23,37 +24,51 @@ class SentencePieceTokenizer(LosslessTokenizer):
     """A `*.model` file of any type.
 
     A model with a dummy prefix tokenises the beginning of a text as published ("Hello" is "▁Hello"). Runs of spaces are
-    kept, even by models that were trained to remove them.
+    kept, even by models that were trained to remove them, unless a model has no byte tokens (T5): that encodes as
+    published, see `LosslessTokenizer`.
+
+    Tokens that were added after the model's are those of the added_tokens.json and the tokenizer_config.json beside
+    it, and T5's sentinels, of which <extra_id_0> has the highest id. A tokenizer_config.json whose add_prefix_space is
+    false leaves out the dummy prefix.
+
+    Args:
+        path: the file.
+        eod: the id that ends a document; by default the model's own.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not a SentencePiece model, or has no end-of-sentence token.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, eod: int | None = None):
         self._path = Path(path).absolute()
+        self._args = (self._path, eod)
         if not self._path.is_file():
             raise FileNotFoundError(f"there is no SentencePiece model at {path}; give the path of a *.model file.")
-        model = ModelProto()
+        model, kind = ModelProto(), ModelProto.SentencePiece
         try:
             model.ParseFromString(self._path.read_bytes())
+            if read_json(self._path.parent / "tokenizer_config.json").get("add_prefix_space") is False:
+                model.normalizer_spec.add_dummy_prefix = False
             prefix = b" " if model.normalizer_spec.add_dummy_prefix else b""
-            model.normalizer_spec.add_dummy_prefix = False  # `encode` writes it instead, once per text
-            model.normalizer_spec.remove_extra_whitespaces = False
+            byte_ids = {int(p.piece[3:-1], 16): i for i, p in enumerate(model.pieces) if p.type == kind.BYTE}
+            if byte_ids:
+                model.normalizer_spec.add_dummy_prefix = False  # `encode` writes it instead, once per text
+                model.normalizer_spec.remove_extra_whitespaces = False
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         except Exception as error:  # protobuf's DecodeError or SentencePiece's RuntimeError
             raise ValueError(f"{path} is not a SentencePiece model ({error}); give another *.model file.") from error
         names = [piece.piece for piece in model.pieces]
-        eod = self._processor.eos_id()
+        self.added = _added(self._path.parent, names)
+        eod = self._processor.eos_id() if eod is None else eod
         if eod < 0:
             if EOD not in names:
                 raise ValueError(f"{path} has no end-of-sentence token; train it with eos_id, or with a piece {EOD}.")
             eod = names.index(EOD)
-        kind = ModelProto.SentencePiece
-        byte_ids = {int(p.piece[3:-1], 16): i for i, p in enumerate(model.pieces) if p.type == kind.BYTE}
         pieces = [name.replace("▁", " ").encode() for name in names]
         for byte, i in byte_ids.items():
             pieces[i] = bytes([byte])
+        pieces += [b""] * (max([eod, *self.added.values()]) + 1 - len(pieces))
         for i, piece in enumerate(model.pieces):
             if i == eod or piece.type in (kind.CONTROL, kind.UNKNOWN):
                 pieces[i] = b""
@@ -62,12 +77,28 @@ class SentencePieceTokenizer(LosslessTokenizer):
         )
         special = Special(bos=bos, eos=(eod,), pad=pad, unk=unk)
         super().__init__(self._path.stem, pieces, byte_ids, eod, prefix, special)
+        self.as_published = not byte_ids
+        self._ids = {name: i for i, name in enumerate(names)} | self.added
+
+    def token_id(self, name: str) -> int | None:
+        """The id of the token of this name, if there is one."""
+        return self._ids.get(name)
 
     def __reduce__(self):
-        return type(self), (self._path,)
+        return type(self), self._args
 
     def _encode_text(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+
+def _added(folder: Path, names: list[str]) -> dict[str, int]:
+    """The ids by name of the tokens that follow a model's own."""
+    added = {name: i for name, i in added_tokens(folder).items() if i >= len(names)}
+    sentinel = "<extra_id_0>"
+    if kind_of(folder) in ("t5", "mt5") and not {sentinel, f"▁{sentinel}"} & {*names, *added}:
+        count = read_json(folder / "tokenizer_config.json").get("extra_ids", 100)
+        added |= {f"<extra_id_{i}>": len(names) + count - 1 - i for i in range(count)}
+    return added
 
 
 def train_sentencepiece(
