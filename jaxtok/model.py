@@ -246,6 +246,8 @@ class Model:
           batches: the number of batches; 0: all.
         """
         data = self.on(corpus, batches)
+        if self.tokenizer is not None:
+            self.task.fit(data)  # which refuses ids that the model does not have
         return self.task.evaluate(self.params, data.eval_batches(split))
 
     def encode(

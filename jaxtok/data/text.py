@@ -157,25 +157,25 @@ class TextData:
     def items(self, document: str | bytes) -> Int[np.ndarray, "items ..."]:
         """The items of a document, with which rows are packed; here an item is an input, its target and the target's
         bytes, which are -1 for an id of `begin`: it is given, not predicted."""
-        ids = [*self.opening, *self.loaded_tokenizer.encode(document), self.end]
+        ids = [*self.opening_ids, *self.loaded_tokenizer.encode(document), self.end_id]
         items = np.empty((len(ids) - 1, 3), np.int32)
         inputs, targets, lengths = items.T
         inputs[:], targets[:] = ids[:-1], ids[1:]
-        given = len(self.opening) - 1
+        given = len(self.opening_ids) - 1
         lengths[:given], lengths[given:] = -1, self._byte_lengths[targets[given:]]
         # Without the space that some tokenizers write before a text.
         lengths[given] -= lengths[given:].sum() - len(document if isinstance(document, bytes) else document.encode())
         return items
 
     @property
-    def end(self) -> int:
+    def end_id(self) -> int:
         """The id that ends a document."""
         return self.ends[0] if self.ends else self.loaded_tokenizer.eod_id
 
     @property
-    def opening(self) -> tuple[int, ...]:
+    def opening_ids(self) -> tuple[int, ...]:
         """The inputs before a document's first token."""
-        return self.begin or (self.end,)
+        return self.begin or (self.end_id,)
 
     def layout(
         self,
@@ -197,7 +197,7 @@ class TextData:
             positions = np.where(mask, np.arange(mask.shape[1], dtype=np.int32), 0)
         mask = mask & (lengths >= 0)
         if self.mask_eod:
-            mask &= ~np.isin(tokens, self.opening)
+            mask &= ~np.isin(tokens, self.opening_ids)
         return {
             "tokens": tokens,
             "targets": targets,
@@ -247,7 +247,7 @@ class TextData:
     def _byte_lengths(self) -> Int[np.ndarray, " ids"]:
         """The bytes of each id; those that only the model knows stand for none."""
         lengths = token_byte_lengths(self.loaded_tokenizer)
-        return np.append(lengths, np.zeros(max(self.end + 1 - len(lengths), 0), np.int32))
+        return np.append(lengths, np.zeros(max(self.end_id + 1 - len(lengths), 0), np.int32))
 
     def _example(self, document: str | bytes) -> dict[str, np.ndarray]:
         return {"example": self.items(document)}

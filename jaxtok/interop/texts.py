@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ import tokenizers
 
 from jaxtok.model import Model
 from jaxtok.protocols import Tokenizer
-from jaxtok.tokenizers import load_tokenizer
+from jaxtok.tokenizers import NAMES, load_tokenizer
 from jaxtok.tokenizers.hub_files import kind_of, named_token, read_json, tokenizer_json
 from jaxtok.tokenizers.huggingface import read_tokenizer_json
 
@@ -71,7 +72,7 @@ def read_texts(folder: Path, options: Mapping[str, Any], default: str = "", toke
     """
     own = options.get("jaxtok") or {}
     spec = tokenizer or _spec_of(folder, options, own, default)
-    if Path(spec).exists():
+    if spec not in NAMES and Path(spec).exists():
         return _from_files(folder, spec, options, own)
     loaded = load_tokenizer(spec)
     begin = () if spec == default else (loaded.eod_id,)
@@ -123,7 +124,7 @@ def texts_of(data: Any) -> Texts:
     return Texts(
         data.tokenizer,
         tokenizer,
-        begin=(data.end,) if data.begin is None else data.begin,
+        begin=(data.end_id,) if data.begin is None else data.begin,
         ends=data.ends or tokenizer.special.eos,
         pad=data.pad if data.ends else tokenizer.special.pad,
     )
@@ -141,42 +142,47 @@ def told(data: Any, texts: Any) -> Any:
 def _from_files(folder: Path, spec: str, options: Mapping[str, Any], own: Mapping[str, Any]) -> Texts:
     generation, settings = read_json(folder / "generation_config.json"), read_json(folder / "tokenizer_config.json")
     is_sentencepiece = Path(spec).suffix == ".model"
+    is_tokenizer_json = Path(spec).suffix == ".json" or (Path(spec) / "tokenizer.json").is_file()
     theirs = None if is_sentencepiece else tokenizers.Tokenizer.from_str(json.dumps(read_tokenizer_json(spec)))
     sentences = load_tokenizer(spec) if is_sentencepiece else None
 
     def id_of(name: str | None) -> int | None:
         return None if name is None else (theirs.token_to_id(name) if theirs else sentences.token_id(name))
 
-    def of_role(role: str) -> Any:
-        """Returns a role's ids from the first of generation_config, config and tokenizer_config.json that has them."""
-        for file in (generation, options):
-            if (ids := file.get(f"{role}_token_id")) is not None:
-                return ids
-        return id_of(named_token(settings.get(f"{role}_token")))
+    rows = options.get("vocab_size") or options.get("padded_vocab_size") or math.inf
 
-    ends = own.get("ends", of_role("eos"))
-    if ends is None:  # as in encoders
-        ends = id_of("[SEP]") if theirs else sentences.special.eos
-    if ends is None or ends == []:
+    def of_role(role: str) -> tuple[int, ...]:
+        """Returns a role's ids from the first of generation_config, config and tokenizer_config.json that has any of
+        the model's; a config that was copied from a larger model has others."""
+        named = id_of(named_token(settings.get(f"{role}_token")))
+        for ids in (generation.get(f"{role}_token_id"), options.get(f"{role}_token_id"), named):
+            known = ids if isinstance(ids, list) else [ids]
+            if known := tuple(i for i in known if isinstance(i, int) and 0 <= i < rows):
+                return known
+        return ()
+
+    ends = tuple(own["ends"]) if "ends" in own else of_role("eos")
+    if not ends and (separator := id_of("[SEP]")) is not None:  # as in encoders
+        ends = (separator,)
+    if not ends and not is_tokenizer_json:  # the tokenizer's class had them
+        ends = load_tokenizer(spec).special.eos[:1]
+    if not ends:
         raise ValueError(
             f"{folder} has no eos_token_id, neither in generation_config.json nor in config.json, and no eos_token in "
             "tokenizer_config.json; add one."
         )
-    ends = (ends,) if isinstance(ends, int) else tuple(ends)
     tokenizer = load_tokenizer(spec, ends[0])
 
     def begin() -> tuple[int, ...]:
-        if Path(spec).suffix == ".json" or (Path(spec) / "tokenizer.json").is_file():
+        if is_tokenizer_json:
             return _written_first(theirs, ends)  # whatever add_bos_token says, as in transformers
-        written = settings.get("add_bos_token", kind_of(folder) in _BEGUN)
-        bos = id_of(named_token(settings.get("bos_token")))
-        bos = tokenizer.special.bos if bos is None else bos
-        bos = of_role("bos") if bos is None else bos
-        return (bos,) if written and bos is not None else ()
+        if not settings.get("add_bos_token", kind_of(folder) in _BEGUN):
+            return ()
+        named, own_bos = id_of(named_token(settings.get("bos_token"))), tokenizer.special.bos
+        return next(((bos,) for bos in (named, own_bos) if bos is not None), of_role("bos")[:1])
 
-    pad = own.get("pad") if own else of_role("pad")
-    first = own["begin"] if "begin" in own else begin()
-    return Texts(spec, tokenizer, tuple(first), ends, pad if isinstance(pad, int) else None)
+    pad = own.get("pad") if own else next(iter(of_role("pad")), None)
+    return Texts(spec, tokenizer, tuple(own["begin"]) if "begin" in own else begin(), ends, pad)
 
 
 def _written_first(theirs: tokenizers.Tokenizer, ends: tuple[int, ...]) -> tuple[int, ...]:

@@ -23,12 +23,12 @@ def fit_text(task: T, data: Any) -> T:
     if not model.vocab_size:
         model = dataclasses.replace(model, vocab_size=-(-ids // 128) * 128)
     tokenizer = data.loaded_tokenizer
-    used = (i for i in range(model.vocab_size, ids) if i in (*data.opening, data.end) or tokenizer.token_bytes(i))
-    if (beyond := next(used, None)) is not None:
+    used = {*data.opening_ids, data.end_id} | {i for i in range(model.vocab_size, ids) if tokenizer.token_bytes(i)}
+    if beyond := sorted(i for i in used if i >= model.vocab_size):
         raise ValueError(
-            f"task.model.vocab_size is {model.vocab_size}, but the tokenizer {data.tokenizer} has {ids} ids, of which "
-            f"{beyond} stands for {tokenizer.token_bytes(beyond).decode(errors='replace')!r}; raise it, or set it to 0 "
-            "to take the tokenizer's, or use the tokenizer of the model."
+            f"task.model.vocab_size is {model.vocab_size}, but the tokenizer {data.tokenizer} has {ids} ids, and texts "
+            f"become such as {beyond[0]}; raise it, or set it to 0 to take the tokenizer's, or use the model's own "
+            "tokenizer."
         )
     if data.length > model.max_length:
         raise ValueError(

@@ -27,6 +27,10 @@ __all__ = [
 ]
 
 
+NAMES = ("bytes", "byt5", *ALPHABETS)
+"""The tokenizers that are not files."""
+
+
 def load_tokenizer(spec: str | Path, eod: int | None = None) -> Tokenizer:
     """The tokenizer that `spec` names.
 

@@ -132,6 +132,52 @@ def test_mask_eod_leaves_out_the_first_target(data):
     assert sum((b["tokens"] == 256).sum() for b in data().eval_batches("all")) == len(DOCUMENTS)
 
 
+def test_what_begins_a_text_is_given_and_not_predicted(data):
+    """Of the ids that begin a text, none is a target of the loss; the end is, also if it is the padding's id."""
+    begun = data(begin=(250, 251), ends=(0, 256), pad=0)
+    usual, batches = list(data().eval_batches("all")), list(begun.eval_batches("all"))
+    tokens, targets, mask = (stream(batches, name) for name in ("tokens", "targets", "mask"))
+    assert tokens[:2].tolist() == [250, 251] and targets[0] == 251 and mask[0] == 0 and mask[1] == 1
+    assert (mask == 0).sum() == (tokens == 250).sum() == len(DOCUMENTS)
+    assert (targets[mask > 0] == 0).sum() == len(DOCUMENTS)
+    same = np.where(stream(usual, "targets") == 256, 0, stream(usual, "targets"))
+    np.testing.assert_array_equal(targets[mask > 0], same)
+    np.testing.assert_array_equal(stream(batches, "bytes")[mask > 0], stream(usual, "bytes"))
+    np.testing.assert_array_equal(*(stream(list(d.eval_batches("all")), "tokens") for d in (data(begin=()), data())))
+    masked = list(data(begin=(250, 251), mask_eod=True).eval_batches("all"))
+    assert not np.isin(stream(masked, "tokens")[stream(masked, "mask") > 0], (250, 251)).any()
+
+
+def test_an_evaluation_can_leave_documents_whole(data):
+    """Only a document that is longer than a row is cut, and each of its parts begins as it does."""
+    cut, whole = data(begin=(250, 251)), data(begin=(250, 251), whole_documents=True)
+    batches = list(whole.eval_batches("all"))
+    parts = []
+    for batch in batches:
+        for tokens, segments, targets, mask in zip(*(batch[n] for n in ("tokens", "segments", "targets", "mask"))):
+            for segment in range(1, segments.max() + 1):
+                here = segments == segment
+                assert tokens[here][:2].tolist() == [250, 251], "no row goes on without it"
+                parts.append(bytes(i for i in targets[here & (mask > 0)] if i < 256))
+    pieces = sorted(text.encode()[i : i + n] for text in DOCUMENTS for i, n in spans(len(text.encode()) + 1))
+    assert sorted(parts) == pieces
+    for name in ("bytes", "mask"):
+        assert sum(b[name].sum() for b in batches) == sum(b[name].sum() for b in cut.eval_batches("all"))
+    limited = list(data(whole_documents=True, eval_limit=3).eval_batches("all"))
+    assert len(limited) == 3
+    assert_equal(take(iter(cut.train_batches()), 3), take(iter(whole.train_batches()), 3))
+    with pytest.raises(ValueError, match="length is 2; it must be more than the 2 ids of begin"):
+        data(begin=(250, 251), whole_documents=True, length=2)
+    with pytest.raises(ValueError, match=r"ends is \(-1,\); ids must be at least 0"):
+        data(ends=(-1,))
+
+
+def spans(count):
+    """The starts and lengths of the parts of a document with `count` targets, in rows of 16 after two ids."""
+    starts = [0, *range(15, count, 13)]
+    return list(zip(starts, [15] + [13] * (len(starts) - 1)))
+
+
 @pytest.mark.parametrize(
     ("options", "step"),
     [({"shuffle_window": 1, "prefetch": 0}, 1), ({}, 7), ({"length": 100, "batch_size": 2}, 5)],

@@ -618,11 +618,15 @@ def test_a_tokenizer_that_cannot_be_read_is_not_replaced_by_another(hub, tmp_pat
     (hub / "tokenizer.json").rename(hub / "kept.json")
     (hub / "tokenizer.model").write_bytes(b"x")
     assert main(["convert", str(hub), str(tmp_path / "run")]) == 1
-    assert "holds no tokenizer.json (there is tokenizer.model, which cannot be read)" in printed_error(capsys)
-    (hub / "tokenizer.model").unlink()
-    (hub / "tokenizer_config.json").unlink()
+    assert "tokenizer.model is not a SentencePiece model" in printed_error(capsys)
+    (hub / "tokenizer.model").rename(hub / "qwen.tiktoken")
     assert main(["convert", str(hub), str(tmp_path / "run")]) == 1
-    assert "holds no tokenizer.json; put the model's there, or name its tokenizer" in printed_error(capsys)
+    assert "holds no tokenizer.json (there is qwen.tiktoken, of a tokenizer of the kind " in printed_error(capsys)
+    (hub / "qwen.tiktoken").unlink()
+    edit(hub / "config.json", vocab_size=32000)
+    (hub / "tokenizer_config.json").unlink()
+    assert main(["eval", str(hub)]) == 1
+    assert "holds no tokenizer.json (there is none); it needs that" in printed_error(capsys)
     assert not (tmp_path / "run").exists()
     assert main(["convert", str(hub), str(tmp_path / "run"), "--tokenizer", str(hub / "kept.json")]) == 0
     assert open_run(tmp_path / "run").tokenizer.vocab_size == 384
@@ -631,7 +635,11 @@ def test_a_tokenizer_that_cannot_be_read_is_not_replaced_by_another(hub, tmp_pat
     edit(folder / "config.json", jaxtok=None)
     assert format_of(folder).read(folder).data.tokenizer == "byt5"
     (folder / "spiece.model").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match=r"spiece\.model, which cannot be read"):
+    with pytest.raises(ValueError, match=r"spiece\.model is not a SentencePiece model"):
+        format_of(folder).read(folder)
+    (folder / "spiece.model").unlink()
+    edit(folder / "config.json", vocab_size=32128)
+    with pytest.raises(FileNotFoundError, match=r"holds no tokenizer\.json \(there is none\)"):
         format_of(folder).read(folder)
 
 

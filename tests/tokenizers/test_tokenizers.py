@@ -219,16 +219,25 @@ def test_added_tokens_that_are_not_special_are_used(loaded):
 
 
 def test_a_character_without_a_token_is_named(tmp_path):
-    model = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "hel": 2, "##lo": 3}, unk_token="[UNK]"))
-    model.normalizer = normalizers.BertNormalizer()
-    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    model = tokenizers.Tokenizer(models.BPE({"</s>": 0, **{c: i for i, c in enumerate("helo", 1)}}, []))
     model.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode("hello")) == b"hello"
     for text in ("hello hello", "héllo", b"hello\xff"):
         with pytest.raises(ValueError, match="cannot represent the character") as error:
             tokenizer.encode(text)
-        assert any(name in str(error.value) for name in ("' '", "'\\xe9'", "'h'", "'\\udcff'"))
+        assert any(name in str(error.value) for name in ("' '", "'\\xe9'", "'\\udcff'"))
+
+
+def test_a_vocabulary_with_an_unknown_token_instead_of_bytes_encodes_as_published(tmp_path):
+    model = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "hel": 2, "##lo": 3}, unk_token="[UNK]"))
+    model.normalizer = normalizers.BertNormalizer()
+    model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    model.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("Héllo\nhello") == [2, 3, 2, 3]
+    with pytest.warns(UserWarning, match="lacks characters of these texts; as published"):
+        assert tokenizer.encode(b"hello \xff") == [2, 3, 0]
 
 
 def test_the_end_of_document_token_can_be_named(paths):
