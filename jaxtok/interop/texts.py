@@ -24,7 +24,7 @@ from jaxtok.tokenizers.hub_files import kind_of, named_token, read_json, tokeniz
 from jaxtok.tokenizers.huggingface import read_tokenizer_json
 
 RECORD = "text.json"
-"""The file in which a converted run of jaxtok 0.1's development kept the facts, which are in its data since."""
+"""The file in which converted runs kept the facts before their data did."""
 
 _BESIDE = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
