@@ -198,6 +198,9 @@ def test_help_fits_the_terminal(capsys, monkeypatch):
         assert main(arguments) == 0
         lines = capsys.readouterr().out.split("\n")
         assert max(map(len, lines)) <= 100, max(lines, key=len)
+    for command in [[verb] for verb in FUNCTIONS] + [["vision", verb] for verb in VISION]:
+        lines = _help(command, capsys).split("\n")
+        assert max(map(len, lines)) <= 100, max(lines, key=len)
     assert "    mrt5_small                          300M parameters; in the paper" in _help(["train"], capsys)
 
 

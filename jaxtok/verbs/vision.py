@@ -56,7 +56,7 @@ def tokenize(
 ) -> Path:
     """Encodes the images of every split with a tokenizer, for `CodeData` (--data.path OUTPUT).
 
-    Splits that the same tokenizer has encoded already are kept: a second call goes on with those that are missing.
+    Splits that the same tokenizer has encoded are kept; a second call goes on with the others.
 
     Args:
       checkpoint: A run of an image tokenizer, or RUN/checkpoints/STEP.
@@ -274,8 +274,9 @@ def statistics(
 ) -> dict[str, Any]:
     """Measures how random image tokens are, next to those of text.
 
-    They say how far single tokens and pairs of neighbours are from uniform. All sub-codes of a position are one token.
-    Text is cut into rows of as many tokens as an image has, so that the estimates are comparable.
+    The numbers say how far single tokens and pairs of neighbours are from uniform.
+
+    All sub-codes of a position are one token. Text is cut into rows as long as those of images.
 
     Args:
       codes: Folders that `jaxtok vision tokenize` wrote, all with the same number of values at a position.
