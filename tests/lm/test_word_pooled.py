@@ -413,7 +413,7 @@ def test_configs_that_cannot_be():
         ("num_heads", 3): "num_heads is 3, which does not divide",
         ("dropout", 1.0): r"dropout is 1\.0",
         ("encoder_dropout", -1.0): r"encoder_dropout is -1\.0",
-        ("prefix_ids", "other"): "can be own, official",
+        ("prefix_ids", "other"): "must be one of own, official",
     }.items():
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(TINY, **dict([options]))
