@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxtok.decoding import Piece, Sampling, generate
-from jaxtok.protocols import ImageTokenizer, Params, TextGenerator, Tokenizer
+from jaxtok.protocols import CausalLM, ImageTokenizer, Params, TextGenerator, Tokenizer
 from jaxtok.training.mesh import make_layout
 from jaxtok.vision.images import as_float
 
@@ -54,9 +54,7 @@ class Model:
     """How many updates it has had."""
 
     def __repr__(self) -> str:
-        kind = type(self.task).__name__
-        if hasattr(self.task, "model"):
-            kind += f" of {type(self.task.model).__name__}"
+        kind = f"{type(self.task).__name__} of {type(self.task.model).__name__}"
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         origin = f", from {self.path.name}" if self.path else ""
         return f"Model({kind}, {count:,} parameters, step {self.step}{origin})"
@@ -68,9 +66,9 @@ class Model:
         Raises:
           ValueError: the task has several modules, or none.
         """
-        if not hasattr(self.task, "module"):
+        if (module := self.task.module()) is None:
             raise ValueError(f"{self._subject} has no single module; use the methods of its task with model.params.")
-        return self.task.module()
+        return module
 
     def ids(self, text: str | bytes) -> Int[Array, " length"]:
         """Returns the ids of a text, after those that begin every text.
@@ -304,8 +302,7 @@ class Model:
 
     @property
     def _is_causal(self) -> bool:
-        own = isinstance(self.task, TextGenerator) or not hasattr(self.task, "module")
-        return not own and hasattr(self.task.module(), "init_cache")
+        return isinstance(self.task.module(), CausalLM) and not isinstance(self.task, TextGenerator)
 
 
 @jax.jit(static_argnums=0)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtok.lm.bert import BertConfig
+from jaxtok.lm.bert import Bert, BertConfig
 from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.losses import cross_entropy, masked_mean
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
@@ -33,12 +33,15 @@ class TextClassification(Task):
         if not self.model.num_classes:
             raise ValueError("model.num_classes is 0; it must be the number of classes.")
 
+    def module(self) -> Bert:
+        return self.model.module()
+
     def fit(self, data: Data, train: Any = None) -> TextClassification:
         """See `jaxtok.lm.fitting.fit_text`."""
         return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        return self.model.module().init(rng, batch["tokens"], method="everything")["params"]
+        return self.module().init(rng, batch["tokens"], method="everything")["params"]
 
     def start_from(self, trained: Params, params: Params) -> Params:
         """The new parameters, with those of the same name from a trained encoder in their place."""
@@ -73,7 +76,7 @@ class TextClassification(Task):
         return 3 * rows * (length * self.model.flops(length) + head)
 
     def _scores(self, params, batch, rng=None):
-        module, rngs = self.model.module(), None if rng is None else {"dropout": rng}
+        module, rngs = self.module(), None if rng is None else {"dropout": rng}
         args = batch["tokens"], batch["mask"] > 0, batch["types"]
         hidden = module.apply({"params": params}, *args, deterministic=rng is None, rngs=rngs)
         logits = module.apply({"params": params}, hidden, method="classes")

@@ -589,9 +589,9 @@ class WordPooling(Task):
 
     model: WordPooledConfig
     tokenizer: str = "bytes"
-    """The tokenizer whose ids are the units; it should be the data's."""
+    """The tokenizer whose ids are the units; `fit` takes the data's."""
     rule: WordRule = "paper"
-    """The rule for what words are; it should be the data's."""
+    """The rule for what words are; `fit` takes the data's."""
 
     def module(self) -> WordPooled:
         return WordPooled(self.model)
@@ -601,7 +601,8 @@ class WordPooling(Task):
             raise ValueError(f"rule is {self.rule!r}; it can be {', '.join(RULES)}.")
 
     def fit(self, data: Data, train: Any = None) -> WordPooling:
-        """The task, with a vocab_size of 0 replaced by the number of the data's units, rounded up to 128.
+        """The task, with the data's tokenizer and rule, and a vocab_size of 0 replaced by the number of the data's
+        units, rounded up to 128.
 
         Raises:
           ValueError: the model has too few units, another canvas than the data, or a context shorter than their rows.
@@ -612,7 +613,9 @@ class WordPooling(Task):
                 "equal."
             )
         task = fit_text(self, data)
-        if self.tokenizer == "bytes" and task.model.vocab_size < BYTE_OFFSET + 256:
+        if isinstance(data, WordUnitText):
+            task = dataclasses.replace(task, tokenizer=data.tokenizer, rule=data.rule)
+        if task.tokenizer == "bytes" and task.model.vocab_size < BYTE_OFFSET + 256:
             raise ValueError(
                 f"task.model.vocab_size is {task.model.vocab_size}, but bytes are units up to {BYTE_OFFSET + 255}; "
                 "raise it."

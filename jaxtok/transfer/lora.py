@@ -27,6 +27,14 @@ class Lora(Task):
     def counted(self) -> str:
         return self.task.counted
 
+    @property
+    def model(self) -> Any:
+        """The task's model. Its module cannot be used with these parameters; it can with those of `merged`."""
+        return self.task.model
+
+    def with_model(self, **fields: Any) -> Lora:
+        return dataclasses.replace(self, task=self.task.with_model(**fields))
+
     def fit(self, data: Data, train: Any = None) -> Lora:
         return dataclasses.replace(self, task=self.task.fit(data, train))
 

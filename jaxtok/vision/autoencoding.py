@@ -224,7 +224,8 @@ class Autoencoding(Task):
             )
         return self
 
-    def module(self) -> Autoencoder:
+    def autoencoder(self) -> Autoencoder:
+        """The module of the parameters' part `autoencoder`."""
         return Autoencoder(self.model)
 
     @property
@@ -234,7 +235,7 @@ class Autoencoding(Task):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         ours, other = jax.random.split(rng)
         images = as_float(batch["images"])
-        params = {"autoencoder": self.module().init(ours, images)["params"]}
+        params = {"autoencoder": self.autoencoder().init(ours, images)["params"]}
         if self.discriminator is not None:
             statistics = new_statistics(self.discriminator)
             critic = Discriminator(self.discriminator)
@@ -285,7 +286,7 @@ class Autoencoding(Task):
     def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """L_G + L_D; metrics have its parts, and under `state` the discriminator's statistics after the step."""
         draws, mask = self.draw(rng, batch, step), batch["mask"]
-        x, distance, model = as_float(batch["images"]), self.distance(params), self.module()
+        x, distance, model = as_float(batch["images"]), self.distance(params), self.autoencoder()
         features, quantized = model.apply(
             {"params": params["autoencoder"]},
             x,
@@ -429,7 +430,7 @@ def _vgg_flops(widths: tuple[int, ...], side: int) -> float:
 
 def _quantized(task: Autoencoding, autoencoder: Params, images, rng, method="quantize"):
     draws = None if rng is None else task.model.draw(rng, len(images))
-    return task.module().apply({"params": autoencoder}, images, draws, method=method)
+    return task.autoencoder().apply({"params": autoencoder}, images, draws, method=method)
 
 
 def _encode_images(task: Autoencoding, autoencoder: Params, images, rng):
@@ -439,7 +440,7 @@ def _encode_images(task: Autoencoding, autoencoder: Params, images, rng):
 
 def _decode_codes(task: Autoencoding, autoencoder: Params, codes):
     codes = codes.reshape(len(codes), *task.code_shape, codes.shape[-1])
-    return task.module().apply({"params": autoencoder}, codes, method="decode")
+    return task.autoencoder().apply({"params": autoencoder}, codes, method="decode")
 
 
 _encode = jax.jit(_encode_images, static_argnums=0)

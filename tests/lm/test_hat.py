@@ -376,7 +376,7 @@ class Dictation:
 
     texts: tuple[bytes, ...]
     seen: list = dataclasses.field(default_factory=list, hash=False, compare=False)
-    temperature = 0
+    draws = False
 
     def init(self, batch):
         return jnp.zeros(batch, jnp.int32)

@@ -254,7 +254,6 @@ def test_published_configs(name):
     experiment = load_config(f"word_pooled_{name}")
     params = jax.eval_shape(lambda: experiment.task.init(jax.random.key(0), zeros(experiment.data)))
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)) == formula(PUBLISHED[name])
-    assert experiment.task.tokenizer == experiment.data.tokenizer and experiment.task.rule == experiment.data.rule
 
 
 def batch_of(config, words, lengths, mask=None):
@@ -419,6 +418,16 @@ def test_configs_that_cannot_be():
             dataclasses.replace(TINY, **dict([options]))
     with pytest.raises(ValueError, match="finds no rows"):
         dataclasses.replace(TINY, prefix_ids="official", max_units=20)
+
+
+def test_units_and_words_are_those_of_the_data():
+    """Texts are continued with the task's tokenizer and rule, so they must be the ones that it was trained with."""
+    model, data = (
+        dataclasses.replace(TINY, vocab_size=0),
+        WordUnitText(tokenizer="characters: ab", rule="spaces", max_units=5, length=8),
+    )
+    task = WordPooling(model=model).fit(data)
+    assert (task.tokenizer, task.rule, task.fit(data)) == ("characters: ab", "spaces", task)
 
 
 def test_inputs_that_cannot_be():
