@@ -20,7 +20,7 @@ from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.hat import config_json, read_config, read_folder, write_folder
 from jaxtok.lm import hat, hat_released
 from jaxtok.lm.decoder import init_params
-from jaxtok.lm.hat import HAT, HATConfig, HATModeling, everywhere, generate_words, spelled
+from jaxtok.lm.hat import HAT, HATConfig, HATModeling, everywhere, spell_on_prompts, spelled, split_words
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedHAT, ReleasedModeling, byte_stream, generate_bytes
 from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.rotary import RopeScaling
@@ -207,6 +207,11 @@ def test_without_a_start_the_first_word_is_no_target(paper):
 PROMPTS = [b"abcd ab", b"", b"dd\nca ", b"\xff\xc3"]
 
 
+def generate_words(task, params, prompts):
+    rows = spell_on_prompts(task.model, params, prompts, 20, GREEDY)
+    return [[word for word in split_words(task.model, row.tokens) if word] for row in rows]
+
+
 @pytest.fixture(scope="module")
 def spoken(paper):
     """Greedy words after PROMPTS, of a model whose special ids are no bytes."""
@@ -216,7 +221,7 @@ def spoken(paper):
     params = jax.jit(lambda: noisy(init_params(HAT(model), jax.random.key(0), one, one[..., 0], one)))()
     task = HATModeling(model=model)
     prompts = [task._prompt(prompt, True) for prompt in PROMPTS]
-    return task, params, prompts, generate_words(model, params, prompts, 20, GREEDY)
+    return task, params, prompts, generate_words(task, params, prompts)
 
 
 def test_generation_is_what_a_full_pass_says(spoken):
@@ -249,7 +254,7 @@ def test_generation_is_what_a_full_pass_says(spoken):
 
 def test_rows_do_not_depend_on_each_other(spoken):
     task, params, prompts, rows = spoken
-    assert generate_words(task.model, params, prompts[::-1], 20, GREEDY) == rows[::-1]
+    assert generate_words(task, params, prompts[::-1]) == rows[::-1]
     texts = task.continue_text(params, PROMPTS, max_bytes=20, sampling=GREEDY)
     assert texts == [b"".join(row) for row in rows]
     assert max(map(len, texts)) == 20

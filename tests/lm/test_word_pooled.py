@@ -16,6 +16,7 @@ from tiny import Case, typed, zeros
 
 from jaxtok.configuration import load_config
 from jaxtok.data.word_units import WordUnitText
+from jaxtok.decoding.engine import new_tokens
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.word_pooled import config_from, read_folder, write_folder
 from jaxtok.lm.decoder import Decoder
@@ -26,10 +27,11 @@ from jaxtok.lm.word_pooled import (
     WordPooled,
     WordPooledConfig,
     WordPooling,
-    generate_words,
+    begin_words,
     guess_words,
     init_params,
     score_words,
+    split_words,
     word_accuracies,
 )
 
@@ -193,7 +195,12 @@ def test_cached_generation_is_recomputation(config):
     counts = np.array([5, 2, 3])
     allowed = np.ones((config.max_units, config.vocab_size), bool)
     allowed[0, END] = False
-    new = np.asarray(generate_words(model, params, words, lengths, counts, jax.random.key(0), allowed, new=4))
+    greedy = Sampling(temperature=0)
+    engine, state = begin_words(model, params, words, lengths, counts, None, allowed, new=4, sampling=greedy)
+    new = np.full((3, 4, config.max_units), END)
+    for row, units in zip(new, new_tokens(engine.run(params, state)).tokens):
+        for word, spelled in zip(row, split_words(config, units), strict=True):
+            word[: len(spelled)] = spelled
     for row, count in enumerate(counts):
         text = np.concatenate([words[row, :count], new[row], words[row, count:]])[None]
         logits = run(config, params, text[:, :-1], (text != END).sum(-1)[:, :-1], text[:, 1:])[0]
