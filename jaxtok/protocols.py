@@ -21,6 +21,9 @@ import numpy as np
 Params = Any
 """A pytree of arrays: the parameters of a model."""
 
+FROZEN = "frozen"
+"""The part of a task's parameters, by its name at the top, that never trains: the optimizer has no state for it."""
+
 Batch = Mapping[str, np.ndarray]
 """What a data pipeline yields. A batch of text has, each of shape [batch, length]:
 
@@ -232,13 +235,14 @@ Sums = Mapping[str, Any]
 class Task(abc.ABC):
     """Something that learns: what the one training loop trains. A task is a frozen dataclass with this base.
 
-    Required are `counted`, `model`, `init`, `loss`, `sums`, `metrics` and `flops`; the rest has the defaults below.
+    Required are `counted`, `model` (a field, or a property of a wrapper; itself a frozen dataclass), `init`, `loss`,
+    `sums`, `metrics` and `flops`; the rest has the defaults below.
     """
 
     counted: ClassVar[str]
     """The name of the sum that counts what is evaluated (tokens, words, images); an evaluation of 0 is an error."""
     model: Any
-    """The config of the model that learns, a frozen dataclass. It is a field, or in a wrapper a property."""
+    """The config of the model that learns."""
 
     def module(self) -> Any | None:
         """Returns the Linen module whose parameters are the task's: `task.module().apply({"params": params}, ...)`.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
 
 from jaxtok.data.text import TextData
 from jaxtok.protocols import Surgery
@@ -67,7 +69,10 @@ MAY_CHANGE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One run: `jaxtok train CONFIG` trains it, and resumes it."""
+    """One run: `jaxtok train CONFIG` trains it, and resumes it.
+
+    With `--start MODEL`, a new run begins with the parameters of that model.
+    """
 
     RENAMED: ClassVar[dict[str, str]] = {"growth": "stages"}
 
@@ -80,7 +85,7 @@ class Experiment:
     """How the devices divide the work; a run can be resumed on another mesh."""
     stages: tuple[Any, ...] = ()
     """The surgeries (`jaxtok.protocols.Surgery`) on the model inside the run, one after the other."""
-    start: Any = None
+    start: Annotated[Any, tyro.conf.Suppress] = None  # `train --start` names a model, so that help would be wrong
     """The surgery that makes the first parameters from those of a model of another kind (`jaxtok train --start MODEL`
     names that model)."""
     name: str = "run"

@@ -36,7 +36,7 @@ from jaxtok.axes import constrain
 from jaxtok.nn.convolution import AutoencoderConfig, Encoder, Generator, last_conv, last_name
 from jaxtok.nn.losses import masked_mean
 from jaxtok.nn.quantizers import Quantized, code_counts, perplexity
-from jaxtok.protocols import Batch, Data, Params, Sums, Task
+from jaxtok.protocols import FROZEN, Batch, Data, Params, Sums, Task
 from jaxtok.vision.augmentation import AugmentationDraws, augment, draw_augmentation
 from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, hinge_loss, new_statistics
 from jaxtok.vision.images import as_float, check_codes, check_images
@@ -242,7 +242,7 @@ class Autoencoding(Task):
             params["discriminator"] = critic.init(other, images, statistics, train=True)["params"]
             params["statistics"] = statistics
         if self.uses_lpips:
-            params["frozen"] = {"lpips": self._lpips().init(other, images, images)["params"]}
+            params[FROZEN] = {"lpips": self._lpips().init(other, images, images)["params"]}
         return params
 
     def load_weights(self, params: Params) -> Params:
@@ -259,7 +259,7 @@ class Autoencoding(Task):
             )
         if not self.uses_lpips:
             return params
-        return {**params, "frozen": {"lpips": read_lpips(self.perceptual, self.perceptual_widths)}}
+        return {**params, FROZEN: {"lpips": read_lpips(self.perceptual, self.perceptual_widths)}}
 
     def _lpips(self) -> LPIPS:
         return LPIPS(self.perceptual_widths, dtype=self.model.dtype)
@@ -267,7 +267,7 @@ class Autoencoding(Task):
     def distance(self, params: Params) -> Callable[[Array, Array], Float[Array, " batch"]]:
         """The function that gives the perceptual term of two batches of images, without its weight."""
         if self.uses_lpips:
-            lpips = jax.lax.stop_gradient(params["frozen"]["lpips"])
+            lpips = jax.lax.stop_gradient(params[FROZEN]["lpips"])
             return lambda x, y: self._lpips().apply({"params": lpips}, x, y)
         if self.perceptual_weight and self.perceptual == "mse":
             return lambda x, y: jnp.mean(jnp.square(x - y), (1, 2, 3))

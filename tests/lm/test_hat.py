@@ -82,6 +82,25 @@ def released_case() -> Case:
 TASKS = {"hat": paper_case, "hat_released": released_case}
 
 
+def of_bytes():
+    char = LlamaStack(num_layers=1, d_model=16, num_heads=2, mlp_dim=24)
+    parts = {"encoder": dataclasses.replace(char, causal=False), "backbone": char, "decoder": char}
+    config = HATConfig(**parts, max_units=6, alphabet=258, w_id=256, s_id=257)
+    word = jnp.zeros((1, 1, 6), jnp.int32)
+    return HATModeling(model=config), lambda key: init_params(HAT(config), key, word, word[..., 0], word)
+
+
+def released_of_bytes():
+    char = LlamaStack(num_layers=1, d_model=16, num_heads=2, mlp_dim=24)
+    parts = {"encoder": char, "backbone": char, "decoder": char}
+    config = ReleasedConfig(**parts, connector_heads=2, guide_heads=2, max_word_size=6)
+    row = jnp.zeros((1, 6), jnp.int32)
+    return ReleasedModeling(model=config), lambda key: init_params(ReleasedHAT(config), key, row, row, row)
+
+
+TEXT_GENERATORS = {"hat": of_bytes, "hat_released": released_of_bytes}
+
+
 def noisy(params, scale=0.3):
     flat, unflatten = jax.flatten_util.ravel_pytree(params)
     return unflatten(flat + scale * jax.random.normal(jax.random.key(1), flat.shape))

@@ -78,6 +78,22 @@ CAUSAL_LMS = {
     "word_pooled_plain": lambda: Decoder(PlainConfig(**causal_lms.SIZES | {"rotary_fraction": 0.0}, mlp_dim=64))
 }
 
+
+def generator():
+    sizes = {
+        "d_model": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "unit_layers": 1,
+        "encoder_heads": 2,
+        "encoder_mlp_dim": 16,
+    }
+    config = WordPooledConfig(**sizes, prefixes=2, max_words=12, max_units=6, dropout=0.0, encoder_dropout=0.0)
+    return WordPooling(model=config), lambda key: init_params(config, key)
+
+
+TEXT_GENERATORS = {"word_pooled": generator}
+
 TINY = WordPooledConfig(
     vocab_size=19,
     max_units=5,

@@ -16,17 +16,20 @@ import chex
 import jax
 import pytest
 
+from jaxtok.door import open_model
+from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.training import distributed
 from jaxtok.training.checkpoints import load, write_config
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
+from jaxtok.transfer.growth import Growth
 
 LOCAL = Path(__file__).parents[2] / "tpu_scripts" / "local.sh"
 
 
-def start(processes, experiment, *options):
-    """Starts `jaxtok train` in this number of processes, with the config from the run's folder."""
+def start(processes, experiment, *options, more=()):
+    """Starts `jaxtok train` in this number of processes, with the run's own config and `more` arguments."""
     write_config(Path(experiment.workdir), experiment.fitted())
     env = os.environ | {
         "JAXTOK": f"{sys.executable} -m jaxtok.cli",
@@ -34,7 +37,7 @@ def start(processes, experiment, *options):
         "XLA_FLAGS": "",
         "PYTHONPATH": os.pathsep.join([str(LOCAL.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [str(LOCAL), *options, str(processes), "train", experiment.workdir]
+    command = [str(LOCAL), *options, str(processes), "train", experiment.workdir, *more]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -101,6 +104,22 @@ def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_pa
     one = resumed("rest", data=1)
     train(one, quiet=True)
     assert_same(one.workdir, alone)
+
+
+@pytest.mark.slow
+def test_a_surgery_start_of_two_processes_is_that_of_one(experiment, tmp_path):
+    """Both begin with the same new tokens beside those of the trained model, on a mesh that divides them."""
+    short = dataclasses.replace(experiment.train, steps=2)
+    experiment = dataclasses.replace(experiment, train=short, stages=(), mesh=MeshConfig(data=1))
+    small = train(dataclasses.replace(experiment, workdir=str(tmp_path / "small")), quiet=True).directory
+    grown = dataclasses.replace(
+        experiment, task=experiment.task.with_model(tokens=uniform_counts(12, 32)), start=Growth(init="random")
+    )
+    one = dataclasses.replace(grown, workdir=str(tmp_path / "one"))
+    alone = train(one, quiet=True, start=lambda: open_model(small)).directory
+    two = dataclasses.replace(grown, mesh=MeshConfig(data=1, fsdp=2), workdir=str(tmp_path / "two"))
+    finish(start(2, two, more=("--start", str(small))))
+    assert_same(two.workdir, alone)
 
 
 def preempt_one(job, workdir):
