@@ -416,8 +416,9 @@ def expand(
     sampling: ElmSampling = ElmSampling(),
     rng: jax.Array,
 ) -> Float[Array, "batch height width channels"]:
-    """Pictures that continue beyond the square, `times` times. Each image overlaps the one before by `keep` rows or
-    columns of codes, where the two are blended. Pixels are as `decode` makes them (not clipped).
+    """Pictures that continue beyond the square, `times` times, as in the paper's examples. Each image
+    overlaps the one before by `keep` rows or columns of codes, where the two are blended. Pixels are as `decode` makes
+    them (not clipped).
 
     Raises:
       ValueError: as `extend`.
