@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +83,7 @@ def test_measure_takes_turns(monkeypatch):
     assert "ba" in turns and all((s.seconds > 0).all() for s in samples.values())
 
 
-def product_flops(operands: Any, dimension_numbers: Any) -> int:
+def product_flops(operands, dimension_numbers):
     """Returns the FLOPs of one product, from its key in `matrix_products`."""
     (left, _), (right, _) = operands
     (_, contracting), (_, batch) = dimension_numbers
