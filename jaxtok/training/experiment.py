@@ -69,10 +69,7 @@ MAY_CHANGE = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One run: `jaxtok train CONFIG` trains it, and resumes it.
-
-    With `--start MODEL`, a new run begins with the parameters of that model.
-    """
+    """One run: `jaxtok train CONFIG` trains it, and resumes it."""
 
     RENAMED: ClassVar[dict[str, str]] = {"growth": "stages"}
 
