@@ -19,6 +19,7 @@ from jaxtok.lm.text_classification import TextClassification
 from jaxtok.lm.whole_words import SubwordWords
 from jaxtok.model import Model
 from jaxtok.protocols import Params
+from jaxtok.tokenizers.lossless import LosslessTokenizer
 
 KINDS = ("bert", "roberta", "xlm-roberta", "electra")
 
@@ -228,7 +229,7 @@ def task_and_data(config: BertConfig, texts: Texts, options: Options) -> tuple[A
     own, ids = options.get("jaxtok") or {}, {}
     for role, names in _SYMBOLS.items():
         ids[role] = own.get(f"{role}_id")
-        if ids[role] is None and hasattr(texts.tokenizer, "token_id"):
+        if ids[role] is None and isinstance(texts.tokenizer, LosslessTokenizer):
             found = (texts.tokenizer.token_id(name) for name in names)
             ids[role] = next((i for i in found if i is not None), None)
         if ids[role] is None and not (role == "mask" and config.num_classes):

@@ -334,7 +334,7 @@ def task_and_data(config: DecoderConfig, texts: Texts, options: Options) -> tupl
 
 def facts(model: Model) -> dict[str, bool]:
     """Returns how a model's texts are evaluated."""
-    return {"whole_documents": True} if getattr(model.data, "whole_documents", False) else {}
+    return {"whole_documents": True} if isinstance(model.data, TextData) and model.data.whole_documents else {}
 
 
 def owns(task: Any) -> bool:

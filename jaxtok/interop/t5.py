@@ -18,6 +18,7 @@ from jaxtok.lm.mrt5_baselines import Convolution, FixedDeletion, RandomDeletion,
 from jaxtok.lm.t5 import SequenceToSequence, T5Config, init_params
 from jaxtok.model import Model
 from jaxtok.protocols import Params
+from jaxtok.tokenizers.lossless import LosslessTokenizer
 
 KINDS = ("t5", "mt5", "mrt5")
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
@@ -283,6 +284,8 @@ def first_sentinel(texts: Texts) -> int:
     """
 
     def id_of(number: int) -> int | None:
+        if not isinstance(texts.tokenizer, LosslessTokenizer):
+            return None
         found = (texts.tokenizer.token_id(f"{space}<extra_id_{number}>") for space in ("", "▁"))
         return next((i for i in found if i is not None), None)
 

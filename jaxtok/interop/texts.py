@@ -119,7 +119,7 @@ def _spec_of(folder: Path, options: Mapping[str, Any], own: Mapping[str, Any], d
     )
 
 
-def texts_of(data: Any) -> Texts:
+def texts_of(data: TextData) -> Texts:
     """Returns how texts become ids by the data alone: the end of a document begins a text if nothing else is told."""
     tokenizer = data.loaded_tokenizer
     return Texts(
@@ -131,13 +131,12 @@ def texts_of(data: Any) -> Texts:
     )
 
 
-def told(data: Any, texts: Any) -> Any:
-    """Returns data that say what begins and ends a text as `texts` do, which has the fields of `Texts`."""
+def told(data: TextData, texts: Texts | Model) -> TextData:
+    """Returns data that say what begins and ends a text as `texts` does."""
     known = texts_of(data)
-    names = ("begin", "ends", "pad")
-    if all(getattr(known, name) == getattr(texts, name) for name in names):
+    if (known.begin, known.ends, known.pad) == (texts.begin, texts.ends, texts.pad):
         return data
-    return dataclasses.replace(data, **{name: getattr(texts, name) for name in names})
+    return dataclasses.replace(data, begin=texts.begin, ends=texts.ends, pad=texts.pad)
 
 
 def _from_files(folder: Path, spec: str, options: Mapping[str, Any], own: Mapping[str, Any]) -> Texts:

@@ -59,6 +59,10 @@ class LosslessTokenizer:
         """The bytes that each id stands for; none for special tokens."""
         return list(self._pieces)
 
+    def token_id(self, name: str) -> int | None:
+        """The id of the token of this name, if the library has one."""
+        return None
+
     def _encode_text(self, text: str) -> list[int]:
         """The library's own ids for valid text, with nothing written before it."""
         raise NotImplementedError
