@@ -133,8 +133,9 @@ def texts_of(data: TextData) -> Texts:
 
 def told(data: TextData, texts: Texts | Model) -> TextData:
     """Returns data that say what begins and ends a text as `texts` does."""
-    known = texts_of(data)
-    if (known.begin, known.ends, known.pad) == (texts.begin, texts.ends, texts.pad):
+    special, eod = texts.tokenizer.special, (texts.tokenizer.eod_id,)
+    named = (texts.begin, texts.ends, texts.pad) == (eod, special.eos, special.pad)
+    if named and not Path(data.tokenizer).exists():  # a file's names may not tell them
         return data
     return dataclasses.replace(data, begin=texts.begin, ends=texts.ends, pad=texts.pad)
 

@@ -64,11 +64,12 @@ class HuggingFaceTokenizer(LosslessTokenizer):
         if not isinstance(eod, int):
             names = EOD_NAMES if eod is None else (eod,)
             if eod is None and folder is not None:
-                names += (named_token(read_json(folder / "tokenizer_config.json").get("eos_token")),)
+                beside = named_token(read_json(folder / "tokenizer_config.json").get("eos_token"))
+                names += () if beside is None else (beside,)
             eod_id = next((vocab[name] for name in names if name in vocab), None)
             if eod_id is None:
                 raise ValueError(
-                    f"{path} has none of the tokens {', '.join(map(str, names))}, so nothing tells what ends a text; "
+                    f"{path} has none of the tokens {', '.join(names)}, so nothing tells what ends a text; "
                     "name the token as eos_token in a tokenizer_config.json beside it, or give its id as data.ends."
                 )
         byte_ids = {int(match[1], 16): i for name, i in vocab.items() if (match := _BYTE.fullmatch(name))}

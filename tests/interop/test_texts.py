@@ -105,13 +105,14 @@ def printed_error(capsys) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
-def loss_of_documents(logits, begin: list[int], ends: list[list[int]]) -> float:
-    """The mean loss of documents one by one; those longer than the context are cut into parts that begin like them.
+def loss_of_documents(logits, begin: list[int], ends: list[list[int]], again: list[int] | None = None) -> float:
+    """The mean loss of documents one by one; those longer than the context are cut into parts.
 
     Args:
       logits: the logits [length, vocab] of ids.
       begin: what is given before a document.
       ends: the ids of each document, with its end.
+      again: what is given before the token before a later part; default: `begin`.
     """
     total = count = 0
     for ids in ends:
@@ -122,7 +123,7 @@ def loss_of_documents(logits, begin: list[int], ends: list[list[int]]) -> float:
             row = row - np.log(np.exp(row - row.max(-1, keepdims=True)).sum(-1, keepdims=True)) - row.max(-1)[:, None]
             total -= row[np.arange(len(part)), part].sum()
             count, start = count + len(part), start + len(part)
-            before = [*begin, ids[start - 1]]
+            before = [*(begin if again is None else again), ids[start - 1]]
     return total / count
 
 
@@ -161,7 +162,8 @@ def test_an_evaluation_gives_a_document_what_begins_it(single, corpus, tmp_path)
     documents = [[*tokenizer.encode(text, add_special_tokens=False).ids, 1] for text in DOCUMENTS]
     assert max(map(len, documents)) > 2 * LENGTH, "one of them is cut"
     numbers = measured(folder, corpus, tmp_path)
-    assert numbers["loss"] == pytest.approx(loss_of_documents(ours(folder), begin, documents), rel=1e-5)
+    again = begin if "<bos>" in single else []
+    assert numbers["loss"] == pytest.approx(loss_of_documents(ours(folder), begin, documents, again), rel=1e-5)
     assert numbers["tokens"] == sum(map(len, documents)), "also the end, which is the padding's id"
     assert numbers["bytes"] == sum(len(text.encode()) for text in DOCUMENTS)
 
@@ -183,7 +185,12 @@ def test_an_evaluation_is_that_of_the_library(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "names", [("<pad>", "<eos>", "<bos>"), ("<0>", "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>")]
+    "names",
+    [
+        pytest.param(("<pad>", "<eos>", "<bos>"), marks=pytest.mark.slow),
+        ("<0>", "<｜end▁of▁text｜>", "<｜begin▁of▁text｜>"),
+    ],
+    ids=["usual", "unusual"],
 )
 def test_every_verb_begins_and_ends_texts_alike(names, corpus, tmp_path, capfdbinary):
     """Also where the end has a name that only config.json knows."""
@@ -362,14 +369,16 @@ def test_t5_reads_and_continues_text_with_its_own_ids(kind, corpus, tmp_path, ca
     assert main(["convert", str(folder), str(run)]) == 0
     shutil.rmtree(folder)
     assert measured(run, corpus, tmp_path)["loss"] == expected["loss"]
+    ids, ends = [*encode("the word"), first, 1], (1, first - 1)
     rows = model.task.generate(
-        model.params, [[*encode("the word"), first, 1]], max_new_tokens=5, begin=[first], stop_tokens=(1, first - 1)
+        model.params, [ids], max_new_tokens=5, begin=[first], stop_tokens=ends, num_ids=first + 1
     )
     text = b"".join(model.tokenizer.token_bytes(i) for i in rows.tokens[0])
     capfdbinary.readouterr()
     assert main(["generate", str(run), "--prompt", "the word", "--max-new-tokens", "5", "--temperature", "0"]) == 0
     assert capfdbinary.readouterr().out == b"the word" + text + b"\n"
-    assert main(["train", str(run), "--data.corpus", corpus, "--train.steps", "1", "--data.length", "16"]) == 0
+    if kind == "mt5":
+        assert main(["train", str(run), "--data.corpus", corpus, "--train.steps", "1", "--data.length", "16"]) == 0
 
 
 def test_sentinels_that_a_t5_does_not_have_are_refused(corpus, tmp_path, capsys):
@@ -419,7 +428,11 @@ def test_ids_are_those_of_the_library(kind, tmp_path):
     folder = library_folder(tmp_path / kind, kind)
     theirs = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer = load_tokenizer(folder)
-    texts = [text for text in TEXTS if "▁" not in text]
+    left_out = {
+        "qwen2": ["e\u0301"],  # which stays as it is here, and is composed there
+        "llama": [" the"],  # two spaces in SentencePiece and in the older library, one in the newer
+    }
+    texts = [text for text in TEXTS if "▁" not in text and text not in left_out.get(kind, [])]
     different = [
         text for text in texts if tokenizer.encode(text) != theirs(text, add_special_tokens=False)["input_ids"]
     ]
