@@ -162,9 +162,10 @@ class TextData:
         inputs, targets, lengths = items.T
         inputs[:], targets[:] = ids[:-1], ids[1:]
         given = len(self.opening_ids) - 1
-        lengths[:given], lengths[given:] = -1, self._byte_lengths[targets[given:]]
+        lengths[:given], lengths[given:-1], lengths[-1] = -1, self._byte_lengths[targets[given:-1]], 0
         # Without the space that some tokenizers write before a text.
-        lengths[given] -= lengths[given:].sum() - len(document if isinstance(document, bytes) else document.encode())
+        more = lengths[given:].sum() - len(document if isinstance(document, bytes) else document.encode())
+        lengths[given] = max(lengths[given] - more, 0)
         return items
 
     @property
@@ -244,10 +245,8 @@ class TextData:
         return load_tokenizer(self.tokenizer, self.ends[0] if self.ends else None)
 
     @functools.cached_property
-    def _byte_lengths(self) -> Int[np.ndarray, " ids"]:
-        """The bytes of each id; those that only the model knows stand for none."""
-        lengths = token_byte_lengths(self.loaded_tokenizer)
-        return np.append(lengths, np.zeros(max(self.end_id + 1 - len(lengths), 0), np.int32))
+    def _byte_lengths(self) -> Int[np.ndarray, " vocab"]:
+        return token_byte_lengths(self.loaded_tokenizer)
 
     def _example(self, document: str | bytes) -> dict[str, np.ndarray]:
         return {"example": self.items(document)}

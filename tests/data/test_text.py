@@ -174,8 +174,8 @@ def test_an_evaluation_can_leave_documents_whole(data):
 
 def spans(count):
     """The starts and lengths of the parts of a document with `count` targets, in rows of 16 after two ids."""
-    starts = [0, *range(15, count, 13)]
-    return list(zip(starts, [15] + [13] * (len(starts) - 1)))
+    starts = [0, *range(15, count, 14)]
+    return list(zip(starts, [15] + [14] * (len(starts) - 1)))
 
 
 @pytest.mark.parametrize(
