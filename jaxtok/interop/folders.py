@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +106,11 @@ class FolderFormat:
             kind = quantized.get("quant_method", "some kind") if isinstance(quantized, dict) else quantized
             raise ValueError(f"{folder} is quantised ({kind} in its config.json); it must hold the original weights.")
         tensors = read_tensors(folder)
-        config = self.config_from(options, tensors)
-        return config, self.params_from(config, tensors)
+        try:
+            config = self.config_from(options, tensors)
+            return config, self.params_from(config, tensors)
+        except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # of a value of another type
+            raise ValueError(f"{folder / 'config.json'} cannot be used: {_odd(options) or repr(error)}.") from error
 
     def write_model(
         self,
@@ -131,6 +134,19 @@ class FolderFormat:
         return folder
 
 
+def _odd(options: Options) -> str:
+    """Returns what is probably wrong with a config.json in which something is."""
+    for name, value in options.items():
+        if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value):
+            return f"{name} is the text {value!r}; it must be a number"
+        if (value == 0 or isinstance(value, list | dict)) and not isinstance(value, bool) and _COUNTS.search(name):
+            return f"{name} is {value!r}; it must be a whole number above 0"
+    return ""
+
+
+_COUNTS = re.compile(r"^(num|n)_|_(size|dim|embeddings)$|^d_|^vocab")
+
+
 def read_options(folder: str | Path) -> dict[str, Any]:
     """Returns the content of a folder's config.json.
 
@@ -146,29 +162,46 @@ def read_options(folder: str | Path) -> dict[str, Any]:
 
 _IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.position_ids$"
-    r"|^(encoder|decoder)\.embed_tokens\.weight$|EncDecAttention\.relative_attention_bias\.weight$"
+    r"|EncDecAttention\.relative_attention_bias\.weight$"
 )
-_COPIES = {
-    "lm_head.weight",
-    "generator_lm_head.weight",
-    *(f"{head}.decoder.{leaf}" for head in ("lm_head", "cls.predictions") for leaf in ("weight", "bias")),
-}
-"""The tensors of a head that is the embedding."""
 
 
 def read_hub_params(
-    table: Table, shapes: Shapes, tensors: Mapping[str, np.ndarray], *, dtype: str, tied: bool
+    table: Table, shapes: Shapes, tensors: Mapping[str, np.ndarray], *, dtype: str, copies: Collection[str] = ()
 ) -> Params:
     """Calls `read_params` for files as Hugging Face writes them: with buffers, copies of tied tensors, and old names.
+
+    Args:
+      table, shapes, tensors: as there.
+      dtype: a config's `param_dtype`.
+      copies: names of tensors that may be there besides those of the table.
 
     Raises:
       ValueError: as `read_params`.
     """
 
     def ignored(name: str) -> bool:
-        return bool(_IGNORED.search(name)) or (tied and name in _COPIES)
+        return bool(_IGNORED.search(name)) or name in copies
 
     return read_params(table, shapes, tensors, dtype=dtype_of(dtype), aliases=hub_names, ignored=ignored)
+
+
+def is_tied(tensors: Mapping[str, np.ndarray], head: str, embedding: Iterable[str], said: bool) -> bool:
+    """Whether a model's head is its embedding: if both have a tensor, it is where these are equal.
+
+    Args:
+      tensors: the model's tensors.
+      head: the name of the head's.
+      embedding: the names that the embedding's may have.
+      said: what config.json says.
+
+    Raises:
+      ValueError: there is no tensor of the head, and config.json says that the head is not the embedding.
+    """
+    if head not in tensors and not said:
+        raise ValueError(f"there is no tensor {head}, and config.json says that the head is not the embedding.")
+    table = next((name for name in embedding if name in tensors), head)
+    return head not in tensors or table == head or np.array_equal(tensors[head], tensors[table])
 
 
 def hub_names(name: str) -> list[str]:

@@ -200,6 +200,10 @@ def with_options(folder, **changed):
         ({"intermediate_size": 57}, r"mlp\.gate_proj\.weight has shape \(56, 32\)"),
         ({"num_hidden_layers": 3}, r"model\.layers\.2\.\S+ is missing"),
         ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S+ is unknown"),
+        ({"hidden_size": "32"}, r"config\.json cannot be used: hidden_size is the text '32'; it must be a number\."),
+        ({"num_attention_heads": 0}, r"num_attention_heads is 0; it must be a whole number above 0\."),
+        ({"vocab_size": [400]}, r"vocab_size is \[400\]; it must be a whole number above 0\."),
+        ({"rope_scaling": "linear"}, r"config\.json cannot be used"),
     ],
 )
 def test_options_that_do_not_fit(broken, options, message):
