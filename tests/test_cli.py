@@ -4,15 +4,18 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import pytest
 from collector import collect
 
+import jaxtok
 from jaxtok import __version__
 from jaxtok.cli import FUNCTIONS, VERBS, VISION, main
 from jaxtok.tokenizers import load_tokenizer
@@ -156,8 +159,15 @@ def places(folder, run):
         ("generate README.md", "README.md is a file .md"),
         ("generate encoder", "is a model of MaskedWords, which does not generate text; give a language model."),
         ("generate run --ema", "the run kept no moving average of its parameters"),
-        ("grow no/such/run --times 2", "no/such/run"),
-        ("grow encoder --times 2", "encoder"),
+        ("grow no/such/run --times 2", "there is nothing at no/such/run"),
+        ("grow no/such/run --to.ffn 20", "there is nothing at no/such/run"),
+        ("grow encoder --times 2", "encoder has no parameter tokens, so it cannot grow; give a run of a TokenFormer."),
+        ("grow encoder --to.ffn 20", "encoder has no parameter tokens, so it cannot grow"),
+        ("grow broken --to.ffn 20", "broken/config.json is not JSON"),
+        (
+            "train config.py --mesh.fsdp 999",
+            "does not fit 8 devices; its axes must multiply to 8, as with --mesh.fsdp 1",
+        ),
         ("adapt no/such/run", "there is nothing at no/such/run"),
         ("convert no/such/folder target", "no/such/folder"),
         ("convert broken target", "broken/config.json is not JSON"),
@@ -174,6 +184,19 @@ def test_mistakes_end_with_one_clear_sentence(arguments, message, places, monkey
     assert main(arguments.split()) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert error.startswith("error:") and message in error and "Traceback" not in error
+
+
+def test_libtpu_is_silent_where_there_is_no_tpu(tmp_path):
+    """It is asked for devices whenever it is installed, and would complain that this is no TPU VM."""
+    chips = [file for file in Path("/sys/bus/pci/devices").glob("*/vendor") if file.read_text().strip() == "0x1ae0"]
+    if chips:
+        pytest.skip("there is a TPU")
+    pytest.importorskip("libtpu")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "JAX_PLATFORMS"))}
+    code = "from jaxtok.cli import main; main(['list', 'gpt2']); import jax; print(jax.devices())"
+    run = {"env": env | {"PYTHONPATH": str(Path(jaxtok.__file__).parents[1])}, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, **run)
+    assert "CpuDevice" in done.stdout and done.stderr == ""
 
 
 def test_help(capsys):
