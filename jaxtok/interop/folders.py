@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,11 @@ class FolderFormat:
         """
         path = Path(path)
         options = read_options(path)
-        texts = read_texts(path, options, self.default_tokenizer, tokenizer) if self.has_texts else None
+        with odd_values_named(path / "config.json", options):
+            texts = read_texts(path, options, self.default_tokenizer, tokenizer) if self.has_texts else None
         config, params = self.read_model(path)
-        task, data = self.task_and_data(config, texts, options)
+        with odd_values_named(path / "config.json", options):
+            task, data = self.task_and_data(config, texts, options)
         if like is not None:
             if type(like) is not type(task):
                 raise ValueError(f"{path} holds a {type(task).__name__}; the config must be that of one too.")
@@ -106,11 +109,9 @@ class FolderFormat:
             kind = quantized.get("quant_method", "some kind") if isinstance(quantized, dict) else quantized
             raise ValueError(f"{folder} is quantised ({kind} in its config.json); it must hold the original weights.")
         tensors = read_tensors(folder)
-        try:
+        with odd_values_named(folder / "config.json", options):
             config = self.config_from(options, tensors)
             return config, self.params_from(config, tensors)
-        except (TypeError, AttributeError, KeyError, ArithmeticError) as error:  # of a value of another type
-            raise ValueError(f"{folder / 'config.json'} cannot be used: {_odd(options) or repr(error)}.") from error
 
     def write_model(
         self,
@@ -132,6 +133,16 @@ class FolderFormat:
             save_tensors(half_done, self.params_to(config, params), shard_bytes, torch_bin)
             (half_done / "config.json").write_text(json.dumps(options, indent=2) + "\n")
         return folder
+
+
+@contextlib.contextmanager
+def odd_values_named(path: Path, options: Options) -> Iterator[None]:
+    """Turns what a value of another type in a JSON file leads to into a ValueError that names the file."""
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, re.error) as error:
+        reason = _odd(options) or f"{type(error).__name__}, {error}"
+        raise ValueError(f"{path} cannot be used: {reason.rstrip('.')}.") from error
 
 
 def _odd(options: Options) -> str:

@@ -21,10 +21,9 @@ import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
-from jaxtok.interop.folders import read_options
+from jaxtok.interop.folders import odd_values_named, read_json, read_options
 from jaxtok.interop.huggingface import HUB, shapes, sources
 from jaxtok.interop.tensors import Shapes, Source, checked, read_params, whole_folder, write_params
-from jaxtok.interop.texts import read_json
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.model import Model
@@ -77,6 +76,11 @@ def apply_adapter(folder: str | Path, model: Any, params: Params) -> tuple[Any, 
       FileNotFoundError, ValueError: as `read_adapter`.
     """
     options, tensors = _read(folder)
+    with odd_values_named(Path(folder) / "adapter_config.json", options):
+        return _applied(model, params, options, tensors)
+
+
+def _applied(model: Any, params: Params, options: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Any, Params]:
     untied, params = untie(model, params, tensors)
     if untied is not model and options.get("init_lora_weights") in _OF_BASE:
         raise ValueError(

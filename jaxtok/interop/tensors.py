@@ -231,6 +231,17 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._open[path]
 
 
+def _shards(index: Path) -> dict[str, str]:
+    """Returns the file of each tensor, from an index."""
+    try:
+        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if all(isinstance(shard, str) for shard in shard_of.values()):
+            return shard_of
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise ValueError(f"{index} must be a JSON object whose weight_map has the file of each tensor; fetch it again.")
+
+
 def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
     """Returns the tensors in model.safetensors, in the shards of its index, or in pytorch_model.bin (needs PyTorch).
 
@@ -241,7 +252,7 @@ def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
     if (path := folder / "model.safetensors").is_file():
         return Tensors(dict.fromkeys(open_safetensors(path).keys(), path))
     if (path := folder / "model.safetensors.index.json").is_file():
-        shard_of = json.loads(path.read_text())["weight_map"]
+        shard_of = _shards(path)
         for shard in sorted(set(shard_of.values())):
             if Path(shard).name != shard:
                 raise ValueError(f"{path} names the shard {shard!r}; it must be a file of the same folder.")
