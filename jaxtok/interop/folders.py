@@ -138,7 +138,6 @@ class FolderFormat:
         return folder
 
 
-<<<<<<< HEAD
 @contextlib.contextmanager
 def odd_values_named(path: Path, options: Options) -> Iterator[None]:
     """Turns what a value of another type in a JSON file leads to into a ValueError that names the file."""
@@ -160,7 +159,8 @@ def _odd(options: Options) -> str:
 
 
 _COUNTS = re.compile(r"^(num|n)_|_(size|dim|embeddings)$|^d_|^vocab")
-=======
+
+
 _MEANING = (
     "num_layers",
     "kv_heads",
@@ -207,7 +207,6 @@ def _meaning(config: Any, name: str) -> Any:
         return NORMS[config.norm]
     needs = {"full_layers": "window", "rotary_base": "rotary_fraction"}.get(name)
     return value if needs is None or getattr(config, needs, None) else None
->>>>>>> main
 
 
 def read_options(folder: str | Path) -> dict[str, Any]:

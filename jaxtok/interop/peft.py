@@ -121,7 +121,7 @@ def adapter_from(
     left = {name.removeprefix(_PREFIX) for name in tensors}
     again = r"\.(modules_to_save|original_module)\."  # with bias = all, PEFT saves those of whole modules thrice
     left -= {name for name in left if re.search(again, name) and re.sub(again, ".", name) in left}
-    tied = model.tie_embeddings and getattr(model, "mask_head", True)
+    tied = model.tie_embeddings and not (isinstance(model, BertConfig) and not model.mask_head)
 
     def take(name: str) -> np.ndarray | None:
         module, _, leaf = name.rpartition(".")

@@ -235,17 +235,6 @@ class Tensors(Mapping[str, np.ndarray]):
         return self._open[path]
 
 
-def _shards(index: Path) -> dict[str, str]:
-    """Returns the file of each tensor, from an index."""
-    try:
-        shard_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if all(isinstance(shard, str) for shard in shard_of.values()):
-            return shard_of
-    except (ValueError, LookupError, TypeError, AttributeError):
-        pass
-    raise ValueError(f"{index} must be a JSON object whose weight_map has the file of each tensor; fetch it again.")
-
-
 def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
     """Returns the tensors in model.safetensors or pytorch_model.bin (needs PyTorch), or in the shards of one of them.
 
@@ -257,23 +246,9 @@ def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
         return Tensors(dict.fromkeys(open_safetensors(path).keys(), path))
     if (path := folder / "model.safetensors.index.json").is_file():
         shard_of = _shards(path)
-<<<<<<< HEAD
-        for shard in sorted(set(shard_of.values())):
-            if Path(shard).name != shard:
-                raise ValueError(f"{path} names the shard {shard!r}; it must be a file of the same folder.")
-            if not (folder / shard).is_file():
-                raise FileNotFoundError(f"{folder / shard} does not exist, but {path.name} names it; fetch it too.")
-            held = set(open_safetensors(folder / shard).keys())
-            if missing := [name for name, where in shard_of.items() if where == shard and name not in held]:
-                raise ValueError(
-                    f"{folder / shard} has no tensor {missing[0]}, but {path.name} names it; fetch both again."
-                )
-        return Tensors({name: folder / shard for name, shard in shard_of.items()})
-=======
         for shard in set(shard_of.values()):
             _must_hold(shard, open_safetensors(shard).keys(), shard_of, path)
         return Tensors(shard_of)
->>>>>>> main
     for name in ("pytorch_model.bin", "mp_rank_00_model_states.pt"):
         if (path := folder / name).is_file():
             return read_weights(path, "module")  # the key under which DeepSpeed keeps the model

@@ -12,13 +12,8 @@ from tyro.conf import Positional, arg
 from jaxtok.door import open_model
 from jaxtok.interop.texts import copy_record
 from jaxtok.nn.lora import LoraConfig
-<<<<<<< HEAD
-from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
-from jaxtok.runs import is_run, write_run
-=======
 from jaxtok.nn.parameter_attention import GROUPS, ParameterAttentionStack, TokenCounts
-from jaxtok.runs import write_run
->>>>>>> main
+from jaxtok.runs import is_run, write_run
 from jaxtok.training.checkpoints import find_run, fork, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.optimizer import OptimizerConfig
@@ -56,19 +51,13 @@ def grow(
       seed: The seed of the new tokens.
     """
     model = getattr(open_model(checkpoint).task, "model", None)
-    if not hasattr(model, "tokens"):
+    if not isinstance(model, ParameterAttentionStack):
         raise ValueError(f"{checkpoint} has no parameter tokens, so it cannot grow; give a run of a TokenFormer.")
     if not is_run(checkpoint):
         raise ValueError(f"{checkpoint} is not a run; make one with `jaxtok convert {checkpoint} RUN`, and grow that.")
     if times:
         if times <= 1:
             raise ValueError(f"times is {times}; it must be above 1.")
-<<<<<<< HEAD
-=======
-        model = open_model(checkpoint).task.model
-        if not isinstance(model, ParameterAttentionStack):
-            raise ValueError(f"{checkpoint} has no parameter tokens, so it cannot grow; give a run of a TokenFormer.")
->>>>>>> main
         to = TokenCounts(**{g: round(getattr(model.tokens, g) * times) for g in GROUPS})
     growth = Growth(to=to, init=init, scale=scale, optimizer=optimizer, train=train, steps=steps or 1)
     output = output or Path(f"{str(checkpoint).rstrip('/')}-grown")

@@ -12,13 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
-from jaxtok.cli import main
-from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, read_tokenizer, write_folder
-=======
 import jaxtok
+from jaxtok.cli import main
 from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, write_folder
->>>>>>> main
 from jaxtok.interop.peft import (
     adapter_from,
     adapter_to,
