@@ -4,9 +4,11 @@ PyTorch)."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pickle
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +62,15 @@ def tensor_names(path: Path) -> list[str] | None:
     return None
 
 
-def _open_npz(path: Path) -> Any:
+@contextlib.contextmanager
+def _open_npz(path: Path) -> Iterator[Any]:
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or not an .npz file ({error}); fetch it again.") from error
+        with zipfile.ZipFile(path) as file:
+            file.namelist()
+        with np.load(path, allow_pickle=False) as file:
+            yield file
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or not an .npz file of numbers ({error}); fetch it again.") from error
 
 
 def torch_for(purpose: str) -> Any:
@@ -112,6 +118,8 @@ def read_weights(path: str | Path, which: str = "") -> dict[str, np.ndarray]:
     elif path.suffix == ".npz":
         with _open_npz(path) as file:
             found = {name: file[name] for name in file.files}
+            if odd := [name for name, x in found.items() if x.dtype.kind not in "iubcf"]:
+                raise ValueError(f"{odd[0]} holds {found[odd[0]].dtype}")
     if path.suffix in (".safetensors", ".npz"):
         found = {name: x if x.dtype.kind in "iubc" else x.astype(np.float32) for name, x in found.items()}
     else:

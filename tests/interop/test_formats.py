@@ -679,6 +679,24 @@ def test_weights_that_are_not_finite(name, value, tmp_path, capsys):
     assert not (tmp_path / "new").exists()
 
 
+def test_an_npz_file_of_something_else(tmp_path, capsys):
+    case = CASES["elm, masked"]()
+    run = begin(Experiment(task=case.task, data=case.data, workdir=str(tmp_path / "run")), case.model().params)
+    file = tmp_path / "a.npz"
+    np.savez(file, a=np.ones(9))
+    good = file.read_bytes()
+    np.save(tmp_path / "a.npy", np.ones(9))
+    contents = [b"", b"x" * 90, good[:-30], good[:50] + b"xx" + good[52:], (tmp_path / "a.npy").read_bytes()]
+    for odd in (np.array(["a text"]), np.array([{}]), np.zeros(3, "V2")):
+        np.savez(file, a=odd)
+        contents.append(file.read_bytes())
+    for content in contents:
+        file.write_bytes(content)
+        assert main(["convert", str(file), str(tmp_path / "new"), "--config", write_config(tmp_path, run)]) == 1
+        assert "a.npz is damaged or not an .npz file of numbers (" in printed_error(capsys), content[:9]
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_adapter_whose_weights_are_no_weights(adapter, tmp_path, capsys):
     base, run, _ = adapter
     assert main(["convert", str(run), str(tmp_path / "peft"), "--base", str(base)]) == 0
