@@ -138,27 +138,39 @@ class FolderFormat:
         return folder
 
 
+_WHOLE = re.compile(r"^(num|n|d)_|_(size|dim)$|^max_position_embeddings$|^r$")
+_NUMBER = re.compile(r"_(eps|epsilon|theta|range|factor|alpha|rate)$")
+_TABLE = re.compile(r"^(rope_scaling|rope_parameters|jaxtok)$|_pattern$")
+_SWITCH = re.compile(r"^tie_word_embeddings$|_bias$|^use_")
+
+
 @contextlib.contextmanager
 def odd_values_named(path: Path, options: Options) -> Iterator[None]:
-    """Turns what a value of another type in a JSON file leads to into a ValueError that names the file."""
+    """Checks the types of options in a JSON file, and turns what else a wrong type leads to into a ValueError.
+
+    Raises:
+      ValueError: an option has a value of another type; the message names the file and, if it can, the option.
+    """
+    for name, value in options.items():
+        kind = type(value)
+        if value is None:
+            continue
+        if _WHOLE.search(name) and kind is not int:
+            raise ValueError(f"{name} is {value!r} in {path}; it must be a whole number.")
+        if _NUMBER.search(name) and kind not in (int, float):
+            raise ValueError(f"{name} is {value!r} in {path}; it must be a number.")
+        if _TABLE.search(name) and kind is not dict:
+            raise ValueError(f"{name} is {value!r} in {path}; it must be a table of names and values.")
+        if _SWITCH.search(name) and kind is not bool:
+            raise ValueError(f"{name} is {value!r} in {path}; it must be true or false.")
     try:
         yield
     except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, re.error) as error:
-        reason = _odd(options) or f"{type(error).__name__}, {error}"
-        raise ValueError(f"{path} cannot be used: {reason.rstrip('.')}.") from error
-
-
-def _odd(options: Options) -> str:
-    """Returns what is probably wrong with a config.json in which something is."""
-    for name, value in options.items():
-        if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?", value):
-            return f"{name} is the text {value!r}; it must be a number"
-        if (value == 0 or isinstance(value, list | dict)) and not isinstance(value, bool) and _COUNTS.search(name):
-            return f"{name} is {value!r}; it must be a whole number above 0"
-    return ""
-
-
-_COUNTS = re.compile(r"^(num|n)_|_(size|dim|embeddings)$|^d_|^vocab")
+        raise ValueError(f"{path} cannot be used ({type(error).__name__}: {error}).") from error
+    except ValueError as error:
+        if not str(error).startswith(("could not convert", "invalid literal", "dictionary update")):
+            raise
+        raise ValueError(f"{path} cannot be used ({error}).") from error
 
 
 _MEANING = (
