@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, OverflowError, ImportError) as error:
         if os.environ.get("JAXTOK_TRACEBACK"):
             raise
         return _fail(_sentence(error))
@@ -121,6 +121,8 @@ def _sentence(error: BaseException) -> str:
     """Returns what an error says; those of the operating system name the file first, and no number."""
     if isinstance(error, OSError) and error.filename and error.strerror:
         return f"{os.fspath(error.filename)} cannot be used: {error.strerror[0].lower()}{error.strerror[1:]}."
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({error}); give a smaller one."
     return str(error)
 
 

@@ -124,6 +124,8 @@ def test_tokenizer_trains_on_the_corpus_and_a_model_on_the_tokenizer(run, folder
 def places(folder, run):
     """Paths that hold no model for generating text."""
     (folder / "README.md").write_text("# A page\n")
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{")
     (folder / "other").mkdir()
@@ -173,6 +175,12 @@ def places(folder, run):
         ("convert no/such/folder target", "no/such/folder"),
         ("convert broken target", "broken/config.json is not JSON"),
         ("tokenizer t.model --corpus no/such/corpus", "no/such/corpus"),
+        ("tokenizer words --corpus corpus", "words must end in .model."),
+        ("generate run --prompt a --seed 1180591620717411303424", "a number is too large (Python int too large"),
+        ("generate run --prompt-file empty.txt", "empty.txt is empty; it must have a prompt on each line."),
+        ("generate run --prompt-file binary.txt", "binary.txt is not UTF-8 text ("),
+        ("generate run --prompt-file corpus", "corpus cannot be used: is a directory."),
+        ("eval run --output no/such/folder/x.json", "no/such/folder/x.json cannot be used: no such file or directory."),
         ("vision genrate x", "there is no verb 'genrate' of vision; did you mean generate?"),
         ("vision reconstruct run", "give a run of an image tokenizer"),
         ("vision generate README.md", "README.md is a file .md, which is in none of the formats here"),

@@ -30,6 +30,8 @@ def tokenizer(
       text_field: The field with the text, in a row of JSONL, Parquet or TFDS.
       words: Whether each piece is a part of one word by BERT's rule, for models that read words; none then has a space.
     """
+    if output.suffix != ".model":
+        raise ValueError(f"{output} must end in .model.")
     documents = open_corpus(corpus, "train", text_field=text_field)
     texts = (documents[i] for i in range(len(documents)))
     if words:
