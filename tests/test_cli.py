@@ -180,7 +180,10 @@ def places(folder, run):
         ("generate run --prompt-file empty.txt", "empty.txt is empty; it must have a prompt on each line."),
         ("generate run --prompt-file binary.txt", "binary.txt is not UTF-8 text ("),
         ("generate run --prompt-file corpus", "corpus cannot be used: is a directory."),
-        ("eval run --output no/such/folder/x.json", "no/such/folder/x.json cannot be used: no such file or directory."),
+        (
+            "eval run --output no/such/folder/x.json",
+            "it must be a file in a folder that exists (nothing was evaluated).",
+        ),
         ("vision genrate x", "there is no verb 'genrate' of vision; did you mean generate?"),
         ("vision reconstruct run", "give a run of an image tokenizer"),
         ("vision generate README.md", "README.md is a file .md, which is in none of the formats here"),

@@ -36,6 +36,8 @@ def evaluate(
       adapter: A PEFT folder of LoRA, whose differences are added to the model.
       ema: Whether the moving average of the parameters is taken, from a run that keeps one (optimizer.ema_decay).
     """
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"output is {output}; it must be a file in a folder that exists (nothing was evaluated).")
     model = open_model(checkpoint, adapter, ema)
     data = model.on(corpus)
     about = {"checkpoint": str(checkpoint), data.source: getattr(data, data.source), "split": split, "step": model.step}
