@@ -182,7 +182,7 @@ def places(folder, run):
         ("generate run --prompt-file corpus", "corpus cannot be used: is a directory."),
         (
             "eval run --output no/such/folder/x.json",
-            "it must be a file in a folder that exists (nothing was evaluated).",
+            "it must be a file in a folder that exists (nothing was",
         ),
         ("vision genrate x", "there is no verb 'genrate' of vision; did you mean generate?"),
         ("vision reconstruct run", "give a run of an image tokenizer"),
