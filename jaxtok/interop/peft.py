@@ -93,13 +93,17 @@ def _applied(model: Any, params: Params, options: Mapping[str, Any], tensors: Ma
 
 def untie(model: Any, params: Params, tensors: Mapping[str, Any]) -> tuple[Any, Params]:
     """Gives the model its own head if its head is the embedding and the adapter's tensors are for one of them."""
-    if not getattr(model, "tie_embeddings", False):
+    if not _is_tied(model):
         return model, params
     tables = {_module(sources(model)[("embedding",)].name), "lm_head"}
     tables |= {name.split(".", 1)[-1] for name in tables}
     if not any(re.split(r"\.lora_|\.weight$", name.removeprefix(_PREFIX))[0] in tables for name in tensors):
         return model, params
     return dataclasses.replace(model, tie_embeddings=False), {**params, "head_matrix": params["embedding"]}
+
+
+def _is_tied(model: Any) -> bool:
+    return model.tie_embeddings and (model.mask_head if isinstance(model, BertConfig) else True)
 
 
 def adapter_from(
@@ -121,7 +125,7 @@ def adapter_from(
     left = {name.removeprefix(_PREFIX) for name in tensors}
     again = r"\.(modules_to_save|original_module)\."  # with bias = all, PEFT saves those of whole modules thrice
     left -= {name for name in left if re.search(again, name) and re.sub(again, ".", name) in left}
-    tied = model.tie_embeddings and not (isinstance(model, BertConfig) and not model.mask_head)
+    tied = _is_tied(model)
 
     def take(name: str) -> np.ndarray | None:
         module, _, leaf = name.rpartition(".")
