@@ -19,7 +19,7 @@ from jaxtok.data.files import JsonLines, Kind, NoText, Parquet, Shard, TextFile,
 SPLITS = ("train", "validation", "test")
 _PYTHON_SUFFIXES = {".py", ".rst", ".txt"}
 _PYTHON_SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
-_READABLE = "text, *.jsonl, *.ndjson or *.json (also as .gz, .bz2, .xz or .zst), or *.parquet"
+_READABLE = "text, *.jsonl or *.parquet (text and JSON also as .gz, .bz2, .xz or .zst)"
 
 Shards = Iterable[tuple[str, Shard]]  # with the key of each; the keys of its rows are "key:row"
 
@@ -147,7 +147,7 @@ def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: f
             shards = list(zip([key for key, _ in shards], cut([shard for _, shard in shards])))
             number = sum(len(shard) for _, shard in shards)
             if number >= 3:
-                tell(f"{spec} holds {_count(total)}, cut into {number} parts so that there is something held out.")
+                tell(f"{spec} holds only {_count(total)} and is cut into {number} parts, so that some are held out.")
             parts = splits_of([_keys(*shard) for shard in shards], holdout, own_splits)
         for n, of_shard in zip(divided, parts):
             rows[n] = [row for row, part in enumerate(of_shard) if part == split]
