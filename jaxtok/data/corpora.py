@@ -14,7 +14,19 @@ from pathlib import Path
 import grain
 import numpy as np
 
-from jaxtok.data.files import JsonLines, Kind, NoText, Parquet, Shard, TextFile, cut, kind_of, tell, text_blocks
+from jaxtok.data.files import (
+    JsonLines,
+    Kind,
+    NoText,
+    Parquet,
+    Shard,
+    TextFile,
+    cut,
+    is_converted,
+    kind_of,
+    tell,
+    text_blocks,
+)
 
 SPLITS = ("train", "validation", "test")
 _PYTHON_SUFFIXES = {".py", ".rst", ".txt"}
@@ -262,13 +274,31 @@ def _folder(root: Path, field: str) -> Iterator[tuple[str, Shard]]:
         raise ValueError(f"{root} holds no {_READABLE}; give another folder.")
     if left_out:
         count = "1 file is" if len(left_out) == 1 else f"{len(left_out)} files are"
-        tell(f"{count} left out of {root}, as no text can be read there: {_named(left_out)}.")
+        tell(f"{count} left out of {root}, as no text can be read there: {named(left_out)}.")
     if records := [key for key, kind in kinds.items() if kind == "records"]:
-        tell(f"JSON lines are {_as_text(field)}, in {_named(records)} of {root}.")
+        tell(f"JSON lines are {_as_text(field)}, in {named(records)} of {root}.")
     return ((key, _shard(path, field, kinds[key])) for key, path in files if kinds[key])
 
 
-def _named(names: Sequence[str]) -> str:
+def newly_read(spec: str, text_field: str = "text") -> list[str]:
+    """The files of a corpus that were left out, or were plain text, when runs did not save how a corpus is read."""
+    root = Path(spec).absolute()
+    if spec == "python" or spec.startswith(("tfds:", "arrayrecord:")) or not root.exists():
+        return []
+    real = os.path.realpath(root)
+
+    def is_new(key: str, path: Path) -> bool:
+        linked = root.is_dir() and os.path.realpath(path.parent) != os.path.join(real, *Path(key).parts[:-1])
+        kind = kind_of(path, text_field)
+        as_rows = kind in ("lines", "values") and path.suffix != ".jsonl"
+        return kind is not None and (linked or as_rows or is_converted(path))
+
+    files = files_below(root) if root.is_dir() else [(root.name, root)]
+    return [key for key, path in files if path.is_file() and path.stat().st_size and is_new(key, path)]
+
+
+def named(names: Sequence[str]) -> str:
+    """Some of the names, and how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 

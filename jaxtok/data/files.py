@@ -111,6 +111,14 @@ def _is_compressed(path: Path) -> bool:
     return path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst")
 
 
+def is_converted(path: Path) -> bool:
+    """Whether the file is not read as it is, but unpacked or converted to UTF-8."""
+    if _is_compressed(path):
+        return True
+    with path.open("rb") as file:
+        return bool(_encoding(file.read(4)))
+
+
 def _encoding(head: bytes) -> str:
     """The encoding that a byte order mark tells; empty: UTF-8, or none that is known."""
     return next((encoding for mark, encoding in _BOMS.items() if head.startswith(mark)), "")

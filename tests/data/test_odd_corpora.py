@@ -250,6 +250,33 @@ def test_folders_behind_links_are_read_once(tmp_path):
     assert texts(write(tmp_path / "only" / "x", b"").parent.parent / "corpus" / "more") == TEXTS[20:]
 
 
+@pytest.mark.parametrize("new", ["b.jsonl.gz", "b.json", "utf16.txt", "linked"])
+def test_an_older_run_does_not_go_on_with_texts_that_it_did_not_read(tmp_path, new):
+    root = tmp_path / "corpus"
+    write(root / "a.jsonl", lines(RECORDS)), write(root / "a.txt", b"text"), write(root / "a.json", b'{"a": 1}')
+    data = TextData(corpus=str(root), length=16, batch_size=2)
+    batches = data.train_batches()
+    next(batches)
+    state = json.loads(json.dumps(batches.get_state()))
+    older = {stream: {name: x for name, x in at.items() if name != "reading"} for stream, at in state.items()}
+    for saved in (state, older):  # it goes on while the corpus has nothing that is read in a new way
+        batches.set_state(saved)
+        next(batches)
+    match new:
+        case "b.jsonl.gz":
+            write(root / new, gzip.compress(lines(RECORDS)))
+        case "b.json":
+            write(root / new, lines(RECORDS))
+        case "utf16.txt":
+            write(root / new, "text".encode("utf-16"))
+        case "linked":
+            write(tmp_path / "other" / "c.txt", b"text")
+            (root / "linked").symlink_to(tmp_path / "other")
+    with pytest.raises(ValueError, match=rf"1 of the files of .* left out or were plain text \({new}.*move them else"):
+        data.train_batches().set_state(older)
+    data.train_batches().set_state(state)
+
+
 def test_a_file_that_is_damaged_further_on_is_an_error(tmp_path):
     data = bytes(np.random.default_rng(0).integers(32, 127, 200_000).astype(np.uint8))
     for suffix in (".gz", ".xz", ".zst"):
