@@ -452,7 +452,7 @@ class Parquet(Sequence):
         if size > _TOLD:
             print(f"decoding {self._path} once ({size / 1e9:.1f} GB) ...", file=sys.stderr, flush=True)
         ends, end = [], 0
-        with pq.ParquetFile(self._path) as file:
+        with pq.ParquetFile(self._path, buffer_size=_CHUNK) as file:
             for batch in file.iter_batches(1024, columns=[self._field]):
                 column = batch.column(0)
                 if self._is_text:

@@ -332,7 +332,7 @@ def test_one_document_is_trained_on_and_evaluated(tmp_path, train_and_eval, name
     assert code == 0, said
 
 
-def test_what_is_too_small_to_be_split_is_an_error_before_training(tmp_path, jaxtok):
+def test_what_is_too_small_to_be_split_is_an_error(tmp_path, jaxtok):
     path = write(tmp_path / "tiny.txt", b"a few words")
     code, said = jaxtok("train", tmp_path / "conf.py", "--data.corpus", path, "--workdir", tmp_path / "run")
     assert code == 1 and "tiny.txt is empty, as it holds only 1 document; give more text" in " ".join(said.split())
