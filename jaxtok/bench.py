@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ import rich.console
 import rich.progress
 import rich.table
 from jax.experimental.compilation_cache import compilation_cache
+from tyro.conf import arg
 
 from jaxtok.data.text import TextData
 from jaxtok.decoding import Sampling, generate
@@ -86,7 +87,7 @@ def bench(
         Literal["train", "compile", "decode", "loader", "profile", "deletion", "tokenizer", "generation"], ...
     ] = PARTS,
     models: tuple[Literal["tiny", "small", "grown", "124m"], ...] = ("small", "grown", "124m"),
-    output: Path | None = None,
+    output: Annotated[Path | None, arg(metavar="FILE")] = None,
     seconds: float = 5.0,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     batch_size: int = 0,

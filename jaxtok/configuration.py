@@ -13,10 +13,11 @@ import numbers
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import docstring_parser
 import tyro
 
 from jaxtok import systems
@@ -133,19 +134,47 @@ def _may_replace(old: Any, value: Any) -> bool:
     return kind is None or (isinstance(value, kind) and not isinstance(value, bool))
 
 
-def override(config: T, arguments: Sequence[str], prog: str) -> T:
+def override(config: T, arguments: Sequence[str], prog: str, about: str = "") -> T:
     """Returns the config with fields replaced from a command line of dotted names: `--train.steps 100`.
 
     An unknown name or an impossible value ends the program with a message that names the nearest known ones.
+
+    Args:
+      about: what the config is, for the help.
     """
-    return tyro.cli(
+    return command_line(
         type(config),
+        arguments,
         default=config,
-        args=list(arguments),
         prog=prog,
-        description=type(config).__doc__,
+        description=about or type(config).__doc__,
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def command_line(f: Any, arguments: Sequence[str], **options: Any) -> Any:
+    """Calls `tyro.cli`, whose help then breaks lines only where the terminal ends.
+
+    By itself, it keeps the source's line breaks before indented lines, as it gets them from `docstring_parser`.
+    """
+
+    def joined(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            found = parse(*args)
+            for parameter in found.params:
+                parameter.description = " ".join((parameter.description or "").split()) or None
+            return found
+
+        return function
+
+    own = {name: getattr(docstring_parser, name) for name in ("parse", "parse_from_object")}
+    for name, parse in own.items():
+        setattr(docstring_parser, name, joined(parse))
+    try:
+        return tyro.cli(f, args=list(arguments), **options)
+    finally:
+        for name, parse in own.items():
+            setattr(docstring_parser, name, parse)
 
 
 def to_json(value: Any) -> Any:

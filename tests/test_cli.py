@@ -1,5 +1,6 @@
 """The command line, as a user calls it: one run goes through every verb."""
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -189,6 +190,32 @@ def test_help(capsys):
     for verb in own:
         assert main([verb, "--help"]) == 0
     assert "recovery" in capsys.readouterr().out
+
+
+def test_help_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for arguments in ([], ["train", "--help"], ["study", "--help"], ["plan", "--help"], ["vision"], ["list"]):
+        assert main(arguments) == 0
+        lines = capsys.readouterr().out.split("\n")
+        assert max(map(len, lines)) <= 100, max(lines, key=len)
+    for command in [[verb] for verb in FUNCTIONS] + [["vision", verb] for verb in VISION]:
+        lines = _help(command, capsys).split("\n")
+        assert max(map(len, lines)) <= 100, max(lines, key=len)
+    assert "    mrt5_small                          300M parameters; in the paper" in _help(["train"], capsys)
+
+
+def _help(command, capsys):
+    with contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    return capsys.readouterr().out
+
+
+def test_help_breaks_no_sentence_where_the_source_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert "(ELM, VQGAN, BAE, ELECTRA's variables); the new run then has this config." in _help(["convert"], capsys)
+    shown = _help(["train", "elm_l"], capsys)
+    assert "ELM (arXiv 2410.16257): a Llama" in shown and "elm_l: 316M parameters" in shown
+    assert "linearly from 0 in the first layer (stochastic depth, arXiv 1603.09382). If it is positive, it" in shown
 
 
 def test_every_verb_says_what_each_of_its_options_is():

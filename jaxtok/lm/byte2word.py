@@ -87,7 +87,7 @@ class Byte2WordConfig(LinearStack):
             raise ValueError(f"pool_heads is {self.pool_heads}, which does not divide d_model = {self.d_model}.")
         for field, allowed in {"pooling": POOLINGS, "query": QUERIES}.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be {', '.join(allowed)}.")
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(allowed)}.")
 
     @property
     def output_init_std(self) -> float:

@@ -107,7 +107,7 @@ class WordPooledConfig:
         if not 0 <= self.encoder_dropout < 1:
             raise ValueError(f"encoder_dropout is {self.encoder_dropout}; it must be in [0, 1).")
         if self.prefix_ids not in ("own", "official"):
-            raise ValueError(f"prefix_ids is {self.prefix_ids!r}; it can be own, official.")
+            raise ValueError(f"prefix_ids is {self.prefix_ids!r}; it must be one of own, official.")
         if self.prefix_ids == "official" and self.vocab_size and self.max_units > self.vocab_size:
             raise ValueError(
                 f"max_units is {self.max_units}, above vocab_size = {self.vocab_size}, where prefix_ids = official "
@@ -598,7 +598,7 @@ class WordPooling(Task):
 
     def __post_init__(self):
         if self.rule not in RULES:
-            raise ValueError(f"rule is {self.rule!r}; it can be {', '.join(RULES)}.")
+            raise ValueError(f"rule is {self.rule!r}; it must be one of {', '.join(RULES)}.")
 
     def fit(self, data: Data, train: Any = None) -> WordPooling:
         """The task, with a vocab_size of 0 replaced by the number of the data's units, rounded up to 128.

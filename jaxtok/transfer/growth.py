@@ -217,6 +217,6 @@ def _check_choices(init: str, scale: str) -> None:
             "init is zero_both, but with zero keys and zero values neither ever gets a gradient; use zero_keys or copy."
         )
     if init not in ("zero_keys", "copy", "random"):
-        raise ValueError(f"init is {init!r}; it can be zero_keys, copy, random.")
+        raise ValueError(f"init is {init!r}; it must be one of zero_keys, copy, random.")
     if scale not in ("auto", "fixed", "current"):
-        raise ValueError(f"scale is {scale!r}; it can be auto, fixed, current.")
+        raise ValueError(f"scale is {scale!r}; it must be one of auto, fixed, current.")

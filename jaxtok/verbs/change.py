@@ -24,7 +24,7 @@ from jaxtok.transfer.lora import AddLora
 def grow(
     checkpoint: Positional[Annotated[Path, arg(metavar="RUN")]],
     to: TokenCounts = TokenCounts(),
-    output: Path | None = None,
+    output: Annotated[Path | None, arg(metavar="RUN")] = None,
     times: float = 0.0,
     init: Literal["zero_keys", "copy", "random"] = "zero_keys",
     scale: Literal["auto", "fixed", "current"] = "auto",
@@ -66,9 +66,9 @@ def grow(
 
 def adapt(
     checkpoint: Positional[Annotated[Path, arg(metavar="MODEL")]],
-    output: Path | None = None,
+    output: Annotated[Path | None, arg(metavar="RUN")] = None,
     lora: LoraConfig = LoraConfig(),
-    adapter: Path | None = None,
+    adapter: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     corpus: str = "",
     steps: int = 1000,
     learning_rate: float = 2e-4,
@@ -76,7 +76,9 @@ def adapt(
     length: int = 0,
     seed: int = 0,
 ) -> Path:
-    """Makes a new run that trains a LoRA adapter of a model: `jaxtok train OUTPUT`, then `jaxtok convert` writes it.
+    """Makes a new run that trains a LoRA adapter of a model.
+
+    `jaxtok train OUTPUT` trains the adapter; then `jaxtok convert OUTPUT FOLDER` writes it for PEFT.
 
     Args:
       checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config

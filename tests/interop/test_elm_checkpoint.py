@@ -65,7 +65,7 @@ def test_a_checkpoint_of_a_training(tmp_path):
     torch.save({**stored, "opt": {"state": {0: torch.zeros(3)}}, "args": argparse.Namespace(lr=1e-4)}, path)
     for which, tree in params.items():
         assert_same(read_checkpoint(path, which=which, head_size=4)[1], tree)
-    with pytest.raises(ValueError, match="holds model and ema; say which = 'ema'"):
+    with pytest.raises(ValueError, match="holds model and ema; choose one, such as which = 'ema'"):
         read_checkpoint(path)
     torch.save({"ema": stored["ema"], "args": argparse.Namespace()}, path)
     with pytest.raises(ValueError, match=r"which is 'model', but .* holds ema"):

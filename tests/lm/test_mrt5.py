@@ -466,7 +466,7 @@ def test_configs_saved_when_reduction_was_a_field(name):
     saved = every | to_json(now) | {"type": "jaxtok.lm.mrt5:MrT5Config"}
     again = from_json(saved)
     assert type(again) is kind and again == (dataclasses.replace(now, gate_layer=0) if kind is NoInput else now)
-    with pytest.raises(ValueError, match="reduction is 'half'; it can be gate, random"):
+    with pytest.raises(ValueError, match="reduction is 'half'; it must be one of gate, random"):
         from_json(saved | {"reduction": "half"})
 
 

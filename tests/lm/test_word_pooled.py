@@ -413,7 +413,7 @@ def test_configs_that_cannot_be():
         ("num_heads", 3): "num_heads is 3, which does not divide",
         ("dropout", 1.0): r"dropout is 1\.0",
         ("encoder_dropout", -1.0): r"encoder_dropout is -1\.0",
-        ("prefix_ids", "other"): "can be own, official",
+        ("prefix_ids", "other"): "must be one of own, official",
     }.items():
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(TINY, **dict([options]))
@@ -426,7 +426,7 @@ def test_inputs_that_cannot_be():
         WordPooling(model=TINY).fit(None)
     with pytest.raises(ValueError, match=r"data\.max_units is 1, but task\.model\.max_units is 5"):
         WordPooling(model=dataclasses.replace(TINY, vocab_size=384)).fit(WordUnitText(max_units=1))
-    with pytest.raises(ValueError, match="rule is 'other'; it can be paper"):
+    with pytest.raises(ValueError, match="rule is 'other'; it must be one of paper"):
         WordPooling(model=TINY, rule="other")
     words, lengths = random_words(TINY, 1, 3, width=6)
     with pytest.raises(ValueError, match="a word has 6 units, but the model's max_units is 5"):
