@@ -104,7 +104,7 @@ class Corpus(Sequence):
     them is told in a warning, and then the tenth, the hundredth, ...
 
     Raises:
-        ValueError: as many rows in turn as there are have no text.
+        ValueError: none of the rows that are asked for has a text.
     """
 
     def __init__(self, shards: list[Shard], shard_of: np.ndarray, row_of: np.ndarray, names: list[str]):
@@ -132,13 +132,13 @@ class Corpus(Sequence):
 
     def _leave_out(self, index: int, error: NoText) -> None:
         self._in_turn += 1
-        if self._in_turn >= len(self):
-            raise ValueError(f"not one of {len(self)} rows has a text: {error}; correct the corpus.") from error
-        if index in self.without_text:
-            return
+        new = index not in self.without_text
         self.without_text.add(index)
         count = len(self.without_text)
-        if count == 10 ** (len(str(count)) - 1):
+        # Two epochs in turn may end and begin with the same rows; so many are a share of the rows without any text.
+        if count == len(self) or self._in_turn >= 2 * len(self):
+            raise ValueError(f"there is no text in all of {count} rows: {error}; correct the corpus.") from error
+        if new and count == 10 ** (len(str(count)) - 1):
             which = "it is" if count == 1 else f"it is the {count}th that is"
             tell(f"{error}; {which} left out, as all rows without a text are.")
 

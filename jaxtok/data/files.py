@@ -284,6 +284,8 @@ class Spans(Sequence):
 def text_blocks(path: Path) -> Spans:
     """Blocks of about 8 KiB of a text file, cut at line ends."""
     path = _plain(path)
+    if not path.stat().st_size:  # of a compressed file
+        return Spans(path, [], [])
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         cuts = [0]
         while cuts[-1] < len(data):
@@ -309,8 +311,10 @@ def cut(shards: Sequence[Shard]) -> list[Shard]:
     parts: list[Shard] = []
     for text in texts:
         if isinstance(text, Path):
-            with text.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                cuts = _cuts(data, size)
+            cuts = [0]
+            if text.stat().st_size:
+                with text.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    cuts = _cuts(data, size)
             parts.append(Spans(text, cuts[:-1], cuts[1:]))
         else:
             cuts = [_cuts(document, size) for document in text]

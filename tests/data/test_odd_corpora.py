@@ -149,8 +149,18 @@ def test_a_split_without_any_text_is_an_error_and_no_endless_search(tmp_path):
     keep = next(n for n in range(200) if split_of(f"a.jsonl:{n}") == "validation")
     rows[keep] = b'{"text": "in the validation split"}\n'
     path = write(tmp_path / "a.jsonl", b"".join(rows))
-    with pytest.raises(ValueError, match=r"not one of \d+ rows has a text: row \d+ of .*a\.jsonl has no text"):
+    with pytest.raises(ValueError, match=r"no text in all of \d+ rows: row \d+ of .*a\.jsonl has no text"):
         next(TextData(corpus=str(path), length=16, batch_size=2).train_batches())
+
+
+def test_a_row_without_a_text_may_end_an_epoch_and_begin_the_next(tmp_path):
+    path = write(tmp_path / "a.jsonl", b'{"text": null}\n{"text": "good"}\n')
+    corpus = open_corpus(str(path), "all")
+    assert [corpus[i] for i in [1, 0, 0, 1] * 5] == ["good", None, None, "good"] * 5
+    (tmp_path / "b.jsonl").write_bytes(b'{"text": "good"}\n' + b'{"text": null}\n' * 2)
+    share = open_corpus(str(tmp_path / "b.jsonl"), "all")  # a stream whose share is the rows 1 and 2
+    with pytest.raises(ValueError, match="no text in all of 2 rows"):
+        [share[i] for i in [1, 2] * 3]
 
 
 def test_a_tokenizer_is_trained_past_rows_without_a_text(tmp_path, jaxtok):
@@ -275,6 +285,15 @@ def test_an_older_run_does_not_go_on_with_texts_that_it_did_not_read(tmp_path, n
     with pytest.raises(ValueError, match=rf"1 of the files of .* left out or were plain text \({new}.*move them else"):
         data.train_batches().set_state(older)
     data.train_batches().set_state(state)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+def test_a_packed_file_of_nothing_holds_no_documents(tmp_path, suffix):
+    path = write(tmp_path / "a" / f"a.txt{suffix}", PACK[suffix](b""))
+    with pytest.raises(ValueError, match="holds no documents"):
+        open_corpus(str(path))
+    with pytest.raises(ValueError, match=r"the validation split of .* is empty"):
+        open_corpus(str(path.parent), "validation")
 
 
 def test_a_file_that_is_damaged_further_on_is_an_error(tmp_path):
