@@ -410,13 +410,6 @@ def matrix_products(function: Callable, *args: Any) -> Counter:
     return counts
 
 
-def product_flops(operands: Any, dimension_numbers: Any) -> int:
-    """Returns the FLOPs of one product, from its key in `matrix_products`."""
-    (left, _), (right, _) = operands
-    (_, contracting), (_, batch) = dimension_numbers
-    return 2 * math.prod(left) * math.prod(n for axis, n in enumerate(right) if axis not in (*contracting, *batch))
-
-
 def _product_seconds(operands: Any, dimension_numbers: Any, calls: int = 8) -> float:
     """Returns the median of five times so many calls in a row, so that the time between calls does not count."""
     left, right = (jnp.ones(shape, dtype) for shape, dtype in operands)

@@ -190,7 +190,9 @@ def _config(arguments: list[str], verb: str) -> Any:
     config = study_of(name) if verb == "study" else experiment_of(name, verb)
     entry = systems.configs().get(name)
     about = f"{entry.title}\n\n{entry.name}: {entry.about}" if entry and entry.title else entry.about if entry else ""
-    return override(config, arguments[1:], f"jaxtok {verb} {name}", about)
+    if verb == "train":
+        about += "\n\nWith `--start MODEL`, a new run begins with the parameters of that model."
+    return override(config, arguments[1:], f"jaxtok {verb} {name}", about.strip())
 
 
 def _vision(arguments: list[str]) -> int:

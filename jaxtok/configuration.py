@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import numbers
 import runpy
 import sys
@@ -34,6 +35,7 @@ A dataclass whose fields have changed says so itself, in class variables that it
   RENAMED: ClassVar[dict[str, str]]  fields that have another name now: the old name -> the new one
   RETIRED: ClassVar[dict[str, Any]]  fields that no longer exist: the name -> the value at which a stored one is
                                      dropped; any other value is an error
+A class that has become several has a class method `saved_before`, which maps stored fields to a class and its fields.
 """
 
 
@@ -147,7 +149,7 @@ def override(config: T, arguments: Sequence[str], prog: str, about: str = "") ->
         arguments,
         default=config,
         prog=prog,
-        description=about or type(config).__doc__,
+        description=about or inspect.getdoc(type(config)),
         config=(tyro.conf.AvoidSubcommands,),
     )
 

@@ -177,6 +177,15 @@ def test_mistakes_end_with_one_clear_sentence(arguments, message, places, monkey
     assert error.startswith("error:") and message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("config", ["tokenformer_small", "mrt5_small"])
+def test_start_is_a_model_in_the_help_of_a_config(config, capsys):
+    """It is the option of the verb, and not the config's field of that name, which holds a surgery."""
+    with pytest.raises(SystemExit):
+        main(["train", config, "--help"])
+    text = capsys.readouterr().out
+    assert text.count("--start") == 1 and "With `--start MODEL`, a new run begins with the parameters" in text
+
+
 def test_help(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out

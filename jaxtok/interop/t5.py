@@ -290,8 +290,8 @@ def first_sentinel(file: str | Path) -> int:
 
 def facts(model: Model) -> dict[str, int]:
     """Returns the first sentinel of a model's data."""
-    first = getattr(model.data, "first_sentinel", None)
-    return {} if first is None else {"first_sentinel": first}
+    data = model.data
+    return {"first_sentinel": data.first_sentinel} if isinstance(data, SpanCorruption) else {}
 
 
 def model_of(task: SequenceToSequence, params: Params) -> tuple[T5Config, Params]:
@@ -301,7 +301,7 @@ def model_of(task: SequenceToSequence, params: Params) -> tuple[T5Config, Params
 
 def params_of(task: SequenceToSequence, params: Params) -> Params:
     """Returns a task's parameters, with the model that was read and a new controller if it has one."""
-    return {**params, "controller": new_controller()} if getattr(task, "target_rate", 0.0) else params
+    return {**params, "controller": new_controller()} if isinstance(task, MrT5Training) and task.target_rate else params
 
 
 T5 = FolderFormat(

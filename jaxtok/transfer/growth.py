@@ -54,11 +54,11 @@ class Growth:
         Raises:
           ValueError: the model has no parameter tokens, or cannot grow like this (`grow`).
         """
-        model = getattr(task, "model", None)
-        if not isinstance(model, ParameterAttentionStack):
+        model = task.model
+        if not isinstance(model, ParameterAttentionStack) or task.module() is None:
             raise ValueError(
-                f"the task {type(task).__name__} with the model {type(model).__name__} has no parameter tokens, so it "
-                "cannot grow; leave out the growth."
+                f"the task {type(task).__name__} with the model {type(model).__name__} has no parameter tokens of its "
+                "own, so it cannot grow; leave out the growth."
             )
         changes = {"model": grown_config(model, self.to, self.init, self.scale)}
         if hasattr(task, "frozen_tokens"):

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from jaxtok.door import open_model
 from jaxtok.interop.texts import copy_record
 from jaxtok.nn.lora import LoraConfig
-from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
+from jaxtok.nn.parameter_attention import GROUPS, ParameterAttentionStack, TokenCounts
 from jaxtok.runs import write_run
 from jaxtok.training.checkpoints import find_run, fork, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
@@ -53,8 +53,8 @@ def grow(
     if times:
         if times <= 1:
             raise ValueError(f"times is {times}; it must be above 1.")
-        model = getattr(open_model(checkpoint).task, "model", None)
-        if not hasattr(model, "tokens"):
+        model = open_model(checkpoint).task.model
+        if not isinstance(model, ParameterAttentionStack):
             raise ValueError(f"{checkpoint} has no parameter tokens, so it cannot grow; give a run of a TokenFormer.")
         to = TokenCounts(**{g: round(getattr(model.tokens, g) * times) for g in GROUPS})
     growth = Growth(to=to, init=init, scale=scale, optimizer=optimizer, train=train, steps=steps or 1)

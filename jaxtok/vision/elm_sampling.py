@@ -183,9 +183,9 @@ def draw(
       fixed: codes, and which of the new positions take them instead of drawn ones.
       on_progress: as in `generate`. Without it, one compiled call draws the whole images.
     """
-    if uniforms is None:
-        rng = sampling_key(rng, sampling)
     plain = Sampling(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    if uniforms is None:
+        rng = sampling_key(rng, plain)
     engine = Engine(model=GuidedCodes(config, bool((weights != 1).any())), chooser=Drawing(plain))
     given, new = (labels, prefix, weights, rng, uniforms, fixed), len(weights)
     if on_progress is None:
@@ -289,6 +289,10 @@ class Drawing:
     """A `jaxtok.decoding.Chooser` that can be given the uniforms of its draws, or the outcomes at some positions."""
 
     sampling: Sampling
+
+    @property
+    def draws(self) -> bool:
+        return self.sampling.draws
 
     @staticmethod
     def start(batch: int, config: ElmConfig, uniforms, fixed) -> _Draws:
@@ -415,8 +419,9 @@ def expand(
     sampling: ElmSampling = ElmSampling(),
     rng: jax.Array,
 ) -> Float[Array, "batch height width channels"]:
-    """Pictures that continue beyond the square, `times` times. Each image overlaps the one before by `keep` rows or
-    columns of codes, where the two are blended. Pixels are as `decode` makes them (not clipped).
+    """Pictures that continue beyond the square, `times` times, as in the paper's examples. Each image
+    overlaps the one before by `keep` rows or columns of codes, where the two are blended. Pixels are as `decode` makes
+    them (not clipped).
 
     Raises:
       ValueError: as `extend`.

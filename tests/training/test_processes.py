@@ -16,19 +16,22 @@ import chex
 import jax
 import pytest
 
+from jaxtok.door import open_model
+from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.training import distributed
 from jaxtok.training.checkpoints import load, write_config
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
+from jaxtok.transfer.growth import Growth
 
 LOCAL = Path(__file__).parents[2] / "tpu_scripts" / "local.sh"
 FAST_COMPILATION = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
 """Each process has one device."""
 
 
-def start(processes, experiment, *options):
-    """Starts `jaxtok train` in this number of processes, with the config from the run's folder."""
+def start(processes, experiment, *options, more=()):
+    """Starts `jaxtok train` in this number of processes, with the run's own config and `more` arguments."""
     write_config(Path(experiment.workdir), experiment.fitted())
     env = os.environ | {
         "JAXTOK": f"{sys.executable} -m jaxtok.cli",
@@ -36,7 +39,7 @@ def start(processes, experiment, *options):
         "XLA_FLAGS": FAST_COMPILATION,
         "PYTHONPATH": os.pathsep.join([str(LOCAL.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [str(LOCAL), *options, str(processes), "train", experiment.workdir]
+    command = [str(LOCAL), *options, str(processes), "train", experiment.workdir, *more]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -120,6 +123,22 @@ def test_two_processes_survive_damage_and_a_preemption_of_one_of_them(alone):
     assert "checkpoint 4 is damaged" in output and "at step 2 of 10" in output
     assert "interrupted: saved step" in output
     assert_same(two.workdir, alone.workdir)
+
+
+@pytest.mark.slow
+def test_a_surgery_start_of_two_processes_is_that_of_one(experiment, tmp_path):
+    """Both begin with the same new tokens beside those of the trained model, on a mesh that divides them."""
+    short = dataclasses.replace(experiment.train, steps=2)
+    experiment = dataclasses.replace(experiment, train=short, stages=(), mesh=MeshConfig(data=1))
+    small = train(dataclasses.replace(experiment, workdir=str(tmp_path / "small")), quiet=True).directory
+    grown = dataclasses.replace(
+        experiment, task=experiment.task.with_model(tokens=uniform_counts(12, 32)), start=Growth(init="random")
+    )
+    one = dataclasses.replace(grown, workdir=str(tmp_path / "one"))
+    alone = train(one, quiet=True, start=lambda: open_model(small)).directory
+    two = dataclasses.replace(grown, mesh=MeshConfig(data=1, fsdp=2), workdir=str(tmp_path / "two"))
+    finish(start(2, two, more=("--start", str(small))))
+    assert_same(two.workdir, alone)
 
 
 def preempt_one(job, workdir):
