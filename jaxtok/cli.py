@@ -86,15 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = systems.nearest(verb, VERBS, f"; use one of {', '.join(VERBS)}")
         return _fail(f"there is no verb {verb!r}{hint}")
     _cache_compilations()
+    _quieten_tpu()
     try:
         return VERBS[verb](rest)
     except BrokenPipeError:  # the reader of the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, OSError, FloatingPointError, OverflowError, ImportError) as error:
         if os.environ.get("JAXTOK_TRACEBACK"):
             raise
-        return _fail(str(error))
+        return _fail(_sentence(error))
     except KeyboardInterrupt:
         return 130
 
@@ -104,6 +105,25 @@ def _cache_compilations() -> None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtok" / "xla"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def _quieten_tpu() -> None:
+    """Tells libtpu what it would ask a TPU VM for, and complain about, where there is no TPU (as to plan for one)."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    if not any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors):  # Google's devices
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5e-16")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+        os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+
+
+def _sentence(error: BaseException) -> str:
+    """Returns what an error says; those of the operating system name the file first, and no number."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{os.fspath(error.filename)} cannot be used: {error.strerror[0].lower()}{error.strerror[1:]}."
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({error}); give a smaller one."
+    return str(error)
 
 
 def _fail(message: str) -> int:

@@ -136,7 +136,7 @@ def _read(config: str | Path) -> Any:
     if str(config) in systems.configs() or not folder.is_dir():
         return load_config(config)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{config} is not a run: it has no config.json; give what `jaxtok train` made.")
+        raise FileNotFoundError(f"{folder} is not a run: it has no config.json; give what `jaxtok train` made.")
     try:
         return read_config(folder)
     except (KeyError, TypeError, AttributeError) as error:

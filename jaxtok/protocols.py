@@ -313,7 +313,10 @@ class Task(abc.ABC):
         return params
 
     def load_weights(self, params: Params) -> Params:
-        """Returns the new parameters of a run, in which some are replaced by those of files. Default: none are."""
+        """Returns the new parameters of a run, in which some are replaced by those of files. Default: none are.
+
+        It is called before the data are opened, with abstract parameters.
+        """
         return params
 
     def batch_sums(self, params: Params, batch: Batch, rng: jax.Array, **options: Any) -> dict[str, Any]:

@@ -4,9 +4,11 @@ PyTorch)."""
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pickle
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,22 @@ def open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}); fetch it again.") from error
 
 
+def get_tensor(file: Any, name: str, path: Path) -> np.ndarray:
+    """A tensor of a safetensors file that is open.
+
+    Raises:
+      ValueError: it is of a type that NumPy does not have, such as float8.
+    """
+    try:
+        return np.asarray(file.get_tensor(name))
+    except (AttributeError, safetensors.SafetensorError) as error:
+        raise _without_scales(path, name, file.get_slice(name).get_dtype()) from error
+
+
+def _without_scales(path: Path, name: str, dtype: Any) -> ValueError:
+    return ValueError(f"{name} in {path} holds {dtype}, which are not weights without their scales.")
+
+
 def tensor_names(path: Path) -> list[str] | None:
     """The names of the tensors in a file, from its header; None for a PyTorch file, which must be read whole for them.
 
@@ -44,11 +62,15 @@ def tensor_names(path: Path) -> list[str] | None:
     return None
 
 
-def _open_npz(path: Path) -> Any:
+@contextlib.contextmanager
+def _open_npz(path: Path) -> Iterator[Any]:
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or not an .npz file ({error}); fetch it again.") from error
+        with zipfile.ZipFile(path) as file:
+            file.namelist()
+        with np.load(path, allow_pickle=False) as file:
+            yield file
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or not an .npz file of numbers ({error}); fetch it again.") from error
 
 
 def torch_for(purpose: str) -> Any:
@@ -92,14 +114,18 @@ def read_weights(path: str | Path, which: str = "") -> dict[str, np.ndarray]:
     if path.suffix == ".safetensors":
         open_safetensors(path)  # raises a clear error if the file is damaged
         with safetensors.safe_open(path, framework="numpy") as file:
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: get_tensor(file, name, path) for name in file.keys()}  # noqa: SIM118
     elif path.suffix == ".npz":
         with _open_npz(path) as file:
             found = {name: file[name] for name in file.files}
+            if odd := [name for name, x in found.items() if x.dtype.kind not in "iubcf"]:
+                raise ValueError(f"{odd[0]} holds {found[odd[0]].dtype}")
     if path.suffix in (".safetensors", ".npz"):
-        found = {name: x if x.dtype.kind in "iub" else x.astype(np.float32) for name, x in found.items()}
+        found = {name: x if x.dtype.kind in "iubc" else x.astype(np.float32) for name, x in found.items()}
     else:
         table = _torch_table(path, which)
+        if small := [name for name, t in table.items() if t.is_floating_point() and t.element_size() < 2]:
+            raise _without_scales(path, small[0], table[small[0]].dtype)
         found = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in table.items()}
     return {name.removeprefix("module."): x for name, x in found.items()}
 

@@ -5,15 +5,18 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import flax.linen as nn
 import jax
 import pytest
 from collector import collect
 
+import jaxtok
 from jaxtok import __version__
 from jaxtok.cli import FUNCTIONS, VERBS, VISION, main
 from jaxtok.tokenizers import load_tokenizer
@@ -121,6 +124,8 @@ def test_tokenizer_trains_on_the_corpus_and_a_model_on_the_tokenizer(run, folder
 def places(folder, run):
     """Paths that hold no model for generating text."""
     (folder / "README.md").write_text("# A page\n")
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
     (folder / "broken").mkdir()
     (folder / "broken" / "config.json").write_text("{")
     (folder / "other").mkdir()
@@ -157,12 +162,28 @@ def places(folder, run):
         ("generate README.md", "README.md is a file .md"),
         ("generate encoder", "is a model of MaskedWords, which does not generate text; give a language model."),
         ("generate run --ema", "the run kept no moving average of its parameters"),
-        ("grow no/such/run --times 2", "no/such/run"),
-        ("grow encoder --times 2", "encoder"),
+        ("grow no/such/run --times 2", "there is nothing at no/such/run"),
+        ("grow no/such/run --to.ffn 20", "there is nothing at no/such/run"),
+        ("grow encoder --times 2", "encoder has no parameter tokens, so it cannot grow; give a run of a TokenFormer."),
+        ("grow encoder --to.ffn 20", "encoder has no parameter tokens, so it cannot grow"),
+        ("grow broken --to.ffn 20", "broken/config.json is not JSON"),
+        (
+            "train config.py --mesh.fsdp 999",
+            "does not fit 8 devices; its axes must multiply to 8, as with --mesh.fsdp 1",
+        ),
         ("adapt no/such/run", "there is nothing at no/such/run"),
         ("convert no/such/folder target", "no/such/folder"),
         ("convert broken target", "broken/config.json is not JSON"),
         ("tokenizer t.model --corpus no/such/corpus", "no/such/corpus"),
+        ("tokenizer words --corpus corpus", "words must end in .model."),
+        ("generate run --prompt a --seed 1180591620717411303424", "a number is too large (Python int too large"),
+        ("generate run --prompt-file empty.txt", "empty.txt is empty; it must have a prompt on each line."),
+        ("generate run --prompt-file binary.txt", "binary.txt is not UTF-8 text ("),
+        ("generate run --prompt-file corpus", "corpus cannot be used: is a directory."),
+        (
+            "eval run --output no/such/folder/x.json",
+            "it must be a file in a folder that exists (nothing was",
+        ),
         ("vision genrate x", "there is no verb 'genrate' of vision; did you mean generate?"),
         ("vision reconstruct run", "give a run of an image tokenizer"),
         ("vision generate README.md", "README.md is a file .md, which is in none of the formats here"),
@@ -175,6 +196,19 @@ def test_mistakes_end_with_one_clear_sentence(arguments, message, places, monkey
     assert main(arguments.split()) == 1
     error = " ".join(capsys.readouterr().err.split())
     assert error.startswith("error:") and message in error and "Traceback" not in error
+
+
+def test_libtpu_is_silent_where_there_is_no_tpu(tmp_path):
+    """It is asked for devices whenever it is installed, and would complain that this is no TPU VM."""
+    chips = [file for file in Path("/sys/bus/pci/devices").glob("*/vendor") if file.read_text().strip() == "0x1ae0"]
+    if chips:
+        pytest.skip("there is a TPU")
+    pytest.importorskip("libtpu")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "JAX_PLATFORMS"))}
+    code = "from jaxtok.cli import main; main(['list', 'gpt2']); import jax; print(jax.devices())"
+    run = {"env": env | {"PYTHONPATH": str(Path(jaxtok.__file__).parents[1])}, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, **run)
+    assert "CpuDevice" in done.stdout and done.stderr == ""
 
 
 @pytest.mark.parametrize("config", ["tokenformer_small", "mrt5_small"])

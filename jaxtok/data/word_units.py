@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -183,8 +184,8 @@ def count_words(data: WordUnitText | NormalizedText, split: str = "train", docum
     """How often each word is in the first `documents` documents of a split (0: in all)."""
     corpus = open_corpus(data.corpus, split, text_field=data.text_field)
     counts: Counter[bytes] = Counter()
-    for i in range(min(len(corpus), documents or len(corpus))):
-        counts.update(data.split(corpus[i]))
+    for document in itertools.islice(corpus, documents or None):
+        counts.update(data.split(document))
     return counts
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxtok.data.encoders import EncoderData
-from jaxtok.interop.folders import FolderFormat, Options, hub_names, read_hub_params, stored_dtype
+from jaxtok.interop.folders import FolderFormat, Options, hub_names, is_tied, read_hub_params, stored_dtype
 from jaxtok.interop.tensors import Place, Shapes, Source, shapes_of, write_params
 from jaxtok.interop.texts import Texts
 from jaxtok.lm.bert import BertConfig, init_params
@@ -72,15 +73,13 @@ def sources(config: BertConfig) -> dict[Place, Source]:
     if electra and config.replaced_head:
         linears[("replaced_dense",)] = "discriminator_predictions.dense"
         linears[("replaced_output",)] = "discriminator_predictions.dense_prediction"
-    if electra and config.mask_head:
-        linears[("head_dense",)] = "generator_predictions.dense"
-        norms[("head_norm",)] = "generator_predictions.LayerNorm"
-        found[("head_bias",)] = Source("generator_lm_head.bias")
-    elif config.mask_head:
-        head = "lm_head" if config.positions_from_ids else "cls.predictions.transform"
-        linears[("head_dense",)] = f"{head}.dense"
-        norms[("head_norm",)] = f"{head}.{'layer_norm' if config.positions_from_ids else 'LayerNorm'}"
-        found[("head_bias",)] = Source("lm_head.bias" if config.positions_from_ids else "cls.predictions.bias")
+    if config.mask_head:
+        dense, norm, matrix, *biases = _head_names(config)
+        linears[("head_dense",)], norms[("head_norm",)] = dense, norm
+        bias, *also = biases if config.tie_embeddings else reversed(biases)
+        found[("head_bias",)] = Source(bias, also=tuple(also))
+        if not config.tie_embeddings:
+            found[("head_matrix",)] = Source(matrix)
     if config.pooler:
         linears[("pooler",)] = f"{base}.pooler.dense"
     if config.next_sentence:
@@ -93,6 +92,17 @@ def sources(config: BertConfig) -> dict[Place, Source]:
     for path, theirs in norms.items():
         found[*path, "scale"], found[*path, "bias"] = Source(f"{theirs}.weight"), Source(f"{theirs}.bias")
     return found
+
+
+def _head_names(config: BertConfig) -> tuple[str, ...]:
+    """Returns the modules of the head for masked words, its matrix and its biases: of a tied head, and of its own."""
+    if isinstance(config, ElectraConfig):
+        head, own = "generator_predictions", "generator_lm_head"
+        return f"{head}.dense", f"{head}.LayerNorm", f"{own}.weight", f"{own}.bias"
+    head, dense, norm = ("lm_head", "dense", "layer_norm")
+    if not config.positions_from_ids:
+        head, dense, norm = "cls.predictions", "transform.dense", "transform.LayerNorm"
+    return f"{head}.{dense}", f"{head}.{norm}", f"{head}.decoder.weight", f"{head}.bias", f"{head}.decoder.bias"
 
 
 def read_encoder_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> BertConfig:
@@ -147,19 +157,20 @@ def read_encoder_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) 
 
 
 def config_from(options: Options, tensors: Mapping[str, np.ndarray]) -> BertConfig:
-    """Calls `read_encoder_config`, and checks the head.
+    """Calls `read_encoder_config`, with the tensors telling whether the head for masked words is the embedding.
 
     Raises:
-      ValueError: as there; or the head for masked words is not the embedding.
+      ValueError: as there; or there is no tensor of the head, and config.json says that it is not the embedding.
     """
     config = read_encoder_config(options, tensors)
-    if config.mask_head:
-        (table,) = [s.name for place, s in sources(config).items() if place == ("embedding",)]
-        embedding = next((name for name in hub_names(table) if name in tensors), None)
-        for head in ("lm_head.decoder.weight", "cls.predictions.decoder.weight", "generator_lm_head.weight"):
-            if head in tensors and embedding and not np.array_equal(tensors[head], tensors[embedding]):
-                raise ValueError(f"{head} is not the embedding; an encoder's head must be its embedding.")
-    return config
+    if not config.mask_head:
+        return config
+    _, _, head, *biases = _head_names(config)
+    embedding = hub_names(sources(config)[("embedding",)].name)
+    tied = is_tied(tensors, head, embedding, options.get("tie_word_embeddings") is not False)
+    if head in tensors and all(name in tensors for name in biases):
+        tied = tied and np.array_equal(tensors[biases[0]], tensors[biases[-1]])
+    return dataclasses.replace(config, tie_embeddings=tied)
 
 
 def config_json(config: BertConfig) -> dict[str, Any]:
@@ -193,7 +204,7 @@ def config_json(config: BertConfig) -> dict[str, Any]:
         "pad_token_id": config.pad_id,
         "layer_norm_eps": config.norm_eps,
         "vocab_size": config.vocab_size,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": config.tie_embeddings,
         "initializer_range": config.init_std,
         "torch_dtype": config.param_dtype,
     }
@@ -208,8 +219,11 @@ def shapes(config: BertConfig) -> Shapes:
 
 def params_from(config: BertConfig, tensors: Mapping[str, np.ndarray]) -> Params:
     """Returns our parameter tree from their tensors; raises as `read_params`."""
-    tied = config.mask_head
-    return read_hub_params(sources(config), shapes(config), tensors, dtype=config.param_dtype, tied=tied)
+    copies = ()
+    if config.mask_head:
+        _, _, matrix, *biases = _head_names(config)
+        copies = (*biases, *([matrix] if config.tie_embeddings else []))
+    return read_hub_params(sources(config), shapes(config), tensors, dtype=config.param_dtype, copies=copies)
 
 
 def params_to(config: BertConfig, params: Params) -> dict[str, np.ndarray]:

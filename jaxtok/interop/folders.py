@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,11 @@ class FolderFormat:
         """
         path = Path(path)
         options = read_options(path)
-        texts = read_texts(path, options, self.default_tokenizer, tokenizer) if self.has_texts else None
+        with odd_values_named(path / "config.json", options):
+            texts = read_texts(path, options, self.default_tokenizer, tokenizer) if self.has_texts else None
         config, params = self.read_model(path)
-        task, data = self.task_and_data(config, texts, options)
+        with odd_values_named(path / "config.json", options):
+            task, data = self.task_and_data(config, texts, options)
         if like is not None:
             if type(like) is not type(task):
                 raise ValueError(f"{path} holds a {type(task).__name__}; the config must be that of one too.")
@@ -109,8 +112,9 @@ class FolderFormat:
             kind = quantized.get("quant_method", "some kind") if isinstance(quantized, dict) else quantized
             raise ValueError(f"{folder} is quantised ({kind} in its config.json); it must hold the original weights.")
         tensors = read_tensors(folder)
-        config = self.config_from(options, tensors)
-        return config, self.params_from(config, tensors)
+        with odd_values_named(folder / "config.json", options):
+            config = self.config_from(options, tensors)
+            return config, self.params_from(config, tensors)
 
     def write_model(
         self,
@@ -134,6 +138,41 @@ class FolderFormat:
             save_tensors(half_done, tensors, shard_bytes, torch_bin)
             (half_done / "config.json").write_text(json.dumps(options, indent=2) + "\n")
         return folder
+
+
+_WHOLE = re.compile(r"^(num|n|d)_|_(size|dim)$|^max_position_embeddings$|^r$")
+_NUMBER = re.compile(r"_(eps|epsilon|theta|range|factor|alpha|rate)$")
+_TABLE = re.compile(r"^(rope_scaling|rope_parameters|jaxtok)$|_pattern$")
+_SWITCH = re.compile(r"^tie_word_embeddings$|_bias$|^use_")
+
+
+@contextlib.contextmanager
+def odd_values_named(path: Path, options: Options) -> Iterator[None]:
+    """Checks the types of options in a JSON file, and turns what else a wrong type leads to into a ValueError.
+
+    Raises:
+      ValueError: an option has a value of another type; the message names the file and, if it can, the option.
+    """
+    for name, value in options.items():
+        kind = type(value)
+        if value is None:
+            continue
+        if _WHOLE.search(name) and kind is not int:
+            raise ValueError(f"{name} is {value!r} in {path}; it must be a whole number.")
+        if _NUMBER.search(name) and kind not in (int, float):
+            raise ValueError(f"{name} is {value!r} in {path}; it must be a number.")
+        if _TABLE.search(name) and kind is not dict:
+            raise ValueError(f"{name} is {value!r} in {path}; it must be a table of names and values.")
+        if _SWITCH.search(name) and kind is not bool:
+            raise ValueError(f"{name} is {value!r} in {path}; it must be true or false.")
+    try:
+        yield
+    except (TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, re.error) as error:
+        raise ValueError(f"{path} cannot be used ({type(error).__name__}: {error}).") from error
+    except ValueError as error:
+        if not str(error).startswith(("could not convert", "invalid literal", "dictionary update")):
+            raise
+        raise ValueError(f"{path} cannot be used ({error}).") from error
 
 
 _MEANING = (
@@ -199,29 +238,46 @@ def read_options(folder: str | Path) -> dict[str, Any]:
 
 _IGNORED = re.compile(
     r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.position_ids$"
-    r"|^(encoder|decoder)\.embed_tokens\.weight$|EncDecAttention\.relative_attention_bias\.weight$"
+    r"|EncDecAttention\.relative_attention_bias\.weight$"
 )
-_COPIES = {
-    "lm_head.weight",
-    "generator_lm_head.weight",
-    *(f"{head}.decoder.{leaf}" for head in ("lm_head", "cls.predictions") for leaf in ("weight", "bias")),
-}
-"""The tensors of a head that is the embedding."""
 
 
 def read_hub_params(
-    table: Table, shapes: Shapes, tensors: Mapping[str, np.ndarray], *, dtype: str, tied: bool
+    table: Table, shapes: Shapes, tensors: Mapping[str, np.ndarray], *, dtype: str, copies: Collection[str] = ()
 ) -> Params:
     """Calls `read_params` for files as Hugging Face writes them: with buffers, copies of tied tensors, and old names.
+
+    Args:
+      table, shapes, tensors: as there.
+      dtype: a config's `param_dtype`.
+      copies: names of tensors that may be there besides those of the table.
 
     Raises:
       ValueError: as `read_params`.
     """
 
     def ignored(name: str) -> bool:
-        return bool(_IGNORED.search(name)) or (tied and name in _COPIES)
+        return bool(_IGNORED.search(name)) or name in copies
 
     return read_params(table, shapes, tensors, dtype=dtype_of(dtype), aliases=hub_names, ignored=ignored)
+
+
+def is_tied(tensors: Mapping[str, np.ndarray], head: str, embedding: Iterable[str], said: bool) -> bool:
+    """Whether a model's head is its embedding: if both have a tensor, it is where these are equal.
+
+    Args:
+      tensors: the model's tensors.
+      head: the name of the head's.
+      embedding: the names that the embedding's may have.
+      said: what config.json says.
+
+    Raises:
+      ValueError: there is no tensor of the head, and config.json says that the head is not the embedding.
+    """
+    if head not in tensors and not said:
+        raise ValueError(f"there is no tensor {head}, and config.json says that the head is not the embedding.")
+    table = next((name for name in embedding if name in tensors), head)
+    return head not in tensors or table == head or np.array_equal(tensors[head], tensors[table])
 
 
 def hub_names(name: str) -> list[str]:

@@ -194,7 +194,7 @@ def task_and_data(
 ) -> tuple[ReleasedModeling, WordText]:
     """Returns task and data for a model that was read: rows of 256 words, with room for 16 bytes a word."""
     task = ReleasedModeling(model=config, row_bytes=4096)
-    data = WordText(length=256, batch_size=4, max_units=config.max_word_size, splitter=task.splitter)
+    data = WordText(length=256, batch_size=8, max_units=config.max_word_size, splitter=task.splitter)
     return task, data
 
 

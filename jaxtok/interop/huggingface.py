@@ -6,6 +6,7 @@ of a folder is run, and PyTorch is needed for .bin files only.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,15 @@ import numpy as np
 from jaxtok.data.text import TextData
 from jaxtok.interop import electra, encoders, t5
 from jaxtok.interop.encoders import activation_from, activation_to
-from jaxtok.interop.folders import FolderFormat, Options, hub_names, read_hub_params, read_options, stored_dtype
+from jaxtok.interop.folders import (
+    FolderFormat,
+    Options,
+    hub_names,
+    is_tied,
+    read_hub_params,
+    read_options,
+    stored_dtype,
+)
 from jaxtok.interop.tensors import Place, Shapes, Source, expected_shapes, write_params
 from jaxtok.interop.texts import Texts
 from jaxtok.lm.bert import BertConfig
@@ -311,13 +320,8 @@ def config_from(options: Options, tensors: Mapping[str, np.ndarray]) -> DecoderC
       ValueError: as there; or there is no tensor of the head, and config.json says that it is not the embedding.
     """
     config = read_config(options)
-    name = decoder_sources(config)[("embedding",)].name
-    embedding = next((known for known in hub_names(name) if known in tensors), None)
-    if HEAD not in tensors:
-        if not config.tie_embeddings:
-            raise ValueError(f"there is no tensor {HEAD}, and config.json says that the head is not the embedding.")
-        return config
-    return read_config(options, embedding is None or np.array_equal(tensors[HEAD], tensors[embedding]))
+    embedding = hub_names(decoder_sources(config)[("embedding",)].name)
+    return dataclasses.replace(config, tie_embeddings=is_tied(tensors, HEAD, embedding, config.tie_embeddings))
 
 
 def task_and_data(config: DecoderConfig, texts: Texts, options: Options) -> tuple[LanguageModeling, TextData]:
@@ -344,8 +348,8 @@ def owns(task: Any) -> bool:
 
 def decoder_params(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> Params:
     """Returns our parameter tree from their tensors; raises as `read_params`."""
-    table, tied = decoder_sources(config), config.tie_embeddings
-    return read_hub_params(table, expected_shapes(config), tensors, dtype=config.param_dtype, tied=tied)
+    table, copies = decoder_sources(config), (HEAD,) if config.tie_embeddings else ()
+    return read_hub_params(table, expected_shapes(config), tensors, dtype=config.param_dtype, copies=copies)
 
 
 DECODERS = FolderFormat(

@@ -17,23 +17,36 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import flax.traverse_util
 import numpy as np
 import safetensors.numpy
 
-from jaxtok.interop.folders import read_options
+from jaxtok.interop.folders import odd_values_named, read_json, read_options
 from jaxtok.interop.huggingface import HUB, shapes, sources
-from jaxtok.interop.tensors import Shapes, read_params, whole_folder, write_params
+from jaxtok.interop.tensors import Shapes, Source, checked, read_params, whole_folder, write_params
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.model import Model
 from jaxtok.nn.lora import Site, find_sites, flat, merge, nested
 from jaxtok.protocols import FROZEN, Params
 from jaxtok.transfer.lora import Lora
-from jaxtok.weights import open_safetensors
+from jaxtok.weights import get_tensor, open_safetensors
 
 _PREFIX = "base_model.model."
-_MUST_BE_OFF = ("use_dora", "use_qalora", "lora_bias", "layer_replication", "use_bdlora", "alora_invocation_tokens")
-_MUST_BE_OFF += ("trainable_token_indices", "target_parameters", "velora_config", "kasa_config", "monteclora_config")
+_KNOWN = {
+    *("peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
+    # what follows changes no result, or is for an `init_lora_weights` that is refused
+    *("base_model_name_or_path", "revision", "task_type", "auto_mapping", "inference_mode", "peft_version"),
+    *("lora_dropout", "fan_in_fan_out", "merge_weights", "megatron_config", "megatron_core", "qalora_group_size"),
+    *("eva_config", "loftq_config", "corda_config", "lora_ga_config"),
+}
+"""The options of adapter_config.json that are taken into account or change no result; any other must be off."""
+_OF_BASE = ("pissa", "olora")
+"""The values of `init_lora_weights` at which A and B began as a part of the base, which was taken out of it."""
+_BASE_AS_IT_IS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+"""The values of `init_lora_weights` at which training began from the base as it is."""
+_BIASES = ("none", "all", "lora_only")
 
 
 class Adapter(NamedTuple):
@@ -63,14 +76,24 @@ def apply_adapter(folder: str | Path, model: Any, params: Params) -> tuple[Any, 
       FileNotFoundError, ValueError: as `read_adapter`.
     """
     options, tensors = _read(folder)
-    model, params = untie(model, params, tensors)
-    sites, adapter = adapter_from(model, options, tensors)
-    return model, merge(params, sites, adapter)
+    with odd_values_named(Path(folder) / "adapter_config.json", options):
+        return _applied(model, params, options, tensors)
+
+
+def _applied(model: Any, params: Params, options: Mapping[str, Any], tensors: Mapping[str, Any]) -> tuple[Any, Params]:
+    untied, params = untie(model, params, tensors)
+    if untied is not model and options.get("init_lora_weights") in _OF_BASE:
+        raise ValueError(
+            f"init_lora_weights is {options['init_lora_weights']!r}, and the adapter is for the table that is both "
+            "embedding and head; it must be for other matrices."
+        )
+    sites, adapter = adapter_from(untied, options, tensors, params)
+    return untied, merge(params, sites, adapter)
 
 
 def untie(model: Any, params: Params, tensors: Mapping[str, Any]) -> tuple[Any, Params]:
     """Gives the model its own head if its head is the embedding and the adapter's tensors are for one of them."""
-    if not getattr(model, "tie_embeddings", False):
+    if not _is_tied(model):
         return model, params
     tables = {_module(sources(model)[("embedding",)].name), "lm_head"}
     tables |= {name.split(".", 1)[-1] for name in tables}
@@ -79,24 +102,34 @@ def untie(model: Any, params: Params, tensors: Mapping[str, Any]) -> tuple[Any, 
     return dataclasses.replace(model, tie_embeddings=False), {**params, "head_matrix": params["embedding"]}
 
 
-def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Adapter:
+def _is_tied(model: Any) -> bool:
+    return model.tie_embeddings and (model.mask_head if isinstance(model, BertConfig) else True)
+
+
+def adapter_from(
+    model: Any, options: Mapping[str, Any], tensors: Mapping[str, np.ndarray], params: Params | None = None
+) -> Adapter:
     """Returns what `read_adapter` returns, from the contents of the two files.
 
+    With `params`, those of the base, it also reads what depends on them: adapters that began as a part of the base
+    (PiSSA, arXiv 2404.02948; OLoRA, 2406.01775), which are then differences of twice the rank, B A - B0 A0 with
+    the part B0 A0 that PEFT takes out of the base again when it loads them; and whole tensors of some layers only.
+
     Raises:
-      ValueError: as there.
+      ValueError: as there; or the adapter needs the base's parameters.
     """
-    if options.get("peft_type", "LORA") != "LORA":
-        raise ValueError(f"peft_type is {options['peft_type']!r}; it must be LORA.")
-    if wrong := [name for name in _MUST_BE_OFF if options.get(name)]:
-        raise ValueError(
-            f"{wrong[0]} is {options[wrong[0]]!r} in adapter_config.json; it must be off, as in plain LoRA."
-        )
+    _check(options)
+    if (init := options.get("init_lora_weights", True)) in _OF_BASE and params is None:
+        raise ValueError(f"init_lora_weights is {init!r} in adapter_config.json; such an adapter needs its base.")
     sizes, modules = shapes(model), _modules(model)
     left = {name.removeprefix(_PREFIX) for name in tensors}
-    tied = getattr(model, "tie_embeddings", getattr(model, "mask_head", False))
+    again = r"\.(modules_to_save|original_module)\."  # with bias = all, PEFT saves those of whole modules thrice
+    left -= {name for name in left if re.search(again, name) and re.sub(again, ".", name) in left}
+    tied = _is_tied(model)
 
     def take(name: str) -> np.ndarray | None:
-        base = name.removesuffix("weight") + "base_layer.weight"  # PEFT may save a table that has a difference
+        module, _, leaf = name.rpartition(".")
+        base = f"{module}.base_layer.{leaf}"  # of a module that has a difference
         for known in (name, name.split(".", 1)[1], base, base.split(".", 1)[1]):
             if known in left:
                 left.remove(known)
@@ -109,6 +142,9 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
         stack = len(shape) == 3
         rows, widths = shape[-2], tuple(sizes[path][-1] for path in paths)
         lookup, transposed = paths[0] == ("embedding",), paths[0] == ("head_matrix",)
+        if init in _OF_BASE and lookup and targeted(module, options, linear=False):
+            raise ValueError(f"init_lora_weights is {init!r}, which {module} cannot have: it is an embedding.")
+        weights = _stored(model, params, f"{module}.weight") if init in _OF_BASE else {}
         found: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         scales = {}
         for layer in range(shape[0]) if stack else [0]:
@@ -127,6 +163,10 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
                 if part is None or part.shape != wanted:
                     state = "is missing" if part is None else f"has shape {part.shape}"
                     raise ValueError(f"lora_{letter} of {name} {state}; this model and rank need {wanted}.")
+            if init in _OF_BASE and f"{name}.base_layer.weight" not in left:  # otherwise saved without that part
+                joined = isinstance(model, GPT2Config) and not transposed
+                a0, b0 = _taken_out(init, weights[f"{name}.weight"], rank, scale, joined)
+                a, b = np.concatenate([a, a0]), np.concatenate([b, -b0], 1)
             found[layer] = (b, a) if transposed else (a.T, b.T)
             scales[layer] = scale
         if not found:
@@ -147,7 +187,8 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
         )
         sites.append(site)
         pairs[site.name] = {"in": u, "out": v} if stack else {"in": u[0], "out": v[0]}
-    saved = _saved(model, sizes, take)
+    saved = _saved(model, sizes, take, params)
+    _check_saved(model, options, {path for site in sites for path in site.paths}, flat(saved))
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise ValueError(f"the adapter has {sorted(left)[0]}{more}, which the model does not have.")
@@ -156,14 +197,71 @@ def adapter_from(model: Any, options: Mapping[str, Any], tensors: Mapping[str, n
     return Adapter(tuple(sites), {"pairs": pairs, "saved": saved})
 
 
+def _check(options: Mapping[str, Any]) -> None:
+    """Raises a ValueError that names the option if an adapter_config.json is of something else than is read here."""
+    if options.get("peft_type", "LORA") != "LORA":
+        raise ValueError(f"peft_type is {options['peft_type']!r}; it must be LORA.")
+    if wrong := [name for name, value in options.items() if value and name not in _KNOWN]:
+        raise ValueError(
+            f"{wrong[0]} is {options[wrong[0]]!r} in adapter_config.json; it must be off, as in plain LoRA."
+        )
+    if (init := options.get("init_lora_weights", True)) not in (*_BASE_AS_IT_IS, *_OF_BASE):
+        raise ValueError(
+            f"init_lora_weights is {init!r} in adapter_config.json, which changed the base in a way that the adapter "
+            "does not tell; save it with PEFT's path_initial_model_for_weight_conversion, or merge it there."
+        )
+    if (bias := options.get("bias", "none")) not in _BIASES:
+        raise ValueError(f"bias is {bias!r} in adapter_config.json; it must be one of {', '.join(_BIASES)}.")
+
+
+def _check_saved(model: Any, options: Mapping[str, Any], adapted: set[str], saved: Mapping[str, Any]) -> None:
+    """Raises a ValueError if biases or whole modules, which adapter_config.json names, are not in the adapter."""
+    table = {"/".join(path): source.name for path, source in sources(model).items()}
+    modules = {_module(table[path]) for path in adapted}
+    biases = [path for path, name in table.items() if name.endswith(".bias")]
+    if options.get("bias", "none") == "lora_only":
+        biases = [path for path in biases if _module(table[path]) in modules]
+    if options.get("bias", "none") != "none" and biases and not saved.keys() & set(biases):
+        raise ValueError(f"bias is {options['bias']!r} in adapter_config.json, but the adapter has no biases.")
+    for wanted in options.get("modules_to_save") or ():
+        whole = [path for path, name in table.items() if f".{_module(name)}".endswith(f".{wanted}")]
+        if whole and not saved.keys() & set(whole):
+            raise ValueError(f"modules_to_save has {wanted!r}, but the adapter has no tensors of it.")
+
+
+def _stored(model: Any, params: Params, name: str) -> dict[str, np.ndarray]:
+    """Returns the base's tensors of a name, which has {layer} for all layers."""
+    table = {path: source for path, source in sources(model).items() if source.name == name}
+    leaves = {"/".join(path): leaf for path, leaf in flax.traverse_util.flatten_dict(params).items()}
+    return write_params(table, nested({name: leaves[name] for name in map("/".join, table)}))
+
+
+def _taken_out(init: str, weight: np.ndarray, rank: int, scale: float, joined: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Returns A0 [r, d_in] and B0 [d_out, r]; PEFT takes s B0 A0 out of the base before training.
+
+    Args:
+      init: pissa, for which this is the best approximation of rank r; or olora, for which B0 is orthonormal.
+      weight: the base's, as PEFT has it.
+      rank, scale: r and s.
+      joined: whether the weight is [d_in, d_out], as GPT-2 has it.
+    """
+    weight = np.asarray(weight, np.float32)
+    if init == "pissa":
+        u, s, vh = np.linalg.svd(weight.T if joined else weight, full_matrices=False)
+        root = np.sqrt(s[:rank] / scale)
+        return root[:, None] * vh[:rank], u[:, :rank] * root
+    q, r = np.linalg.qr(weight)  # of the weight as it lies there, whichever way that is
+    return (q[:, :rank].T, r[:rank].T) if joined else (r[:rank], q[:, :rank])
+
+
 def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} does not exist; give a folder that PEFT has saved.")
     file = open_safetensors(folder / "adapter_model.safetensors")
-    tensors = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
-    return json.loads((folder / "adapter_config.json").read_text()), tensors
+    tensors = {name: checked(name, get_tensor(file, name, folder)) for name in file.keys()}  # noqa: SIM118
+    return read_json(folder / "adapter_config.json"), tensors
 
 
 def write_adapter(
@@ -226,7 +324,11 @@ def adapter_to(
             ranks[name], alphas[name] = rank, scale * (math.sqrt(rank) if rslora else rank)
     table, saved = sources(model), flat(adapter.get("saved", {}))
     whole = write_params({path: table[path] for path in (tuple(name.split("/")) for name in saved)}, nested(saved))
-    tensors |= {_PREFIX + name: array for name, array in whole.items()}
+    bias, biases = _written_biases(model, sites, whole)
+    for name, array in whole.items():
+        module, _, leaf = name.rpartition(".")
+        adapted = name in biases and module in ranks
+        tensors[_PREFIX + (f"{module}.base_layer.{leaf}" if adapted else name)] = array
     rank = collections.Counter(ranks.values()).most_common(1)[0][0] if ranks else 8
     alpha = collections.Counter(alphas.values()).most_common(1)[0][0] if alphas else 8
     options = {
@@ -237,16 +339,40 @@ def adapter_to(
         "lora_alpha": _number(alpha),
         "lora_dropout": 0.0,
         "target_modules": sorted(ranks),
-        "modules_to_save": sorted(map(_module, whole)) or None,
+        "modules_to_save": sorted({_module(name) for name in whole if name not in biases}) or None,
         "use_rslora": rslora,
         "use_dora": False,
         "fan_in_fan_out": isinstance(model, GPT2Config),
-        "bias": "none",
+        "bias": bias,
         "inference_mode": True,
         "rank_pattern": {re.escape(name): r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {re.escape(name): _number(a) for name, a in alphas.items() if a != alpha},
     }
     return options, tensors
+
+
+def _written_biases(model: Any, sites: Sequence[Site], whole: Mapping[str, Any]) -> tuple[str, set[str]]:
+    """Returns PEFT's option `bias`, and those of the whole tensors that it stands for.
+
+    Raises:
+      ValueError: PEFT has no such option.
+    """
+    biases = {name for name in whole if name.endswith(".bias") and f"{_module(name)}.weight" not in whole}
+    if not biases:
+        return "none", biases
+    adapted = {path for site in sites for path in site.paths}
+    table = sources(model)
+    modules = {_module(source.name) for path, source in table.items() if "/".join(path) in adapted}
+    all_biases = {path: source for path, source in table.items() if source.name.endswith(".bias")}
+    of_modules = {path: source for path, source in all_biases.items() if _module(source.name) in modules}
+    for option, some in {"all": all_biases, "lora_only": of_modules}.items():
+        wanted = {name for path, source in some.items() for name in _names(source, shapes(model)[path])}
+        if biases <= wanted <= set(whole):
+            return option, biases
+    raise ValueError(
+        f"{sorted(biases)[0]} cannot be written for PEFT; train all biases, or all of the modules with a difference "
+        "and no others, or the module's weight too."
+    )
 
 
 def targeted(name: str, options: Mapping[str, Any], linear: bool) -> bool:
@@ -298,19 +424,26 @@ def _modules(model: Any) -> dict[str, list[tuple[str, ...]]]:
     return {module: [path for _, path in sorted(paths)] for module, paths in found.items()}
 
 
+def _names(source: Source, shape: tuple[int, ...]) -> list[str]:
+    """Returns the names of the tensors of a parameter of this shape."""
+    layers = range(shape[0]) if "{layer}" in source.name else [0]
+    return [source.name.format(layer=source.first + layer) for layer in layers]
+
+
 def _module(name: str) -> str:
     return name.removesuffix(".weight").removesuffix(".bias")
 
 
-def _saved(model: Any, sizes: Shapes, take: Callable[[str], np.ndarray | None]) -> Params:
-    """Returns the parameters of which the adapter has the whole tensor."""
+def _saved(model: Any, sizes: Shapes, take: Callable[[str], np.ndarray | None], params: Params | None) -> Params:
+    """Returns the parameters of which the adapter has the whole tensor; layers that it lacks are the base's."""
     table, tensors = {}, {}
     for path, source in sources(model).items():
-        layers = range(model.num_layers) if "{layer}" in source.name else [0]
-        names = [source.name.format(layer=source.first + layer) for layer in layers]
+        names = _names(source, sizes[path])
         found = {name: array for name in names if (array := tensors.get(name, take(name))) is not None}
         if found and len(found) < len(names):
-            raise ValueError(f"the adapter saved {source.name} of some layers only; all or none can be read.")
+            if params is None:
+                raise ValueError(f"the adapter saved {source.name} of some layers only; it needs its base.")
+            found = _stored(model, params, source.name) | found
         if found:
             table[path] = source
             tensors |= found

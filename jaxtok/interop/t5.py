@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxtok.data.span_corruption import SpanCorruption
-from jaxtok.interop.folders import FolderFormat, Options, read_hub_params, stored_dtype
+from jaxtok.interop.folders import FolderFormat, Options, is_tied, read_hub_params, stored_dtype
 from jaxtok.interop.tensors import Shapes, Source, shapes_of, write_params
 from jaxtok.interop.texts import Texts
 from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, new_controller, without_controller
@@ -138,7 +138,7 @@ def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Con
         activation=_ACTIVATIONS[name],
         gated=gated,
         vocab_size=get("vocab_size", 250112 if small else 32128),
-        tie_embeddings=_is_tied(tensors),
+        tie_embeddings=is_tied(tensors, HEAD, (EMBEDDING, *COPIES), get("tie_word_embeddings", True)),
         scale_outputs=bool(scaled),
         relative_buckets=get("relative_attention_num_buckets", 32),
         relative_distance=get("relative_attention_max_distance", 128),
@@ -184,11 +184,6 @@ def read_config(options: Mapping[str, Any], tensors: Mapping[str, Any]) -> T5Con
         gate_norm=get("gate_layer_norm", True),
         gumbel_noise=get("use_gumbel_noise", False),
     )
-
-
-def _is_tied(tensors: Mapping[str, Any]) -> bool:
-    embedding = next((name for name in (EMBEDDING, *COPIES) if name in tensors), None)
-    return HEAD not in tensors or embedding is None or np.array_equal(tensors[HEAD], tensors[embedding])
 
 
 def config_json(config: T5Config) -> dict[str, Any]:
@@ -255,9 +250,17 @@ def shapes(config: T5Config) -> Shapes:
 
 
 def params_from(config: T5Config, tensors: Mapping[str, np.ndarray]) -> Params:
-    """Returns our parameter tree from their tensors; raises as `read_params`."""
-    table, tied = sources(config), config.tie_embeddings
-    return read_hub_params(table, shapes(config), tensors, dtype=config.param_dtype, tied=tied)
+    """Returns our parameter tree from their tensors.
+
+    Raises:
+      ValueError: as `read_params`; or encoder and decoder have embeddings of their own.
+    """
+    first, *others = [name for name in (EMBEDDING, *COPIES) if name in tensors] or [HEAD]
+    for name in others:
+        if not np.array_equal(tensors[name], tensors[first]):
+            raise ValueError(f"{name} is not {first}; encoder and decoder must have the same embedding.")
+    copies = (*COPIES, HEAD) if config.tie_embeddings else COPIES
+    return read_hub_params(sources(config), shapes(config), tensors, dtype=config.param_dtype, copies=copies)
 
 
 def task_and_data(config: T5Config, texts: Texts, options: Options) -> tuple[SequenceToSequence, SpanCorruption]:

@@ -23,7 +23,7 @@ import safetensors.numpy
 
 from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.protocols import Params
-from jaxtok.weights import open_safetensors, read_weights, write_weights
+from jaxtok.weights import get_tensor, open_safetensors, read_weights, write_weights
 
 Place = tuple[str, ...]
 """A path in our parameter tree."""
@@ -127,7 +127,7 @@ def read_params(
       ignored: whether a tensor that the table does not name may be there.
 
     Raises:
-      ValueError: tensors are missing, unknown, of another shape or not of floats; the message names them.
+      ValueError: tensors are missing, unknown, of another shape, or no weights; the message names them.
     """
     left = {name for name in tensors if not ignored(name)}
     flat: dict[Place, np.ndarray] = {}
@@ -141,10 +141,7 @@ def read_params(
             problems.append(f"{name} is missing")
             continue
         left.discard(held)
-        array = np.asarray(tensors[held])
-        if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
-            problems.append(f"{held} holds {array.dtype}, which are not weights without their scales")
-            continue
+        array = checked(held, tensors[held])
         if _without_ones(array.shape) != _without_ones(wanted):
             problems.append(f"{held} has shape {tuple(array.shape)} instead of {wanted}")
             continue
@@ -164,6 +161,20 @@ def read_params(
         more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise ValueError(f"the tensors do not fit the config: {'; '.join(problems[:8])}{more}.")
     return flax.traverse_util.unflatten_dict(flat)
+
+
+def checked(name: str, array: Any) -> np.ndarray:
+    """Returns an array of weights.
+
+    Raises:
+      ValueError: it does not hold floats of 16 bits or more, or not all of them are finite.
+    """
+    array = np.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating) or array.dtype.itemsize < 2:
+        raise ValueError(f"{name} holds {array.dtype}, which are not weights without their scales.")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} holds NaN or infinity, so it is damaged; fetch the weights again.")
+    return array
 
 
 def _without_ones(shape: Iterable[int]) -> list[int]:
@@ -209,7 +220,8 @@ class Tensors(Mapping[str, np.ndarray]):
         self._open: dict[Path, Any] = {}
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return np.asarray(self._file(self._files[name]).get_tensor(name))
+        path = self._files[name]
+        return get_tensor(self._file(path), name, path)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -41,6 +41,8 @@ class BertConfig(LinearStack):
     """Width of the embeddings, which a projection takes to d_model if it differs; 0: d_model."""
     mask_head: bool = True
     """Whether there is a head for masked words."""
+    tie_embeddings: bool = True
+    """Whether the matrix of that head is the embedding."""
     pooler: bool = True
     next_sentence: bool = True
     num_classes: int = 0
@@ -111,6 +113,7 @@ class Bert(nn.Module):
         self.stack = Stack(cfg)
         if cfg.mask_head:
             self.head_dense, self.head_norm = linear(cfg.embedding_width, ("d_model", "channels")), norm()
+            self.head_matrix = self.embedding if cfg.tie_embeddings else table("head_matrix", cfg.vocab_size, "vocab")
             bias = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
             self.head_bias = self.param("head_bias", bias, (cfg.vocab_size,), cfg.param_dtype)
         if cfg.pooler:
@@ -176,7 +179,7 @@ class Bert(nn.Module):
         if places is not None:
             hidden = constrain(jnp.take_along_axis(hidden, places[..., None], 1), "batch", None, "d_model")
         y = self.head_norm(self.head_activation(self.head_dense(hidden)))
-        logits = jnp.einsum("bld,vd->blv", y, self.embedding, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bld,vd->blv", y, self.head_matrix, preferred_element_type=jnp.float32)
         return constrain(logits + self.head_bias, "batch", "length" if places is None else None, "vocab")
 
     def pooled(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch d_model"]:

@@ -124,7 +124,7 @@ class Choices(NamedTuple):
 
 
 _EMBEDDINGS = ("embedding", "position_embedding", "type_embedding", "embedding_norm")
-_HEAD = ("head_dense", "head_norm", "head_bias")
+_HEAD = ("head_dense", "head_norm", "head_bias", "head_matrix")
 _OBJECTIVES = ("replaced", "replaced_masked", "replace_mlm", "all_tokens_mlm", "electric")
 
 

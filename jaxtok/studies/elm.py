@@ -122,9 +122,7 @@ class ElmStudy:
         subwords = path.parent / f"subwords_{vocabulary}.model"
         text = self.corpus if vocabulary >= 512 else ""
         if text and not subwords.exists():
-            documents = open_corpus(text, "train")
-            texts = (documents[n] for n in range(len(documents)))
-            train_sentencepiece(texts, subwords, vocab_size=vocabulary, model_type="bpe")
+            train_sentencepiece(open_corpus(text, "train"), subwords, vocab_size=vocabulary, model_type="bpe")
         return statistics(tuple(codes), path, corpus=text, tokenizer=str(subwords))
 
     @staticmethod

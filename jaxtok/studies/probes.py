@@ -144,7 +144,8 @@ def package_rows(
     labels: list[int] = []
     for label, package in enumerate(packages):
         files = [k for k in range(len(corpus)) if corpus.file(k).startswith(f"{package}/")]
-        candidates = [row for k in files for row in rows(corpus[k])]
+        documents = (document for k in files if (document := corpus[k]) is not None)
+        candidates = [row for document in documents for row in rows(document)]
         if not candidates:
             raise ValueError(f"the {split} split of {data.corpus} has no row of {package}; choose other packages.")
         chosen = rng.permutation(len(candidates))[:count]

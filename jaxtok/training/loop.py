@@ -144,11 +144,16 @@ class _Run:
 
 
 def initial_state(
-    task: Any, train_config: TrainConfig, data: Any, layout: Layout | None = None, params: Any = None
+    task: Any,
+    train_config: TrainConfig,
+    data: Any,
+    layout: Layout | None = None,
+    params: Any = None,
+    weights: Any = None,
 ) -> TrainState:
     """Makes the state at step 0: parameters (new ones, or these) and optimizer state, on their own devices.
 
-    The default layout is one device.
+    The default layout is one device. `weights` is what the task's `load_weights` has made of abstract parameters.
     """
     layout = layout or one_device()
     optimizer = make_optimizer(train_config.optimizer)
@@ -160,10 +165,16 @@ def initial_state(
         return _state(0, 0, params, optimizer.init(params), rng)
 
     with layout.active():
-        state = jax.jit(make, out_shardings=_shardings(abstract_state(task, train_config, data, layout)))(params)
-        params = task.load_weights(state.params)
-        if params is not state.params:
-            params = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params)
+        abstract = abstract_state(task, train_config, data, layout)
+        weights = task.load_weights(abstract.params) if weights is None else weights
+        state = jax.jit(make, out_shardings=_shardings(abstract))(params)
+        read = [not isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(weights)]
+        if any(read):
+            params = jax.tree.map(
+                lambda new, old: old if isinstance(new, jax.ShapeDtypeStruct) else jax.device_put(new, old.sharding),
+                weights,
+                state.params,
+            )
             opt_state = jax.jit(optimizer.init, out_shardings=_shardings(state.opt_state))(params)
             state = state.replace(params=params, opt_state=opt_state)
     return state
@@ -214,10 +225,12 @@ def _start(
 
     newest, damaged = checkpoints.newest(read)
     if newest is None:
+        # Files that are missing are noticed before the data are opened, which may have to be fetched.
+        weights = experiment.task.load_weights(abstract_params(experiment.task, experiment.data, layout))
         data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
         notes: list[str] = []
         params = None if source is None else start_from(experiment, source, layout, notes.append)
-        state = initial_state(experiment.task, experiment.train, experiment.data, layout, params)
+        state = initial_state(experiment.task, experiment.train, experiment.data, layout, params, weights)
         meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
         return _Run(meta, state, data), notes
     stored, state, position = newest

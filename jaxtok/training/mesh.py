@@ -92,7 +92,11 @@ class MeshConfig:
         sizes = {axis: n if n > 0 else devices // known for axis, n in sizes.items()}
         if math.prod(sizes.values()) != devices:
             given = ", ".join(f"{axis} {getattr(self, axis)}" for axis in MESH_AXES)
-            raise ValueError(f"the mesh ({given}) does not fit {devices} devices; its axes must multiply to {devices}.")
+            fitting = {axis: 1 for axis in MESH_AXES if getattr(self, axis) > 1} | {"data": -1}
+            raise ValueError(
+                f"the mesh ({given}) does not fit {devices} device{'s' * (devices != 1)}; its axes must multiply to "
+                f"{devices}, as with {' '.join(f'--mesh.{axis} {n}' for axis, n in fitting.items())}."
+            )
         return sizes
 
 

@@ -13,7 +13,7 @@ from jaxtok.door import open_model
 from jaxtok.interop.texts import copy_record
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.nn.parameter_attention import GROUPS, ParameterAttentionStack, TokenCounts
-from jaxtok.runs import write_run
+from jaxtok.runs import is_run, write_run
 from jaxtok.training.checkpoints import find_run, fork, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.optimizer import OptimizerConfig
@@ -50,12 +50,14 @@ def grow(
       steps: How many steps the new run trains; 0 means as many as the old run.
       seed: The seed of the new tokens.
     """
+    model = getattr(open_model(checkpoint).task, "model", None)
+    if not isinstance(model, ParameterAttentionStack):
+        raise ValueError(f"{checkpoint} has no parameter tokens, so it cannot grow; give a run of a TokenFormer.")
+    if not is_run(checkpoint):
+        raise ValueError(f"{checkpoint} is not a run; make one with `jaxtok convert {checkpoint} RUN`, and grow that.")
     if times:
         if times <= 1:
             raise ValueError(f"times is {times}; it must be above 1.")
-        model = open_model(checkpoint).task.model
-        if not isinstance(model, ParameterAttentionStack):
-            raise ValueError(f"{checkpoint} has no parameter tokens, so it cannot grow; give a run of a TokenFormer.")
         to = TokenCounts(**{g: round(getattr(model.tokens, g) * times) for g in GROUPS})
     growth = Growth(to=to, init=init, scale=scale, optimizer=optimizer, train=train, steps=steps or 1)
     output = output or Path(f"{str(checkpoint).rstrip('/')}-grown")

@@ -36,6 +36,8 @@ def evaluate(
       adapter: A PEFT folder of LoRA, whose differences are added to the model.
       ema: Whether the moving average of the parameters is taken, from a run that keeps one (optimizer.ema_decay).
     """
+    if output and (output.is_dir() or not output.parent.is_dir()):
+        raise ValueError(f"output is {output}; it must be a file in a folder that exists (nothing was evaluated).")
     model = open_model(checkpoint, adapter, ema)
     data = model.on(corpus)
     about = {"checkpoint": str(checkpoint), data.source: getattr(data, data.source), "split": split, "step": model.step}
@@ -80,7 +82,7 @@ def generate(
       ema: Whether the moving average of the parameters is taken, from a run that keeps one (optimizer.ema_decay).
     """
     model = open_model(checkpoint, adapter, ema)
-    prompts = tuple(prompt_file.read_text().splitlines()) if prompt_file else prompt
+    prompts = _read_prompts(prompt_file, prompt)
     live = stream and len(prompts) == 1
     begun = False
 
@@ -106,6 +108,23 @@ def generate(
         for number, (before, text) in enumerate(zip(prompts, texts)):
             _write(f"--- {number} ---\n{before}".encode() + text + b"\n")
     return texts
+
+
+def _read_prompts(file: Path | None, given: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the prompts in a file, or those that are given.
+
+    Raises:
+      ValueError: they are not text, or there is none.
+    """
+    where = file or "the prompt"
+    try:
+        prompts = tuple(file.read_text(encoding="utf-8").splitlines()) if file else given
+        "".join(prompts).encode()
+    except UnicodeError as error:
+        raise ValueError(f"{where} is not UTF-8 text ({error}).") from error
+    if not prompts:
+        raise ValueError(f"{where} is empty; " + ("it must have a prompt on each line." if file else "give a text."))
+    return prompts
 
 
 def _write(text: bytes) -> None:

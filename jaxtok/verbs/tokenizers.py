@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,14 +32,15 @@ def tokenizer(
       text_field: The field with the text, in a row of JSONL, Parquet or TFDS.
       words: Whether each piece is a part of one word by BERT's rule, for models that read words; none then has a space.
     """
-    documents = open_corpus(corpus, "train", text_field=text_field)
-    texts = (documents[i] for i in range(len(documents)))
+    if output.suffix != ".model":
+        raise ValueError(f"{output} must end in .model.")
+    texts: Iterable[str | bytes] = open_corpus(corpus, "train", text_field=text_field)
     if words:
         texts = (b"\n".join(basic_words(text)) for text in texts)
     path = train_sentencepiece(texts, output, vocab_size=vocab_size, model_type=model_type)
     trained = load_tokenizer(str(path))
     held_out = open_corpus(corpus, "validation", text_field=text_field)
-    texts = [held_out[i] for i in range(min(len(held_out), 200))]
+    texts = list(itertools.islice(held_out, 200))
     sizes = [len(t if isinstance(t, bytes) else t.encode()) for t in texts]
     tokens = sum(len(trained.encode(text)) for text in texts)
     return {"tokenizer": str(path), "vocab_size": trained.vocab_size, "bytes_per_token": sum(sizes) / max(tokens, 1)}

@@ -536,7 +536,8 @@ def _text_rows(corpus: str, name: str, rows: int, length: int, vocabulary: int) 
     ids: list[int] = []
     documents = open_corpus(corpus, "train")
     for index in np.random.default_rng(0).permutation(len(documents)):
-        ids += tokenizer.encode(documents[int(index)])
+        document = documents[int(index)]
+        ids += [] if document is None else tokenizer.encode(document)
         if len(ids) >= rows * length:
             break
     if len(ids) < length:

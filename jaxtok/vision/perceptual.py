@@ -84,7 +84,12 @@ def read_lpips(path: str | Path, widths: tuple[int, ...] = VGG_WIDTHS) -> dict[s
       FileNotFoundError: there is no such file.
       ValueError: a tensor is missing, or has another shape.
     """
-    return lpips_params(read_weights(path), widths, str(path))
+    try:
+        tensors = read_weights(path)
+    except FileNotFoundError as error:
+        message = f"LPIPS has no weights: {error} With perceptual = none or mse, it needs none."
+        raise FileNotFoundError(message) from error
+    return lpips_params(tensors, widths, str(path))
 
 
 def lpips_params(tensors: Mapping[str, np.ndarray], widths: tuple[int, ...], where: str) -> dict[str, np.ndarray]:

@@ -8,10 +8,12 @@ import itertools
 import json
 import pickle
 import shutil
+import struct
 import sys
 import tarfile
 import warnings
 import zipfile
+import zlib
 
 import jax
 import numpy as np
@@ -321,6 +323,37 @@ def test_transparency_rotation_and_16_bits():
     np.testing.assert_array_equal(np.asarray(decode(encoded(RAMP16)))[..., 1], np.round(RAMP16 / 257))
 
 
+def png(pixels, bits, transparent):
+    """A PNG of grey or coloured pixels of 1 to 16 bits, in which one value is transparent."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width = pixels.shape[:2]
+    rows = ("".join(f"{value:0{bits}b}" for value in row.ravel().tolist()) for row in pixels)
+    rows = (row + "0" * (-len(row) % 8) for row in rows)
+    data = b"".join(b"\0" + int(row, 2).to_bytes(len(row) // 8) for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, bits, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    value = struct.pack(f">{np.size(transparent)}H", *np.ravel(transparent).tolist())
+    chunks = [(b"IHDR", header), (b"tRNS", value), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in chunks)
+
+
+@pytest.mark.parametrize("which", ["first", "highest", "another"])
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, "colours 8", "colours 16"])
+def test_the_transparent_value_of_a_png_is_white_and_the_rest_is_as_it_was(bits, which):
+    coloured, bits = isinstance(bits, str), int(str(bits).split()[-1])
+    top = 2**bits - 1
+    pixels = np.random.default_rng(0).integers(0, top + 1, (16, 16, 3) if coloured else (16, 16))
+    transparent = {"first": 0, "highest": top, "another": top // 3}[which]
+    pixels[:4, :4] = transparent
+    clear = (pixels == transparent).all(-1, keepdims=True) if coloured else pixels == transparent
+    expected = np.where(clear, 255, np.round(pixels * (255 / top)))
+    got = np.asarray(decode(png(pixels, bits, [transparent] * 3 if coloured else transparent))).astype(int)
+    # Of colours of 16 bits, Pillow takes the upper 8.
+    assert np.abs(got - (expected if coloured else expected[..., None])).max() <= (coloured and bits == 16)
+
+
 def huge():
     """A black PNG of 20,000 x 20,000 one-bit pixels in 50 kB."""
     with warnings.catch_warnings():
@@ -415,6 +448,17 @@ def test_folders_may_be_splits(folder, tmp_path):
     (tmp_path / "validation" / "a.png").write_bytes(encoded(RED))
     with pytest.raises(ValueError, match="two folders of one split"):
         open_pictures(spec)
+
+
+def test_folders_behind_links_are_read_once(tmp_path):
+    (tmp_path / "store" / "cats").mkdir(parents=True)
+    (tmp_path / "store" / "cats" / "a.png").write_bytes(encoded(RED))
+    (tmp_path / "root" / "dogs").mkdir(parents=True)
+    (tmp_path / "root" / "dogs" / "b.png").write_bytes(encoded(RED))
+    for name, target in {"bees": "store/cats", "loop": "root", "up": "."}.items():
+        (tmp_path / "root" / name).symlink_to(tmp_path / target)
+    found = open_pictures(f"folder:{tmp_path / 'root'}", "all")
+    assert found.classes == ("bees", "dogs") and [p.name for p in found] == ["bees/a.png", "dogs/b.png"]
 
 
 def test_pictures_beside_folders_and_in_deeper_ones(tmp_path):

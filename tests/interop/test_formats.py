@@ -28,6 +28,7 @@ from jaxtok.data.word_units import NormalizedText, WordUnitText
 from jaxtok.door import open_model
 from jaxtok.interop.formats import FORMATS, format_for, format_named, format_of, recognised
 from jaxtok.interop.hat import task_and_data as hat_task_and_data
+from jaxtok.interop.huggingface import read_folder, write_folder
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.byte2word import Byte2WordConfig, ByteWords
 from jaxtok.lm.electra import ElectraConfig, ReplacedTokens
@@ -666,15 +667,173 @@ def test_weights_that_are_no_weights(hub):
         format_of(hub).read(hub)
 
 
-def test_an_encoder_with_a_head_of_its_own_is_refused(tmp_path):
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["gpt2", "tokenformer", "electra, variables", "elm", "bae", "hat"])
+def test_weights_that_are_not_finite(name, value, tmp_path, capsys):
+    case = CASES[name]()
+    path = format_named(case.format).write(case.target(tmp_path), case.model())
+    broken = []
+
+    def break_one(tensors):
+        broken.append(sorted(tensors)[-1])
+        tensors[broken[0]].flat[-1] = value
+
+    change_tensors(path, break_one)
+    run = begin(Experiment(task=case.task, data=case.data, workdir=str(tmp_path / "run")), case.model().params)
+    config = ["--config", write_config(tmp_path, run)] if case.suffix else []
+    assert main(["convert", str(path), str(tmp_path / "new"), *config]) == 1
+    name = broken[0].removeprefix("ae.")
+    assert f"{name} holds NaN or infinity, so it is damaged; fetch the weights again." in printed_error(capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_npz_file_of_something_else(tmp_path, capsys):
+    case = CASES["elm, masked"]()
+    run = begin(Experiment(task=case.task, data=case.data, workdir=str(tmp_path / "run")), case.model().params)
+    file = tmp_path / "a.npz"
+    np.savez(file, a=np.ones(9))
+    good = file.read_bytes()
+    np.save(tmp_path / "a.npy", np.ones(9))
+    contents = [b"", b"x" * 90, good[:-30], good[:60] + b"x" * 30 + good[90:], (tmp_path / "a.npy").read_bytes()]
+    for odd in (np.array(["a text"]), np.array([{}]), np.zeros(3, "V2")):
+        np.savez(file, a=odd)
+        contents.append(file.read_bytes())
+    for content in contents:
+        file.write_bytes(content)
+        assert main(["convert", str(file), str(tmp_path / "new"), "--config", write_config(tmp_path, run)]) == 1
+        assert "a.npz is damaged or not an .npz file of numbers (" in printed_error(capsys), content[:9]
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_whose_weights_are_no_weights(adapter, tmp_path, capsys):
+    base, run, _ = adapter
+    assert main(["convert", str(run), str(tmp_path / "peft"), "--base", str(base)]) == 0
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    name = next(iter(tensors))
+    for odd, message in ((tensors[name] * np.nan, "holds NaN"), (tensors[name].astype(np.int8), "holds int8")):
+        safetensors.numpy.save_file(tensors | {name: odd}, file)
+        assert main(["convert", str(tmp_path / "peft"), str(tmp_path / "back")]) == 1
+        assert f"{name} {message}" in printed_error(capsys)
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "F4"])
+def test_weights_of_eight_bits_and_less(dtype, tmp_path, capsys):
+    """NumPy does not have these types, so that the library fails to read them."""
+    case = CASES["gpt2"]()
+    folder = format_named("huggingface").write(tmp_path / "folder", case.model())
+    elm = CASES["elm"]()
+    run = begin(Experiment(task=elm.task, data=elm.data, workdir=str(tmp_path / "run")), elm.model().params)
+    names = {
+        folder / "model.safetensors": "transformer.ln_f.bias",
+        tmp_path / "elm.safetensors": "cls_embedding.weight",
+    }
+    format_named("elm").write(tmp_path / "elm.safetensors", elm.model())
+    for file in names:
+        length = int.from_bytes(file.read_bytes()[:8], "little")
+        header = json.loads(file.read_bytes()[8 : 8 + length])
+        header.pop("__metadata__", None)
+        size = max(entry["data_offsets"][1] for entry in header.values())
+        names[file] = name = next(n for n, e in header.items() if e["data_offsets"][1] == size)
+        bits = 4 if dtype == "F4" else 8
+        header[name] |= {"dtype": dtype, "shape": [(size - header[name]["data_offsets"][0]) * 8 // bits]}
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + file.read_bytes()[8 + length :])
+    for file, config in {folder: [], tmp_path / "elm.safetensors": ["--config", write_config(tmp_path, run)]}.items():
+        assert main(["convert", str(file), str(tmp_path / "new"), *config]) == 1
+        error = printed_error(capsys)
+        assert f"holds {dtype}, which are not weights without their scales." in error
+        assert names.get(file, names[folder / "model.safetensors"]) in error
+
+
+HEADS = {
+    "bert": ("cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"),
+    "roberta": ("lm_head.decoder.weight", "roberta.embeddings.word_embeddings.weight"),
+    "electra, generator": ("generator_lm_head.weight", "electra.embeddings.word_embeddings.weight"),
+    "t5": ("lm_head.weight", "shared.weight"),
+    "gpt2": ("lm_head.weight", "transformer.wte.weight"),
+    "qwen2": ("lm_head.weight", "model.embed_tokens.weight"),
+    "gemma": ("lm_head.weight", "model.embed_tokens.weight"),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_tensors_tell_whether_a_head_is_the_embedding(name, tmp_path, capsys):
+    """Whatever config.json says; and a run and an export keep it."""
+    case = CASES["bert" if name == "roberta" else name]()
+    positions = {"positions_from_ids": True, "max_positions": 33} if name == "roberta" else {}
+    head, table = HEADS[name]
+    models = {}
+    for tied in (True, False):
+        model = dataclasses.replace(case.task.model, tie_embeddings=tied, **positions)
+        task = dataclasses.replace(case.task, model=model)
+        models[tied] = dataclasses.replace(case, task=task).model()
+        folder = format_named(case.format).write(tmp_path / f"{tied}", models[tied])
+        assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] == tied
+        edit(folder / "config.json", tie_word_embeddings=not tied)
+        if tied:
+            assert main(["convert", str(folder), str(tmp_path / "run")]) == 1
+            assert f"there is no tensor {head}, and config.json says that the head is not" in printed_error(capsys)
+            assert not (tmp_path / "run").exists()
+            change_tensors(folder, lambda t: t.update({head: t[table]}))
+        assert main(["convert", str(folder), str(tmp_path / f"run-{tied}")]) == 0
+        same(open_run(tmp_path / f"run-{tied}"), models[tied])
+        assert main(["convert", str(tmp_path / f"run-{tied}"), str(tmp_path / f"back-{tied}")]) == 0
+        again = safetensors.numpy.load_file(tmp_path / f"back-{tied}" / "model.safetensors")
+        assert (head in again) == (not tied)
+
+
+def test_an_encoder_whose_head_has_a_bias_of_its_own(tmp_path):
+    """The head adds `decoder.bias`, of which `bias` is usually another name."""
     case = CASES["bert"]()
     folder = format_named("bert").write(tmp_path / "bert", case.model())
-    name = "cls.predictions.decoder.weight"
-    change_tensors(folder, lambda t: t.update({name: t["bert.embeddings.word_embeddings.weight"]}))
+    old, own = "cls.predictions.bias", "cls.predictions.decoder.bias"
+    change_tensors(folder, lambda t: t.update({own: t[old]}))
     same(format_of(folder).read(folder), case.model())
-    change_tensors(folder, lambda t: t.update({name: 2 * t[name]}))
-    with pytest.raises(ValueError, match=r"cls\.predictions\.decoder\.weight is not the embedding"):
-        format_of(folder).read(folder)
+    change_tensors(folder, lambda t: t.update({own: t[old] + 1}))
+    change_tensors(folder, lambda t: t.update({own.replace("bias", "weight"): t[HEADS["bert"][1]]}))
+    np.testing.assert_array_equal(
+        format_of(folder).read(folder).params["head_bias"], case.model().params["head_bias"] + 1
+    )
+
+
+def test_a_t5_has_one_embedding(tmp_path, capsys):
+    case = CASES["t5"]()
+    folder = format_named("t5").write(tmp_path / "t5", case.model())
+    for name in ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight"):
+        change_tensors(folder, lambda t, name=name: t.update({name: t["shared.weight"]}))
+        same(format_of(folder).read(folder), case.model())
+        change_tensors(folder, lambda t, name=name: t.update({name: t["shared.weight"] + 1}))
+        assert main(["convert", str(folder), str(tmp_path / "run")]) == 1
+        assert f"{name} is not shared.weight; encoder and decoder must have the same" in printed_error(capsys)
+        change_tensors(folder, lambda t, name=name: t.pop(name))
+
+
+def test_heads_of_their_own_as_the_library_has_them(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    ids = np.arange(5, 20)[None]
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes |= {"vocab_size": 40, "tie_word_embeddings": False, "initializer_range": 0.2}
+    for kind in ("bert", "roberta", "xlm-roberta", "electra"):
+        torch.manual_seed(0)
+        config = transformers.AutoConfig.for_model(
+            kind, **sizes, **({"embedding_size": 8} if kind == "electra" else {})
+        )
+        theirs = transformers.AutoModelForMaskedLM.from_config(config, attn_implementation="eager").eval()
+        for parameter in theirs.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+        theirs.save_pretrained(tmp_path / kind)
+        with torch.no_grad():
+            expected = theirs(torch.tensor(ids)).logits.numpy()
+        config, params = read_folder(tmp_path / kind)
+        write_folder(tmp_path / f"{kind}-again", config, params)
+        again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / f"{kind}-again").eval()
+        hidden = config.module().apply({"params": params}, ids)
+        ours = config.module().apply({"params": params}, hidden, method="masked_words")
+        np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max(), err_msg=kind)
+        with torch.no_grad():
+            written = again(torch.tensor(ids)).logits.numpy()
+        np.testing.assert_allclose(written, expected, atol=1e-4 * np.abs(expected).max(), err_msg=kind)
 
 
 def test_a_folder_that_would_be_read_as_another_model_is_not_written(tmp_path, capsys):

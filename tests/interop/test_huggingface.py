@@ -202,6 +202,14 @@ def with_options(folder, **changed):
         ({"intermediate_size": 57}, r"mlp\.gate_proj\.weight has shape \(56, 32\)"),
         ({"num_hidden_layers": 3}, r"model\.layers\.2\.\S+ is missing"),
         ({"num_hidden_layers": 1}, r"model\.layers\.1\.\S+ is unknown"),
+        ({"hidden_size": "32"}, r"hidden_size is '32' in \S+config\.json; it must be a whole number\."),
+        ({"num_hidden_layers": 2.5}, r"num_hidden_layers is 2\.5 in \S+config\.json; it must be a whole number\."),
+        ({"num_attention_heads": 0}, r"config\.json cannot be used \(ZeroDivisionError"),
+        ({"rms_norm_eps": "small"}, r"rms_norm_eps is 'small' in \S+config\.json; it must be a number\."),
+        ({"rope_scaling": "linear"}, r"rope_scaling is 'linear' in \S+config\.json; it must be a table"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "x"}}, r"config\.json cannot be used \(could not conv"),
+        ({"tie_word_embeddings": "yes"}, r"tie_word_embeddings is 'yes' in \S+config\.json; it must be true or false"),
+        ({"hidden_act": ["silu"]}, r"config\.json cannot be used \(TypeError: unhashable"),
     ],
 )
 def test_options_that_do_not_fit(broken, options, message):

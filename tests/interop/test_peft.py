@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 import jaxtok
+from jaxtok.cli import main
 from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, write_folder
 from jaxtok.interop.peft import (
     adapter_from,
@@ -25,10 +28,12 @@ from jaxtok.interop.peft import (
 from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.llama import LlamaConfig
-from jaxtok.nn.lora import LoraConfig, find_sites, init_adapter, merge, saved_paths
+from jaxtok.nn.lora import LoraConfig, find_sites, init_adapter, merge, nested, saved_paths
 from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.runs import open_run
 
 FILES = "llama_gpt2_bricks/lora_*.npz"
+GOLDENS = Path(__file__).parents[1] / "goldens" / "llama_gpt2_bricks"
 
 
 def load(golden):
@@ -157,6 +162,14 @@ OURS = {
         GPT2Config(**TINY),
         LoraConfig(joint=(JOINT,), targets=(r".*/down/kernel",), ranks=((r".*down.*", 2),), rank_stabilized=True),
     ),
+    "gpt2, all biases": (
+        GPT2Config(**TINY),
+        LoraConfig(joint=(JOINT,), targets=(r".*/up/kernel",), saved=(".*bias", r".*final_norm/scale")),
+    ),
+    "qwen2, biases of what is adapted": (
+        LlamaConfig(**TINY, qkv_bias=True, mlp_bias=False),
+        LoraConfig(targets=(r".*/query/kernel", r".*/up/kernel"), saved=(".*/query/bias",)),
+    ),
 }
 
 
@@ -190,6 +203,9 @@ def test_what_peft_has_no_name_for():
     pairs = {sites[0].name: {"in": np.zeros((2, 16, 8)), "out": np.zeros((2, 8, 16))}}
     with pytest.raises(ValueError, match=r"query/kernel cannot be written for PEFT; target .*key/kernel.* together"):
         adapter_to(model, sites, {"pairs": pairs, "saved": {}})
+    name = "stack/blocks/attention/query/bias"
+    with pytest.raises(ValueError, match=r"c_attn\.bias .*cannot be written for PEFT; train all biases"):
+        adapter_to(model, (), {"pairs": {}, "saved": nested({name: np.zeros((2, 16))})})
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -239,3 +255,89 @@ def test_a_head_that_is_the_embedding_comes_apart_as_in_peft(kind, tmp_path):
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(ValueError, match="head"):
         read_adapter(tmp_path / "adapter", model)
+
+
+PEFTS = {
+    "pissa": ("llama", {"init_lora_weights": "pissa", "target_modules": ["q_proj", "down_proj", "lm_head"]}),
+    "pissa, patterns": (
+        "gpt2",
+        {
+            "init_lora_weights": "pissa",
+            "target_modules": ["c_attn", "mlp.c_proj"],
+            "rank_pattern": {"c_attn": 2},
+            "alpha_pattern": {r"h\.1\.mlp\.c_proj": 7},
+            "use_rslora": True,
+        },
+    ),
+    "olora": ("llama", {"init_lora_weights": "olora", "target_modules": "all-linear", "use_rslora": True}),
+    "olora, joined": ("gpt2", {"init_lora_weights": "olora", "target_modules": ["attn.c_proj"]}),
+    "orthogonal": ("llama", {"init_lora_weights": "orthogonal", "target_modules": ["q_proj"]}),
+    "all biases": ("gpt2", {"bias": "all", "target_modules": ["c_attn"], "modules_to_save": ["ln_f"]}),
+    "biases of what is adapted": (
+        "qwen2",
+        {"bias": "lora_only", "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PEFTS)
+def test_the_model_that_peft_trained_by_the_verb(name, tmp_path):
+    """What PEFT computes after training, for adapters that are more than a difference of what the base has."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    peft = pytest.importorskip("peft")
+    kind, options = PEFTS[name]
+    sizes = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 4, "initializer_range": 0.2}
+    if kind != "gpt2":
+        sizes |= {"intermediate_size": 24, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, vocab_size=384, eos_token_id=381, bos_token_id=380, **sizes)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    theirs.save_pretrained(tmp_path / "base")
+    shutil.copyfile(GOLDENS / "hf_folder_llama" / "tokenizer.json", tmp_path / "base" / "tokenizer.json")
+    options = {"r": 4, "lora_alpha": 6, "fan_in_fan_out": kind == "gpt2", "task_type": "CAUSAL_LM"} | options
+    theirs = peft.get_peft_model(theirs, peft.LoraConfig(**options)).eval()
+    trained = {n: p for n, p in theirs.named_parameters() if p.requires_grad and "original_module" not in n}
+    assert "bias" not in options or any(n.endswith("bias") for n in trained)
+    for parameter in trained.values():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "adapter")
+    command = ["convert", str(tmp_path / "adapter"), str(tmp_path / "run"), "--base", str(tmp_path / "base")]
+    assert main(command) == 0
+    ids = np.arange(24).reshape(2, 12)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+        with theirs.disable_adapter():
+            plain = theirs(torch.tensor(ids)).logits.numpy()
+    ours = open_run(tmp_path / "run").logits(ids)
+    np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
+    assert np.abs(ours - plain).max() > 1e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"use_dora": True}, "use_dora is True in adapter_config.json; it must be off, as in plain LoRA."),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config is {'top_k': 3} in adapter_config.json; it must be off"),
+        ({"an_option_of_tomorrow": 2}, "an_option_of_tomorrow is 2 in adapter_config.json; it must be off"),
+        *(
+            (
+                {"init_lora_weights": init},
+                f"init_lora_weights is '{init}' in adapter_config.json, which changed the base",
+            )
+            for init in ("loftq", "corda", "lora_ga", "pissa_niter_4")
+        ),
+        ({"r": "8"}, "adapter_config.json; it must be a whole number."),
+        ({"target_modules": 3}, "adapter_config.json cannot be used (TypeError"),
+        ({"bias": "some"}, "bias is 'some' in adapter_config.json; it must be one of none, all, lora_only."),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save has 'lm_head', but the adapter has no tensors of it."),
+    ],
+)
+def test_what_changes_a_result_is_refused_by_name(changed, message, tmp_path, capsys):
+    for name in ("hf_folder_llama", "hf_folder_llama_lora"):
+        shutil.copytree(GOLDENS / name, tmp_path / name, copy_function=shutil.copyfile)
+    file = tmp_path / "hf_folder_llama_lora" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    adapter, run = tmp_path / "hf_folder_llama_lora", tmp_path / "run"
+    assert main(["convert", str(adapter), str(run), "--base", str(tmp_path / "hf_folder_llama")]) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not run.exists()
