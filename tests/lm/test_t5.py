@@ -89,7 +89,7 @@ def test_greedy_with_a_cache_is_greedy_without(params, logits):
         row[: len(text)] = text
     outputs = shift_right(np.pad(new, ((0, 0), (0, 2))))
     np.testing.assert_array_equal(logits(tokens, outputs)[:, :5].argmax(-1), new)
-    with pytest.raises(ValueError, match="text is continued with ByT5's ids"):
+    with pytest.raises(ValueError, match="vocab_size is 40, which does not fit the tokenizer byt5"):
         task.continue_text(params, [b"x"], max_bytes=2, sampling=Sampling(), rng=jax.random.key(0))
 
 
