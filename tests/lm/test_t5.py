@@ -101,12 +101,13 @@ def test_whose_scale_the_head_has():
         ({}, tied, (True, True)),
         ({"tie_word_embeddings": True}, head, (False, True)),
         ({"tie_word_embeddings": False}, head, (False, False)),
-        ({"tie_word_embeddings": False}, tied, (True, False)),
         ({"tie_word_embeddings": True, "scale_decoder_outputs": False}, head, (False, False)),
         ({"model_type": "mt5"}, head, (False, False)),
     ]:
         config = read_config({"model_type": "t5"} | options, tensors)
         assert (config.tie_embeddings, config.scale_outputs) == expected, options
+    with pytest.raises(ValueError, match=r"no tensor lm_head\.weight"):
+        read_config({"model_type": "t5", "tie_word_embeddings": False}, tied)
 
 
 def test_folders_that_cannot_be_read(params, tmp_path):
@@ -121,9 +122,16 @@ def test_folders_that_cannot_be_read(params, tmp_path):
         with pytest.raises(ValueError, match=message):
             read_config(options, {})
     folder = write_folder(tmp_path / "folder", CONFIG, params)
-    tensors = {**params_to(CONFIG, params), "encoder.embed_tokens.weight": np.zeros((40, 16), np.float32)}
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    assert read_folder(folder)[0] == CONFIG  # a copy of the embedding is ignored
+    tensors = params_to(CONFIG, params)
+    for copy in (tensors["shared.weight"].copy(), np.zeros((40, 16), np.float32)):
+        tensors["encoder.embed_tokens.weight"] = copy
+        safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+        if copy.any():
+            assert read_folder(folder)[0] == CONFIG
+        else:
+            with pytest.raises(ValueError, match=r"encoder\.embed_tokens\.weight is not shared\.weight"):
+                read_folder(folder)
+    del tensors["encoder.embed_tokens.weight"]
     del tensors["decoder.block.0.layer.1.EncDecAttention.k.weight"]
     tensors["extra.weight"] = np.zeros(3, np.float32)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
