@@ -28,7 +28,7 @@ from jaxtok.lm.masked_words import Slots, put, take
 from jaxtok.lm.whole_words import Predicted, WordModeling, choose_words, mean_state, score_pieces
 from jaxtok.nn.activations import gelu
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.losses import cross_entropy, mean
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
@@ -455,14 +455,18 @@ class ByteWordsClassification(Task):
         hidden = apply(words, symbol_mask(words), batch["mask"], deterministic=rng is None, rngs=rngs)
         return apply(hidden, method="classes")
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+        return self._sums(self.logits(params, batch, rng), batch)
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the mean cross entropy in nats; also logs the accuracy."""
-        logits, real = self.logits(params, batch, rng), batch["mask"][:, 0]
-        right = logits.argmax(-1) == batch["labels"]
-        return masked_mean(cross_entropy(logits, batch["labels"]), real), {"accuracy": masked_mean(right, real)}
+        return mean(sums["nats"], sums["texts"]), {"accuracy": mean(sums["right"], sums["texts"])}
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        logits, labels, real = self.logits(params, batch), batch["labels"], batch["mask"][:, 0]
+        return self._sums(self.logits(params, batch), batch)
+
+    def _sums(self, logits: Float[Array, "batch classes"], batch: Batch) -> dict[str, jax.Array]:
+        labels, real = batch["labels"], batch["mask"][:, 0]
         right = (logits.argmax(-1) == labels).astype(jnp.float32)
         of_texts = {"nats": cross_entropy(logits, labels), "right": right, "texts": jnp.ones_like(real)}
         return {name: jnp.sum(x * real) for name, x in of_texts.items()}

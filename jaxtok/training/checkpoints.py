@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import shutil
@@ -28,7 +29,7 @@ from jaxtok.training.distributed import barrier, gather, is_main
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import write_whole
 from jaxtok.training.mesh import Layout, one_device, unboxed
-from jaxtok.training.optimizer import averaged_params, make_optimizer
+from jaxtok.training.optimizer import OptimizerConfig, averaged_params, converted, make_optimizer, operate
 
 T = TypeVar("T")
 
@@ -149,9 +150,25 @@ class Checkpoints:
         """Returns the parameters, in the shapes and shardings of `abstract`. Raises `Damaged`."""
         return self._arrays(step, "params", abstract)
 
-    def opt_state(self, step: int, abstract: Any) -> Any | None:
-        """Returns the optimizer's state; None if it was not saved. Raises `Damaged`."""
-        return self._arrays(step, "opt_state", abstract)
+    def opt_state(self, step: int, config: OptimizerConfig, params: Any, layout: Layout | None = None) -> Any | None:
+        """Returns the optimizer's state as `config` keeps it; None if it was not saved. Raises `Damaged`.
+
+        Args:
+          config: the optimizer; the state may have been saved with another choice of `master_weights`.
+          params: the parameters of the step.
+          layout: where the state is to be; default: on one device.
+        """
+        names = self._document(step)["sums"]
+        mastered = any(name.startswith(("opt_state/master/", "opt_state/state/master/")) for name in names)
+        wanted, saved = (
+            abstract_opt_state(make_optimizer(dataclasses.replace(config, master_weights=choice)), params, layout)
+            for choice in (config.master_weights, mastered)
+        )
+        state = self._arrays(step, "opt_state", saved)
+        if state is None or jax.tree.structure(wanted) == jax.tree.structure(saved):
+            return state
+        shardings = jax.tree.map(lambda x: x.sharding, wanted)
+        return jax.jit(functools.partial(converted, config), out_shardings=shardings)(state, params)
 
     def data(self, step: int) -> dict[str, Any] | None:
         """Returns the state of the training batches; None if it was not saved. Raises `Damaged`."""
@@ -221,11 +238,14 @@ class Checkpoints:
         restored = checksums({item: tree})
         if changed := [name for name in sums if restored.get(name) != sums[name]]:
             raise Damaged(f"{changed[0]} is not what was saved")
-        return tree
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), tree, abstract)
 
 
 def _read(folder: Path, abstract: Any) -> Any:
-    """Reads what this process needs of the arrays in a folder; it waits for no other process, which may have failed."""
+    """Reads what this process needs of the arrays in a folder, in the precision in which they were saved.
+
+    It waits for no other process, which may have failed.
+    """
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
@@ -233,14 +253,23 @@ def _read(folder: Path, abstract: Any) -> Any:
     )
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        found = jax.tree_util.tree_leaves_with_path(reader.metadata(folder).item_metadata.tree)
+        saved = {_name(path): x.dtype for path, x in found}
+        abstract = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, saved.get(_name(path), x.dtype), sharding=x.sharding),
+            abstract,
+        )
         return reader.restore(folder, args=ocp.args.StandardRestore(abstract))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def checksums(tree: Any) -> dict[str, int]:
     """Returns a number for each array, by its path: the sum of its entries' bits times odd numbers, modulo 2^32."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return dict(zip(names, map(int, jax.device_get(_sums([leaf for _, leaf in leaves])))))
+    named = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return dict(zip(named, map(int, jax.device_get(_sums(list(named.values()))))))
 
 
 @jax.jit
@@ -332,10 +361,8 @@ class Loaded:
 
     def opt_state(self) -> Any | None:
         """Returns the optimizer's state; None if the checkpoint does not have it."""
-        optimizer = make_optimizer(self.experiment.train.optimizer)
-        abstract = abstract_opt_state(optimizer, abstract_params(self.task, self.data))
         with Checkpoints(self.directory) as checkpoints:
-            return checkpoints.opt_state(self.meta.step, abstract)
+            return checkpoints.opt_state(self.meta.step, self.experiment.train.optimizer, self.params)
 
     def averaged(self) -> Loaded:
         """Returns it with the moving average in place of the parameters (`OptimizerConfig.ema_decay`).
@@ -343,7 +370,8 @@ class Loaded:
         Raises:
           ValueError: the run kept none.
         """
-        return dataclasses.replace(self, params=averaged_params(self.opt_state(), self.params))
+        averaged = averaged_params(self.opt_state(), self.params)
+        return dataclasses.replace(self, params=jax.tree.map(lambda a, p: a.astype(p.dtype), averaged, self.params))
 
 
 def find_run(path: str | Path) -> tuple[Path, int | None]:
@@ -448,7 +476,8 @@ def fork(
     opt_state = loaded.opt_state() if keep else None
     if surgery:
         task, data = surgery.task(task, data)
-        params, opt_state = surgery.params(loaded.task, loaded.data, params, opt_state, jax.random.key(seed))
+        like = abstract_params(task, data)
+        params, opt_state = operate(surgery, loaded.task, loaded.data, params, opt_state, jax.random.key(seed), like)
     config = dataclasses.replace(loaded.experiment.train, **{"steps": steps or loaded.experiment.train.steps} | train)
     experiment = dataclasses.replace(
         loaded.experiment,

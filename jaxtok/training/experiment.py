@@ -61,6 +61,7 @@ MAY_CHANGE = (
     "train.tensorboard",
     "train.save_deadline",
     "train.on_full_disk",
+    "train.optimizer.master_weights",
 )
 """How the names of the fields begin that may differ when a run is resumed."""
 

@@ -39,7 +39,15 @@ from jaxtok.training.distributed import barrier, gather, is_main
 from jaxtok.training.experiment import MAY_CHANGE, Experiment, TrainConfig
 from jaxtok.training.logs import Display, MetricsLog, NoLog
 from jaxtok.training.mesh import Layout, make_layout, one_device, unboxed
-from jaxtok.training.optimizer import descend, learning_rates, make_optimizer, move_average
+from jaxtok.training.optimizer import (
+    descend,
+    full_params,
+    learning_rates,
+    make_optimizer,
+    move_average,
+    operate,
+    rounded,
+)
 from jaxtok.training.peak import peak_flops
 
 INTERRUPTED = 75
@@ -199,10 +207,11 @@ def _start(
             stored = dataclasses.replace(stored, data=experiment.data)
         params = abstract_params(stored.task, stored.data, layout)
         abstract = abstract_opt_state(optimizer, params, layout)
-        old = jax.eval_shape(make_optimizer(stored.experiment.train.optimizer).init, params)
-        same_kind = jax.tree.structure(abstract) == jax.tree.structure(old)
+        config = experiment.train.optimizer
+        old = dataclasses.replace(stored.experiment.train.optimizer, master_weights=config.master_weights)
+        same_kind = jax.tree.structure(abstract) == jax.tree.structure(jax.eval_shape(make_optimizer(old).init, params))
         params = checkpoints.params(step, params)
-        opt_state = checkpoints.opt_state(step, abstract) if same_kind else None
+        opt_state = checkpoints.opt_state(step, config, params, layout) if same_kind else None
         if opt_state is None:
             opt_state = jax.jit(optimizer.init, out_shardings=_shardings(abstract))(params)
         make = jax.jit(
@@ -347,7 +356,8 @@ def compile_surgery(
 
     def change(params, opt_state):
         with nn.logical_axis_rules(()):  # new modules are made with a batch of one, which no mesh divides
-            params, opt_state = surgery.params(task, data, params, opt_state, jax.random.wrap_key_data(seed))
+            key = jax.random.wrap_key_data(seed)
+            params, opt_state = operate(surgery, task, data, params, opt_state, key, abstract)
         return params, optimizer.init(params) if opt_state is None else opt_state
 
     if difference := _difference(jax.eval_shape(change, params, opt_state)[0], abstract):
@@ -367,15 +377,36 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any,
         return jax.value_and_grad(task.loss, has_aux=True)(params, batch, rng, step)
 
     def accumulated(params, batch, rng, step):
+        """The same, of a batch in parts, by the chain rule: the loss is a function of sums over the parts.
+
+        The derivative by the sums needs those of the whole batch first. Of a mean, that is only its count, and the
+        compiler leaves out the rest of that first pass.
+        """
         batches = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+        state = jax.lax.stop_gradient(params)
 
-        def add(total, part):
-            result = gradients(params, part[0], jax.random.fold_in(rng, part[1]), step)
-            return jax.tree.map(lambda t, x: t + x / parts, total, result), None
+        def sums(params, part):
+            found = task.loss_sums(params, part[0], jax.random.fold_in(rng, part[1]), step)
+            return jax.tree.map(lambda x: x.astype(jnp.float32), found)
 
-        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], batches), rng, step)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, (batches, jnp.arange(parts)))[0]
+        def added(function):
+            """The sum of a function of the parts, in float32."""
+
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, function(part)), None
+
+            each = (batches, jnp.arange(parts))
+            shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], each))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+            return jax.lax.scan(add, zeros, each)[0]
+
+        def of_part(part):
+            found, pull = jax.vjp(lambda p: sums(p, part), params)
+            return found, pull(slopes)[0]
+
+        slopes = jax.grad(lambda total: task.loss_of(total, state, step)[0])(added(lambda part: sums(params, part)))
+        total, grads = added(of_part)
+        return task.loss_of(total, state, step), grads
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(state.rng, state.step)
@@ -388,12 +419,13 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any,
         updates = descend(updates, rates)
         if trainable is not None:  # weight decay moves parameters without a gradient
             updates = jax.tree.map(jnp.multiply, updates, trainable)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(full_params(opt_state, state.params), updates)
         named = {"_".join(filter(None, ("learning_rate", part))): rate for part, rate in rates.items()}
         metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads)} | named | metrics
         params = task.after_step(params, metrics, state.step)
         metrics.pop("state", None)
         opt_state = move_average(train_config.optimizer, opt_state, params, state.step + 1, trainable)
+        params, opt_state = rounded(params, opt_state, state.params)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     state = _shardings(abstract_state(task, train_config, data, layout))
