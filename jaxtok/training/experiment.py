@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,10 +18,13 @@ class TrainConfig:
     """The loop's settings."""
 
     steps: int = 1000
-    """The number of updates, or if the run has stages, the number before the first of them."""
+    """The number of updates, or if the run has stages, the number before the first of them. A larger number trains a
+    finished run longer (in a run with stages, that of the last one): the steps that are added have a schedule of
+    their own, which begins anew with its warm-up."""
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = 1
-    """The number of parts into which a batch is cut and whose gradients are averaged: less memory, the same update."""
+    """The number of parts into which a batch is cut, and after all of which the update is made: less memory, and the
+    update of the whole batch (up to rounding, and what the parts draw by chance)."""
     seed: int = 0
     log_every: int = 10
     """The number of steps between log lines."""
@@ -123,5 +127,10 @@ class Experiment:
         return fitted
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The step at which each stage ends; the first stage is that before the surgeries."""
+        return tuple(itertools.accumulate([self.train.steps, *(surgery.steps for surgery in self.stages)]))
+
+    @property
     def total_steps(self) -> int:
-        return self.train.steps + sum(surgery.steps for surgery in self.stages)
+        return self.ends[-1]
