@@ -333,11 +333,11 @@ class ReplacedTokens(Task):
         )
         return take(everywhere, slots.places), everywhere
 
-    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, Any]:
         choose, dropout = jax.random.split(rng)
         return self.run(params, batch, self.choose(choose, batch), dropout)["sums"]
 
-    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def loss_of(self, sums: dict[str, Any], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the joint loss; also logs both parts."""
         parts = {f"{name}_loss": weighted_mean(*sums[name]) for name in ("generator", "discriminator")}
         loss = self.generator_weight * parts["generator_loss"]

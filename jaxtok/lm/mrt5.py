@@ -506,7 +506,7 @@ class MrT5Training(SequenceToSequence):
         active = step >= self.regulariser_delay
         return {**params, "controller": jax.tree.map(lambda a, b: jnp.where(active, b, a), old, new)}
 
-    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, Any]:
         model = self.module()
         of_hard, of_gate, *of_dropout = jax.random.split(rng, 5)
         hard = jax.random.bernoulli(of_hard, self.hard_probability) if self.hard_probability else False
@@ -544,7 +544,7 @@ class MrT5Training(SequenceToSequence):
     def regularised(self) -> bool:
         return self.model.reduction == "gate" and bool(self.target_rate or self.alpha)
 
-    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def loss_of(self, sums: dict[str, Any], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the loss; also logs its parts, bits per byte and deletion_rate."""
         loss, metrics = text_loss(sums)
         metrics |= {"cross_entropy": loss, "deletion_rate": mean(sums["deleted"], sums["real"])}

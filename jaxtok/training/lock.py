@@ -147,11 +147,14 @@ class RunLock:
 def _read(path: Path) -> tuple[dict[str, Any], float]:
     """Returns what a lock says and when it was written; nothing, if there is none, or if it is not written yet."""
     for _ in range(10):
-        with contextlib.suppress(FileNotFoundError), contextlib.suppress(ValueError), path.open() as file:
-            return json.load(file), os.fstat(file.fileno()).st_mtime
-        if not path.exists():
+        try:
+            with path.open() as file:
+                text, written = file.read(), os.fstat(file.fileno()).st_mtime
+            return dict(json.loads(text)), written
+        except FileNotFoundError:
             return {}, 0.0
-        time.sleep(0.05)
+        except (ValueError, TypeError, OSError):  # half written, or replaced meanwhile
+            time.sleep(0.02)
     return {"host": "an unknown machine"}, path.stat().st_mtime
 
 

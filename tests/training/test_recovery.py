@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.cli import main
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.studies.recovery import compare, numbers, recovery
 from jaxtok.training.checkpoints import Checkpoints, Damaged, checksums, load
@@ -88,11 +89,45 @@ def test_none_whole_is_an_error_that_names_each(run):
     directory = Path(run.workdir) / "checkpoints"
     for step in (2, 4, 6):
         truncate(directory / str(step))
-    with pytest.raises(Damaged, match=r"none of the checkpoints in .* is whole \(6: .*; 4: .*; 2: .*remove the run"):
+    with pytest.raises(Damaged, match=r"none of the checkpoints in .* is whole \(6: .*; 4: .*; 2: .*another --workdir"):
         train(run, quiet=True)
     assert sorted(p.name for p in directory.iterdir()) == ["2", "4", "6"]
     with pytest.raises(Damaged, match="none of the checkpoints"):
         load(run.workdir)
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_reading_a_run_that_is_being_trained(run, monkeypatch, capfd, ema):
+    """While the newest step is read, the training process saves another one and removes those before it."""
+    directory, original = Path(run.workdir) / "checkpoints", Checkpoints.params
+
+    def params(self, step, *args):
+        if step == 6:
+            (directory / "6").rename(directory / "8")
+            for old in ("2", "4"):
+                shutil.rmtree(directory / old)
+        return original(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "params", params)
+    if ema:  # the average is read later, and has to be of the same step
+        with pytest.raises(ValueError, match="kept no moving average"):
+            load(run.workdir, ema=True)
+    assert main(["eval", str(run.workdir)]) == 0
+    printed = capfd.readouterr().err
+    assert "damaged" not in printed and "remove" not in printed
+    assert [path.name for path in directory.iterdir()] == ["8"]
+
+
+def test_a_step_that_is_gone_while_it_is_read_is_not_called_damaged(run, monkeypatch):
+    directory, original = Path(run.workdir) / "checkpoints", Checkpoints.params
+
+    def params(self, step, *args):
+        shutil.rmtree(directory / str(step))
+        return original(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "params", params)
+    with pytest.raises(FileNotFoundError, match="holds no finished checkpoint of step 4"):
+        load(directory / "4")
 
 
 def test_load_passes_over_a_damaged_one_but_not_if_it_was_asked_for(run, capfd):
