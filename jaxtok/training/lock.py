@@ -94,9 +94,11 @@ class RunLock:
             other, _ = _read(self._path)
             if other.get("key") in (self._own["key"], None):
                 return ""
+        there = other.get("machine") != self._own["machine"]
+        expiry = f" (If it is dead, its lock expires {EXPIRES:g} s after its last sign of life.)" if there else ""
         return (
-            f"{self._directory} is being trained by {_name(other)}; wait for it, stop it, or choose another --workdir. "
-            f"(If that process is dead, its lock expires {EXPIRES:g} s after its last sign of life.)"
+            f"{self._directory} is being trained by {_name(other)}; wait for it, stop it, or choose another --workdir."
+            f"{expiry}"
         )
 
     def _living(self) -> dict[str, Any] | None:
@@ -131,8 +133,12 @@ class RunLock:
 
     def _write(self) -> None:
         half = self._path.with_name(f"{self._path.name}.{self._own['key']}")
-        half.write_text(json.dumps(self._own))
-        os.replace(half, self._path)
+        try:
+            half.write_text(json.dumps(self._own))
+            os.replace(half, self._path)
+        except OSError:
+            half.unlink(missing_ok=True)
+            os.utime(self._path)  # a full disk has room for this
 
     def _now(self) -> float:
         """Returns the time of the disk."""
@@ -174,7 +180,8 @@ def _machine() -> str:
 def _began(pid: int) -> str | None:
     """Returns when a process of this machine began, as numbers are used again; None if there is none."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]  # a zombie is dead
     except OSError:
         if Path("/proc/self/stat").exists():
             return None

@@ -70,7 +70,7 @@ def test_small_updates_add_up(low, tmp_path):
     chex.assert_trees_all_equal(run.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), full))
     assert moved(begin, full) > 0.9 and moved(begin, state.average) > 0.9
     without = dataclasses.replace(low, workdir=str(tmp_path / "without"))
-    lost = started(without, "--train.optimizer.master-weights", "False")
+    lost = started(without, "--train.optimizer.no-master-weights")
     assert dtypes(lost.opt_state().average) == {"bfloat16"}
     assert moved(load(f"{without.workdir}/checkpoints/6").params, lost.params) < 0.5
     averaged = open_model(low.workdir, ema=True)
@@ -90,7 +90,7 @@ def test_resumption_is_bit_exact(low, tmp_path):
 def test_a_run_that_was_saved_without_copies_goes_on_with_them(low, capsys):
     """As runs of older versions were, whose configs do not know the choice; its moments and its average are kept."""
     shorter = dataclasses.replace(low, train=dataclasses.replace(low.train, steps=6))
-    started(shorter, "--train.optimizer.master-weights", "False")
+    started(shorter, "--train.optimizer.no-master-weights")
     config = json.loads((low.directory / "config.json").read_text())
     del config["train"]["optimizer"]["master_weights"]
     (low.directory / "config.json").write_text(json.dumps(config))
