@@ -457,7 +457,8 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any,
             updates = jax.tree.map(jnp.multiply, updates, trainable)
         params = optax.apply_updates(full_params(opt_state, state.params), updates)
         named = {"_".join(filter(None, ("learning_rate", part))): rate for part, rate in rates.items()}
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads)} | named | metrics
+        norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        metrics = {"loss": loss, "gradient_norm": norm} | named | metrics
         params = task.after_step(params, metrics, state.step)
         metrics.pop("state", None)
         opt_state = move_average(train_config.optimizer, opt_state, params, state.step + 1, trainable)

@@ -17,7 +17,7 @@ from jaxtok.cli import main
 from jaxtok.door import open_model
 from jaxtok.training.checkpoints import fork, load, write_config
 from jaxtok.training.loop import abstract_state, train
-from jaxtok.training.mesh import one_device
+from jaxtok.training.mesh import MeshConfig, make_layout, one_device
 from jaxtok.training.optimizer import (
     Mastered,
     OptimizerConfig,
@@ -136,6 +136,16 @@ def test_the_plan_counts_them(low):
 
     assert held(dataclasses.replace(SLOW, ema_decay=0.0)) == 14 and held(SLOW) == 18
     assert held(dataclasses.replace(SLOW, master_weights=False)) == 8
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_copies_live_where_their_parameters_do(low):
+    layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
+    task = with_model(low.task, num_heads=4)
+    state = abstract_state(task, low.train, low.data, layout)
+    places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
+    assert places(state.opt_state.state.master) == places(state.params) == places(state.opt_state.average)
+    assert any(any(place.spec) for place in jax.tree.leaves(places(state.params)))
 
 
 def test_an_average_of_bfloat16_moves():
