@@ -299,7 +299,7 @@ def rounded(full: Any, opt_state: Any, dtypes: Any) -> tuple[Any, Any]:
 def operate(surgery: Surgery, task: Any, data: Any, params: Any, opt_state: Any, rng: jax.Array, like: Any) -> Any:
     """Returns the parameters and the optimizer's state (or None) after a surgery.
 
-    If the optimizer has float32 copies of parameters, the surgery changes these, and the parameters are rounded to them.
+    If the optimizer has float32 copies, the surgery changes these, and the parameters are rounded to them.
 
     Args:
       like: arrays (or their shapes) of the precision of the parameters after the surgery.
