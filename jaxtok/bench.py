@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,7 @@ import rich.console
 import rich.progress
 import rich.table
 from jax.experimental.compilation_cache import compilation_cache
+from tyro.conf import arg
 
 from jaxtok.data.text import TextData
 from jaxtok.decoding import Sampling, generate
@@ -86,7 +87,7 @@ def bench(
         Literal["train", "compile", "decode", "loader", "profile", "deletion", "tokenizer", "generation"], ...
     ] = PARTS,
     models: tuple[Literal["tiny", "small", "grown", "124m"], ...] = ("small", "grown", "124m"),
-    output: Path | None = None,
+    output: Annotated[Path | None, arg(metavar="FILE")] = None,
     seconds: float = 5.0,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     batch_size: int = 0,
@@ -407,13 +408,6 @@ def matrix_products(function: Callable, *args: Any) -> Counter:
 
     walk(jax.make_jaxpr(function)(*args).jaxpr, 1)
     return counts
-
-
-def product_flops(operands: Any, dimension_numbers: Any) -> int:
-    """Returns the FLOPs of one product, from its key in `matrix_products`."""
-    (left, _), (right, _) = operands
-    (_, contracting), (_, batch) = dimension_numbers
-    return 2 * math.prod(left) * math.prod(n for axis, n in enumerate(right) if axis not in (*contracting, *batch))
 
 
 def _product_seconds(operands: Any, dimension_numbers: Any, calls: int = 8) -> float:

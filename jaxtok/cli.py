@@ -6,7 +6,10 @@ import argparse
 import functools
 import importlib
 import os
+import re
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,19 +20,19 @@ from jaxtok import systems
 HELP = """\
 jaxtok {version}: systems about tokens, in JAX
 
-  jaxtok train CONFIG|RUN     trains what a config describes, or resumes a run
-  jaxtok eval MODEL           measures loss, perplexity and bits per byte on a corpus
-  jaxtok generate MODEL       continues prompts
-  jaxtok grow RUN             makes a new run whose model has more parameter tokens
-  jaxtok adapt MODEL          makes a new run that trains a LoRA adapter of a model
-  jaxtok convert FROM TO      converts between runs and other formats (Hugging Face, PEFT, the authors' files)
-  jaxtok tokenizer FILE       trains a SentencePiece tokenizer on a corpus
-  jaxtok vision VERB          tokenizes, reconstructs and generates images, and measures their tokens
-  jaxtok study CONFIG         runs an experiment with its baselines, and writes a table and a plot
-  jaxtok plan CONFIG|RUN      estimates memory and time on a TPU slice (memory on GPUs), without having one
-  jaxtok recovery             kills a run 50 times, and compares it with an undisturbed one, bit for bit
-  jaxtok bench                measures speed, as a fraction of what this machine can do
-  jaxtok list [PATTERN]       shows systems, configs and published sizes
+  jaxtok train CONFIG|RUN  trains what a config describes, or resumes a run
+  jaxtok eval MODEL        measures loss, perplexity and bits per byte on a corpus
+  jaxtok generate MODEL    continues prompts
+  jaxtok grow RUN          makes a new run whose model has more parameter tokens
+  jaxtok adapt MODEL       makes a new run that trains a LoRA adapter of a model
+  jaxtok convert FROM TO   converts between runs and the formats of Hugging Face, PEFT and authors
+  jaxtok tokenizer FILE    trains a SentencePiece tokenizer on a corpus
+  jaxtok vision VERB       tokenizes, reconstructs and generates images, and measures their tokens
+  jaxtok study CONFIG      runs an experiment with its baselines, and writes a table and a plot
+  jaxtok plan CONFIG|RUN   estimates memory and time on a TPU slice or GPUs, without having any
+  jaxtok recovery          kills a run 50 times, and compares it with an undisturbed one
+  jaxtok bench             measures speed, as a fraction of what this machine can do
+  jaxtok list [PATTERN]    shows systems, configs and published sizes
 
 `jaxtok VERB --help` lists the options. Fields of a config are set by their dotted names:
   jaxtok train tokenformer_small --train.steps 100 --task.model.d-model 256
@@ -37,26 +40,30 @@ jaxtok {version}: systems about tokens, in JAX
 
 TRAINING = """
 A new run starts with new parameters, or with those of another model:
-  --start MODEL     a run, RUN/checkpoints/STEP, or a folder or file in another format. If that model is of another
-                    kind, the field `start` of the config must be the surgery that turns it into the run's model. A run
-                    that is resumed does not open it again.
+  --start MODEL  a run, RUN/checkpoints/STEP, or a folder or file in another format. If that model
+                 is of another kind, the field `start` of the config must be the surgery that turns
+                 it into the run's model. A run that is resumed does not open it again.
 
-In a run of several processes, each process is started with the same command. They find each other by what Slurm or a
-TPU pod sets, by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID, or by
+In a run of several processes, each process is started with the same command. They find each other
+by what Slurm or a TPU pod sets; by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID;
+or by
   --coordinator HOST:PORT --num-processes N --process-id I
-  --distributed     asks the TPU VM (if it sets no variables, as in a shell on a Cloud TPU)
-SIGTERM to any of them saves the run and ends all of them with exit code 75; the same command resumes it.
-See tpu_scripts/.
+  --distributed  asks the TPU VM (if it sets no variables, as in a shell on a Cloud TPU)
+SIGTERM to any of them saves the run and ends all of them with exit code 75; the same command
+resumes it. See tpu_scripts/.
 """
 
 PLANNING = """
 Options of `plan` itself:
-  --topology T      CHIP:AxB or CHIP:AxBxC with v4, v5e, v5p or v6e, such as v5e:16x16, or v5e-256, v5p-512, v6e-256;
-                    or GPU:N or GPU:HOSTSxN with a100, h100 or h200, such as h100:8 (default: v5e-256)
-  --sweep           tries meshes and remat policies (fifteen compilations for 256 chips), and prints the best first
-  --output FILE     also writes the numbers as JSON
-The step is compiled by the TPU compiler (pip install libtpu), or by XLA for GPUs (pip install jax-cuda12-plugin);
-neither needs the devices. For GPUs, the compiler tells memory and collectives, but no times.
+  --topology T   CHIP:AxB or CHIP:AxBxC with v4, v5e, v5p or v6e, such as v5e:16x16; or v5e-256,
+                 v5p-512, v6e-256; or GPU:N or GPU:HOSTSxN with a100, h100 or h200, such as h100:8
+                 (default: v5e-256)
+  --sweep        tries meshes and remat policies (fifteen compilations for 256 chips), and prints
+                 the best first
+  --output FILE  also writes the numbers as JSON
+The step is compiled by the TPU compiler (pip install libtpu), or by XLA for GPUs (pip install
+jax-cuda12-plugin); neither needs the devices. For GPUs, the compiler tells memory and collectives,
+but no times.
 The exit code is 1 if the step does not fit.
 """
 
@@ -171,7 +178,7 @@ def _config(arguments: list[str], verb: str) -> Any:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: jaxtok {verb} {'CONFIG' if verb == 'study' else 'CONFIG|RUN'} [--FIELD VALUE ...]\n")
         print("CONFIG is one of these names, a Python file that defines one, or FILE:NAME if it defines several.\n")
-        print(systems.configs_text("study" if verb == "study" else "train"))
+        print(_fitted(systems.configs_text("study" if verb == "study" else "train")))
         print(f"`jaxtok {verb} CONFIG --help` lists the fields of a config and their values.")
         if verb == "train":
             print(TRAINING, end="")
@@ -181,14 +188,18 @@ def _config(arguments: list[str], verb: str) -> Any:
 
     name = arguments[0]
     config = study_of(name) if verb == "study" else experiment_of(name, verb)
-    return override(config, arguments[1:], prog=f"jaxtok {verb} {name}")
+    entry = systems.configs().get(name)
+    about = f"{entry.title}\n\n{entry.name}: {entry.about}" if entry and entry.title else entry.about if entry else ""
+    if verb == "train":
+        about += "\n\nWith `--start MODEL`, a new run begins with the parameters of that model."
+    return override(config, arguments[1:], f"jaxtok {verb} {name}", about.strip())
 
 
 def _vision(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: jaxtok vision VERB ...\n")
         for name, path in VISION.items():
-            print(f"  {name:<12} {(_function(path).__doc__ or '').splitlines()[0]}")
+            print(_fitted(f"  {name:<11}  {(_function(path).__doc__ or '').splitlines()[0]}"))
         print("\n`jaxtok vision VERB --help` lists the options.")
         return 0
     verb, *rest = arguments
@@ -209,8 +220,19 @@ def _list(arguments: list[str]) -> int:
     listing = systems.find(pattern)
     if not listing:
         return _fail(f"no name matches {pattern!r}; `jaxtok list` shows all of them.")
-    print(listing)
+    print(_fitted(str(listing)))
     return 0
+
+
+def _fitted(text: str) -> str:
+    """Breaks the lines that are wider than the terminal; they go on below their last column."""
+    width = shutil.get_terminal_size((10_000, 24)).columns
+    lines = []
+    for line in text.split("\n"):
+        indent = re.match(r" *(?:\S+(?: \S+)* {2,})?", line)[0]
+        options = {"break_long_words": False, "break_on_hyphens": False}
+        lines += textwrap.wrap(line, width, subsequent_indent=" " * len(indent), **options) or [""]
+    return "\n".join(lines)
 
 
 def _function(path: str) -> Callable[..., Any]:
@@ -220,9 +242,9 @@ def _function(path: str) -> Callable[..., Any]:
 
 def _call(path: str, verb: str, arguments: list[str]) -> int:
     """Calls a function with a command line; its signature and docstring become the options and the help."""
-    import tyro
+    from jaxtok.configuration import command_line
 
-    result = tyro.cli(_function(path), args=arguments, prog=f"jaxtok {verb}")
+    result = command_line(_function(path), arguments, prog=f"jaxtok {verb}")
     _print(f"jaxtok train {result}" if verb in ("grow", "adapt") else result)
     return 0
 

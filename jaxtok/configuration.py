@@ -9,14 +9,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import numbers
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import docstring_parser
 import tyro
 
 from jaxtok import systems
@@ -33,6 +35,7 @@ A dataclass whose fields have changed says so itself, in class variables that it
   RENAMED: ClassVar[dict[str, str]]  fields that have another name now: the old name -> the new one
   RETIRED: ClassVar[dict[str, Any]]  fields that no longer exist: the name -> the value at which a stored one is
                                      dropped; any other value is an error
+A class that has become several has a class method `saved_before`, which maps stored fields to a class and its fields.
 """
 
 
@@ -133,19 +136,47 @@ def _may_replace(old: Any, value: Any) -> bool:
     return kind is None or (isinstance(value, kind) and not isinstance(value, bool))
 
 
-def override(config: T, arguments: Sequence[str], prog: str) -> T:
+def override(config: T, arguments: Sequence[str], prog: str, about: str = "") -> T:
     """Returns the config with fields replaced from a command line of dotted names: `--train.steps 100`.
 
     An unknown name or an impossible value ends the program with a message that names the nearest known ones.
+
+    Args:
+      about: what the config is, for the help.
     """
-    return tyro.cli(
+    return command_line(
         type(config),
+        arguments,
         default=config,
-        args=list(arguments),
         prog=prog,
-        description=type(config).__doc__,
+        description=about or inspect.getdoc(type(config)),
         config=(tyro.conf.AvoidSubcommands,),
     )
+
+
+def command_line(f: Any, arguments: Sequence[str], **options: Any) -> Any:
+    """Calls `tyro.cli`, whose help then breaks lines only where the terminal ends.
+
+    By itself, it keeps the source's line breaks before indented lines, as it gets them from `docstring_parser`.
+    """
+
+    def joined(parse: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            found = parse(*args)
+            for parameter in found.params:
+                parameter.description = " ".join((parameter.description or "").split()) or None
+            return found
+
+        return function
+
+    own = {name: getattr(docstring_parser, name) for name in ("parse", "parse_from_object")}
+    for name, parse in own.items():
+        setattr(docstring_parser, name, joined(parse))
+    try:
+        return tyro.cli(f, args=list(arguments), **options)
+    finally:
+        for name, parse in own.items():
+            setattr(docstring_parser, name, parse)
 
 
 def to_json(value: Any) -> Any:

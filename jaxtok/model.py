@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
 from jaxtok.decoding import Piece, Sampling, generate
-from jaxtok.protocols import ImageTokenizer, Params, TextGenerator, Tokenizer
+from jaxtok.protocols import CausalLM, ImageTokenizer, Params, TextGenerator, Tokenizer
 from jaxtok.training.mesh import make_layout
 from jaxtok.vision.images import as_float
 
@@ -54,9 +54,7 @@ class Model:
     """How many updates it has had."""
 
     def __repr__(self) -> str:
-        kind = type(self.task).__name__
-        if hasattr(self.task, "model"):
-            kind += f" of {type(self.task.model).__name__}"
+        kind = f"{type(self.task).__name__} of {type(self.task.model).__name__}"
         count = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         origin = f", from {self.path.name}" if self.path else ""
         return f"Model({kind}, {count:,} parameters, step {self.step}{origin})"
@@ -68,9 +66,9 @@ class Model:
         Raises:
           ValueError: the task has several modules, or none.
         """
-        if not hasattr(self.task, "module"):
+        if (module := self.task.module()) is None:
             raise ValueError(f"{self._subject} has no single module; use the methods of its task with model.params.")
-        return self.task.module()
+        return module
 
     def ids(self, text: str | bytes) -> Int[Array, " length"]:
         """Returns the ids of a text, after those that begin every text.
@@ -107,7 +105,7 @@ class Model:
     def generate(self, prompt: str | bytes = "", max_new_tokens: int = 0, **options: Any) -> str: ...
     @overload
     def generate(self, prompt: Sequence[str | bytes], max_new_tokens: int = 0, **options: Any) -> list[str]: ...
-    def generate(self, prompt="", max_new_tokens=0, *, on_text=None, stream=False, **options):
+    def generate(self, prompt="", max_new_tokens=0, *, on_text=None, stream=False, logprobs=False, **options):
         """Continues a prompt, or several as a batch; returns the new text.
 
         >>> model = jaxtok.open(run)
@@ -115,6 +113,9 @@ class Model:
         True
         >>> len(model.generate(["number ", "twice "], max_new_tokens=5, temperature=0.0))
         2
+        >>> text, numbers = model.generate("number ", max_new_tokens=5, stop_at_end=False, logprobs=True)
+        >>> len(numbers), max(numbers) < 0
+        (5, True)
 
         Args:
           prompt: a text, or several; an empty one begins a new document.
@@ -122,6 +123,8 @@ class Model:
             0: 200, or fewer if the model's context has less room.
           on_text: called with the number of a prompt and its new text, as it comes.
           stream: write a single prompt and its text to the standard output, as it comes.
+          logprobs: also return the log probabilities of the new tokens, as `generate_bytes`: (text, numbers), or for
+            several prompts (texts, rows of numbers).
           options: of `generate_bytes`. Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
@@ -142,14 +145,17 @@ class Model:
 
         if stream:
             print(prompt if isinstance(prompt, str) else prompt.decode(errors="replace"), end="", flush=True)
-        texts = self.generate_bytes(prompts, max_new_tokens, on_bytes=say if on_text or stream else None, **options)
+        texts, numbers = self.generate_bytes(
+            prompts, max_new_tokens, on_bytes=say if on_text or stream else None, logprobs=True, **options
+        )
         if on_text or stream:
             for row in range(len(prompts)):
                 say(row, b"", final=True)
         if stream:
             print()
         decoded = [text.decode(errors="replace") for text in texts]
-        return decoded[0] if single else decoded
+        found = (decoded[0], numbers[0]) if single else (decoded, numbers)
+        return found if logprobs else found[0]
 
     def generate_bytes(
         self,
@@ -163,7 +169,8 @@ class Model:
         stop: Sequence[str] = (),
         stop_at_end: bool = True,
         on_bytes: Callable[[int, bytes], None] | None = None,
-    ) -> list[bytes]:
+        logprobs: bool = False,
+    ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
         """Continues each prompt; returns the exact new bytes.
 
         Args:
@@ -176,6 +183,8 @@ class Model:
           stop: also stop after any of these texts, each of a single token (with bytes: a single character).
           stop_at_end: stop when the model ends the document.
           on_bytes: called with the number of a prompt and its new bytes, every few tokens.
+          logprobs: also return, for each prompt, the log probabilities of its new tokens in nats, by the model's own
+            distribution (before temperature, top_k and top_p), with that of the token that ended the text if one did.
 
         Raises:
           ValueError: the model generates no text, or a text of `stop` is not a single token.
@@ -198,6 +207,7 @@ class Model:
                 sampling=sampling,
                 rng=rng,
                 on_text=report if on_bytes else None,
+                logprobs=logprobs,
             )
         if not self._is_causal:
             raise ValueError(f"{self._subject} does not generate text; give a language model.")
@@ -213,7 +223,7 @@ class Model:
 
         ids = [[*self.begin, *tokenizer.encode(text)] for text in prompts]
         room = self.task.model.max_length - max(map(len, ids), default=0)
-        rows = generate(
+        made = generate(
             self.module,
             self.params,
             ids,
@@ -224,8 +234,9 @@ class Model:
             num_ids=tokenizer.vocab_size,
             on_tokens=report_tokens if on_bytes else None,
             chunk=4,
-        ).tokens
-        return [bytes_of(row) for row in rows]
+        )
+        texts = [bytes_of(row) for row in made.tokens]
+        return (texts, made.logprobs) if logprobs else texts
 
     def evaluate(self, corpus: str = "", split: Split = "validation", batches: int = 0) -> dict[str, float]:
         """Measures the model on a split: loss and bits per byte of text, or what its task measures.
@@ -304,8 +315,7 @@ class Model:
 
     @property
     def _is_causal(self) -> bool:
-        own = isinstance(self.task, TextGenerator) or not hasattr(self.task, "module")
-        return not own and hasattr(self.task.module(), "init_cache")
+        return isinstance(self.task.module(), CausalLM) and not isinstance(self.task, TextGenerator)
 
 
 @jax.jit(static_argnums=0)

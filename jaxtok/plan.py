@@ -172,7 +172,7 @@ def plan(
     """
     devices = topology_devices(topology)
     jax.config.update("jax_enable_compilation_cache", False)  # the cache cannot keep such programs
-    if not getattr(_model(experiment), "vocab_size", 1):  # otherwise the data need not be there
+    if not getattr(experiment.task.model, "vocab_size", 1):  # otherwise the data need not be there
         experiment = experiment.fitted()
     console = rich.console.Console(quiet=quiet, soft_wrap=True)
     cases = list(variants(experiment, len(devices))) if sweep else [experiment]
@@ -397,7 +397,7 @@ def collectives(program: Program, chip: Chip) -> list[Row]:
 
 def advice(experiment: Experiment, layout: Layout, chip: Chip) -> list[str]:
     """Returns what to change if the step does not fit."""
-    model, train, mesh = _model(experiment), experiment.train, layout.mesh.shape
+    model, train, mesh = experiment.task.model, experiment.train, layout.mesh.shape
     state = abstract_state(experiment.task, train, experiment.data, layout)
     held = sum(_local_bytes(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state)))
     texts = []
@@ -422,7 +422,7 @@ def advice(experiment: Experiment, layout: Layout, chip: Chip) -> list[str]:
 def variants(experiment: Experiment, devices: int) -> Iterator[Experiment]:
     """Yields the experiment with parameters divided 16, 64 and 256 ways (as far as there are devices), parameter tokens
     whole or divided 4 ways, and each remat policy but `none`."""
-    policies = ("full", "projections", "dots") if hasattr(_model(experiment), "remat") else (None,)
+    policies = ("full", "projections", "dots") if hasattr(experiment.task.model, "remat") else (None,)
     for tensor in (1, 4):
         rest = devices // tensor
         if rest < 4 or rest * tensor != devices:
@@ -431,19 +431,9 @@ def variants(experiment: Experiment, devices: int) -> Iterator[Experiment]:
             if rest % fsdp or experiment.data.batch_size % rest:
                 continue
             mesh = dataclasses.replace(experiment.mesh, data=rest // fsdp, fsdp=fsdp, tensor=tensor, sequence=1)
-            case = dataclasses.replace(experiment, mesh=mesh)
             for remat in policies:
-                yield case if remat is None else with_model(case, remat=remat)
-
-
-def with_model(experiment: Experiment, **fields: Any) -> Experiment:
-    """Returns the experiment with some fields of its model replaced."""
-    model = dataclasses.replace(experiment.task.model, **fields)
-    return dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, model=model))
-
-
-def _model(experiment: Experiment) -> Any:
-    return getattr(experiment.task, "model", None)
+                task = experiment.task if remat is None else experiment.task.with_model(remat=remat)
+                yield dataclasses.replace(experiment, mesh=mesh, task=task)
 
 
 def remat_of(model: Any) -> str:
@@ -457,7 +447,7 @@ def _local_bytes(leaf: Any) -> int:
 
 
 def _head(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
-    model = _model(experiment)
+    model = experiment.task.model
     return {
         "name": experiment.name,
         "parameters": count(abstract_params(experiment.task, experiment.data)),
@@ -474,7 +464,7 @@ def _head(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
 
 def _describe(experiment: Experiment, devices: int) -> str:
     mesh = " ".join(f"{axis} {n}" for axis, n in experiment.mesh.shape(devices).items() if n > 1)
-    return f"{experiment.name}: {mesh or 'one device'}, remat {remat_of(_model(experiment))}"
+    return f"{experiment.name}: {mesh or 'one device'}, remat {remat_of(experiment.task.model)}"
 
 
 def _table(row: Row) -> rich.table.Table:

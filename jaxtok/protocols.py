@@ -21,6 +21,9 @@ import numpy as np
 Params = Any
 """A pytree of arrays: the parameters of a model."""
 
+FROZEN = "frozen"
+"""The part of a task's parameters, by its name at the top, that never trains: the optimizer has no state for it."""
+
 Batch = Mapping[str, np.ndarray]
 """What a data pipeline yields. A batch of text has, each of shape [batch, length]:
 
@@ -121,6 +124,7 @@ class Cache(Protocol):
         ...
 
 
+@runtime_checkable
 class CausalLM(Protocol):
     """A Linen module from tokens [batch, length] to next-token logits [batch, length, vocab].
 
@@ -185,6 +189,7 @@ class Data(Protocol):
     """Where batches come from: a frozen dataclass, so that a run's config can hold it.
 
     `rows` are the rows of each batch that this process needs; default: all. They are the same however they are divided.
+    Data of text, and only these, are a `jaxtok.data.text.TextData`, which says what tokenizer they have.
     """
 
     batch_size: int
@@ -193,6 +198,10 @@ class Data(Protocol):
     """What speed is measured in: tokens, words or images."""
     source: str
     """The name of the field that says where the data come from: corpus, images or path."""
+    seed: int
+    """The seed of the order of training."""
+    eval_limit: int
+    """How many batches an evaluation has, of rows from all over the split; 0: the whole split."""
 
     @property
     def units(self) -> int:
@@ -226,12 +235,26 @@ Sums = Mapping[str, Any]
 class Task(abc.ABC):
     """Something that learns: what the one training loop trains. A task is a frozen dataclass with this base.
 
-    Required are `counted`, `init`, `sums`, `metrics`, `flops`, and `loss_sums` with `loss_of` (or `loss` alone, for a
-    task whose batches are never accumulated in parts); the rest has the defaults below.
+    Required are `counted`, `model` (a field, or a property of a wrapper; itself a frozen dataclass), `init`, `sums`,
+    `metrics`, `flops`, and `loss_sums` with `loss_of` (or `loss` alone, for a task whose batches are never accumulated
+    in parts); the rest has the defaults below.
     """
 
     counted: ClassVar[str]
     """The name of the sum that counts what is evaluated (tokens, words, images); an evaluation of 0 is an error."""
+    model: Any
+    """The config of the model that learns."""
+
+    def module(self) -> Any | None:
+        """Returns the Linen module whose parameters are the task's: `task.module().apply({"params": params}, ...)`.
+
+        None (the default): there is no such module, as the parameters are those of several, or of a wrapper.
+        """
+        return None
+
+    def with_model(self, **fields: Any) -> Task:
+        """Returns the task with some fields of its model replaced."""
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, **fields))
 
     @abc.abstractmethod
     def init(self, rng: jax.Array, batch: Batch) -> Params:
@@ -435,8 +458,6 @@ class ImageSource(Data, Protocol):
     """The names of the classes, by label; empty if there are none."""
     flip: bool
     """Whether training may show the mirror image, left to right, in place of an image."""
-    eval_limit: int
-    """How many batches an evaluation has, of images from all over the split; 0: the whole split."""
 
     def count(self, split: str) -> int:
         """How many images the split has."""

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jaxtok.data.text import TextData
 from jaxtok.interop.texts import copy_tokenizer, named_texts, read_record, write_record
 from jaxtok.model import Model
 from jaxtok.training.checkpoints import begin, find_run, load, must_be_free
@@ -31,7 +32,7 @@ def open_run(path: Path, ema: bool = False) -> Model:
 
 def with_data(model: Model, data: Any) -> Model:
     """A model with the data that it was trained on, and with their tokenizer where they are text."""
-    facts = named_texts(data.tokenizer).facts() if hasattr(data, "tokenizer") else {}
+    facts = named_texts(data.tokenizer).facts() if isinstance(data, TextData) else {}
     return dataclasses.replace(model, data=data, **facts)
 
 
@@ -59,8 +60,7 @@ def write_run(target: Path, model: Model, experiment: Experiment | None = None) 
             name = copy_tokenizer(str(model.data.tokenizer), target)
             spec = str((target / name).absolute()) if (target / name).is_file() else name
             data = dataclasses.replace(data, tokenizer=spec)
-            if hasattr(task, "tokenizer"):
-                task = dataclasses.replace(task, tokenizer=spec)
+            task = task.fit(data, train)
             write_record(target, model)
         experiment = experiment or Experiment(task=task, data=data)
         run = {"task": task, "data": data, "train": train, "name": target.name, "workdir": str(target)}

@@ -478,7 +478,10 @@ class Listing:
                 width = max(len(entry.name) for entry in shown)
                 parts.append([title, *(f"  {entry.name:<{width}}  {entry.about}" for entry in shown)])
         if self.published:
-            parts.append(["published sizes (jaxtok.published)", *(f"  {name}" for name in self.published)])
+            names = {row.name: [name for name in row.published if name in self.published] for row in SYSTEMS}
+            width = max(len(name) for name in names if names[name])
+            shown = [f"  {name:<{width}}  {', '.join(sizes)}" for name, sizes in names.items() if sizes]
+            parts.append(["published sizes (jaxtok.published)", *shown])
         return "\n\n".join("\n".join(part) for part in parts) or "no name matches"
 
 
@@ -490,7 +493,7 @@ def find(pattern: str = "*") -> Listing:
       mrt5_small  300M parameters; in the paper, half of the bytes are deleted and a batch takes 29.99 ms, not 44.29
     <BLANKLINE>
     published sizes (jaxtok.published)
-      mrt5-small
+      mrt5  mrt5-small
 
     Args:
       pattern: a pattern as for files, such as "*byte*"; upper and lower case are the same.

@@ -4,6 +4,8 @@ A test file adds its systems to the contract tests by defining, next to its own 
 
     TASKS = {name: function}                           a task with its data, as a tiny.Case
     CAUSAL_LMS = {name: function}                      a causal language model, as a Linen module
+    TEXT_GENERATORS = {name: function}                 a task that continues texts of bytes in its own way, and a
+                                                       function that makes its parameters from a key
     IMAGE_TOKENIZERS = {name: function}                an image tokenizer
     IMAGE_GENERATORS = {name: function}                a model that draws codes of images, with four classes
     DATASETS = {name: function}                        data; the function gets a file of texts and an empty folder

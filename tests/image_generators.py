@@ -28,6 +28,7 @@ class Histograms(Task):
     """Draws each sub-code by itself, as often as it occurred in a class (or in all). Parameters are counts."""
 
     counted = "images"
+    model = None
 
     code_shape: tuple[int, ...]
     code_values: tuple[int, ...]

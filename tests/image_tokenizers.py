@@ -46,6 +46,7 @@ class MeasuredByError(Task):
     """What the two tokenizers of this file share as tasks: the squared error of reconstructions."""
 
     counted = "images"
+    model = None
     draws_codes: ClassVar[bool] = False
 
     def errors(self, params, batch, rng):
@@ -139,6 +140,7 @@ class Ramps:
     """Volumes that get brighter along one of the three axes, which is their class."""
 
     batch_size: int = 4
+    seed: int = 0
     eval_limit: int = 0
     flip: bool = True
     classes: ClassVar[tuple[str, ...]] = ("deep", "high", "wide")

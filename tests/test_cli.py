@@ -1,5 +1,6 @@
 """The command line, as a user calls it: one run goes through every verb."""
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
@@ -176,6 +177,15 @@ def test_mistakes_end_with_one_clear_sentence(arguments, message, places, monkey
     assert error.startswith("error:") and message in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("config", ["tokenformer_small", "mrt5_small"])
+def test_start_is_a_model_in_the_help_of_a_config(config, capsys):
+    """It is the option of the verb, and not the config's field of that name, which holds a surgery."""
+    with pytest.raises(SystemExit):
+        main(["train", config, "--help"])
+    text = capsys.readouterr().out
+    assert text.count("--start") == 1 and "With `--start MODEL`, a new run begins with the parameters" in text
+
+
 def test_help(capsys):
     assert main([]) == 0
     text = capsys.readouterr().out
@@ -189,6 +199,32 @@ def test_help(capsys):
     for verb in own:
         assert main([verb, "--help"]) == 0
     assert "recovery" in capsys.readouterr().out
+
+
+def test_help_fits_the_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    for arguments in ([], ["train", "--help"], ["study", "--help"], ["plan", "--help"], ["vision"], ["list"]):
+        assert main(arguments) == 0
+        lines = capsys.readouterr().out.split("\n")
+        assert max(map(len, lines)) <= 100, max(lines, key=len)
+    for command in [[verb] for verb in FUNCTIONS] + [["vision", verb] for verb in VISION]:
+        lines = _help(command, capsys).split("\n")
+        assert max(map(len, lines)) <= 100, max(lines, key=len)
+    assert "    mrt5_small                          300M parameters; in the paper" in _help(["train"], capsys)
+
+
+def _help(command, capsys):
+    with contextlib.suppress(SystemExit):
+        main([*command, "--help"])
+    return capsys.readouterr().out
+
+
+def test_help_breaks_no_sentence_where_the_source_does(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    assert "(ELM, VQGAN, BAE, ELECTRA's variables); the new run then has this config." in _help(["convert"], capsys)
+    shown = _help(["train", "elm_l"], capsys)
+    assert "ELM (arXiv 2410.16257): a Llama" in shown and "elm_l: 316M parameters" in shown
+    assert "linearly from 0 in the first layer (stochastic depth, arXiv 1603.09382). If it is positive, it" in shown
 
 
 def test_every_verb_says_what_each_of_its_options_is():

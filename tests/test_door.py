@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -97,6 +98,20 @@ def test_texts_come_as_they_are_made(folder, capsys):
     assert one == texts[0] and capsys.readouterr().out == f"number {one}\n"
     with pytest.raises(ValueError, match="stream is for a single prompt"):
         opened.generate(["a", "b"], stream=True)
+
+
+def test_log_probabilities_of_new_tokens_are_the_models(folder):
+    opened, prompts = jaxtok.open(folder / "run"), ["number ", "twice"]
+    options = {"max_new_tokens": 9, "temperature": 0.5, "stop_at_end": False}
+    texts, rows = opened.generate_bytes(prompts, logprobs=True, **options)
+    assert texts == opened.generate_bytes(prompts, **options)
+    for prompt, text, row in zip(prompts, texts, rows):
+        known = opened.ids(prompt.encode() + text)
+        said = jax.nn.log_softmax(opened.logits(known[:-1]))[jnp.arange(len(known) - 1), known[1:]]
+        np.testing.assert_allclose(row, said[-9:], atol=1e-5)
+    assert jaxtok.generate(opened, prompts, logprobs=True, **options)[1] == rows
+    one = jaxtok.generate(opened, prompts[0], logprobs=True, **options)
+    assert one == (opened.generate(prompts[0], **options), rows[0])
 
 
 def test_logits_of_texts_and_of_ids_are_the_modules(folder):

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 from collector import collect
 
 from jaxtok.cli import main
@@ -49,12 +48,12 @@ def tiny_task(row: str):
     case = collect("TASKS")[FROM_TASKS.get(row, row)]()
     task, data = case.task, case.data
     if isinstance(data, CodeData):  # as the codes of the row bae
-        return tiny.with_model(task, code_bits=4, sub_codes=2, num_classes=10), dataclasses.replace(
+        return task.with_model(code_bits=4, sub_codes=2, num_classes=10), dataclasses.replace(
             data, code_bits=4, sub_codes=2
         )
     if row == "vit":
-        return tiny.with_model(task, num_classes=10), data
-    return (task if isinstance(data, ImageData) or row == "hat" else tiny.with_model(task, vocab_size=384)), data
+        return task.with_model(num_classes=10), data
+    return (task if isinstance(data, ImageData) or row == "hat" else task.with_model(vocab_size=384)), data
 
 
 @dataclasses.dataclass

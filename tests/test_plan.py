@@ -83,6 +83,7 @@ def test_a_step_that_does_not_fit_says_what_to_change(capsys):
     assert "does not fit" in printed and "train.accumulate = 2" in printed
 
 
+@pytest.mark.slow
 @libtpu
 def test_a_sweep_ranks_meshes_and_policies(capsys):
     devices = topology_devices("v5e:2x2")

@@ -181,3 +181,12 @@ def test_patterns_find_systems_configs_and_sizes():
 def test_the_readme_has_the_table_and_the_grid():
     readme = (ROOT / "README.md").read_text()
     assert with_tables(readme) == readme, "write them with: python -m jaxtok.systems"
+
+
+def test_each_system_has_a_section_with_all_parts():
+    """The paper, its symbols beside our names, a command, what was published, and where we deviate."""
+    for row in SYSTEMS:
+        sections = re.split("^## ", (ROOT / row.page).read_text(), flags=re.MULTILINE)
+        own = [section for section in sections if f"({row.paper})" in section]
+        parts = ["| here |", "\n    jaxtok ", "ublished", "### Deviations"]
+        assert not row.paper or any(all(part in section for part in parts) for section in own), row.name

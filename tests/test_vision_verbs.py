@@ -87,6 +87,12 @@ def test_a_split_that_is_there_is_kept(folder, tmp_path):
         tokenize(folder / "ar", tmp_path)
 
 
+def test_a_split_has_the_same_codes_whichever_others_are_encoded_with_it(folder, tmp_path):
+    tokenize(folder / "tokenizer", tmp_path, splits=("test",))
+    alone, together = (open_codes(path / "test").codes for path in (tmp_path, folder / "codes"))
+    np.testing.assert_array_equal(alone, together)
+
+
 def test_reconstructions_stand_below_their_images(folder, tmp_path):
     numbers = reconstruct(folder / "tokenizer", tmp_path / "grid.png", count=6, columns=4, batches=1)
     assert numbers["images"] == 64 and 0 < numbers["l1"] < 1
@@ -101,7 +107,7 @@ def test_reconstructions_stand_below_their_images(folder, tmp_path):
     assert (sheet[210:306, 210:306] == 255).all(), "nothing comes after the sixth"
 
 
-def test_pictures_of_classes(folder, tmp_path):
+def test_pictures_of_classes(folder, tmp_path, capsys):
     generate(folder / "ar", tmp_path / "grid.png", per_class=2, labels=("3", "none"), batch_size=3)
     assert Image.open(tmp_path / "grid.png").size[0] == 2 * 102 + 6
     generate(folder / "ar", tmp_path / "all.npz", per_class=1, sampling={"guidance": 1.0, "top_k": 2})
@@ -113,7 +119,10 @@ def test_pictures_of_classes(folder, tmp_path):
     generate(folder / "ar", tmp_path / "files", per_class=1, labels=("7",))
     assert [path.name for path in (tmp_path / "files").iterdir()] == ["000000_7.png"]
     with pytest.raises(FileExistsError, match="exists already"):
-        generate(folder / "ar", tmp_path / "files", per_class=1, labels=("7",))
+        generate(folder / "nothing", tmp_path / "files")
+    for verb in ("generate", "reconstruct"):  # before anything is opened or drawn
+        assert main(["vision", verb, str(folder / "nothing"), str(tmp_path / "x.picture")]) == 1
+        assert "x.picture; its suffix must be that of a picture, such as .png" in _line(capsys)
 
 
 def test_codes_come_back(folder):
@@ -128,6 +137,8 @@ def test_options_of_a_runs_own_sampling(folder, tmp_path, capsys):
     """The command line has the options of the run that is named, and no others."""
     command = ["vision", "generate", str(folder / "masked"), str(tmp_path / "x.npz"), "--per-class", "1"]
     assert main([*command, "--rounds", "2", "--labels", "3"]) == 0
+    options = ["--tokenizer", str(folder / "tokenizer"), "--rounds", "2"]
+    assert main([*command[:2], *options, *command[2:]]) == 0, "options can come before the run"
     for arguments, message in {
         ("--top-k", "3"): "top-k",
         ("--schedule", "square"): "powercos",

@@ -52,13 +52,6 @@ class Operation:
     """A task that it cannot change."""
 
 
-def with_model(task: Any, **fields: Any) -> Any:
-    """The task with other fields of its model (of a wrapper: of the model inside)."""
-    if hasattr(task, "task"):
-        return dataclasses.replace(task, task=with_model(task.task, **fields))
-    return dataclasses.replace(task, model=dataclasses.replace(task.model, **fields))
-
-
 def zeros(data: Any) -> dict[str, np.ndarray]:
     """An empty batch."""
     return {name: np.zeros(array.shape, array.dtype) for name, array in data.batch_spec().items()}

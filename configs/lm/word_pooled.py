@@ -10,7 +10,7 @@ above all for rare words.
 word_pooled_ebyte  the bytes of the 2M words of WikiText-2
 word_pooled_echar  the characters of the 0.3M words of tiny Shakespeare; those not in the alphabet are spelled in bytes
 word_pooled_esub  GPT-2's tokens of the words of WikiText-2
-    It needs GPT-2's tokenizer.json (--data.tokenizer FILE --task.tokenizer FILE). The end mark has the id of GPT-2's
+    It needs GPT-2's tokenizer.json (--data.tokenizer FILE). The end mark has the id of GPT-2's
     end-of-text token; in the authors' code it clashes with "!". A word includes the space before it, as in GPT-2.
 """
 
@@ -32,7 +32,7 @@ def word_pooled(
     model = dataclasses.replace(PUBLISHED[base], dtype="bfloat16", remat="projections")
     return Experiment(
         name=f"word_pooled_{base}",
-        task=WordPooling(model=model, tokenizer=tokenizer, rule="paper"),
+        task=WordPooling(model=model),
         data=WordUnitText(
             corpus=corpus,
             tokenizer=tokenizer,

@@ -41,7 +41,7 @@ def pooled(name: str, steps: int, tokenizer: str = CHARACTERS, max_units: int = 
     model = WordPooledConfig(**BODY | clean | sizes | {"encoder_dropout": 0.0, "prefixes": 1} | options)
     return Experiment(
         name=name,
-        task=WordPooling(model=model, tokenizer=tokenizer, rule="letters"),
+        task=WordPooling(model=model),
         data=WordUnitText(tokenizer=tokenizer, length=48, max_units=max_units, **TEXT),
         train=train(steps),
     )

@@ -1,4 +1,4 @@
-"""ELM's image tokenizers (arXiv 2410.16257): binary autoencoders on ImageNet at 256 x 256, a million steps of 256.
+"""ELM's image tokenizers (arXiv 2410.16257): a million steps of 256 images of ImageNet, 256 x 256.
 
     jaxtok train bae_16_imagenet256 --task.perceptual FILE
 

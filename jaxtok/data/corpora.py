@@ -67,11 +67,6 @@ def open_corpus(spec: str, split: str = "train", *, text_field: str = "text", ho
     return _select(spec, split, shards, holdout, own_splits)
 
 
-def split_of(key: str, holdout: float = 0.05) -> str:
-    """The split of the document with this key: the same on every machine, whatever else the corpus holds."""
-    return _split_at(_share(key), holdout)
-
-
 def _share(key: str) -> float:
     """A hash of a document's key, in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(key.encode(errors="surrogateescape"), digest_size=8).digest()) / 2**64

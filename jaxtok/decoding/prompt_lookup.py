@@ -41,7 +41,7 @@ class PromptLookup:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
         if self.take not in ("last", "first"):
-            raise ValueError(f"take is {self.take!r}; it can be last, first.")
+            raise ValueError(f"take is {self.take!r}; it must be one of last, first.")
 
     chain = True
 

@@ -44,6 +44,11 @@ class TokenModel(Protocol):
 class Chooser(Protocol):
     """Maps logits and its own state to tokens: `jaxtok.decoding.Sampling`, a constraint, or a recorded text."""
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens are drawn, so that a key is needed."""
+        ...
+
     def init(self, batch: int) -> Any:
         """The chooser's state before the first token: arrays whose first axis is the batch."""
         ...

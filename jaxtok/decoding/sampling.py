@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from jaxtok.decoding.protocols import Chooser
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -58,6 +60,10 @@ class Sampling:
             kept = jnp.where((more_likely < self.top_p).at[..., 0].set(True), kept, -jnp.inf)
         return jnp.put_along_axis(jnp.full_like(logits, -jnp.inf), ids, kept, -1, inplace=False)
 
+    @property
+    def draws(self) -> bool:
+        return self.temperature > 0
+
     def init(self, batch: int) -> tuple[()]:
         return ()
 
@@ -71,13 +77,13 @@ class Sampling:
         return drawn.astype(jnp.int32), state
 
 
-def sampling_key(rng: jax.Array | None, chooser: Any) -> jax.Array:
+def sampling_key(rng: jax.Array | None, chooser: Chooser) -> jax.Array:
     """The key, or a constant one if it is None and not needed.
 
     Raises:
-      ValueError: the key is None, and the chooser draws (its temperature is not 0).
+      ValueError: the key is None, and the chooser draws.
     """
-    if rng is None and getattr(chooser, "temperature", 1):
+    if rng is None and chooser.draws:
         raise ValueError("rng is None; give a key such as jax.random.key(0), or decode with temperature 0.")
     return jax.random.key(0) if rng is None else rng
 

@@ -24,7 +24,7 @@ from jaxtok.interop.tensors import Place, Source, read_params, shapes_of, write_
 from jaxtok.interop.texts import Texts
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.electra import ElectraConfig, ReplacedTokens
-from jaxtok.lm.masked_words import MaskedWords, Masking
+from jaxtok.lm.masked_words import MaskedWords
 from jaxtok.lm.text_classification import TextClassification
 from jaxtok.model import Model
 from jaxtok.protocols import Params
@@ -63,8 +63,8 @@ def params_of(task: Any, params: Params) -> Params:
 
 def facts(model: Model) -> dict[str, int]:
     """Returns the symbols of a model's rows."""
-    masking = getattr(model.task, "masking", None)
-    return encoders.facts(model) | ({"mask_id": masking.mask_id} if isinstance(masking, Masking) else {})
+    own = {"mask_id": model.task.masking.mask_id} if isinstance(model.task, ReplacedTokens) else {}
+    return encoders.facts(model) | own
 
 
 ELECTRA = FolderFormat(

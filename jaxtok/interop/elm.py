@@ -24,7 +24,6 @@ from jaxtok.protocols import Params
 from jaxtok.vision import elm, elm_masked
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
-from jaxtok.weights import read_weights
 
 _UNUSED = re.compile(r"output\..*|proj\..*|pos_embed\..*|freqs_cis")
 """The names of what the published class of the masked model has but does not use."""
@@ -141,21 +140,6 @@ def params_from(config: ElmConfig, tensors: Mapping[str, np.ndarray]) -> Params:
 def params_to(config: ElmConfig, params: Params) -> dict[str, np.ndarray]:
     """Returns their tensors from our parameter tree."""
     return write_params(sources(config), params)
-
-
-def read_checkpoint(path: str | Path, *, which: str = "", **options: Any) -> tuple[ElmConfig, Params]:
-    """Returns config and parameters from a file of the authors' code; `options` as in `config_from`.
-
-    Args:
-      which: for a checkpoint of a training run, `model` or its moving average `ema` (with which samples are made).
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: it is not an ELM; see `jaxtok.weights.read_weights`, `config_from` and `params_from`.
-    """
-    tensors = read_weights(path, which)
-    config = config_from(tensors, **options)
-    return config, params_from(config, tensors)
 
 
 def write_checkpoint(path: str | Path, config: ElmConfig, params: Params) -> Path:

@@ -256,13 +256,13 @@ def task_and_data(config: BertConfig, texts: Texts, options: Options) -> tuple[A
 def facts(model: Model) -> dict[str, int]:
     """Returns the symbols of a model's rows, as far as its data and task tell them."""
     found = {}
-    if hasattr(model.data, "cls_id"):
+    if isinstance(model.data, EncoderData):
         found |= {"cls_id": model.data.cls_id, "sep_id": model.data.sep_id}
     if isinstance(model.task, SubwordWords):  # the last rows of the embedding
         size = model.task.model.vocab_size
         found |= {"mask_id": size - 4, "cls_id": size - 3, "sep_id": size - 2}
-    elif isinstance(masking := getattr(model.task, "masking", None), Masking):
-        found |= {"mask_id": masking.mask_id}
+    elif isinstance(model.task, MaskedWords):
+        found |= {"mask_id": model.task.masking.mask_id}
     return found
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtok.interop.tensors import Shapes, Table, read_params, read_tensors, save_tensors, whole_folder
 from jaxtok.interop.texts import Texts, named_texts, read_json, read_texts, write_texts
 from jaxtok.model import Model
+from jaxtok.nn.norms import NORMS
 from jaxtok.protocols import Params
 
 Options = Mapping[str, Any]
@@ -93,7 +94,7 @@ class FolderFormat:
           torch_bin: write pytorch_model.bin (needs PyTorch) instead of model.safetensors.
 
         Raises:
-          ValueError: the format has no names for this model.
+          ValueError: the format has no names or options for this model.
         """
         config, params = self.model_of(model.task, model.params)
         return self.write_model(path, config, params, model=model, shard_bytes=shard_bytes, torch_bin=torch_bin)
@@ -121,14 +122,64 @@ class FolderFormat:
     ) -> Path:
         """Writes config and parameters, and the tokenizer if a `model` is given; as `write`."""
         folder, options = Path(folder), self.options_of(config)
+        tensors = self.params_to(config, params)
+        _must_mean(config, self.config_from(options, tensors), self.name)
         with whole_folder(folder) as half_done:
             if model is not None and self.has_texts:
                 texts = write_texts(half_done, model)
                 own = texts.pop("jaxtok", {}) | self.facts(model)
                 options = {name: x for name, x in (texts | options).items() if name != "jaxtok"} | {"jaxtok": own}
-            save_tensors(half_done, self.params_to(config, params), shard_bytes, torch_bin)
+            save_tensors(half_done, tensors, shard_bytes, torch_bin)
             (half_done / "config.json").write_text(json.dumps(options, indent=2) + "\n")
         return folder
+
+
+_MEANING = (
+    "num_layers",
+    "kv_heads",
+    "head_dim",
+    "norm",
+    "norm_eps",
+    "post_norm",
+    "causal",
+    "mask_keys",
+    "window",
+    "full_layers",
+    "scale_scores",
+    "scale_by_layer",
+    "qk_norm",
+    "rotary_fraction",
+    "rotary_base",
+    "activation",
+    "gated",
+    "use_bias",
+    "qkv_bias",
+    "mlp_bias",
+    "learned_positions",
+    "relative_buckets",
+    "scale_embeddings",
+)
+"""What a config says of the function that a model computes, beside sizes that its tensors show."""
+
+
+def _must_mean(config: Any, read: Any, form: str) -> None:
+    """Raises a ValueError if a config.json would be read as another model's."""
+    for name in _MEANING:
+        ours, theirs = _meaning(config, name), _meaning(read, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name} is {ours!r}; it must be {theirs!r} for a model that is written in the format {form}."
+            )
+
+
+def _meaning(config: Any, name: str) -> Any:
+    value = getattr(config, name, None)
+    if value is None and name in ("qkv_bias", "mlp_bias"):
+        return getattr(config, "use_bias", None)
+    if value == 0 and name == "norm_eps":
+        return NORMS[config.norm]
+    needs = {"full_layers": "window", "rotary_base": "rotary_fraction"}.get(name)
+    return value if needs is None or getattr(config, needs, None) else None
 
 
 def read_options(folder: str | Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jaxtok.interop import electra, encoders, t5
 from jaxtok.interop.encoders import activation_from, activation_to
 from jaxtok.interop.folders import FolderFormat, Options, hub_names, read_hub_params, read_options, stored_dtype
 from jaxtok.interop.tensors import Place, Shapes, Source, expected_shapes, write_params
-from jaxtok.interop.texts import Texts, read_texts
+from jaxtok.interop.texts import Texts
 from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.lm.electra import ElectraConfig
@@ -27,7 +27,6 @@ from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.t5 import T5Config
 from jaxtok.nn.rotary import RopeScaling
 from jaxtok.protocols import Params
-from jaxtok.tokenizers import HuggingFaceTokenizer
 
 KINDS = ("gpt2", "llama", "mistral", "qwen2", "gemma")
 HEAD = "lm_head.weight"
@@ -421,14 +420,3 @@ def is_folder(path: str | Path) -> bool:
         return "model_type" in read_options(path)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return False
-
-
-def read_tokenizer(folder: str | Path) -> tuple[HuggingFaceTokenizer, list[int], list[int]]:
-    """Returns the folder's tokenizer, the ids that begin a text, and those each of which ends it.
-
-    Raises:
-      FileNotFoundError: there is no tokenizer that can be read.
-      ValueError: nothing tells what ends a text.
-    """
-    texts = read_texts(Path(folder), read_options(folder))
-    return texts.tokenizer, list(texts.begin), list(texts.ends)

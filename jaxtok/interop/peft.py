@@ -27,7 +27,7 @@ from jaxtok.lm.bert import BertConfig
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.model import Model
 from jaxtok.nn.lora import Site, find_sites, flat, merge, nested
-from jaxtok.protocols import Params
+from jaxtok.protocols import FROZEN, Params
 from jaxtok.transfer.lora import Lora
 from jaxtok.weights import open_safetensors
 
@@ -375,7 +375,7 @@ class AdapterFolder:
         return write_adapter(
             path,
             model.task.task.model,
-            find_sites(lora, params["frozen"]),
+            find_sites(lora, params[FROZEN]),
             params["adapter"],
             base=base,
             rslora=lora.rank_stabilized,

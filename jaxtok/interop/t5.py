@@ -28,6 +28,7 @@ COPIES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _ACTIVATIONS = {  # as `feed_forward_proj` names them: theirs -> ours
     "relu": "relu",
     "gelu": "gelu",
+    "gelu_python": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "silu": "silu",
@@ -194,6 +195,8 @@ def _is_tied(tensors: Mapping[str, Any]) -> bool:
 def config_json(config: T5Config) -> dict[str, Any]:
     """Returns the content of a config.json."""
     name = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}[config.activation]
+    if config.gated:  # theirs reads gated-gelu as gelu_new, so the exact one needs its other name
+        name = "gated-" + {"gelu_new": "gelu", "gelu": "gelu_python"}.get(name, name)
     reduces = isinstance(config, MrT5Config)
     options = {
         "architectures": ["MrT5ForConditionalGeneration" if reduces else "T5ForConditionalGeneration"],
@@ -204,7 +207,7 @@ def config_json(config: T5Config) -> dict[str, Any]:
         "num_heads": config.num_heads,
         "d_kv": config.head_dim,
         "d_ff": config.mlp_dim,
-        "feed_forward_proj": "gated-gelu" if config.gated and name == "gelu_new" else "gated-" * config.gated + name,
+        "feed_forward_proj": name,
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
         "scale_decoder_outputs": config.scale_outputs,
@@ -287,8 +290,8 @@ def first_sentinel(file: str | Path) -> int:
 
 def facts(model: Model) -> dict[str, int]:
     """Returns the first sentinel of a model's data."""
-    first = getattr(model.data, "first_sentinel", None)
-    return {} if first is None else {"first_sentinel": first}
+    data = model.data
+    return {"first_sentinel": data.first_sentinel} if isinstance(data, SpanCorruption) else {}
 
 
 def model_of(task: SequenceToSequence, params: Params) -> tuple[T5Config, Params]:
@@ -298,7 +301,7 @@ def model_of(task: SequenceToSequence, params: Params) -> tuple[T5Config, Params
 
 def params_of(task: SequenceToSequence, params: Params) -> Params:
     """Returns a task's parameters, with the model that was read and a new controller if it has one."""
-    return {**params, "controller": new_controller()} if getattr(task, "target_rate", 0.0) else params
+    return {**params, "controller": new_controller()} if isinstance(task, MrT5Training) and task.target_rate else params
 
 
 T5 = FolderFormat(

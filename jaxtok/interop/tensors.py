@@ -171,10 +171,14 @@ def _without_ones(shape: Iterable[int]) -> list[int]:
 
 
 def write_params(table: Table, params: Params) -> dict[str, np.ndarray]:
-    """Returns their tensors by name, from our parameter tree or one of its form (a gradient); inverts `read_params`."""
+    """Returns their tensors by name, from our parameter tree or one of its form (a gradient); inverts `read_params`.
+
+    Raises:
+      ValueError: the table has no name for a parameter.
+    """
     flat = {place: np.asarray(leaf) for place, leaf in flax.traverse_util.flatten_dict(params).items()}
     found = {}
-    for name, pieces in _tensors(table, {place: flat[place].shape for place in table}).items():
+    for name, pieces in _tensors(table, {place: leaf.shape for place, leaf in flat.items()}).items():
         source = pieces[0].source
         arrays = [p.source.theirs(flat[p.place] if p.index is None else flat[p.place][p.index]) for p in pieces]
         if source.padding:
@@ -220,7 +224,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
-    """Returns the tensors in model.safetensors, in the shards of its index, or in pytorch_model.bin (needs PyTorch).
+    """Returns the tensors in model.safetensors or pytorch_model.bin (needs PyTorch), or in the shards of one of them.
 
     Raises:
       FileNotFoundError: there are no weights, or a shard is missing.
@@ -229,22 +233,43 @@ def read_tensors(folder: Path) -> Mapping[str, np.ndarray]:
     if (path := folder / "model.safetensors").is_file():
         return Tensors(dict.fromkeys(open_safetensors(path).keys(), path))
     if (path := folder / "model.safetensors.index.json").is_file():
-        shard_of = json.loads(path.read_text())["weight_map"]
-        for shard in sorted(set(shard_of.values())):
-            if Path(shard).name != shard:
-                raise ValueError(f"{path} names the shard {shard!r}; it must be a file of the same folder.")
-            if not (folder / shard).is_file():
-                raise FileNotFoundError(f"{folder / shard} does not exist, but {path.name} names it; fetch it too.")
-            held = set(open_safetensors(folder / shard).keys())
-            if missing := [name for name, where in shard_of.items() if where == shard and name not in held]:
-                raise ValueError(
-                    f"{folder / shard} has no tensor {missing[0]}, but {path.name} names it; fetch both again."
-                )
-        return Tensors({name: folder / shard for name, shard in shard_of.items()})
+        shard_of = _shards(path)
+        for shard in set(shard_of.values()):
+            _must_hold(shard, open_safetensors(shard).keys(), shard_of, path)
+        return Tensors(shard_of)
     for name in ("pytorch_model.bin", "mp_rank_00_model_states.pt"):
         if (path := folder / name).is_file():
             return read_weights(path, "module")  # the key under which DeepSpeed keeps the model
+    if (path := folder / "pytorch_model.bin.index.json").is_file():
+        shard_of, found = _shards(path), {}
+        for shard in set(shard_of.values()):
+            held = read_weights(shard)
+            _must_hold(shard, held, shard_of, path)
+            found |= held
+        return found
     raise FileNotFoundError(f"{folder} holds neither model.safetensors nor pytorch_model.bin; fetch the weights too.")
+
+
+def _shards(index: Path) -> dict[str, Path]:
+    """Returns the names of tensors to their files, from the index of a folder's shards."""
+    try:
+        shard_of = {str(name): str(shard) for name, shard in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is damaged: it has no table weight_map of names and files; fetch it again."
+        ) from error
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} names the shard {shard!r}; it must be a file of the same folder.")
+        if not (index.parent / shard).is_file():
+            raise FileNotFoundError(f"{index.parent / shard} does not exist, but {index.name} names it; fetch it too.")
+    return {name: index.parent / shard for name, shard in shard_of.items()}
+
+
+def _must_hold(shard: Path, held: Iterable[str], shard_of: Mapping[str, Path], index: Path) -> None:
+    known = set(held)
+    if missing := [name for name, where in shard_of.items() if where == shard and name not in known]:
+        raise ValueError(f"{shard} has no tensor {missing[0]}, but {index.name} names it; fetch both again.")
 
 
 def save_tensors(
@@ -276,6 +301,7 @@ def save_tensors(
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
     """Yields a folder to write into, FOLDER.part, whose files are moved to `folder` at the end; an error removes it."""
+    folder = folder.resolve()  # "." has no name
     half_done = folder.with_name(folder.name + ".part")
     shutil.rmtree(half_done, ignore_errors=True)
     half_done.mkdir(parents=True)

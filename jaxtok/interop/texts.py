@@ -15,6 +15,7 @@ from typing import Any
 
 import tokenizers
 
+from jaxtok.data.text import TextData
 from jaxtok.model import Model
 from jaxtok.protocols import Tokenizer
 from jaxtok.tokenizers import HuggingFaceTokenizer, load_tokenizer
@@ -132,10 +133,9 @@ def _written_first(theirs: tokenizers.Tokenizer, ends: tuple[int, ...]) -> tuple
 
 def write_texts(folder: Path, model: Model) -> dict[str, Any]:
     """Copies the tokenizer's files into the folder; returns what config.json says of texts."""
-    spec = str(getattr(model.data, "tokenizer", "") or "")
-    if not spec:
+    if not isinstance(model.data, TextData):
         return {}
-    name = copy_tokenizer(spec, folder)
+    name = copy_tokenizer(model.data.tokenizer, folder)
     own = {"tokenizer": name, "begin": list(model.begin), "ends": list(model.ends)}
     if model.pad is not None:
         own["pad"] = model.pad

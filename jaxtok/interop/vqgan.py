@@ -21,7 +21,7 @@ from jaxtok.interop.files import has_tensors, read_file, write_file
 from jaxtok.interop.tensors import CONVOLUTION, Place, Source, read_params, shapes_of, write_params
 from jaxtok.model import Model
 from jaxtok.nn.convolution import Layer, encoder_levels, generator_levels
-from jaxtok.protocols import Params
+from jaxtok.protocols import FROZEN, Params
 from jaxtok.vision.autoencoding import Autoencoder, Autoencoding, TokenizerConfig
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, Statistics, new_statistics
@@ -194,7 +194,7 @@ def from_official(task: Autoencoding, tensors: Tensors) -> tuple[Params, dict[st
         disc = {name: tensor for name, tensor in disc.items() if name.endswith("num_batches_tracked")}
     if perceptual and task.uses_lpips:
         lpips = lpips_params(perceptual, task.perceptual_widths, "the checkpoint")
-        params["frozen"] = {"lpips": lpips}
+        params[FROZEN] = {"lpips": lpips}
         perceptual = {}
     aside |= {f"disc.{name}": tensor for name, tensor in disc.items()}
     return params, aside | {f"perceptual.{name}": tensor for name, tensor in perceptual.items()}
@@ -215,8 +215,8 @@ def to_official(task: Autoencoding, params: Params, aside: Tensors | None = None
             name = f"main.{number}.num_batches_tracked"
             theirs[name] = np.asarray(aside.get(f"disc.{name}", np.zeros((), np.int64)))
         found |= {f"disc.{name}": tensor for name, tensor in theirs.items()}
-    if "frozen" in params:
-        found |= {f"perceptual.{name}": tensor for name, tensor in lpips_tensors(params["frozen"]["lpips"]).items()}
+    if FROZEN in params:
+        found |= {f"perceptual.{name}": tensor for name, tensor in lpips_tensors(params[FROZEN]["lpips"]).items()}
     return found | {name: tensor for name, tensor in aside.items() if name not in found}
 
 
@@ -258,7 +258,7 @@ class AutoencoderFile:
         params, _ = from_official(like, read_file(path, like, which))
         if "discriminator" not in params:
             like = dataclasses.replace(like, discriminator=None)
-        if like.uses_lpips and "frozen" not in params:
+        if like.uses_lpips and FROZEN not in params:
             like = dataclasses.replace(like, perceptual="none")
         return Model(task=like, params=params, data=None, path=Path(path))
 

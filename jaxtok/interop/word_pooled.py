@@ -183,7 +183,7 @@ def owns(task: Any) -> bool:
 
 def facts(model: Model) -> dict[str, str]:
     """Returns the rule that tells what words are."""
-    return {"rule": model.data.rule} if hasattr(model.data, "rule") else {}
+    return {"rule": model.data.rule} if isinstance(model.data, WordUnitText | NormalizedText) else {}
 
 
 WORD_POOLED = FolderFormat(

@@ -23,15 +23,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxtok.axes import constrain, gather
-from jaxtok.lm.fitting import fit_text
 from jaxtok.lm.masked_words import Slots, put, take
+from jaxtok.lm.text_classification import TextClassification
 from jaxtok.lm.whole_words import Predicted, WordModeling, choose_words, mean_state, score_pieces
 from jaxtok.nn.activations import gelu
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import cross_entropy, mean
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
-from jaxtok.protocols import Batch, Data, Params, Sums, Task
+from jaxtok.protocols import Batch, Params
 from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, symbol_mask, word_array
 
 BYTE_VOCAB = 261
@@ -87,7 +86,7 @@ class Byte2WordConfig(LinearStack):
             raise ValueError(f"pool_heads is {self.pool_heads}, which does not divide d_model = {self.d_model}.")
         for field, allowed in {"pooling": POOLINGS, "query": QUERIES}.items():
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be {', '.join(allowed)}.")
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(allowed)}.")
 
     @property
     def output_init_std(self) -> float:
@@ -422,7 +421,7 @@ class ByteWords(WordModeling):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ByteWordsClassification(Task):
+class ByteWordsClassification(TextClassification):
     """Fine-tunes the whole model on texts with a class. A batch has
 
     words   int32    [batch, length, max_bytes]; the first word of each row is [CLS]
@@ -430,20 +429,10 @@ class ByteWordsClassification(Task):
     labels  int32    [batch]
     """
 
-    counted = "texts"
-
     model: Byte2WordConfig
-
-    def __post_init__(self):
-        if not self.model.num_classes:
-            raise ValueError("model.num_classes is 0; it must be the number of classes.")
 
     def module(self) -> Byte2Word:
         return Byte2Word(self.model)
-
-    def fit(self, data: Data, train: Any = None) -> ByteWordsClassification:
-        """See `jaxtok.lm.fitting.fit_text`."""
-        return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         words = batch["words"]
@@ -454,27 +443,6 @@ class ByteWordsClassification(Task):
         rngs = None if rng is None else {"dropout": rng}
         hidden = apply(words, symbol_mask(words), batch["mask"], deterministic=rng is None, rngs=rngs)
         return apply(hidden, method="classes")
-
-    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
-        return self._sums(self.logits(params, batch, rng), batch)
-
-    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the mean cross entropy in nats; also logs the accuracy."""
-        return mean(sums["nats"], sums["texts"]), {"accuracy": mean(sums["right"], sums["texts"])}
-
-    def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        return self._sums(self.logits(params, batch), batch)
-
-    def _sums(self, logits: Float[Array, "batch classes"], batch: Batch) -> dict[str, jax.Array]:
-        labels, real = batch["labels"], batch["mask"][:, 0]
-        right = (logits.argmax(-1) == labels).astype(jnp.float32)
-        of_texts = {"nats": cross_entropy(logits, labels), "right": right, "texts": jnp.ones_like(real)}
-        return {name: jnp.sum(x * real) for name, x in of_texts.items()}
-
-    def metrics(self, sums: Sums) -> dict[str, float]:
-        """Returns loss (nats), accuracy, and texts, their number."""
-        texts = sums["texts"]
-        return {"loss": sums["nats"] / texts, "accuracy": sums["right"] / texts, "texts": texts}
 
     def flops(self, batch: Batch) -> float:
         """FLOPs of a training step: three times the forward pass."""

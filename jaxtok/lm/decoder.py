@@ -47,7 +47,7 @@ class DecoderConfig(StackConfig):
         if self.max_length < 1:
             raise ValueError(f"max_length is {self.max_length}; it must be at least 1.")
         if self.final_norm and self.final_norm not in NORMS:
-            raise ValueError(f"final_norm is {self.final_norm!r}; it can be {', '.join(NORMS)}.")
+            raise ValueError(f"final_norm is {self.final_norm!r}; it must be one of {', '.join(NORMS)}.")
         if self.relative_buckets < 0:
             raise ValueError(f"relative_buckets is {self.relative_buckets}; it must be positive, or 0 for no bias.")
         if self.relative_buckets:

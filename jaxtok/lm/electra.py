@@ -50,7 +50,9 @@ class ElectraConfig(BertConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.head_activation and self.head_activation not in ACTIVATIONS:
-            raise ValueError(f"head_activation is {self.head_activation!r}; it can be {', '.join(ACTIVATIONS)}.")
+            raise ValueError(
+                f"head_activation is {self.head_activation!r}; it must be one of {', '.join(ACTIVATIONS)}."
+            )
         if self.pooler or self.next_sentence or self.positions_from_ids:
             raise ValueError("an ELECTRA has no pooler, next_sentence or positions_from_ids; they must be False.")
 
@@ -170,7 +172,7 @@ class ReplacedTokens(Task):
             ("objective", _OBJECTIVES),
         ):
             if (value := getattr(self, field)) not in allowed:
-                raise ValueError(f"{field} is {value!r}; it can be {', '.join(allowed)}.")
+                raise ValueError(f"{field} is {value!r}; it must be one of {', '.join(allowed)}.")
         for field in ("generator_width", "generator_depth", "temperature"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be positive.")

@@ -327,24 +327,8 @@ class HATModeling(Task):
         return cross_entropy(logits, ids), real * mask[..., None], logits.argmax(-1) == ids
 
 
-def generate_words(
-    config: HATConfig,
-    params: Params,
-    prompts: Sequence[tuple[Sequence[bytes], bytes]],
-    max_bytes: int,
-    sampling: Chooser = Sampling(),
-    rng: jax.Array | None = None,
-) -> list[list[bytes]]:
-    """The words after each prompt, which is whole words and the beginning of the next; that beginning is not repeated.
-
-    Raises:
-      ValueError: see `HATModeling.continue_text`.
-    """
-    rows = spell_on_prompts(config, params, prompts, max_bytes, sampling, rng)
-    return [[word for word in _words(config, row.tokens) if word] for row in rows]
-
-
-def _words(config: HATConfig, tokens: Sequence[int]) -> list[bytes]:
+def split_words(config: HATConfig, tokens: Sequence[int]) -> list[bytes]:
+    """The words of new tokens, [W] after each; the first may be empty, and the last may be open."""
     words = [bytearray()]
     for token in tokens:
         if token == config.w_id:
@@ -363,10 +347,14 @@ def spell_on_prompts(
     rng: jax.Array | None = None,
     on_text: OnText | None = None,
 ) -> list[Continued]:
-    """Does what `generate_words` does, and returns tokens (bytes, [W] and [S]) and their log probabilities.
+    """Spells the words after each prompt, which is whole words and the beginning of the next.
 
-    These are of the model's distribution over what can follow: at the beginning of a word [S] but not [W], later [W]
-    but not [S], and after `max_units` bytes only [W].
+    That beginning is not repeated. Tokens are bytes, [W] and [S]; their log probabilities are of the model's
+    distribution over what can follow: at the beginning of a word [S] but not [W], later [W] but not [S], and after
+    `max_units` bytes only [W].
+
+    Raises:
+      ValueError: see `HATModeling.continue_text`.
     """
     if not prompts or max_bytes < 1:
         raise ValueError(f"there are {len(prompts)} prompts and max_bytes is {max_bytes}; both must be at least 1.")
@@ -399,7 +387,7 @@ def spell_on_prompts(
     )
 
     def read(row: int, tokens: list[int]) -> bytes:
-        return b"".join(_words(config, tokens))
+        return b"".join(split_words(config, tokens))
 
     return continue_texts(engine, params, state, read, max_bytes, on_text)
 

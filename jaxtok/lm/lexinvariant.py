@@ -139,7 +139,8 @@ class Lexinvariant(Backbone):
         """Logits of the token after each one (float32), and the cache with these tokens appended.
 
         Args:
-          tokens: ids below vocab_size; others give NaN. The documents of a row share a table but do not see each other.
+          tokens: ids from 0 to vocab_size - 1; others give NaN. The documents of a row share a table, but do not see
+            each other.
           positions, segments, mask: as in `jaxtok.lm.decoder.Decoder`.
           cache: from `init_cache` or an earlier call; its tables are used.
 
@@ -178,11 +179,11 @@ class Lexinvariant(Backbone):
         if table is None:
             learned = jnp.take(self.embedding, tokens, axis=0) if self.random_symbols < 1 else None
             x = self._rows(self._keys(keys, tokens.shape[0]), tokens, learned)
-            x = jnp.where(((tokens >= 0) & (tokens < cfg.vocab_size))[..., None], x, jnp.nan)
         elif table.ndim == 2:
             x = jnp.take(table, tokens, axis=0)
         else:
             x = jnp.take_along_axis(table.astype(cfg.dtype), tokens[..., None], axis=1)
+        x = jnp.where(((tokens >= 0) & (tokens < cfg.vocab_size))[..., None], x, jnp.nan)
         if cfg.scale_embeddings:
             x = x * jnp.asarray(cfg.d_model**0.5, x.dtype)
         return constrain(x, "d_model")
@@ -359,12 +360,15 @@ class LexinvariantModeling(LanguageModeling):
         """The loss by position in the context, counted from a document's beginning in its row.
 
         Args:
-          edges: where bins begin, and where the last one ends; default: `position_edges`.
+          edges: where bins begin, and where the last one ends, in rising order; default: `position_edges`.
           permuted: whether the symbols of each sequence are renamed, in each draw, by a random permutation of them all.
 
         Raises:
-          ValueError: there was no target to predict.
+          ValueError: there was no target to predict, or the edges do not rise.
         """
+        edges = tuple(edges)
+        if len(edges) == 1 or any(stop <= start for start, stop in itertools.pairwise(edges)):
+            raise ValueError(f"edges is {edges}; it must be at least two numbers in rising order.")
         batches = iter(batches)
         first = list(itertools.islice(batches, 1))
         edges = edges or position_edges(max((batch["tokens"].shape[1] for batch in first), default=1))

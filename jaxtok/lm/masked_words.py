@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtok.lm.bert import BertConfig
+from jaxtok.lm.bert import Bert, BertConfig
 from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.losses import bits_per_byte, cross_entropy
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
@@ -143,13 +143,16 @@ class MaskedWords(Task):
             raise ValueError("model.mask_head is False; it must be True, as this head predicts the masked words.")
         self.masking.check(self.model.vocab_size)
 
+    def module(self) -> Bert:
+        return self.model.module()
+
     def fit(self, data: Data, train: Any = None) -> MaskedWords:
         """See `jaxtok.lm.fitting.fit_text`."""
         return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         self.masking.check(self.model.vocab_size)
-        return self.model.module().init(rng, batch["tokens"], method="everything")["params"]
+        return self.module().init(rng, batch["tokens"], method="everything")["params"]
 
     def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         nats, correct, slots, _ = self.predict(params, batch, rng, train=True)

@@ -73,7 +73,7 @@ class MrT5Config(T5Config):
     def __post_init__(self):
         super().__post_init__()
         if self.gate not in GATES:
-            raise ValueError(f"gate is {self.gate!r}; it can be {', '.join(GATES)}.")
+            raise ValueError(f"gate is {self.gate!r}; it must be one of {', '.join(GATES)}.")
         if not 0 <= self.gate_layer < max(self.num_layers, 1):
             raise ValueError(
                 f"gate_layer is {self.gate_layer}; it must be from 0 to {self.num_layers - 1}, as the encoder has "
@@ -470,7 +470,7 @@ class MrT5Training(SequenceToSequence):
         if not 0 <= self.target_rate < 1:
             raise ValueError(f"target_rate is {self.target_rate}; it must be in [0, 1), where 0 is no controller.")
         if self.regulariser not in REGULARISERS:
-            raise ValueError(f"regulariser is {self.regulariser!r}; it can be {', '.join(REGULARISERS)}.")
+            raise ValueError(f"regulariser is {self.regulariser!r}; it must be one of {', '.join(REGULARISERS)}.")
         if not 0 <= self.hard_probability <= 1:
             raise ValueError(f"hard_probability is {self.hard_probability}; it must be in [0, 1].")
         for field in ("alpha", "k_p", "k_i", "regulariser_delay", "score_weight"):

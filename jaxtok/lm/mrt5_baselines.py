@@ -359,7 +359,7 @@ def saved_before(fields: dict[str, Any]) -> tuple[type[MrT5Config], dict[str, An
     fields = dict(fields)
     kinds = {MrT5Config.reduction: MrT5Config, **BASELINES}
     if (name := fields.pop("reduction")) not in kinds:
-        raise ValueError(f"reduction is {name!r}; it can be {', '.join(kinds)}.")
+        raise ValueError(f"reduction is {name!r}; it must be one of {', '.join(kinds)}.")
     known = {field.name for field in dataclasses.fields(kinds[name])}
     for option in {"amount", "stride", "temperature", "prior", "mask_surplus"} - known:
         fields.pop(option, None)

@@ -8,8 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
-from jaxtok.lm.bert import BertConfig
+from jaxtok.lm.bert import Bert, BertConfig
 from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.losses import cross_entropy, mean
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
@@ -33,12 +34,15 @@ class TextClassification(Task):
         if not self.model.num_classes:
             raise ValueError("model.num_classes is 0; it must be the number of classes.")
 
+    def module(self) -> Bert:
+        return self.model.module()
+
     def fit(self, data: Data, train: Any = None) -> TextClassification:
         """See `jaxtok.lm.fitting.fit_text`."""
         return fit_text(self, data)
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
-        return self.model.module().init(rng, batch["tokens"], method="everything")["params"]
+        return self.module().init(rng, batch["tokens"], method="everything")["params"]
 
     def start_from(self, trained: Params, params: Params) -> Params:
         """The new parameters, with those of the same name from a trained encoder in their place."""
@@ -59,14 +63,14 @@ class TextClassification(Task):
 
     def metrics(self, sums: Sums) -> dict[str, float]:
         """Returns loss (nats), accuracy, mean_class_accuracy (the mean of the accuracies of all classes that occur) and
-        rows, the number of texts."""
+        texts, their number."""
         nats, correct, rows = (sums[name] for name in ("nats", "right", "texts"))
         occurs = rows > 0
         return {
             "loss": float(nats.sum() / rows.sum()),
             "accuracy": float(correct.sum() / rows.sum()),
             "mean_class_accuracy": float(np.mean(correct[occurs] / rows[occurs])),
-            "rows": float(rows.sum()),
+            "texts": float(rows.sum()),
         }
 
     def flops(self, batch: Batch) -> float:
@@ -75,10 +79,14 @@ class TextClassification(Task):
         head = 2 * self.model.d_model * (self.model.d_model + self.model.num_classes)
         return 3 * rows * (length * self.model.flops(length) + head)
 
-    def _scores(self, params, batch, rng=None):
-        module, rngs = self.model.module(), None if rng is None else {"dropout": rng}
+    def logits(self, params: Params, batch: Batch, rng: jax.Array | None = None) -> Float[Array, "batch classes"]:
+        """The logits of each text's class; with a key, with dropout."""
+        module, rngs = self.module(), None if rng is None else {"dropout": rng}
         args = batch["tokens"], batch["mask"] > 0, batch["types"]
         hidden = module.apply({"params": params}, *args, deterministic=rng is None, rngs=rngs)
-        logits = module.apply({"params": params}, hidden, method="classes")
+        return module.apply({"params": params}, hidden, method="classes")
+
+    def _scores(self, params, batch, rng=None):
+        logits = self.logits(params, batch, rng)
         correct = (logits.argmax(-1) == batch["labels"]).astype(jnp.float32)
         return cross_entropy(logits, batch["labels"]), correct, batch["mask"][:, 0]

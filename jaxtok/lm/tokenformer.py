@@ -21,12 +21,6 @@ class TokenFormerConfig(ParameterAttentionStack, DecoderConfig):
 
     final_norm: str = "layernorm"
 
-    def num_params(self) -> int:
-        """V d + 2 d + 2 L d (n_query + n_key + n_value + n_output + n_ffn), for a tied model with its default norms."""
-        return (
-            self.vocab_size * self.d_model + 2 * self.d_model + self.num_layers * 2 * self.d_model * self.tokens.total()
-        )
-
 
 def tpu_variant(config: TokenFormerConfig) -> TokenFormerConfig:
     """The config with the choices of the authors' TPU code: tanh GELU, epsilon added to the norm, no positions.

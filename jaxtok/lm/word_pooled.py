@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.axes import constrain, gather, rows_only
 from jaxtok.data.word_units import BYTE_OFFSET, RULES, WordRule, WordUnitText, load_units
 from jaxtok.data.words import WordText
-from jaxtok.decoding.engine import Engine, State, new_tokens
+from jaxtok.decoding.engine import Engine, State
 from jaxtok.decoding.protocols import Chooser
 from jaxtok.decoding.sampling import Sampling, sampling_key
 from jaxtok.decoding.text import Continued, OnText, continue_texts, texts_and_logprobs
@@ -107,7 +107,7 @@ class WordPooledConfig:
         if not 0 <= self.encoder_dropout < 1:
             raise ValueError(f"encoder_dropout is {self.encoder_dropout}; it must be in [0, 1).")
         if self.prefix_ids not in ("own", "official"):
-            raise ValueError(f"prefix_ids is {self.prefix_ids!r}; it can be own, official.")
+            raise ValueError(f"prefix_ids is {self.prefix_ids!r}; it must be one of own, official.")
         if self.prefix_ids == "official" and self.vocab_size and self.max_units > self.vocab_size:
             raise ValueError(
                 f"max_units is {self.max_units}, above vocab_size = {self.vocab_size}, where prefix_ids = official "
@@ -448,30 +448,6 @@ def word_accuracies(
     return same & (truth != END), same.all(-1)
 
 
-def generate_words(
-    model: WordPooled,
-    params: Params,
-    words: Int[Array, "batch words max_units"],
-    lengths: Int[Array, "batch words"],
-    counts: Int[Array, " batch"],
-    rng: jax.Array | None = None,
-    allowed: Bool[Array, "#units vocab"] | None = None,
-    *,
-    new: int,
-    sampling: Chooser = Sampling(temperature=0),
-) -> Int[np.ndarray, "batch new max_units"]:
-    """`new` words after the first `counts` words of each row. Words after the end of the text have no units.
-
-    A text ends when a word begins with the end mark, which `allowed` may forbid.
-    """
-    engine, state = begin_words(model, params, words, lengths, counts, rng, allowed, new=new, sampling=sampling)
-    generated = np.full((len(lengths), new, model.config.max_units), END, np.int32)
-    for row, units in zip(generated, new_tokens(engine.run(params, state)).tokens):
-        for word, spelled in zip(row, split_words(model.config, units)):
-            word[: len(spelled)] = spelled
-    return generated
-
-
 def split_words(config: WordPooledConfig, units: Sequence[int]) -> list[tuple[int, ...]]:
     """The words of a row of `WordGeneration`'s units; the last word may be open."""
     words: list[list[int]] = [[]]
@@ -486,7 +462,10 @@ def split_words(config: WordPooledConfig, units: Sequence[int]) -> list[tuple[in
 def begin_words(
     model: WordPooled, params, words, lengths, counts, rng, allowed, *, new: int, sampling: Chooser
 ) -> tuple[Engine, State]:
-    """The engine and its first state, for `generate_words`."""
+    """The engine that adds `new` words to the first `counts` words of each row, and its first state.
+
+    A text ends when a word begins with the end mark, which `allowed` may forbid.
+    """
     cfg, steps = model.config, WordGeneration(model)
     engine = Engine(model=steps, chooser=sampling)
     allowed = np.ones((1, cfg.vocab_size), bool) if allowed is None else allowed
@@ -589,19 +568,20 @@ class WordPooling(Task):
 
     model: WordPooledConfig
     tokenizer: str = "bytes"
-    """The tokenizer whose ids are the units; it should be the data's."""
+    """The tokenizer whose ids are the units; `fit` takes the data's."""
     rule: WordRule = "paper"
-    """The rule for what words are; it should be the data's."""
+    """The rule for what words are; `fit` takes the data's."""
 
     def module(self) -> WordPooled:
         return WordPooled(self.model)
 
     def __post_init__(self):
         if self.rule not in RULES:
-            raise ValueError(f"rule is {self.rule!r}; it can be {', '.join(RULES)}.")
+            raise ValueError(f"rule is {self.rule!r}; it must be one of {', '.join(RULES)}.")
 
     def fit(self, data: Data, train: Any = None) -> WordPooling:
-        """The task, with a vocab_size of 0 replaced by the number of the data's units, rounded up to 128.
+        """The task, with the data's tokenizer and rule, and a vocab_size of 0 replaced by the number of the data's
+        units, rounded up to 128.
 
         Raises:
           ValueError: the model has too few units, another canvas than the data, or a context shorter than their rows.
@@ -612,7 +592,9 @@ class WordPooling(Task):
                 "equal."
             )
         task = fit_text(self, data)
-        if self.tokenizer == "bytes" and task.model.vocab_size < BYTE_OFFSET + 256:
+        if isinstance(data, WordUnitText):
+            task = dataclasses.replace(task, tokenizer=data.tokenizer, rule=data.rule)
+        if task.tokenizer == "bytes" and task.model.vocab_size < BYTE_OFFSET + 256:
             raise ValueError(
                 f"task.model.vocab_size is {task.model.vocab_size}, but bytes are units up to {BYTE_OFFSET + 255}; "
                 "raise it."

@@ -75,7 +75,7 @@ class AutoencoderConfig:
             )
         for field in ("dtype", "param_dtype"):
             if getattr(self, field) not in ("float32", "bfloat16"):
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be float32, bfloat16.")
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of float32, bfloat16.")
 
     @property
     def stride(self) -> int:

@@ -70,7 +70,7 @@ class LinearStack(StackConfig):
         if not 0 <= self.mlp_dropout < 1:
             raise ValueError(f"mlp_dropout is {self.mlp_dropout}; it must be in [0, 1).")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"activation is {self.activation!r}; it can be {', '.join(ACTIVATIONS)}.")
+            raise ValueError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}.")
 
     def linear(self, features: int, axes: tuple[str, str], std: float, bias: bool | None, name: str | None) -> Linear:
         return Linear(

@@ -228,12 +228,6 @@ def merge(
     return nested(leaves)
 
 
-def unmerge(params: Params, sites: Sequence[Site], adapter: Params, base_saved: Params | None = None) -> Params:
-    """The parameters as they were before `merge`, up to rounding; what was saved is restored from `base_saved`."""
-    restored = merge(params, sites, {"pairs": adapter["pairs"]}, weight=-1.0)
-    return nested(flat(restored) | flat(base_saved or {}))
-
-
 def check(params: Params, sites: Sequence[Site], adapter: Params) -> None:
     """Raises ValueError if an adapter is not for this model; the message names the parameter and the shapes."""
     leaves = flat(params)

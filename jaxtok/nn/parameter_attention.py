@@ -72,7 +72,7 @@ def normalize_scores(
         case "gelu_layer_norm":
             return jax.nn.standardize(gelu(a, tanh_gelu), -1, epsilon=1e-6)
         case _:
-            raise ValueError(f"normalization {kind!r} is unknown; it can be {', '.join(NORMALIZATIONS)}.")
+            raise ValueError(f"normalization is {kind!r}; it must be one of {', '.join(NORMALIZATIONS)}.")
 
 
 def attention_weights(
@@ -214,9 +214,7 @@ class ParameterAttentionStack(StackConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.normalization not in NORMALIZATIONS:
-            raise ValueError(
-                f"normalization is {self.normalization!r}, which is unknown; it can be {', '.join(NORMALIZATIONS)}."
-            )
+            raise ValueError(f"normalization is {self.normalization!r}; it must be one of {', '.join(NORMALIZATIONS)}.")
         if not 0 <= self.pattention_dropout < 1:
             raise ValueError(f"pattention_dropout is {self.pattention_dropout}; it must be in [0, 1).")
         for group in GROUPS:

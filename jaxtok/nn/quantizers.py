@@ -47,15 +47,26 @@ def code_counts(codes: Int[Array, "*shape"], size: int) -> Float[Array, " codes"
     return jnp.zeros(size, jnp.float32).at[codes.reshape(-1)].add(1.0)
 
 
-class NearestQuantizer(nn.Module):
+class Codebook(nn.Module):
+    """What quantisers with one learned vector for each code share; `setup` of a subclass makes its `embedding`."""
+
+    codebook_size: int
+    features: int
+
+    def table(self) -> Float[Array, "codes features"]:
+        return gather(self.embedding.astype(jnp.float32), "vocab", "d_model")
+
+    def embed(self, codes: Int[Array, "batch rows columns 1"]) -> Float[Array, "batch rows columns features"]:
+        return jnp.take(self.table(), codes[..., 0], axis=0)
+
+
+class NearestQuantizer(Codebook):
     """Replaces a vector by the nearest of K learned ones (of several equally near, the first).
 
     L = mean((sg(z_q) - z)^2) + beta mean((z_q - sg(z))^2): as in the authors' code, beta weighs the codebook's term and
     not the commitment.
     """
 
-    codebook_size: int
-    features: int
     beta: float = 0.25
     param_dtype: Any = jnp.float32
 
@@ -68,12 +79,9 @@ class NearestQuantizer(nn.Module):
         init = nn.with_logical_partitioning(uniform, ("vocab", "d_model"))
         self.embedding = self.param("embedding", init, (self.codebook_size, self.features), self.param_dtype)
 
-    def _table(self) -> Float[Array, "codes features"]:
-        return gather(self.embedding.astype(jnp.float32), "vocab", "d_model")
-
     def __call__(self, x: Float[Array, "batch rows columns features"], draws: None = None, **options: Any) -> Quantized:
         """Quantises x. Nothing is drawn, and options, which other quantisers have, are ignored."""
-        x, table = x.astype(jnp.float32), self._table()
+        x, table = x.astype(jnp.float32), self.table()
         distances = jnp.sum(jnp.square(x), -1, keepdims=True) + jnp.sum(jnp.square(table), -1)
         distances -= 2 * jnp.einsum("...d,kd->...k", x, table, precision="highest")
         codes = jnp.argmin(distances, -1)
@@ -86,23 +94,18 @@ class NearestQuantizer(nn.Module):
         metrics = {"perplexity": perplexity(counts), "mean_distance": still(distances.mean())}
         return Quantized(straight_through(nearest, x), codes[..., None].astype(jnp.int32), loss, metrics)
 
-    def embed(self, codes: Int[Array, "batch rows columns 1"]) -> Float[Array, "batch rows columns features"]:
-        return jnp.take(self._table(), codes[..., 0], axis=0)
-
 
 def gumbel_temperature(step: Any) -> Float[Array, ""]:
     """tau(step) = max(1/16, 1 - step / 160,000)."""
     return jnp.maximum(1 / 16, 1 - jnp.asarray(step, jnp.float32) / 160_000)
 
 
-class GumbelQuantizer(nn.Module):
+class GumbelQuantizer(Codebook):
     """Replaces a vector by a softmax over K learned ones, with Gumbel noise, or by a single one of them if it is hard.
 
     L = kl_weight times the mean over positions of sum_n q_n log(K q_n), with q without noise.
     """
 
-    codebook_size: int
-    features: int
     hard: bool = False
     """Whether it is hard in training too; outside of training it always is."""
     kl_weight: float = 5e-4
@@ -112,9 +115,6 @@ class GumbelQuantizer(nn.Module):
         self.proj = Conv(self.codebook_size, 1, padding=(0, 0), axis="channels", param_dtype=self.param_dtype)
         init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "d_model"))
         self.embedding = self.param("embedding", init, (self.codebook_size, self.features), self.param_dtype)
-
-    def _table(self) -> Float[Array, "codes features"]:
-        return gather(self.embedding.astype(jnp.float32), "vocab", "d_model")
 
     def __call__(
         self,
@@ -133,13 +133,10 @@ class GumbelQuantizer(nn.Module):
             y = straight_through(jax.nn.one_hot(codes, self.codebook_size), y)
         q = jax.nn.softmax(logits, -1)
         divergence = jnp.sum(q * jnp.log(q * self.codebook_size + 1e-10), -1)
-        vectors = jnp.einsum("...k,kd->...d", y, self._table(), precision="highest")
+        vectors = jnp.einsum("...k,kd->...d", y, self.table(), precision="highest")
         metrics = {"perplexity": perplexity(code_counts(codes, self.codebook_size))}
         loss = self.kl_weight * divergence.mean((1, 2))
         return Quantized(vectors, codes[..., None].astype(jnp.int32), loss, metrics)
-
-    def embed(self, codes: Int[Array, "batch rows columns 1"]) -> Float[Array, "batch rows columns features"]:
-        return jnp.take(self._table(), codes[..., 0], axis=0)
 
 
 class BinaryQuantizer(nn.Module):

@@ -40,7 +40,7 @@ class RelativeBias(nn.Module):
     heads: int
     buckets: int = 32
     distance: int = 128
-    """Where the last bucket begins; everything farther has its bias."""
+    """The distance from which on all are in the last bucket (nearer ones may be in it too)."""
     causal: bool = True
     """Whether all buckets are for keys in the past; otherwise half of them are for keys in the future."""
     init_std: float = 0.02

@@ -107,7 +107,7 @@ class StackConfig:
                 f"num_kv_heads is {self.num_kv_heads}, which does not divide num_heads = {self.num_heads}."
             )
         if self.norm not in NORMS:
-            raise ValueError(f"norm is {self.norm!r}, which is unknown; it can be {', '.join(NORMS)}.")
+            raise ValueError(f"norm is {self.norm!r}; it must be one of {', '.join(NORMS)}.")
         for field in ("dropout", "attention_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be in [0, 1).")
@@ -121,11 +121,11 @@ class StackConfig:
             )
         for field, allowed in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES)):
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it can be {', '.join(allowed)}.")
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(allowed)}.")
         if self.attention not in IMPLEMENTATIONS:
-            raise ValueError(f"attention is {self.attention!r}; it can be {', '.join(IMPLEMENTATIONS)}.")
+            raise ValueError(f"attention is {self.attention!r}; it must be one of {', '.join(IMPLEMENTATIONS)}.")
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat is {self.remat!r}; it can be {', '.join(REMAT_POLICIES)}.")
+            raise ValueError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT_POLICIES)}.")
 
     @property
     def head_dim(self) -> int:

@@ -77,7 +77,7 @@ class Comparison:
 
     def experiment(self, arm: Experiment, seed: int) -> Experiment:
         """Returns an arm with a seed for parameters, batches and steps, in its own folder."""
-        data = dataclasses.replace(arm.data, seed=seed) if hasattr(arm.data, "seed") else arm.data
+        data = dataclasses.replace(arm.data, seed=seed)
         folder = Path(self.workdir) / f"seed{seed}" / arm.name
         return dataclasses.replace(arm, data=data, train=dataclasses.replace(arm.train, seed=seed), workdir=str(folder))
 

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from jaxtok.data.corpora import open_corpus
 from jaxtok.data.encoders import EncoderData
 from jaxtok.data.text import TextData
-from jaxtok.lm.bert import BertConfig
+from jaxtok.lm.bert import Bert, BertConfig
 from jaxtok.lm.electra import ReplacedTokens
 from jaxtok.lm.text_classification import TextClassification
 from jaxtok.protocols import ArraySpec, Batch, Params
@@ -114,7 +114,7 @@ def encoder(task: Any, params: Params) -> tuple[BertConfig, Params]:
     """
     if isinstance(task, ReplacedTokens):
         return task.export(params)
-    if isinstance(getattr(task, "model", None), BertConfig):
+    if isinstance(task.module(), Bert):
         return task.model, params
     raise ValueError(f"{type(task).__name__} trains no encoder; measure MaskedWords or ReplacedTokens.")
 

@@ -36,7 +36,7 @@ class ByT5Tokenizer:
 
     def __init__(self, special: Literal["bytes", "ids"] = "bytes"):
         if special not in ("bytes", "ids"):
-            raise ValueError(f"special is {special!r}; it can be bytes, ids.")
+            raise ValueError(f"special is {special!r}; it must be one of bytes, ids.")
         self._special = special
         self._strings = {i: name.encode() for name, i in _NAMES.items()} if special == "ids" else {}
 

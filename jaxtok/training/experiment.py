@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
 
 from jaxtok.data.text import TextData
 from jaxtok.protocols import Surgery
@@ -85,7 +87,7 @@ class Experiment:
     """How the devices divide the work; a run can be resumed on another mesh."""
     stages: tuple[Any, ...] = ()
     """The surgeries (`jaxtok.protocols.Surgery`) on the model inside the run, one after the other."""
-    start: Any = None
+    start: Annotated[Any, tyro.conf.Suppress] = None  # `train --start` names a model, so that help would be wrong
     """The surgery that makes the first parameters from those of a model of another kind (`jaxtok train --start MODEL`
     names that model)."""
     name: str = "run"

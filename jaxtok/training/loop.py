@@ -278,7 +278,7 @@ def start_from(
     layout = layout or one_device()
     task, data, own = source.task, source.data, experiment.task
     abstract = abstract_params(own, experiment.data, layout)
-    kinds = [f"{type(t).__name__} of a {type(getattr(t, 'model', None)).__name__}" for t in (task, own)]
+    kinds = [f"{type(t).__name__} of a {type(t.model).__name__}" for t in (task, own)]
     name = source.path or "the model to start from"
     if kinds[0] == kinds[1] and not _difference(source.params, abstract):
         afterwards = task

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtok.protocols import Surgery
+from jaxtok.protocols import FROZEN, Surgery
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "exponential", "constant")
@@ -380,24 +380,24 @@ def averaged_params(opt_state: Any, params: Any) -> Any:
 
 
 def without_frozen(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Returns the optimizer of all parameters but those under `frozen` at the top, which stay and have no state."""
+    """Returns the optimizer of all parameters but those under `FROZEN` at the top, which stay and have no state."""
     optimizer = optax.with_extra_args_support(optimizer)
 
     def update(updates, state, params=None, **options):
         changed, state = optimizer.update(_not_frozen(updates), state, _not_frozen(params), **options)
         if _is_split(updates):
-            changed = {**changed, "frozen": jax.tree.map(jnp.zeros_like, updates["frozen"])}
+            changed = {**changed, FROZEN: jax.tree.map(jnp.zeros_like, updates[FROZEN])}
         return changed, state
 
     return optax.GradientTransformationExtraArgs(lambda params: optimizer.init(_not_frozen(params)), update)
 
 
 def _not_frozen(tree: Any) -> Any:
-    return {name: part for name, part in tree.items() if name != "frozen"} if _is_split(tree) else tree
+    return {name: part for name, part in tree.items() if name != FROZEN} if _is_split(tree) else tree
 
 
 def _is_split(tree: Any) -> bool:
-    return isinstance(tree, Mapping) and "frozen" in tree
+    return isinstance(tree, Mapping) and FROZEN in tree
 
 
 def _adam(config: OptimizerSettings) -> optax.GradientTransformation:

@@ -54,11 +54,11 @@ class Growth:
         Raises:
           ValueError: the model has no parameter tokens, or cannot grow like this (`grow`).
         """
-        model = getattr(task, "model", None)
-        if not isinstance(model, ParameterAttentionStack):
+        model = task.model
+        if not isinstance(model, ParameterAttentionStack) or task.module() is None:
             raise ValueError(
-                f"the task {type(task).__name__} with the model {type(model).__name__} has no parameter tokens, so it "
-                "cannot grow; leave out the growth."
+                f"the task {type(task).__name__} with the model {type(model).__name__} has no parameter tokens of its "
+                "own, so it cannot grow; leave out the growth."
             )
         changes = {"model": grown_config(model, self.to, self.init, self.scale)}
         if hasattr(task, "frozen_tokens"):
@@ -217,6 +217,6 @@ def _check_choices(init: str, scale: str) -> None:
             "init is zero_both, but with zero keys and zero values neither ever gets a gradient; use zero_keys or copy."
         )
     if init not in ("zero_keys", "copy", "random"):
-        raise ValueError(f"init is {init!r}; it can be zero_keys, copy, random.")
+        raise ValueError(f"init is {init!r}; it must be one of zero_keys, copy, random.")
     if scale not in ("auto", "fixed", "current"):
-        raise ValueError(f"scale is {scale!r}; it can be auto, fixed, current.")
+        raise ValueError(f"scale is {scale!r}; it must be one of auto, fixed, current.")

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import jax
 
 from jaxtok.nn.lora import LoraConfig, find_sites, init_adapter, merge, saved_paths
-from jaxtok.protocols import Batch, Data, Params, Sums, Task
+from jaxtok.protocols import FROZEN, Batch, Data, Params, Sums, Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,14 @@ class Lora(Task):
     def counted(self) -> str:
         return self.task.counted
 
+    @property
+    def model(self) -> Any:
+        """The task's model. Its module cannot be used with these parameters; it can with those of `merged`."""
+        return self.task.model
+
+    def with_model(self, **fields: Any) -> Lora:
+        return dataclasses.replace(self, task=self.task.with_model(**fields))
+
     def fit(self, data: Data, train: Any = None) -> Lora:
         return dataclasses.replace(self, task=self.task.fit(data, train))
 
@@ -37,11 +45,11 @@ class Lora(Task):
     def start(self, params: Params, rng: jax.Array) -> Params:
         """The parameters with the task's as the frozen ones, and an adapter that changes nothing yet."""
         sites, saved = find_sites(self.lora, params), saved_paths(self.lora, params)
-        return {"frozen": params, "adapter": init_adapter(rng, sites, saved, params)}
+        return {FROZEN: params, "adapter": init_adapter(rng, sites, saved, params)}
 
     def merged(self, params: Params, rng: jax.Array | None = None) -> Params:
         """The task's parameters plus the differences; with a key, the differences have dropout, as in training."""
-        frozen = jax.lax.stop_gradient(params["frozen"])
+        frozen = jax.lax.stop_gradient(params[FROZEN])
         sites = find_sites(self.lora, frozen)
         return merge(frozen, sites, params["adapter"], dropout=self.lora.dropout, rng=rng)
 
@@ -72,11 +80,11 @@ class Lora(Task):
 
     def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
         """Applies the task's `after_step` to the frozen parameters, so a controller or a running mean goes on."""
-        return {**params, "frozen": self.task.after_step(params["frozen"], metrics, step)}
+        return {**params, FROZEN: self.task.after_step(params[FROZEN], metrics, step)}
 
     def load_weights(self, params: Params) -> Params:
-        frozen = self.task.load_weights(params["frozen"])
-        return params if frozen is params["frozen"] else {**params, "frozen": frozen}
+        frozen = self.task.load_weights(params[FROZEN])
+        return params if frozen is params[FROZEN] else {**params, FROZEN: frozen}
 
     def flops(self, batch: Batch) -> float:
         """The task's FLOPs: gradients of frozen matrices are computed too, as the adapter's are made from them."""

@@ -29,15 +29,14 @@ class T5ToMrT5:
 
     def task(self, task: Task, data: Data) -> tuple[Task, Data]:
         """The task afterwards. Raises ValueError if the task's model is no T5, or `to` is missing."""
-        model = getattr(task, "model", None)
-        if not isinstance(task, SequenceToSequence) or isinstance(model, MrT5Config):
+        if not isinstance(task, SequenceToSequence) or isinstance(task.model, MrT5Config):
             raise ValueError(
-                f"a {type(task).__name__} with the model {type(model).__name__} cannot become an MrT5; it must be a T5 "
-                "or a ByT5."
+                f"a {type(task).__name__} with the model {type(task.model).__name__} cannot become an MrT5; it must be "
+                "a T5 or a ByT5."
             )
         if self.to is None:
             raise ValueError("to is None; it must be the task after the change from T5 to MrT5 (an MrT5Training).")
-        return self._afterwards(model), data
+        return self._afterwards(task.model), data
 
     def params(self, task: Task, data: Data, params: Params, opt_state: Any, rng: jax.Array) -> tuple[Params, Any]:
         """The parameters afterwards. Raises ValueError if the T5 has other sizes than `to`."""

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from jaxtok.door import open_model
 from jaxtok.interop.texts import copy_record
 from jaxtok.nn.lora import LoraConfig
-from jaxtok.nn.parameter_attention import GROUPS, TokenCounts
+from jaxtok.nn.parameter_attention import GROUPS, ParameterAttentionStack, TokenCounts
 from jaxtok.runs import write_run
 from jaxtok.training.checkpoints import find_run, fork, must_be_free
 from jaxtok.training.experiment import Experiment, TrainConfig
@@ -24,7 +24,7 @@ from jaxtok.transfer.lora import AddLora
 def grow(
     checkpoint: Positional[Annotated[Path, arg(metavar="RUN")]],
     to: TokenCounts = TokenCounts(),
-    output: Path | None = None,
+    output: Annotated[Path | None, arg(metavar="RUN")] = None,
     times: float = 0.0,
     init: Literal["zero_keys", "copy", "random"] = "zero_keys",
     scale: Literal["auto", "fixed", "current"] = "auto",
@@ -53,8 +53,8 @@ def grow(
     if times:
         if times <= 1:
             raise ValueError(f"times is {times}; it must be above 1.")
-        model = getattr(open_model(checkpoint).task, "model", None)
-        if not hasattr(model, "tokens"):
+        model = open_model(checkpoint).task.model
+        if not isinstance(model, ParameterAttentionStack):
             raise ValueError(f"{checkpoint} has no parameter tokens, so it cannot grow; give a run of a TokenFormer.")
         to = TokenCounts(**{g: round(getattr(model.tokens, g) * times) for g in GROUPS})
     growth = Growth(to=to, init=init, scale=scale, optimizer=optimizer, train=train, steps=steps or 1)
@@ -66,9 +66,9 @@ def grow(
 
 def adapt(
     checkpoint: Positional[Annotated[Path, arg(metavar="MODEL")]],
-    output: Path | None = None,
+    output: Annotated[Path | None, arg(metavar="RUN")] = None,
     lora: LoraConfig = LoraConfig(),
-    adapter: Path | None = None,
+    adapter: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     corpus: str = "",
     steps: int = 1000,
     learning_rate: float = 2e-4,
@@ -76,7 +76,9 @@ def adapt(
     length: int = 0,
     seed: int = 0,
 ) -> Path:
-    """Makes a new run that trains a LoRA adapter of a model: `jaxtok train OUTPUT`, then `jaxtok convert` writes it.
+    """Makes a new run that trains a LoRA adapter of a model.
+
+    `jaxtok train OUTPUT` trains the adapter; then `jaxtok convert OUTPUT FOLDER` writes it for PEFT.
 
     Args:
       checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config

@@ -20,9 +20,9 @@ from jaxtok.training.checkpoints import must_be_free
 def convert(
     source: Positional[Annotated[Path, arg(metavar="FROM")]],
     target: Positional[Annotated[Path, arg(metavar="TO")]],
-    config: Path | None = None,
+    config: Annotated[Path | None, arg(metavar="CONFIG")] = None,
     format: str = "",
-    which: Literal["", "model", "ema"] = "",
+    which: Annotated[Literal["", "model", "ema"], arg(metavar="model|ema")] = "",
     ema: bool = False,
     tokenizer: str = "",
     base: str = "",
@@ -30,10 +30,13 @@ def convert(
 ) -> Path:
     """Converts a model: from another format to a run, or from a run to another format.
 
-    A model in another format becomes a run that every verb takes. There are folders of Hugging Face (GPT-2, Llama,
-    Mistral, Qwen2, Gemma, BERT, RoBERTa, XLM-R, ELECTRA, T5, mT5, ByT5, the released HATs), of PEFT, and of the authors
-    of TokenFormer, MrT5 and Learn Your Tokens; and files of the authors of ELECTRA, VQGAN, BAE and ELM. A run becomes
-    the folder or file that fits its model (for ELECTRA, that of the discriminator).
+    A model in another format becomes a run that every verb takes. These formats are known:
+      - folders of Hugging Face: GPT-2, Llama, Mistral, Qwen2, Gemma, BERT, RoBERTa, XLM-R, ELECTRA,
+        T5, mT5, ByT5, the released HATs
+      - folders of PEFT, and of the authors of TokenFormer, MrT5 and Learn Your Tokens
+      - files of the authors of ELECTRA, VQGAN, BAE and ELM
+
+    A run becomes the folder or file that fits its model (for ELECTRA, that of the discriminator).
 
     Args:
       source: The folder or file to read: a run, RUN/checkpoints/STEP, or a model in another format.

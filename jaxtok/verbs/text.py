@@ -18,11 +18,11 @@ def evaluate(
     corpus: str = "",
     split: Split = "validation",
     batches: int = 0,
-    output: Path | None = None,
-    adapter: Path | None = None,
+    output: Annotated[Path | None, arg(metavar="FILE")] = None,
+    adapter: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """Measures a model on a corpus: loss, perplexity and bits per byte for text; for images, what its task measures.
+    """Measures a model: loss, perplexity and bits per byte of a corpus; for images, its task's numbers.
 
     Args:
       checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config
@@ -48,7 +48,7 @@ def evaluate(
 def generate(
     checkpoint: Positional[Annotated[Path, arg(metavar="MODEL")]],
     prompt: tuple[str, ...] = ("",),
-    prompt_file: Path | None = None,
+    prompt_file: Annotated[Path | None, arg(metavar="FILE")] = None,
     max_new_tokens: int = 0,
     temperature: float = 0.8,
     top_k: int = 0,
@@ -57,7 +57,7 @@ def generate(
     stop: tuple[str, ...] = (),
     stop_at_end: bool = True,
     stream: bool = True,
-    adapter: Path | None = None,
+    adapter: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     ema: bool = False,
 ) -> list[bytes]:
     """Continues prompts: one prompt is continued live on the terminal, several are continued as a batch.

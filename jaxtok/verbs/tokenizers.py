@@ -20,7 +20,7 @@ def tokenizer(
     text_field: str = "text",
     words: bool = False,
 ) -> dict[str, Any]:
-    """Trains a SentencePiece tokenizer on the training split of a corpus; use it as `--data.tokenizer FILE`.
+    """Trains a SentencePiece tokenizer on the training split of a corpus, for `--data.tokenizer FILE`.
 
     Args:
       output: The file to write, which ends in .model.

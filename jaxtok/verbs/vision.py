@@ -22,6 +22,7 @@ from jaxtyping import Int, UInt8
 from PIL import Image
 from tyro.conf import Positional, arg
 
+from jaxtok.configuration import command_line
 from jaxtok.data.codes import CodeData, Header, alike, open_codes, regroup, times, write_codes
 from jaxtok.data.corpora import SPLITS, open_corpus
 from jaxtok.door import open_model
@@ -55,7 +56,7 @@ def tokenize(
 ) -> Path:
     """Encodes the images of every split with a tokenizer, for `CodeData` (--data.path OUTPUT).
 
-    Splits that the same tokenizer has encoded already are kept: a second call goes on with those that are missing.
+    Splits that the same tokenizer has encoded are kept; a second call goes on with the others.
 
     Args:
       checkpoint: A run of an image tokenizer, or RUN/checkpoints/STEP.
@@ -78,7 +79,7 @@ def tokenize(
         )
     data = _images(tokenizer.data, images, batch_size)
     header = code_header(tokenizer, data.classes or ("0",))
-    for number, split in enumerate(splits):
+    for split in splits:
         mirrored = (data.flip if flip is None else flip) and split == "train"
         repeats = draws if split == "train" else 1
         if (output / split).is_dir():
@@ -89,7 +90,7 @@ def tokenize(
                     "images of them; choose another folder."
                 )
             continue
-        rng = jax.random.fold_in(jax.random.key(seed), number)
+        rng = jax.random.fold_in(jax.random.key(seed), SPLITS.index(split))  # whichever splits are encoded with it
         write_codes(output / split, header, _encoded(tokenizer, data, split, repeats, mirrored, rng))
     return output
 
@@ -106,7 +107,7 @@ def reconstruct(
     seed: int = 0,
     ema: bool = False,
 ) -> dict[str, Any]:
-    """Encodes and decodes held-out images, shows some above their reconstructions, and measures how close they are.
+    """Encodes and decodes held-out images; measures and shows how close they come.
 
     For a volume, the picture shows the middle slice.
 
@@ -125,6 +126,7 @@ def reconstruct(
     """
     if count < 1 or columns < 1:
         raise ValueError(f"count is {count} and columns {columns}; both must be at least 1.")
+    _must_be_picture(output)
     tokenizer = open_tokenizer(checkpoint, ema)
     known = tokenizer.task.prefixes
     if unknown := sorted(set(prefixes) - set(known)):
@@ -161,7 +163,7 @@ def reconstruct(
 def generate(
     checkpoint: Positional[Annotated[Path, arg(metavar="RUN")]],
     output: Positional[Annotated[Path, arg(metavar="[OUTPUT]")]] = Path("samples.png"),
-    tokenizer: Path | None = None,
+    tokenizer: Annotated[Path | None, arg(metavar="RUN")] = None,
     labels: tuple[str, ...] = (),
     per_class: int = 4,
     batch_size: int = 32,
@@ -189,6 +191,10 @@ def generate(
     """
     if per_class < 1 or batch_size < 1:
         raise ValueError(f"per_class is {per_class} and batch_size {batch_size}; both must be at least 1.")
+    if not output.suffix:
+        must_be_free(output)
+    elif output.suffix != ".npz":
+        _must_be_picture(output)
     model = open_model(checkpoint, ema=ema)
     task = _generator(model.task, checkpoint)
     options = make_sampling(task, sampling)
@@ -209,8 +215,9 @@ def generate_from_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     signature = inspect.signature(generate)
     fixed = [parameter for parameter in signature.parameters.values() if parameter.name != "sampling"]
     hints = {name: hint for name, hint in generate.__annotations__.items() if name != "sampling"}
-    if arguments and is_run(Path(arguments[0])):
-        kind = _generator(read_config(find_run(arguments[0])[0]).task, arguments[0]).sampling
+    runs = [path for before, path in zip(["", *arguments], arguments) if before != "--tokenizer" and is_run(Path(path))]
+    if runs:
+        kind = _generator(read_config(find_run(runs[0])[0]).task, runs[0]).sampling
         hints["sampling"] = kind
         fixed.append(inspect.Parameter("sampling", inspect.Parameter.KEYWORD_ONLY, default=kind()))
 
@@ -221,7 +228,7 @@ def generate_from_arguments(arguments: Sequence[str]) -> dict[str, Any]:
     command.__signature__ = signature.replace(parameters=fixed)  # what tyro reads
     command.__annotations__ = hints
     config = (tyro.conf.OmitArgPrefixes,)
-    return tyro.cli(command, args=list(arguments), prog="jaxtok vision generate", config=config)
+    return command_line(command, arguments, prog="jaxtok vision generate", config=config)
 
 
 def make_sampling(generator: ImageGenerator, options: Any = None) -> Any:
@@ -265,10 +272,11 @@ def statistics(
     corpus: str = "",
     tokenizer: str = "bytes",
 ) -> dict[str, Any]:
-    """Measures how random image tokens are, next to those of text: how far unigrams and neighbours are from uniform.
+    """Measures how random image tokens are, next to those of text.
 
-    All sub-codes of a position are one token. Text is cut into rows of as many tokens as an image has, so that the
-    estimates are comparable.
+    The numbers say how far single tokens and pairs of neighbours are from uniform.
+
+    All sub-codes of a position are one token. Text is cut into rows as long as those of images.
 
     Args:
       codes: Folders that `jaxtok vision tokenize` wrote, all with the same number of values at a position.
@@ -448,13 +456,19 @@ def _slices(pixels: UInt8[np.ndarray, "images ..."]) -> UInt8[np.ndarray, "image
     if pixels.ndim == 5:
         pixels = pixels[:, pixels.shape[1] // 2]
     if pixels.shape[-1] not in (1, 3):
-        raise ValueError(f"images have {pixels.shape[-1]} channels, but a picture has 1 or 3; write FILE.npz instead.")
+        raise ValueError(f"images have {pixels.shape[-1]} channels, but a picture has 1 or 3; write FILE.npz.")
     return np.broadcast_to(pixels, (*pixels.shape[:-1], 3))
 
 
 def _filled(pixels: UInt8[np.ndarray, "images ..."], columns: int) -> list[np.ndarray]:
     """Returns a row of the picture, filled up with white images."""
     return [*pixels, *[np.full_like(pixels[0], 255)] * (columns - len(pixels))]
+
+
+def _must_be_picture(path: Path) -> None:
+    """Raises a ValueError, before any work is done, if the path's suffix is not that of a picture."""
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"output is {path}; its suffix must be that of a picture, such as .png.")
 
 
 def _save(picture: Image.Image, path: Path) -> None:
@@ -501,7 +515,6 @@ def _write_images(
     elif output.suffix:
         _save(image_grid(_slices(pixels), columns, names), output)
     else:
-        must_be_free(output)
         output.mkdir(parents=True, exist_ok=True)
         for number, (image, name) in enumerate(zip(pixels, names)):
             safe = "".join(c if c.isalnum() else "_" for c in name)

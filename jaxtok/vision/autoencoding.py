@@ -36,7 +36,7 @@ from jaxtok.axes import constrain
 from jaxtok.nn.convolution import AutoencoderConfig, Encoder, Generator, last_conv, last_name
 from jaxtok.nn.losses import mean
 from jaxtok.nn.quantizers import Quantized, code_counts, perplexity
-from jaxtok.protocols import Batch, Data, Params, Sums, Task
+from jaxtok.protocols import FROZEN, Batch, Data, Params, Sums, Task
 from jaxtok.vision.augmentation import AugmentationDraws, augment, draw_augmentation
 from jaxtok.vision.discriminator import Discriminator, DiscriminatorConfig, hinge_loss, new_statistics
 from jaxtok.vision.images import as_float, check_codes, check_images
@@ -231,7 +231,8 @@ class Autoencoding(Task):
             )
         return self
 
-    def module(self) -> Autoencoder:
+    def autoencoder(self) -> Autoencoder:
+        """The module of the parameters' part `autoencoder`."""
         return Autoencoder(self.model)
 
     @property
@@ -241,14 +242,14 @@ class Autoencoding(Task):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         ours, other = jax.random.split(rng)
         images = as_float(batch["images"])
-        params = {"autoencoder": self.module().init(ours, images)["params"]}
+        params = {"autoencoder": self.autoencoder().init(ours, images)["params"]}
         if self.discriminator is not None:
             statistics = new_statistics(self.discriminator)
             critic = Discriminator(self.discriminator)
             params["discriminator"] = critic.init(other, images, statistics, train=True)["params"]
             params["statistics"] = statistics
         if self.uses_lpips:
-            params["frozen"] = {"lpips": self._lpips().init(other, images, images)["params"]}
+            params[FROZEN] = {"lpips": self._lpips().init(other, images, images)["params"]}
         return params
 
     def load_weights(self, params: Params) -> Params:
@@ -265,7 +266,7 @@ class Autoencoding(Task):
             )
         if not self.uses_lpips:
             return params
-        return {**params, "frozen": {"lpips": read_lpips(self.perceptual, self.perceptual_widths)}}
+        return {**params, FROZEN: {"lpips": read_lpips(self.perceptual, self.perceptual_widths)}}
 
     def _lpips(self) -> LPIPS:
         return LPIPS(self.perceptual_widths, dtype=self.model.dtype)
@@ -273,7 +274,7 @@ class Autoencoding(Task):
     def distance(self, params: Params) -> Callable[[Array, Array], Float[Array, " batch"]]:
         """The function that gives the perceptual term of two batches of images, without its weight."""
         if self.uses_lpips:
-            lpips = jax.lax.stop_gradient(params["frozen"]["lpips"])
+            lpips = jax.lax.stop_gradient(params[FROZEN]["lpips"])
             return lambda x, y: self._lpips().apply({"params": lpips}, x, y)
         if self.perceptual_weight and self.perceptual == "mse":
             return lambda x, y: jnp.mean(jnp.square(x - y), (1, 2, 3))
@@ -291,7 +292,7 @@ class Autoencoding(Task):
 
     def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, Any]:
         draws, mask = self.draw(rng, batch, step), batch["mask"]
-        x, distance, model = as_float(batch["images"]), self.distance(params), self.module()
+        x, distance, model = as_float(batch["images"]), self.distance(params), self.autoencoder()
         features, quantized = model.apply(
             {"params": params["autoencoder"]},
             x,
@@ -447,7 +448,7 @@ def _vgg_flops(widths: tuple[int, ...], side: int) -> float:
 
 def _quantized(task: Autoencoding, autoencoder: Params, images, rng, method="quantize"):
     draws = None if rng is None else task.model.draw(rng, len(images))
-    return task.module().apply({"params": autoencoder}, images, draws, method=method)
+    return task.autoencoder().apply({"params": autoencoder}, images, draws, method=method)
 
 
 def _encode_images(task: Autoencoding, autoencoder: Params, images, rng):
@@ -457,7 +458,7 @@ def _encode_images(task: Autoencoding, autoencoder: Params, images, rng):
 
 def _decode_codes(task: Autoencoding, autoencoder: Params, codes):
     codes = codes.reshape(len(codes), *task.code_shape, codes.shape[-1])
-    return task.module().apply({"params": autoencoder}, codes, method="decode")
+    return task.autoencoder().apply({"params": autoencoder}, codes, method="decode")
 
 
 _encode = jax.jit(_encode_images, static_argnums=0)

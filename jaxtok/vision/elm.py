@@ -562,7 +562,7 @@ def published(size: str, decomposition: str, **options: Any) -> ElmConfig:
     """
     for what, name, known in (("size", size, SIZES), ("decomposition", decomposition, DECOMPOSITIONS)):
         if name not in known:
-            raise ValueError(f"the {what} is {name!r}; it can be {', '.join(known)}.")
+            raise ValueError(f"the {what} is {name!r}; it must be one of {', '.join(known)}.")
     sub_codes, bits = DECOMPOSITIONS[decomposition]
     return ElmConfig(**SIZES[size] | {"sub_codes": sub_codes, "code_bits": bits} | options)
 

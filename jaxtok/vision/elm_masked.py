@@ -196,7 +196,7 @@ class MaskedElmModeling(ModelOfCodes, Task):
         if self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}; it must be at least 1.")
         if self.mask_schedule not in MASK_SCHEDULES:
-            raise ValueError(f"mask_schedule is {self.mask_schedule!r}; it can be {', '.join(MASK_SCHEDULES)}.")
+            raise ValueError(f"mask_schedule is {self.mask_schedule!r}; it must be one of {', '.join(MASK_SCHEDULES)}.")
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it must be in [0, 1).")
         if self.hamming < 0:
@@ -347,9 +347,9 @@ class MaskedSampling:
         if self.rounds < 1:
             raise ValueError(f"rounds is {self.rounds}; it must be at least 1.")
         if self.schedule not in ("constant", "linear", "powercos"):
-            raise ValueError(f"schedule is {self.schedule!r}; it can be constant, linear, powercos.")
+            raise ValueError(f"schedule is {self.schedule!r}; it must be one of constant, linear, powercos.")
         if self.mask_schedule not in MASK_SCHEDULES:
-            raise ValueError(f"mask_schedule is {self.mask_schedule!r}; it can be {', '.join(MASK_SCHEDULES)}.")
+            raise ValueError(f"mask_schedule is {self.mask_schedule!r}; it must be one of {', '.join(MASK_SCHEDULES)}.")
         check_guidance(self.guidance, self.schedule)
         if not 0 <= self.noise < math.inf or not 0 < self.power < math.inf:
             raise ValueError(

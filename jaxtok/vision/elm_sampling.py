@@ -57,7 +57,7 @@ class ElmSampling(Sampling):
     def __post_init__(self):
         super().__post_init__()
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule is {self.schedule!r}; it can be {', '.join(SCHEDULES)}.")
+            raise ValueError(f"schedule is {self.schedule!r}; it must be one of {', '.join(SCHEDULES)}.")
         check_guidance(self.guidance, self.schedule)
 
     def weights(self, steps: int) -> Float[np.ndarray, " steps"]:
@@ -91,8 +91,11 @@ def class_ids(config: ElmConfig, labels: Sequence[int | None] | np.ndarray) -> I
     if not ids.size or ids.ndim != 1:
         raise ValueError("there is no label; give a class for each image.")
     if not np.issubdtype(ids.dtype, np.integer) or ((ids < 0) | (ids >= config.num_classes))[known].any():
-        wrong = next(x for x in ids[known] if not (x == int(x) and 0 <= x < config.num_classes))
-        raise ValueError(f"a label is {wrong}; classes are 0 to {config.num_classes - 1} (None is no class).")
+        outside = (x for x in ids[known] if not (x == int(x) and 0 <= x < config.num_classes))
+        wrong = next(outside, ids[known][0])  # numbers of another type
+        raise ValueError(
+            f"a label is {wrong}; classes are 0 to {config.num_classes - 1}, as integers (None is no class)."
+        )
     return ids.astype(np.int32)
 
 
@@ -180,9 +183,9 @@ def draw(
       fixed: codes, and which of the new positions take them instead of drawn ones.
       on_progress: as in `generate`. Without it, one compiled call draws the whole images.
     """
-    if uniforms is None:
-        rng = sampling_key(rng, sampling)
     plain = Sampling(temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p)
+    if uniforms is None:
+        rng = sampling_key(rng, plain)
     engine = Engine(model=GuidedCodes(config, bool((weights != 1).any())), chooser=Drawing(plain))
     given, new = (labels, prefix, weights, rng, uniforms, fixed), len(weights)
     if on_progress is None:
@@ -287,6 +290,10 @@ class Drawing:
 
     sampling: Sampling
 
+    @property
+    def draws(self) -> bool:
+        return self.sampling.draws
+
     @staticmethod
     def start(batch: int, config: ElmConfig, uniforms, fixed) -> _Draws:
         known, where = (None, None) if fixed is None else fixed
@@ -355,7 +362,7 @@ def extend(
     """
     grid = config.grid
     if direction not in ("down", "right"):
-        raise ValueError(f"direction is {direction!r}; it can be down, right.")
+        raise ValueError(f"direction is {direction!r}; it must be one of down, right.")
     if not 0 < keep < grid:
         raise ValueError(f"keep is {keep}; it must be at least 1 and below the grid's {grid} rows and columns.")
     codes = check_codes(config, codes, "the image")
@@ -412,8 +419,9 @@ def expand(
     sampling: ElmSampling = ElmSampling(),
     rng: jax.Array,
 ) -> Float[Array, "batch height width channels"]:
-    """Pictures that continue beyond the square, `times` times. Each image overlaps the one before by `keep` rows or
-    columns of codes, where the two are blended. Pixels are as `decode` makes them (not clipped).
+    """Pictures that continue beyond the square, `times` times, as in the paper's examples. Each image
+    overlaps the one before by `keep` rows or columns of codes, where the two are blended. Pixels are as `decode` makes
+    them (not clipped).
 
     Raises:
       ValueError: as `extend`.

@@ -53,9 +53,9 @@ class ViTConfig(StackConfig):
         if self.image_size % self.patch_size:
             raise ValueError(f"patch_size is {self.patch_size}, which does not divide image_size = {self.image_size}.")
         if self.pool not in ("token", "mean"):
-            raise ValueError(f"pool is {self.pool!r}; it can be token, mean.")
+            raise ValueError(f"pool is {self.pool!r}; it must be one of token, mean.")
         if self.final_norm not in NORMS:
-            raise ValueError(f"final_norm is {self.final_norm!r}, which is unknown; it can be {', '.join(NORMS)}.")
+            raise ValueError(f"final_norm is {self.final_norm!r}; it must be one of {', '.join(NORMS)}.")
         if self.causal and self.pool == "token":
             raise ValueError("causal is True, but the class token comes first and would see no patch; use pool = mean.")
 

@@ -37,7 +37,7 @@ class VQGANConfig(TokenizerConfig):
         if self.codebook_size < 1:
             raise ValueError(f"codebook_size is {self.codebook_size}; it must be at least 1.")
         if self.quantizer_kind not in QUANTIZERS:
-            raise ValueError(f"quantizer_kind is {self.quantizer_kind!r}; it can be {', '.join(QUANTIZERS)}.")
+            raise ValueError(f"quantizer_kind is {self.quantizer_kind!r}; it must be one of {', '.join(QUANTIZERS)}.")
         for field in ("beta", "kl_weight"):
             if getattr(self, field) < 0:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be 0 or more.")

@@ -11,7 +11,7 @@ import pytest
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from jaxtok.data.corpora import SPLITS, open_corpus, split_of
+from jaxtok.data.corpora import SPLITS, open_corpus
 
 DOCUMENTS = [f"document {i}\n" + "word " * (i % 7) for i in range(300)]
 
@@ -110,16 +110,15 @@ def test_rows_keep_their_order(specs):
         assert texts(open_corpus(specs[kind], "all")) == DOCUMENTS
 
 
-def test_the_split_of_a_name_never_changes():
-    expected = {
-        "input.txt:0": "validation",
-        "x08": "test",
-        "x16": "validation",
-        "x49": "test",
-        "json/decoder.py": "train",
-    }
-    assert {name: split_of(name) for name in expected} == expected
-    assert [split_of(f"x{i:02}") for i in range(50)].count("train") == 47
+def test_the_split_of_a_name_never_changes(tmp_path):
+    """Names of files, and numbers of the rows of one file."""
+    write_files(tmp_path / "files", [f"text {i}" for i in range(50)])
+    write_jsonl(tmp_path / "rows.jsonl", list(map(str, range(50))))
+    for name, expected in {
+        "files": {"validation": ["text 7", "text 37", "text 38"], "test": ["text 31", "text 46"]},
+        "rows.jsonl": {"validation": ["16", "18", "46", "49"], "test": ["8"]},
+    }.items():
+        assert {split: texts(open_corpus(str(tmp_path / name), split)) for split in SPLITS[1:]} == expected
 
 
 def test_the_split_of_a_document_does_not_depend_on_the_others(specs, tmp_path):
@@ -130,7 +129,7 @@ def test_the_split_of_a_document_does_not_depend_on_the_others(specs, tmp_path):
 
 @pytest.mark.parametrize("count", [3, 4, 20])
 def test_few_documents_fill_every_split(tmp_path, count):
-    names = [f"a{i}" for i in range(60) if split_of(f"a{i}.txt") == "train"][:count]
+    names = [f"a{i}" for i in range(5, 5 + count)]  # the hash alone puts all of these into train
     for name in names:
         (tmp_path / f"{name}.txt").write_text(name)
     splits = [[bytes(document).decode() for document in open_corpus(str(tmp_path), split)] for split in SPLITS]

@@ -15,6 +15,7 @@ from collector import collect
 from tiny import check_spec
 
 import jaxtok.data
+from jaxtok.data.text import TextData
 from jaxtok.training.checkpoints import example_batch
 from jaxtok.training.mesh import AxisRules
 
@@ -53,7 +54,11 @@ def test_axes_are_known(data):
         assert len(array.axes) == len(array.shape) and array.axes[0] == "batch" and array.shape[0] == data.batch_size
         assert set(array.axes) <= known | {None}
     assert data.unit in ("tokens", "words", "images") and data.units >= data.batch_size
-    assert data.source in {field.name for field in dataclasses.fields(data)}
+    assert {data.source, "seed", "eval_limit"} <= {field.name for field in dataclasses.fields(data)}
+    if isinstance(data, TextData):
+        assert data.loaded_tokenizer.vocab_size > 0
+    else:
+        assert not hasattr(data, "tokenizer")
 
 
 def test_rows_of_a_process_are_those_of_the_whole(data):

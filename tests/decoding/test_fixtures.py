@@ -44,7 +44,7 @@ def test_prompt_lookup(golden):
 class Uniforms:
     """Draws by the inverse of the distribution function, from given uniforms [batch, depth], in float32."""
 
-    temperature = 1
+    draws = False
 
     def init(self, batch):
         return None

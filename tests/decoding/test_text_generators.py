@@ -4,59 +4,25 @@ from __future__ import annotations
 
 import jax
 import jax.flatten_util
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from collector import collect
 
 from jaxtok.decoding import Sampling
-from jaxtok.lm import t5, word_pooled
-from jaxtok.lm.decoder import init_params
-from jaxtok.lm.hat import HAT, HATConfig, HATModeling
-from jaxtok.lm.hat_released import ReleasedConfig, ReleasedHAT, ReleasedModeling
-from jaxtok.lm.mrt5 import MrT5Training, mrt5
-from jaxtok.lm.t5 import SequenceToSequence, byt5
-from jaxtok.lm.word_pooled import WordPooledConfig, WordPooling
-from jaxtok.nn.linear import LlamaStack
 from jaxtok.protocols import TextGenerator
 
-CHAR = LlamaStack(num_layers=1, d_model=16, num_heads=2, mlp_dim=24)
-BIDIRECTIONAL = LlamaStack(num_layers=1, d_model=16, num_heads=2, mlp_dim=24, causal=False)
-WORDS = {"d_model": 16, "num_layers": 1, "num_heads": 2, "unit_layers": 1, "encoder_heads": 2, "encoder_mlp_dim": 16}
-BYT5 = byt5(16, 24, 1, 1, 2)
-MRT5 = mrt5(BYT5, gate_layer=0)
-WORD = jnp.zeros((1, 1, 6), jnp.int32)
-
-
-def hat():
-    config = HATConfig(
-        encoder=BIDIRECTIONAL, backbone=CHAR, decoder=CHAR, max_units=6, alphabet=258, w_id=256, s_id=257
-    )
-    return HATModeling(model=config), lambda key: init_params(HAT(config), key, WORD, WORD[..., 0], WORD)
-
-
-def released_hat():
-    config = ReleasedConfig(
-        encoder=CHAR, backbone=CHAR, decoder=CHAR, connector_heads=2, guide_heads=2, max_word_size=6
-    )
-    return ReleasedModeling(model=config), lambda key: init_params(ReleasedHAT(config), key, *[WORD[:, 0]] * 3)
-
-
-def learn_your_tokens():
-    config = WordPooledConfig(**WORDS, prefixes=2, max_words=12, max_units=6, dropout=0.0, encoder_dropout=0.0)
-    return WordPooling(model=config), lambda key: word_pooled.init_params(config, key)
-
-
-GENERATORS = {
-    "hat": hat,
-    "released hat": released_hat,
-    "learn your tokens": learn_your_tokens,
-    "byt5": lambda: (SequenceToSequence(model=BYT5), lambda key: t5.init_params(BYT5, key)),
-    "mrt5": lambda: (MrT5Training(model=MRT5), lambda key: t5.init_params(MRT5, key)),
-}
-LIKE_ANOTHER = ("mrt5", "released hat")
+GENERATORS = collect("TEXT_GENERATORS")
+LIKE_ANOTHER = ("mrt5", "hat_released")
 """Their own test files generate with them too, and what these share with another is tested with that one."""
 PROMPTS = [b"one two", b"a b c d e f", "naïve".encode()]
 MOST = 23
+
+
+def test_every_text_generator_is_here():
+    tasks = {type(make().task) for make in collect("TASKS").values()}
+    assert {kind for kind in tasks if hasattr(kind, "continue_text")} == {
+        type(make()[0]) for make in GENERATORS.values()
+    }
 
 
 @pytest.fixture(

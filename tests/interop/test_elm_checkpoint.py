@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxtok.interop.elm import config_from, expected_shapes, params_from, params_to, read_checkpoint, write_checkpoint
-from jaxtok.vision.elm import ElmConfig
-from jaxtok.vision.elm_masked import MaskedElmConfig
+from jaxtok.interop.elm import ELM, config_from, expected_shapes, params_from, params_to, write_checkpoint
+from jaxtok.vision.elm import ElmConfig, ElmModeling
+from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
+from jaxtok.weights import read_weights
 
 SMALL = {"num_layers": 2, "d_model": 16, "num_heads": 4, "mlp_dim": 24, "code_bits": 3, "num_classes": 5}
 CONFIGS = {
@@ -21,6 +22,10 @@ CONFIGS = {
     "masked": MaskedElmConfig(**SMALL, sub_codes=2),
 }
 CONFIG = CONFIGS["two sub-codes"]
+
+
+def task_of(config):
+    return (MaskedElmModeling if isinstance(config, MaskedElmConfig) else ElmModeling)(model=config)
 
 
 def params_of(config):
@@ -46,9 +51,8 @@ def test_written_then_read_is_the_same(name, suffix, tmp_path):
     config, params = CONFIGS[name], params_of(CONFIGS[name])
     path = write_checkpoint(tmp_path / f"elm{suffix}", config, params)
     options = {"sub_codes": 2} if isinstance(config, MaskedElmConfig) else {}
-    read, again = read_checkpoint(path, head_size=4, **options)
-    assert read == config
-    assert_same(again, params)
+    assert config_from(read_weights(path), head_size=4, **options) == config
+    assert_same(ELM.read(path, task_of(config)).params, params)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     with pytest.raises(FileExistsError, match="exists"):
         write_checkpoint(path, config, params)
@@ -64,12 +68,12 @@ def test_a_checkpoint_of_a_training(tmp_path):
     path = tmp_path / "0000010.pt"
     torch.save({**stored, "opt": {"state": {0: torch.zeros(3)}}, "args": argparse.Namespace(lr=1e-4)}, path)
     for which, tree in params.items():
-        assert_same(read_checkpoint(path, which=which, head_size=4)[1], tree)
-    with pytest.raises(ValueError, match="holds model and ema; say which = 'ema'"):
-        read_checkpoint(path)
+        assert_same(ELM.read(path, task_of(CONFIG), which=which).params, tree)
+    with pytest.raises(ValueError, match="holds model and ema; choose one, such as which = 'ema'"):
+        ELM.read(path, task_of(CONFIG))
     torch.save({"ema": stored["ema"], "args": argparse.Namespace()}, path)
     with pytest.raises(ValueError, match=r"which is 'model', but .* holds ema"):
-        read_checkpoint(path, which="model")
+        ELM.read(path, task_of(CONFIG), which="model")
 
 
 class Harmful:
@@ -82,25 +86,25 @@ def test_files_that_could_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": {"x": torch.zeros(2)}, "args": Harmful()}, "bad.pt")
     with pytest.raises(ValueError, match="could run code"):
-        read_checkpoint("bad.pt", which="model")
+        ELM.read("bad.pt", task_of(CONFIG), which="model")
     assert not (tmp_path / "harm").exists()
 
 
 def test_files_that_are_no_checkpoints(tmp_path):
     torch = pytest.importorskip("torch")
     with pytest.raises(FileNotFoundError, match="does not exist; give"):
-        read_checkpoint(tmp_path / "nothing.pth")
+        ELM.read(tmp_path / "nothing.pth", task_of(CONFIG))
     none = "no table of tensors by name"
     for content, error in (([1], f"a list, {none}"), ({"x": 1}, rf"{none} \('x' is no tensor"), ({"model": {}}, none)):
         torch.save(content, tmp_path / "odd.pth")
         with pytest.raises(ValueError, match=error):
-            read_checkpoint(tmp_path / "odd.pth")
+            ELM.read(tmp_path / "odd.pth", task_of(CONFIG))
     path = write_checkpoint(tmp_path / "whole.pth", CONFIG, params_of(CONFIG))
     (tmp_path / "cut.pth").write_bytes(path.read_bytes()[:3000])
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
     for name in ("cut.pth", "cut.safetensors"):
         with pytest.raises(ValueError, match="damaged or not a"):
-            read_checkpoint(tmp_path / name)
+            ELM.read(tmp_path / name, task_of(CONFIG))
     with pytest.raises(ValueError, match="must end in"):
         write_checkpoint(tmp_path / "elm.txt", CONFIG, params_of(CONFIG))
 
@@ -111,9 +115,7 @@ def test_what_the_published_masked_class_has_and_does_not_use(tmp_path):
     more = {"output.0.weight": (8, 16), "output.weight": (8, 16), "proj.weight": (16, 32), "pos_embed.weight": (4, 16)}
     more |= {name: np.ones(shape, np.float32) for name, shape in more.items()}
     safetensors.numpy.save_file(tensors | more, tmp_path / "elm.safetensors")
-    read, params = read_checkpoint(tmp_path / "elm.safetensors", head_size=4, sub_codes=2)
-    assert read == config
-    assert_same(params, params_of(config))
+    assert_same(ELM.read(tmp_path / "elm.safetensors", task_of(config)).params, params_of(config))
 
 
 def test_tensors_that_do_not_fit():

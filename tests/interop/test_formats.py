@@ -669,6 +669,76 @@ def test_an_encoder_with_a_head_of_its_own_is_refused(tmp_path):
         format_of(folder).read(folder)
 
 
+def test_a_folder_that_would_be_read_as_another_model_is_not_written(tmp_path, capsys):
+    cases = {
+        ("tokenformer", "window"): 5,
+        ("tokenformer", "scale_embeddings"): True,
+        ("tokenformer", "norm_eps"): 1e-3,
+        ("tokenformer", "num_kv_heads"): 1,
+        ("tokenformer", "relative_buckets"): 8,
+        ("t5", "window"): 5,
+        ("t5", "norm"): "layernorm",
+        ("t5", "use_bias"): True,
+        ("mistral", "full_layers"): (0,),
+        ("mistral", "use_bias"): True,
+        ("gpt2", "window"): 5,
+    }
+    for number, ((name, field), value) in enumerate(cases.items()):
+        case = CASES[name]()
+        task = dataclasses.replace(case.task, model=dataclasses.replace(case.task.model, **{field: value}))
+        run = begin(
+            Experiment(task=task, data=case.data, workdir=str(tmp_path / f"run{number}")),
+            dataclasses.replace(case, task=task).model().params,
+        )
+        assert main(["convert", str(run), str(tmp_path / "written")]) == 1, (name, field)
+        said = printed_error(capsys)
+        assert field.removeprefix("num_") in said or "the format has no name for the parameter" in said, said
+        assert not (tmp_path / "written").exists()
+
+
+def test_the_exact_gelu_of_a_gated_t5_comes_back(tmp_path):
+    """Hugging Face reads gated-gelu as the one with tanh."""
+    for activation in ("gelu", "gelu_tanh", "silu", "relu"):
+        case = CASES["t5"]()
+        model = dataclasses.replace(case.task.model, gated=True, activation=activation)
+        model = dataclasses.replace(case, task=dataclasses.replace(case.task, model=model)).model()
+        same(format_named("t5").read(format_named("t5").write(tmp_path / activation, model)), model)
+
+
+def test_a_model_is_written_into_the_folder_where_one_is(tmp_path, monkeypatch):
+    case = CASES["gpt2"]()
+    run = begin(Experiment(task=case.task, data=case.data, workdir=str(tmp_path / "run")), case.model().params)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["convert", str(run), "."]) == 0
+    same(format_named("huggingface").read(tmp_path / "here"), case.model())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "run"]
+
+
+def test_a_damaged_index_is_named(hub, tmp_path, capsys):
+    for content in ("{", "{}", "[]", '{"weight_map": []}'):
+        (hub / "model.safetensors.index.json").write_text(content)
+        assert main(["convert", str(hub), str(tmp_path / "run")]) == 1
+        assert "model.safetensors.index.json is damaged" in printed_error(capsys)
+
+
+def test_shards_of_pytorch_are_read(hub, capsys):
+    torch = pytest.importorskip("torch")
+    before = format_of(hub).read(hub)
+    index = json.loads((hub / "model.safetensors.index.json").read_text())
+    for shard in set(index["weight_map"].values()):
+        tensors = safetensors.numpy.load_file(hub / shard)
+        torch.save({name: torch.tensor(x) for name, x in tensors.items()}, hub / shard.replace("safetensors", "bin"))
+        (hub / shard).unlink()
+    shard_of = {name: shard.replace("safetensors", "bin") for name, shard in index["weight_map"].items()}
+    (hub / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shard_of}))
+    (hub / "model.safetensors.index.json").unlink()
+    same(before, format_of(hub).read(hub))
+    (hub / max(shard_of.values())).unlink()
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin\.index\.json names it"):
+        format_of(hub).read(hub)
+
+
 def test_a_t5_without_the_shared_table_can_have_a_head_of_its_own(tmp_path):
     case = CASES["t5"]()
     task = dataclasses.replace(case.task, model=dataclasses.replace(case.task.model, tie_embeddings=False))

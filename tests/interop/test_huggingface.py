@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import jaxtok
+from jaxtok.interop.folders import read_options
 from jaxtok.interop.huggingface import (
     config_json,
     is_folder,
     params_to,
     read_config,
     read_folder,
-    read_tokenizer,
     write_folder,
 )
+from jaxtok.interop.texts import read_texts
 from jaxtok.lm import gpt2, llama
 from jaxtok.lm.decoder import Decoder, init_params
 from jaxtok.nn.rotary import RopeScaling, rotary_frequencies
@@ -120,13 +122,13 @@ def test_published_sizes(published, parameters):
 
 
 def test_texts_of_a_folder(capfdbinary, tmp_path):
-    tokenizer, prefix, stops = read_tokenizer(FOLDER)
-    assert prefix == [380] and stops == [381, 383]
+    opened = jaxtok.open(FOLDER)
+    assert opened.begin == (380,) and opened.ends == (381, 383)
     expected = np.load(FOLDER.parent / "hf_folder_llama_expected.npz")
     texts, ids = (json.loads(str(expected[name])) for name in ("texts", "out/ids"))
     for text, theirs in zip(texts, ids):
-        assert [*prefix, *tokenizer.encode(text)] == theirs
-        assert tokenizer.decode(tokenizer.encode(text)) == text.encode()
+        assert opened.ids(text).tolist() == theirs
+        assert opened.tokenizer.decode(opened.tokenizer.encode(text)) == text.encode()
     (text,) = generate(FOLDER, prompt=("hello",), temperature=0, max_new_tokens=5)
     assert capfdbinary.readouterr().out == b"hello" + text + b"\n"
     corpus = tmp_path / "a.txt"
@@ -233,7 +235,7 @@ def test_files_that_are_missing_or_damaged(broken, tmp_path):
         read_folder(broken)
     (broken / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no tokenizer\.json"):
-        read_tokenizer(broken)
+        read_texts(broken, read_options(broken))
 
 
 def test_a_factor_of_one_changes_no_frequency():

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, read_tokenizer, write_folder
+import jaxtok
+from jaxtok.interop.huggingface import params_from, params_to, read_config, read_folder, write_folder
 from jaxtok.interop.peft import (
     adapter_from,
     adapter_to,
@@ -93,9 +94,8 @@ def test_read_then_written_is_the_same(golden, tmp_path):
 def test_folders(golden, parity, request):
     folder = request.config.getoption("--goldens") / "llama_gpt2_bricks"
     model, params = apply_adapter(folder / "hf_folder_llama_lora", *read_folder(folder / "hf_folder_llama"))
-    tokenizer, prefix, _ = read_tokenizer(folder / "hf_folder_llama")
     text = json.loads(str(golden["in/texts"] if "in/texts" in golden.arrays else golden["texts"]))[0]
-    ids = np.array([[*prefix, *tokenizer.encode(text)]])
+    ids = jaxtok.open(folder / "hf_folder_llama").ids(text)[None]
     logits, _ = Decoder(model).apply({"params": params}, ids)
     parity("logits with the adapter", logits.reshape(golden["out/lora_logits_0"].shape), golden["out/lora_logits_0"])
 

@@ -419,9 +419,9 @@ def test_impossible_models_are_refused():
         dataclasses.replace(TINY, pool_heads=5)
     with pytest.raises(ValueError, match="max_pieces is 0; it must be at least 1"):
         dataclasses.replace(TINY, max_pieces=0)
-    with pytest.raises(ValueError, match="query is 'mean'; it can be learned"):
+    with pytest.raises(ValueError, match="query is 'mean'; it must be one of learned"):
         dataclasses.replace(TINY, query="mean")
-    with pytest.raises(ValueError, match="pooling is 'fast'; it can be factored, plain"):
+    with pytest.raises(ValueError, match="pooling is 'fast'; it must be one of factored, plain"):
         dataclasses.replace(TINY, pooling="fast")
     with pytest.raises(ValueError, match="vocab_size is 0"):
         init_params(dataclasses.replace(TINY, vocab_size=0), jax.random.key(0))

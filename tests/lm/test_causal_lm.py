@@ -68,7 +68,14 @@ EXCEPTIONS = {
 """The reason why a test is not run, by model and test."""
 
 
-@pytest.fixture(scope="module", params=[*MODELS, *OTHERS])
+LIKE_ANOTHER = ("mistral", "semi_lexinvariant")
+"""Models with the layers of another one (Llama; lexinvariant); they run with --slow."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LIKE_ANOTHER)) for name in [*MODELS, *OTHERS]],
+)
 def causal_lm(request):
     if request.param in OTHERS:
         return OTHERS[request.param]()

@@ -20,7 +20,7 @@ from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.hat import config_json, read_config, read_folder, write_folder
 from jaxtok.lm import hat, hat_released
 from jaxtok.lm.decoder import init_params
-from jaxtok.lm.hat import HAT, HATConfig, HATModeling, everywhere, generate_words, spelled
+from jaxtok.lm.hat import HAT, HATConfig, HATModeling, everywhere, spell_on_prompts, spelled, split_words
 from jaxtok.lm.hat_released import ReleasedConfig, ReleasedHAT, ReleasedModeling, byte_stream, generate_bytes
 from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.rotary import RopeScaling
@@ -80,6 +80,25 @@ def released_case() -> Case:
 
 
 TASKS = {"hat": paper_case, "hat_released": released_case}
+
+
+def of_bytes():
+    char = LlamaStack(num_layers=1, d_model=16, num_heads=2, mlp_dim=24)
+    parts = {"encoder": dataclasses.replace(char, causal=False), "backbone": char, "decoder": char}
+    config = HATConfig(**parts, max_units=6, alphabet=258, w_id=256, s_id=257)
+    word = jnp.zeros((1, 1, 6), jnp.int32)
+    return HATModeling(model=config), lambda key: init_params(HAT(config), key, word, word[..., 0], word)
+
+
+def released_of_bytes():
+    char = LlamaStack(num_layers=1, d_model=16, num_heads=2, mlp_dim=24)
+    parts = {"encoder": char, "backbone": char, "decoder": char}
+    config = ReleasedConfig(**parts, connector_heads=2, guide_heads=2, max_word_size=6)
+    row = jnp.zeros((1, 6), jnp.int32)
+    return ReleasedModeling(model=config), lambda key: init_params(ReleasedHAT(config), key, row, row, row)
+
+
+TEXT_GENERATORS = {"hat": of_bytes, "hat_released": released_of_bytes}
 
 
 def noisy(params, scale=0.3):
@@ -207,6 +226,11 @@ def test_without_a_start_the_first_word_is_no_target(paper):
 PROMPTS = [b"abcd ab", b"", b"dd\nca ", b"\xff\xc3"]
 
 
+def generate_words(task, params, prompts):
+    rows = spell_on_prompts(task.model, params, prompts, 20, GREEDY)
+    return [[word for word in split_words(task.model, row.tokens) if word] for row in rows]
+
+
 @pytest.fixture(scope="module")
 def spoken(paper):
     """Greedy words after PROMPTS, of a model whose special ids are no bytes."""
@@ -216,7 +240,7 @@ def spoken(paper):
     params = jax.jit(lambda: noisy(init_params(HAT(model), jax.random.key(0), one, one[..., 0], one)))()
     task = HATModeling(model=model)
     prompts = [task._prompt(prompt, True) for prompt in PROMPTS]
-    return task, params, prompts, generate_words(model, params, prompts, 20, GREEDY)
+    return task, params, prompts, generate_words(task, params, prompts)
 
 
 def test_generation_is_what_a_full_pass_says(spoken):
@@ -249,7 +273,7 @@ def test_generation_is_what_a_full_pass_says(spoken):
 
 def test_rows_do_not_depend_on_each_other(spoken):
     task, params, prompts, rows = spoken
-    assert generate_words(task.model, params, prompts[::-1], 20, GREEDY) == rows[::-1]
+    assert generate_words(task, params, prompts[::-1]) == rows[::-1]
     texts = task.continue_text(params, PROMPTS, max_bytes=20, sampling=GREEDY)
     assert texts == [b"".join(row) for row in rows]
     assert max(map(len, texts)) == 20
@@ -376,7 +400,7 @@ class Dictation:
 
     texts: tuple[bytes, ...]
     seen: list = dataclasses.field(default_factory=list, hash=False, compare=False)
-    temperature = 0
+    draws = False
 
     def init(self, batch):
         return jnp.zeros(batch, jnp.int32)

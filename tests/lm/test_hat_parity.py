@@ -12,7 +12,7 @@ import pytest
 
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.hat import params_from, params_to, read_config
-from jaxtok.lm.hat import HAT, HATConfig, generate_words, spelled
+from jaxtok.lm.hat import HAT, HATConfig, spell_on_prompts, spelled, split_words
 from jaxtok.lm.hat_released import ReleasedHAT, generate_bytes
 from jaxtok.nn.linear import LlamaStack
 from jaxtok.nn.losses import cross_entropy
@@ -129,7 +129,8 @@ def test_paper_generation(golden, parity):
     words = [data[a:b] for a, b in zip([0, *ends], ends)]
     config = paper_config(golden.config, lens[2:])
     params = paper_params(config, golden.under("params"))
-    new = generate_words(config, params, [(words[:2], b"")], len(data), Sampling(temperature=0))[0]
+    (row,) = spell_on_prompts(config, params, [(words[:2], b"")], len(data), Sampling(temperature=0))
+    new = [word for word in split_words(config, row.tokens) if word]
     assert new[: len(words) - 2] == words[2:]
 
 

@@ -300,6 +300,9 @@ def test_losses_by_position_are_parts_of_the_whole():
     assert late.tokens == bins[-1].tokens and late.nats == pytest.approx(bins[-1].nats, rel=1e-5)
     with pytest.raises(ValueError, match="no tokens that count"):
         task.nats_by_position(params, [])
+    for edges in ((8,), (0, 8, 4), (0, 0)):
+        with pytest.raises(ValueError, match="it must be at least two numbers in rising order"):
+            task.nats_by_position(params, [batch], edges=edges)
 
 
 @pytest.mark.parametrize(("name", "vocab"), [("150m-characters", 128), ("150m-subwords", 32000)])
@@ -350,7 +353,11 @@ def test_an_unknown_symbol_makes_no_number(model, block):
     params, tokens = noisy_params(model), some_tokens()
     fine = call(model.clone(block=block), params, tokens, tokens, method="nats")
     assert jnp.isfinite(fine).all()
-    for wrong in ((tokens.at[0, 4].set(VOCAB), tokens), (tokens, tokens.at[0, 4].set(VOCAB))):
+    for wrong in (
+        (tokens.at[0, 4].set(VOCAB), tokens),
+        (tokens.at[0, 4].set(-1), tokens),
+        (tokens, tokens.at[0, 4].set(VOCAB)),
+    ):
         nats = call(model.clone(block=block), params, *wrong, method="nats")
         assert jnp.isnan(nats[0, 4]) and jnp.isfinite(nats[1:]).all()
 

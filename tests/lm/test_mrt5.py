@@ -46,7 +46,7 @@ from jaxtok.lm.mrt5_baselines import (
     random_gate,
 )
 from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
-from jaxtok.lm.t5 import T5, SequenceToSequence, T5Config, init_params
+from jaxtok.lm.t5 import T5, SequenceToSequence, T5Config, byt5, init_params
 from jaxtok.training.checkpoints import load, write_config
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import start_from, train
@@ -68,6 +68,14 @@ def operation() -> tiny.Operation:
 
 
 SURGERIES = {"mrt5": operation}
+
+
+def generator():
+    model = mrt5(byt5(16, 24, 1, 1, 2), gate_layer=0)
+    return MrT5Training(model=model), lambda key: init_params(model, key)
+
+
+TEXT_GENERATORS = {"mrt5": generator}
 
 SIZES = {"num_layers": 3, "decoder_layers": 1, "d_model": 16, "num_heads": 2, "head_size": 6, "mlp_dim": 24}
 PLAIN = T5Config(**SIZES, vocab_size=384, gated=True, activation="gelu_tanh", tie_embeddings=False, softmax1=True)
@@ -466,7 +474,7 @@ def test_configs_saved_when_reduction_was_a_field(name):
     saved = every | to_json(now) | {"type": "jaxtok.lm.mrt5:MrT5Config"}
     again = from_json(saved)
     assert type(again) is kind and again == (dataclasses.replace(now, gate_layer=0) if kind is NoInput else now)
-    with pytest.raises(ValueError, match="reduction is 'half'; it can be gate, random"):
+    with pytest.raises(ValueError, match="reduction is 'half'; it must be one of gate, random"):
         from_json(saved | {"reduction": "half"})
 
 

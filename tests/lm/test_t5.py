@@ -13,13 +13,21 @@ import tiny
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.huggingface import params_to, read_folder, write_folder
 from jaxtok.interop.t5 import read_config
-from jaxtok.lm.t5 import T5, SequenceToSequence, T5Config, init_params, shift_right
+from jaxtok.lm.t5 import T5, SequenceToSequence, T5Config, byt5, init_params, shift_right
 
 TASKS = {
     "t5": lambda: tiny.pairs(
         SequenceToSequence(model=T5Config(**tiny.SIZES, head_size=4, mlp_dim=32, gated=True, tie_embeddings=False))
     )
 }
+
+
+def generator():
+    model = byt5(16, 24, 1, 1, 2)
+    return SequenceToSequence(model=model), lambda key: init_params(model, key)
+
+
+TEXT_GENERATORS = {"t5": generator}
 
 CONFIG = T5Config(
     num_layers=2,

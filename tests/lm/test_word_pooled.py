@@ -16,6 +16,7 @@ from tiny import Case, typed, zeros
 
 from jaxtok.configuration import load_config
 from jaxtok.data.word_units import WordUnitText
+from jaxtok.decoding.engine import new_tokens
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.interop.word_pooled import config_from, read_folder, write_folder
 from jaxtok.lm.decoder import Decoder
@@ -26,10 +27,11 @@ from jaxtok.lm.word_pooled import (
     WordPooled,
     WordPooledConfig,
     WordPooling,
-    generate_words,
+    begin_words,
     guess_words,
     init_params,
     score_words,
+    split_words,
     word_accuracies,
 )
 
@@ -75,6 +77,22 @@ TASKS = {"word_pooled": case}
 CAUSAL_LMS = {
     "word_pooled_plain": lambda: Decoder(PlainConfig(**causal_lms.SIZES | {"rotary_fraction": 0.0}, mlp_dim=64))
 }
+
+
+def generator():
+    sizes = {
+        "d_model": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "unit_layers": 1,
+        "encoder_heads": 2,
+        "encoder_mlp_dim": 16,
+    }
+    config = WordPooledConfig(**sizes, prefixes=2, max_words=12, max_units=6, dropout=0.0, encoder_dropout=0.0)
+    return WordPooling(model=config), lambda key: init_params(config, key)
+
+
+TEXT_GENERATORS = {"word_pooled": generator}
 
 TINY = WordPooledConfig(
     vocab_size=19,
@@ -193,7 +211,12 @@ def test_cached_generation_is_recomputation(config):
     counts = np.array([5, 2, 3])
     allowed = np.ones((config.max_units, config.vocab_size), bool)
     allowed[0, END] = False
-    new = np.asarray(generate_words(model, params, words, lengths, counts, jax.random.key(0), allowed, new=4))
+    greedy = Sampling(temperature=0)
+    engine, state = begin_words(model, params, words, lengths, counts, None, allowed, new=4, sampling=greedy)
+    new = np.full((3, 4, config.max_units), END)
+    for row, units in zip(new, new_tokens(engine.run(params, state)).tokens):
+        for word, spelled in zip(row, split_words(config, units), strict=True):
+            word[: len(spelled)] = spelled
     for row, count in enumerate(counts):
         text = np.concatenate([words[row, :count], new[row], words[row, count:]])[None]
         logits = run(config, params, text[:, :-1], (text != END).sum(-1)[:, :-1], text[:, 1:])[0]
@@ -254,7 +277,6 @@ def test_published_configs(name):
     experiment = load_config(f"word_pooled_{name}")
     params = jax.eval_shape(lambda: experiment.task.init(jax.random.key(0), zeros(experiment.data)))
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params)) == formula(PUBLISHED[name])
-    assert experiment.task.tokenizer == experiment.data.tokenizer and experiment.task.rule == experiment.data.rule
 
 
 def batch_of(config, words, lengths, mask=None):
@@ -413,7 +435,7 @@ def test_configs_that_cannot_be():
         ("num_heads", 3): "num_heads is 3, which does not divide",
         ("dropout", 1.0): r"dropout is 1\.0",
         ("encoder_dropout", -1.0): r"encoder_dropout is -1\.0",
-        ("prefix_ids", "other"): "can be own, official",
+        ("prefix_ids", "other"): "must be one of own, official",
     }.items():
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(TINY, **dict([options]))
@@ -421,12 +443,22 @@ def test_configs_that_cannot_be():
         dataclasses.replace(TINY, prefix_ids="official", max_units=20)
 
 
+def test_units_and_words_are_those_of_the_data():
+    """Texts are continued with the task's tokenizer and rule, so they must be the ones that it was trained with."""
+    model, data = (
+        dataclasses.replace(TINY, vocab_size=0),
+        WordUnitText(tokenizer="characters: ab", rule="spaces", max_units=5, length=8),
+    )
+    task = WordPooling(model=model).fit(data)
+    assert (task.tokenizer, task.rule, task.fit(data)) == ("characters: ab", "spaces", task)
+
+
 def test_inputs_that_cannot_be():
     with pytest.raises(ValueError, match="vocab_size is 19, but bytes are units up to 258"):
         WordPooling(model=TINY).fit(None)
     with pytest.raises(ValueError, match=r"data\.max_units is 1, but task\.model\.max_units is 5"):
         WordPooling(model=dataclasses.replace(TINY, vocab_size=384)).fit(WordUnitText(max_units=1))
-    with pytest.raises(ValueError, match="rule is 'other'; it can be paper"):
+    with pytest.raises(ValueError, match="rule is 'other'; it must be one of paper"):
         WordPooling(model=TINY, rule="other")
     words, lengths = random_words(TINY, 1, 3, width=6)
     with pytest.raises(ValueError, match="a word has 6 units, but the model's max_units is 5"):

@@ -16,25 +16,30 @@ import chex
 import jax
 import pytest
 
+from jaxtok.door import open_model
+from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.training import distributed
 from jaxtok.training.checkpoints import load, write_config
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import MeshConfig
+from jaxtok.transfer.growth import Growth
 
 LOCAL = Path(__file__).parents[2] / "tpu_scripts" / "local.sh"
+FAST_COMPILATION = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+"""Each process has one device."""
 
 
-def start(processes, experiment, *options):
-    """Starts `jaxtok train` in this number of processes, with the config from the run's folder."""
+def start(processes, experiment, *options, more=()):
+    """Starts `jaxtok train` in this number of processes, with the run's own config and `more` arguments."""
     write_config(Path(experiment.workdir), experiment.fitted())
     env = os.environ | {
         "JAXTOK": f"{sys.executable} -m jaxtok.cli",
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": FAST_COMPILATION,
         "PYTHONPATH": os.pathsep.join([str(LOCAL.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [str(LOCAL), *options, str(processes), "train", experiment.workdir]
+    command = [str(LOCAL), *options, str(processes), "train", experiment.workdir, *more]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -57,8 +62,9 @@ def assert_same(run, reference):
     chex.assert_trees_all_close(load(run).params, load(reference).params, rtol=1e-7, atol=5e-5)
 
 
-def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_path):
-    """The run has a growth, three meshes, and a preemption of one process of two."""
+@pytest.fixture
+def alone(experiment, tmp_path):
+    """A run with a growth, in one process: its experiment."""
     model = dataclasses.replace(experiment.task.model, num_heads=4)
     experiment = dataclasses.replace(
         experiment,
@@ -67,27 +73,47 @@ def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_pa
         mesh=MeshConfig(data=1),
         workdir=str(tmp_path / "one"),
     )
-    alone = train(experiment, quiet=True).directory
+    train(experiment, quiet=True)
+    return experiment
 
-    def on(name, **mesh):
-        return dataclasses.replace(experiment, mesh=MeshConfig(**mesh), workdir=str(tmp_path / name))
 
-    four = on("four", data=1, fsdp=2, tensor=2)
-    finish(start(4, four))
-    assert_same(four.workdir, alone)
-    processes = [part.name for part in Path(four.workdir, "checkpoints", "10", "params").glob("ocdbt.process_*")]
-    assert len(processes) >= 2, "each process writes what it holds"
+def on(run, name, **mesh):
+    return dataclasses.replace(run, mesh=MeshConfig(**mesh), workdir=str(Path(run.workdir).parent / name))
 
-    def resumed(name, **mesh):
-        """What four processes saved up to step 4, before the growth."""
-        run = on(name, **mesh)
-        shutil.copytree(four.workdir, run.workdir)
-        for step in Path(run.workdir, "checkpoints").iterdir():
-            if int(step.name) > 4:
-                shutil.rmtree(step)
-        return run
 
-    two = resumed("two", data=2)
+def resumed(run, name, **mesh):
+    """What the run saved up to step 4, before the growth."""
+    copy = on(run, name, **mesh)
+    shutil.copytree(run.workdir, copy.workdir)
+    for step in Path(copy.workdir, "checkpoints").iterdir():
+        if int(step.name) > 4:
+            shutil.rmtree(step)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("processes", "mesh"),
+    [
+        pytest.param(2, {"data": 1, "fsdp": 2}, id="two"),
+        pytest.param(4, {"data": 1, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow, id="four"),
+    ],
+)
+def test_several_processes_and_then_one_do_what_one_does(alone, processes, mesh):
+    several = on(alone, "several", **mesh)
+    finish(start(processes, several))
+    assert_same(several.workdir, alone.workdir)
+    writers = list(Path(several.workdir, "checkpoints", "10", "params").glob("ocdbt.process_*"))
+    assert len(writers) >= 2, "each process writes what it holds"
+    one = resumed(several, "rest", data=1)
+    train(one, quiet=True)
+    assert_same(one.workdir, alone.workdir)
+
+
+@pytest.mark.slow
+def test_two_processes_survive_damage_and_a_preemption_of_one_of_them(alone):
+    saved = on(alone, "saved", data=1, fsdp=2)
+    finish(start(2, saved))
+    two = resumed(saved, "two", data=2)
     parts = Path(two.workdir, "checkpoints", "4", "params", "ocdbt.process_1", "d")
     part = max(parts.iterdir(), key=lambda path: path.stat().st_size)  # one of several processes finds the damage
     part.write_bytes(part.read_bytes()[:100])
@@ -96,11 +122,23 @@ def test_four_processes_and_then_two_and_one_do_what_one_does(experiment, tmp_pa
     output = finish(job)
     assert "checkpoint 4 is damaged" in output and "at step 2 of 10" in output
     assert "interrupted: saved step" in output
-    assert_same(two.workdir, alone)
+    assert_same(two.workdir, alone.workdir)
 
-    one = resumed("rest", data=1)
-    train(one, quiet=True)
-    assert_same(one.workdir, alone)
+
+@pytest.mark.slow
+def test_a_surgery_start_of_two_processes_is_that_of_one(experiment, tmp_path):
+    """Both begin with the same new tokens beside those of the trained model, on a mesh that divides them."""
+    short = dataclasses.replace(experiment.train, steps=2)
+    experiment = dataclasses.replace(experiment, train=short, stages=(), mesh=MeshConfig(data=1))
+    small = train(dataclasses.replace(experiment, workdir=str(tmp_path / "small")), quiet=True).directory
+    grown = dataclasses.replace(
+        experiment, task=experiment.task.with_model(tokens=uniform_counts(12, 32)), start=Growth(init="random")
+    )
+    one = dataclasses.replace(grown, workdir=str(tmp_path / "one"))
+    alone = train(one, quiet=True, start=lambda: open_model(small)).directory
+    two = dataclasses.replace(grown, mesh=MeshConfig(data=1, fsdp=2), workdir=str(tmp_path / "two"))
+    finish(start(2, two, more=("--start", str(small))))
+    assert_same(two.workdir, alone)
 
 
 def preempt_one(job, workdir):

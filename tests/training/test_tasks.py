@@ -10,11 +10,12 @@ import pkgutil
 import re
 
 import chex
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from collector import collect
-from tiny import check_spec, with_model, zeros
+from tiny import check_spec, zeros
 
 import jaxtok
 from jaxtok import protocols
@@ -87,6 +88,28 @@ def test_an_evaluation_of_nothing_is_refused(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
+def test_the_module_has_the_parameters(name):
+    """The loss applies the task's module, and it, with the task's parameters; a task without one has several."""
+    case, params = started(name)
+    task, shapes, applied = case.task, jax.tree.map(np.shape, params), set()
+
+    def record(call, args, options, context):
+        module = context.module
+        if module.scope is not None and not module.path and "params" in module.variables:  # not inside another
+            given = jax.tree.map(np.shape, dict(module.variables["params"]))
+            applied.add((type(module), given.items() <= shapes.items()))
+        return call(*args, **options)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(task.loss, params, case.batch, jax.random.key(0), jax.numpy.int32(1))
+    assert dataclasses.is_dataclass(task.model) and applied
+    if task.module() is None:
+        assert not any(own for _, own in applied)
+    else:
+        assert applied == {(type(task.module()), True)}
+
+
+@pytest.mark.parametrize("name", TASKS)
 def test_batches_and_work(name):
     """The case's batch has its data's `batch_spec`, and work is counted from shapes."""
     case = TASKS[name]()
@@ -120,7 +143,7 @@ def test_a_task_fits_its_data_or_refuses_them(name, tmp_path):
     model = inner(case.task).model
 
     def experiment(data=case.data, **fields):
-        return Experiment(task=with_model(case.task, **fields), data=data, workdir=str(tmp_path / "run"))
+        return Experiment(task=case.task.with_model(**fields), data=data, workdir=str(tmp_path / "run"))
 
     fitting = {}
     if isinstance(case.data, TextData) and hasattr(model, "vocab_size"):

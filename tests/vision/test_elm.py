@@ -693,6 +693,7 @@ def test_a_schedule_that_falls_is_warned_of():
         ([4, 0], {}, "a label is 4; classes are 0 to 3"),
         ([-1, 0], {}, "a label is -1"),
         ([0.5, 0], {}, "a label is 0.5"),
+        ([1.0, 0.0], {}, "a label is 1.0; classes are 0 to 3, as integers"),
         ([], {}, "no label"),
         ([0, 1], {"rng": None}, "rng is None"),
         ([0, 1], {"prefix": np.zeros((2, 10, 2), int)}, "shape"),

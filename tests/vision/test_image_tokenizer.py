@@ -65,7 +65,7 @@ def test_images(case):
             task.decode(params, codes)
     if name in EXACT:
         draws = task.model.draw(jax.random.key(1), 2) if task.draws_codes or name in TAKE_A_KEY else None
-        again, quantized = jax.jit(task.module().apply)({"params": params["autoencoder"]}, images, draws)
+        again, quantized = jax.jit(task.autoencoder().apply)({"params": params["autoencoder"]}, images, draws)
         chex.assert_trees_all_equal(quantized.codes.reshape(codes.shape), codes)
         chex.assert_trees_all_close(decoded, again, atol=1e-6)
 
