@@ -59,7 +59,7 @@ def mean(total: Shaped[Array, ""], count: Shaped[Array, ""]) -> Float[Array, ""]
 
 
 def text_sums(
-    nats: Float[Array, "batch length"], mask: Float[Array, "batch length"], text_bytes: Int[Array, "batch length"]
+    nats: Float[Array, "*shape"], mask: Shaped[Array, "*shape"], text_bytes: Shaped[Array, "*shape"]
 ) -> dict[str, Float[Array, ""]]:
     """The sums of a batch for `text_metrics` and `text_loss`: nats, tokens and bytes of text at the positions where the
     mask is 1."""

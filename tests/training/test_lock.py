@@ -35,8 +35,8 @@ def folder(finished, tmp_path):
     return tmp_path / "run"
 
 
-def change(folder, **fields):
-    path = folder / "training.lock"
+def change(run, /, **fields):
+    path = run / "training.lock"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
