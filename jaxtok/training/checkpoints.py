@@ -268,8 +268,8 @@ def _read(folder: Path, abstract: Any) -> Any:
     )
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
-        found = jax.tree_util.tree_leaves_with_path(reader.metadata(folder).item_metadata.tree)
-        saved = {_name(path): x.dtype for path, x in found}
+        # Not by `reader.metadata`, which warns that files of a whole checkpoint are missing.
+        saved = {_name(path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(handler.metadata(folder).tree)}
         abstract = jax.tree_util.tree_map_with_path(
             lambda path, x: jax.ShapeDtypeStruct(x.shape, saved.get(_name(path), x.dtype), sharding=x.sharding),
             abstract,
