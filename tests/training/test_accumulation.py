@@ -60,7 +60,7 @@ def test_a_part_with_nothing_in_it_changes_no_loss(name):
 def update(task, data, batch, accumulate, layout):
     """The gradient of a step, which is what the optimizer keeps, and what it logs."""
     train = TrainConfig(accumulate=accumulate, optimizer=SGD)
-    state = initial_state(task, train, data, layout)
+    state = jax.block_until_ready(initial_state(task, train, data, layout))  # one program at a time on a mesh
     with layout.active():
         batch = layout.put(batch, range(data.batch_size), data.batch_spec())
         state, metrics = make_train_step(task, train, 10, data, layout)(state, batch)

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import with_model
 
 from jaxtok.cli import main
 from jaxtok.door import open_model
@@ -38,7 +37,7 @@ def low(short):
     settings = {"steps": 12, "eval_every": 0, "checkpoint_every": 6, "log_every": 6, "optimizer": SLOW}
     return dataclasses.replace(
         short,
-        task=with_model(short.task, param_dtype="bfloat16"),
+        task=short.task.with_model(param_dtype="bfloat16"),
         train=dataclasses.replace(short.train, **settings),
     )
 
@@ -112,7 +111,7 @@ def test_a_run_that_was_saved_without_copies_goes_on_with_them(low, capsys):
 
 def test_a_growth_that_keeps_the_optimizers_state_keeps_the_copies(experiment, tmp_path):
     """In a stage and in a fork: old rows stay as exact as they were, and new ones are those of the parameters."""
-    grown = dataclasses.replace(experiment, task=with_model(experiment.task, param_dtype="bfloat16"))
+    grown = dataclasses.replace(experiment, task=experiment.task.with_model(param_dtype="bfloat16"))
     train(grown, quiet=True)
     before = load(grown.directory / "checkpoints" / "6")
     new = load(fork(grown.directory / "checkpoints" / "6", tmp_path / "fork", surgery=grown.stages[0]))
@@ -141,7 +140,7 @@ def test_the_plan_counts_them(low):
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_copies_live_where_their_parameters_do(low):
     layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
-    task = with_model(low.task, num_heads=4)
+    task = low.task.with_model(num_heads=4)
     state = abstract_state(task, low.train, low.data, layout)
     places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
     assert places(state.opt_state.state.master) == places(state.params) == places(state.opt_state.average)
