@@ -129,7 +129,7 @@ def test_the_plan_counts_them(low):
 
     def held(optimizer):
         train = dataclasses.replace(low.train, optimizer=optimizer)
-        state = abstract_state(low.task, train, low.data, one_device())
+        state = abstract_state(low.fitted().task, train, low.data, one_device())
         size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree) if x.ndim)  # noqa: E731
         return size((state.params, state.opt_state)) / sum(x.size for x in jax.tree.leaves(state.params))
 
@@ -140,7 +140,7 @@ def test_the_plan_counts_them(low):
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_copies_live_where_their_parameters_do(low):
     layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
-    task = low.task.with_model(num_heads=4)
+    task = low.fitted().task.with_model(num_heads=4)
     state = abstract_state(task, low.train, low.data, layout)
     places = lambda tree: jax.tree.map(lambda x: x.sharding, tree)  # noqa: E731
     assert places(state.opt_state.state.master) == places(state.params) == places(state.opt_state.average)
