@@ -102,6 +102,14 @@ def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, qui
     experiment = experiment.fitted()
     directory, config = experiment.directory, experiment.train
     layout = make_layout(experiment.mesh)
+
+    @functools.cache
+    def weights() -> Any:
+        with layout.active():
+            return experiment.task.load_weights(abstract_params(experiment.task, experiment.data, layout))
+
+    if not _steps(directory):
+        weights()  # a missing file is noticed before the data are opened, which may have to be fetched
     _check_validation(experiment, layout)
     with contextlib.ExitStack() as held:
         lock = held.enter_context(RunLock(directory))
@@ -110,7 +118,7 @@ def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, qui
         held.enter_context(layout.active())
         checkpoints = held.enter_context(Checkpoints(directory, config.keep_checkpoints))
         interrupt = held.enter_context(_Interrupt(config.save_deadline))
-        run, notes = _start(experiment, checkpoints, layout, source)
+        run, notes = _start(experiment, checkpoints, layout, source, weights)
         if is_main():
             write_config(directory, experiment)
         log = MetricsLog(directory, run.meta.step, config.tensorboard) if is_main() else NoLog()
@@ -221,9 +229,12 @@ def _state(step: int, stage_start: int, params: Any, opt_state: Any, rng: jax.Ar
 
 
 def _start(
-    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, source: Any | None
+    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, source: Any | None, weights: Callable[[], Any]
 ) -> tuple[_Run, list[str]]:
-    """Returns the run at its newest whole checkpoint, or at step 0, and what there is to tell about it."""
+    """Returns the run at its newest whole checkpoint, or at step 0, and what there is to tell about it.
+
+    `weights` gives what the task's `load_weights` makes of abstract parameters.
+    """
     optimizer = make_optimizer(experiment.train.optimizer)
 
     def read(step: int) -> tuple[Meta, TrainState, dict[str, Any] | None]:
@@ -249,12 +260,10 @@ def _start(
 
     newest, damaged = checkpoints.newest(read)
     if newest is None:
-        # Files that are missing are noticed before the data are opened, which may have to be fetched.
-        weights = experiment.task.load_weights(abstract_params(experiment.task, experiment.data, layout))
         data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
         notes: list[str] = []
         params = None if source is None else start_from(experiment, source, layout, notes.append)
-        state = initial_state(experiment.task, experiment.train, experiment.data, layout, params, weights)
+        state = initial_state(experiment.task, experiment.train, experiment.data, layout, params, weights())
         meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
         return _Run(meta, state, data), notes
     stored, state, position = newest
@@ -626,13 +635,17 @@ def _check_validation(experiment: Experiment, layout: Layout) -> None:
         )
 
 
+def _steps(directory: Path) -> list[int]:
+    """Returns the steps that a run has saved."""
+    return [int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
+
+
 def _check_config(directory: Path, experiment: Experiment) -> bool:
     """Checks that a run that has made a step keeps its config, and that a forked one without steps keeps its task.
 
     The number of steps of the last stage may grow. Returns whether there is a run.
     """
-    steps = [int(p.name) for p in (directory / "checkpoints").glob("*") if p.name.isdigit()]
-    if steps:
+    if steps := _steps(directory):
         stored = read_config(directory)
         changed = [d for d in differences(experiment, stored) if not d.startswith(MAY_CHANGE)]
         last = f"stages.{len(experiment.stages) - 1}.steps: " if experiment.stages else "train.steps: "
