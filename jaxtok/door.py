@@ -145,6 +145,11 @@ def study_of(config: str | Path) -> Any:
 
 def _read(config: str | Path) -> Any:
     folder = Path(config)
+    if str(config) in systems.PRETRAINED and not folder.exists():
+        raise ValueError(
+            f"{config} is a pretrained model; make a run of it with `jaxtok adapt {config}` (LoRA) or "
+            f"`jaxtok convert {config} RUN`, and train that."
+        )
     if str(config) in systems.configs() or not folder.is_dir():
         return load_config(config)
     if not (folder / "config.json").is_file():
