@@ -235,8 +235,9 @@ Sums = Mapping[str, Any]
 class Task(abc.ABC):
     """Something that learns: what the one training loop trains. A task is a frozen dataclass with this base.
 
-    Required are `counted`, `model` (a field, or a property of a wrapper; itself a frozen dataclass), `init`, `loss`,
-    `sums`, `metrics` and `flops`; the rest has the defaults below.
+    Required are `counted`, `model` (a field, or a property of a wrapper; itself a frozen dataclass), `init`, `sums`,
+    `metrics`, `flops`, and `loss_sums` with `loss_of` (or `loss` alone, for a task whose batches are never accumulated
+    in parts); the rest has the defaults below.
     """
 
     counted: ClassVar[str]
@@ -259,14 +260,32 @@ class Task(abc.ABC):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         """New parameters, in Linen's boxes where they have logical axes (`flax.linen.meta`; the loop unboxes them)."""
 
-    @abc.abstractmethod
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, Any]:
+        """What the loss and its metrics are made of: a pytree whose sum over the parts of a batch is that of the batch.
+
+        A mean has its sum and its count here, as a mean over a batch is not the mean of the means over its parts.
+        """
+        raise ValueError(
+            f"a {type(self).__name__} does not say how its loss adds up over the parts of a batch (loss_sums); "
+            "train.accumulate must be 1."
+        )
+
+    def loss_of(self, sums: dict[str, Any], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns what `loss` returns, from the `loss_sums` of a batch.
+
+        Args:
+          params: for state that no gradient moves; there is no gradient through them.
+        """
+        raise NotImplementedError
+
     def loss(
         self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The scalar to minimise, and metrics to log (scalars, averaged over the steps between two log lines).
+        """The scalar to minimise, and metrics to log (scalars, those of the step that is logged).
 
         Values that are not logged but passed to `after_step` are in the metrics under `state`.
         """
+        return self.loss_of(self.loss_sums(params, batch, rng, step), jax.lax.stop_gradient(params), step)
 
     @abc.abstractmethod
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:

@@ -270,6 +270,7 @@ class ReplacedTokens(Task):
           samples [batch, slots], corrupted [batch, length]: words drawn from it, and the text with them.
           labels [batch, length]: 1 where a token is replaced (for electric: chosen), as the discriminator should say.
           replaced [batch, length]: the discriminator's logits (all_tokens_mlm: those of copying; replace_mlm: none).
+          sums: the total and the weight of each part of the loss, for `loss_of`.
           generator_loss, discriminator_loss, loss: scalars.
         """
         slots, tokens = choices.slots, batch["tokens"]
@@ -280,16 +281,16 @@ class ReplacedTokens(Task):
         words, everywhere = self._generate(params, masked, tokens, real, types, slots, keys[0])
         nats = cross_entropy(words, targets)
         if everywhere is None:
-            generator_loss = weighted_mean(nats, slots.weights)
+            generator = jnp.sum(nats * slots.weights), jnp.sum(slots.weights)
         else:
             candidates = self.masking.candidates(tokens, real).astype(jnp.float32)
-            generator_loss = weighted_mean(cross_entropy(everywhere, tokens), candidates)
+            generator = jnp.sum(cross_entropy(everywhere, tokens) * candidates), jnp.sum(candidates)
         samples = sample(words, choices.noise, self.temperature, targets if self.disallow_correct else None)
         corrupted = put(tokens, slots.places, slots.weights, samples)
         chosen = put(jnp.zeros_like(tokens), slots.places, slots.weights, jnp.ones_like(samples))
         labels = chosen * (corrupted != tokens) if self.objective != "electric" else chosen
         result = {"masked": masked, "words": words, "nats": nats, "samples": samples, "corrupted": corrupted}
-        result |= {"labels": labels, "generator_loss": generator_loss}
+        result |= {"labels": labels}
 
         def discriminator(*args, **kwargs):
             rngs = None if keys[1] is None else {"dropout": keys[1]}
@@ -313,9 +314,9 @@ class ReplacedTokens(Task):
             if values is None:
                 values = optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), labels)
             result["replaced"] = logits
-        discriminator_loss = weighted_mean(values, weights)
-        loss = self.generator_weight * generator_loss + self.discriminator_weight * discriminator_loss
-        return result | {"discriminator_loss": discriminator_loss, "loss": loss}
+        sums = {"generator": generator, "discriminator": (jnp.sum(values * weights), jnp.sum(weights))}
+        loss, parts = self.loss_of(sums, params, jnp.zeros((), jnp.int32))
+        return result | parts | {"sums": sums, "loss": loss}
 
     def _generate(self, params, masked, tokens, real, types, slots, dropout):
         """The generator's logits at the slots; and at all places, if it is towers."""
@@ -334,11 +335,15 @@ class ReplacedTokens(Task):
         )
         return take(everywhere, slots.places), everywhere
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the joint loss; also logs both parts."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, Any]:
         choose, dropout = jax.random.split(rng)
-        result = self.run(params, batch, self.choose(choose, batch), dropout)
-        return result["loss"], {name: result[name] for name in ("generator_loss", "discriminator_loss")}
+        return self.run(params, batch, self.choose(choose, batch), dropout)["sums"]
+
+    def loss_of(self, sums: dict[str, Any], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the joint loss; also logs both parts."""
+        parts = {f"{name}_loss": weighted_mean(*sums[name]) for name in ("generator", "discriminator")}
+        loss = self.generator_weight * parts["generator_loss"]
+        return loss + self.discriminator_weight * parts["discriminator_loss"], parts
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         choices = self.choose(rng, batch)

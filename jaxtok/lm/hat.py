@@ -239,10 +239,13 @@ class HATModeling(Task):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the mean cross entropy in nats a byte or end of a word (section 2.3); also logs bits per byte."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         nats, mask, _ = self._spell(params, batch)
-        return text_loss(nats, mask, jnp.sum(self._bytes(batch)))
+        return {"nats": jnp.sum(nats * mask), "tokens": jnp.sum(mask), "bytes": jnp.sum(self._bytes(batch))}
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the mean cross entropy in nats a byte or end of a word (section 2.3); also logs bits per byte."""
+        return text_loss(sums)
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         nats, mask, right = self._spell(params, batch)

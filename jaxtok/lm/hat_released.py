@@ -395,10 +395,14 @@ class ReleasedModeling(Task):
         inputs, options = self._inputs(self._stream(batch))
         return self.module().init(rng, *inputs, **options)["params"]
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the mean cross entropy in nats a byte, without documents' first bytes; also logs bits per byte."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         stream, nats, _ = self._nats(params, batch)
-        return text_loss(nats, stream["mask"], self._bytes(batch, stream))
+        mask = stream["mask"]
+        return {"nats": jnp.sum(nats * mask), "tokens": jnp.sum(mask), "bytes": self._bytes(batch, stream)}
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the mean cross entropy in nats a byte, without documents' first bytes; also logs bits per byte."""
+        return text_loss(sums)
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         stream, nats, right = self._nats(params, batch)

@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jaxtok.lm.decoder import Decoder, DecoderConfig
 from jaxtok.lm.fitting import fit_text
@@ -35,10 +34,12 @@ class LanguageModeling(Task):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["tokens"])["params"]
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+        return text_sums(self._nats(params, batch, rng), batch["mask"], batch["bytes"])
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the mean cross entropy in nats a token; also logs bits per byte of text."""
-        mask = batch["mask"]
-        return text_loss(self._nats(params, batch, rng), mask, jnp.sum(batch["bytes"] * mask))
+        return text_loss(sums)
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         return text_sums(self._nats(params, batch), batch["mask"], batch["bytes"])

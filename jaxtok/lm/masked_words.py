@@ -154,10 +154,15 @@ class MaskedWords(Task):
         self.masking.check(self.model.vocab_size)
         return self.module().init(rng, batch["tokens"], method="everything")["params"]
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the mean cross entropy of all hidden words in nats; also logs the accuracy."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         nats, correct, slots, _ = self.predict(params, batch, rng, train=True)
-        return weighted_mean(nats, slots.weights), {"accuracy": weighted_mean(correct, slots.weights)}
+        sums = {"nats": nats * slots.weights, "right": correct * slots.weights, "words": slots.weights}
+        return {name: jnp.sum(x) for name, x in sums.items()}
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the mean cross entropy of all hidden words in nats; also logs the accuracy."""
+        words = sums["words"]
+        return weighted_mean(sums["nats"], words), {"accuracy": weighted_mean(sums["right"], words)}
 
     def predict(self, params: Params, batch: Batch, rng: jax.Array, train: bool = False):
         """Returns nats and whether the likeliest word is right, for each slot; the slots; and the bytes of each."""
@@ -202,6 +207,6 @@ def slot_logits(
     return module.apply({"params": params}, hidden, slots.places, method="masked_words")
 
 
-def weighted_mean(values: Array, weights: Array) -> Array:
-    """The weighted mean with the authors' 1e-6 in the denominator: 0 where no weight is positive."""
-    return jnp.sum(values * weights) / (jnp.sum(weights) + 1e-6)
+def weighted_mean(total: Float[Array, ""], weight: Float[Array, ""]) -> Float[Array, ""]:
+    """The total over the weight with the authors' 1e-6 in the denominator: 0 where the weight is 0."""
+    return total / (weight + 1e-6)

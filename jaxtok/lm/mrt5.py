@@ -22,7 +22,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxtok.axes import gather
 from jaxtok.lm.t5 import PUBLISHED as T5_PUBLISHED
@@ -37,7 +37,7 @@ from jaxtok.lm.t5 import (
     position_bias,
     shift_right,
 )
-from jaxtok.nn.losses import cross_entropy, text_metrics, text_sums
+from jaxtok.nn.losses import cross_entropy, mean, text_loss, text_metrics, text_sums
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Params, Sums
@@ -109,13 +109,13 @@ class MrT5Config(T5Config):
     def encoder(self) -> MrT5Encoder:
         return MrT5Encoder(self.encoder_stack)
 
-    def deletion_rate(self, begun: Begun) -> Float[Array, ""]:
-        """The part of the real tokens whose gate is below the threshold, which is how the authors count."""
-        return (begun.mask & (begun.gate < self.threshold)).sum() / jnp.maximum(begun.mask.sum(), 1)
+    def deleted(self, begun: Begun) -> Shaped[Array, ""]:
+        """The number of the real tokens whose gate is below the threshold, which is how the authors count."""
+        return (begun.mask & (begun.gate < self.threshold)).sum()
 
-    def own_loss(self, begun: Begun) -> Float[Array, ""] | float:
-        """What a baseline adds to the loss; here nothing."""
-        return 0.0
+    def own_loss(self, begun: Begun) -> Float[Array, ""] | None:
+        """What a baseline adds to the loss, averaged over rows; here nothing."""
+        return None
 
     def capacity(self, most: int, length: int) -> int:
         """The places to which rows of this length are shortened if the fullest keeps `most`; 0: rows stay long."""
@@ -360,18 +360,31 @@ def regulariser(name: str, begun: Begun, threshold: float) -> Float[Array, ""]:
     clamped_logits_mean  the mean logit, where logits below 2 * threshold count as that
     gate_var             minus the unbiased variance of the gate
     """
-    mask = begun.mask.astype(jnp.float32)
-    total = jnp.maximum(mask.sum(), 1)
-    gate = jnp.where(begun.mask, begun.gate, 0.0)
-    if name == "gate_mean":
-        return gate.sum() / total
-    if name == "gate_var":
-        deviation = jnp.where(begun.mask, gate - gate.sum() / total, 0.0)
-        return -jnp.square(deviation).sum() / jnp.maximum(total - 1, 1)
-    logits = jnp.where(begun.mask, begun.logits, 0.0)
+    return regulariser_of(name, regulariser_sums(name, begun, threshold))
+
+
+def regulariser_sums(name: str, begun: Begun, threshold: float) -> dict[str, Float[Array, ""]]:
+    """What a regulariser is made of: sums over the real tokens, which add up over the parts of a batch."""
+    count = begun.mask.astype(jnp.float32).sum()
+    values = begun.gate if name in ("gate_mean", "gate_var") else begun.logits
     if name == "clamped_logits_mean":
-        logits = jnp.where(begun.mask, jnp.maximum(logits, 2 * threshold), 0.0)
-    return logits.sum() / total
+        values = jnp.maximum(values, 2 * threshold)
+    total = jnp.where(begun.mask, values, 0.0).sum()
+    if name != "gate_var":
+        return {"count": count, "total": total}
+    # The squares within and between the parts, as those of the values themselves would hide a small variance.
+    deviation = jnp.where(begun.mask, values - mean(total, count), 0.0)
+    between = count * jnp.square(mean(total, count))
+    return {"count": count, "total": total, "within": jnp.square(deviation).sum(), "between": between}
+
+
+def regulariser_of(name: str, sums: dict[str, Float[Array, ""]]) -> Float[Array, ""]:
+    """The regulariser of a batch from its `regulariser_sums`."""
+    count, average = sums["count"], mean(sums["total"], sums["count"])
+    if name != "gate_var":
+        return average
+    squares = sums["within"] + (sums["between"] - count * jnp.square(average))
+    return -squares / jnp.maximum(jnp.maximum(count, 1) - 1, 1)
 
 
 def entropies(log_gate: Float[Array, "batch length"]) -> tuple[Float[Array, " batch"], Float[Array, " batch"]]:
@@ -493,8 +506,7 @@ class MrT5Training(SequenceToSequence):
         active = step >= self.regulariser_delay
         return {**params, "controller": jax.tree.map(lambda a, b: jnp.where(active, b, a), old, new)}
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the loss; also logs its parts, bits per byte and deletion_rate."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, Any]:
         model = self.module()
         of_hard, of_gate, *of_dropout = jax.random.split(rng, 5)
         hard = jax.random.bernoulli(of_hard, self.hard_probability) if self.hard_probability else False
@@ -515,25 +527,40 @@ class MrT5Training(SequenceToSequence):
         encoded, seen = run("finish", begun, hard, key=of_dropout[1])
         outputs = shift_right(batch["targets"], self.model.pad_id)
         (logits, _), seen_too = run("decode", outputs, encoded, key=of_dropout[2])
-        loss, metrics = self._loss(logits, batch)
-        metrics["cross_entropy"] = loss
+        sums = text_sums(cross_entropy(logits, batch["targets"]), batch["mask"], batch["bytes"])
+        sums |= {"deleted": self.model.deleted(begun), "real": begun.mask.sum(), "rows": jnp.float32(len(begun.mask))}
         if self.score_weight:
-            loss += self.score_weight * score_excess({**seen["intermediates"], **seen_too["intermediates"]}, begun.mask)
-        metrics["deletion_rate"] = self.model.deletion_rate(begun)
-        loss += self.model.own_loss(begun)
-        if self.model.reduction == "gate" and (self.target_rate or self.alpha):
-            alpha = jax.lax.stop_gradient(params["controller"]["alpha"]) if self.target_rate else self.alpha
-            extra = self.regularisation(begun)
+            excess = score_excess({**seen["intermediates"], **seen_too["intermediates"]}, begun.mask)
+            sums["excess"] = excess * sums["rows"]
+        if (own := self.model.own_loss(begun)) is not None:
+            sums["own"] = own * sums["rows"]
+        if self.regularised:
+            sums["regulariser"] = regulariser_sums(self.regulariser, begun, self.model.threshold)
+            if any(self.entropy_weights):
+                sums["entropies"] = tuple(entropy.sum() for entropy in entropies(begun.gate))
+        return sums
+
+    @property
+    def regularised(self) -> bool:
+        return self.model.reduction == "gate" and bool(self.target_rate or self.alpha)
+
+    def loss_of(self, sums: dict[str, Any], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the loss; also logs its parts, bits per byte and deletion_rate."""
+        loss, metrics = text_loss(sums)
+        metrics |= {"cross_entropy": loss, "deletion_rate": mean(sums["deleted"], sums["real"])}
+        if "excess" in sums:
+            loss += self.score_weight * (sums["excess"] / sums["rows"])
+        if "own" in sums:
+            loss += sums["own"] / sums["rows"]
+        if self.regularised:
+            alpha = params["controller"]["alpha"] if self.target_rate else self.alpha
+            extra = regulariser_of(self.regulariser, sums["regulariser"])
+            if any(self.entropy_weights):
+                each, of_mean = (total / sums["rows"] for total in sums["entropies"])
+                extra += self.entropy_weights[0] * each - self.entropy_weights[1] * of_mean
             loss += jnp.where(step >= self.regulariser_delay, alpha, 0.0) * extra
             metrics |= {"alpha": jnp.asarray(alpha, jnp.float32), "regulariser": extra}
         return loss, metrics
-
-    def regularisation(self, begun: Begun) -> Float[Array, ""]:
-        total = regulariser(self.regulariser, begun, self.model.threshold)
-        if any(self.entropy_weights):
-            each, mean = entropies(begun.gate)
-            total += self.entropy_weights[0] * each.mean() - self.entropy_weights[1] * mean.mean()
-        return total
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         """The sums with soft deletion, as in training. Evaluations delete hard by default; see `batch_sums`."""
@@ -599,7 +626,7 @@ def begin(task: MrT5Training, params: Params, tokens, rng) -> tuple[Begun, dict[
     return begun, {
         "most": begun.counts.max(),
         "real": real,
-        "deleted": task.model.deletion_rate(begun) * real,
+        "deleted": task.model.deleted(begun),
         "emptied": (begun.mask.any(-1) & ~begun.kept.any(-1)).sum(),
         "nothing_left": nothing_left,
     }

@@ -133,9 +133,9 @@ class Segments(MrT5Config):
     def encoder(self) -> MrT5Encoder:
         return SegmentEncoder(self.encoder_stack)
 
-    def deletion_rate(self, begun: Begun) -> Float[Array, ""]:
-        """The part of the real places that are merged into others."""
-        return 1 - begun.kept.sum() / jnp.maximum(begun.mask.sum(), 1)
+    def deleted(self, begun: Begun) -> Int[Array, ""]:
+        """The number of the real places that are merged into others."""
+        return begun.mask.sum() - begun.kept.sum()
 
     def own_loss(self, begun: Segmented) -> Float[Array, ""]:
         return boundary_loss(begun, self.prior)
@@ -166,7 +166,8 @@ class BoundaryPredictor(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.xavier_uniform(), axes)
             kernel = self.param(f"{name}_kernel", init, (x.shape[-1], features), cfg.param_dtype)
             init = nn.with_logical_partitioning(nn.initializers.constant(bias), (axes[1],))
-            return x @ gather(kernel.astype(x.dtype), *axes) + self.param(f"{name}_bias", init, (features,))
+            shift = self.param(f"{name}_bias", init, (features,), cfg.param_dtype)
+            return x @ gather(kernel.astype(x.dtype), *axes) + shift.astype(x.dtype)
 
         x = Norm("rms", eps=cfg.norm_eps, param_dtype=cfg.param_dtype, name="norm")(x.astype(jnp.float32))
         x = gelu(dense(x, cfg.mlp_dim, ("d_model", "mlp"), 0.0, "up"))
@@ -245,8 +246,8 @@ class Convolution(MrT5Config):
     def encoder(self) -> MrT5Encoder:
         return ConvolutionEncoder(self.encoder_stack)
 
-    def deletion_rate(self, begun: Begun) -> Float[Array, ""]:
-        return jnp.asarray(1 - 1 / self.stride, jnp.float32)
+    def deleted(self, begun: Begun) -> Float[Array, ""]:
+        return (1 - 1 / self.stride) * begun.mask.sum()
 
     def capacity(self, most: int, length: int) -> int:
         return 0
@@ -315,8 +316,8 @@ class NoInput(MrT5Config):
     def encoder(self) -> MrT5Encoder:
         return NoInputEncoder(self.encoder_stack)
 
-    def deletion_rate(self, begun: Begun) -> Float[Array, ""]:
-        return 1 - begun.kept.sum() / jnp.maximum(begun.mask.sum(), 1)
+    def deleted(self, begun: Begun) -> Int[Array, ""]:
+        return begun.mask.sum() - begun.kept.sum()
 
     def capacity(self, most: int, length: int) -> int:
         return 0

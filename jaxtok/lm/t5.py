@@ -465,8 +465,7 @@ class SequenceToSequence(Task):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return initial(self.model, rng, batch["tokens"])
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the mean cross entropy in nats a target; also logs bits per byte of the targets' text."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         logits = self.module().apply(
             {"params": params},
             batch["tokens"],
@@ -474,11 +473,11 @@ class SequenceToSequence(Task):
             deterministic=False,
             rngs={"dropout": rng},
         )
-        return self._loss(logits, batch)
+        return text_sums(cross_entropy(logits, batch["targets"]), batch["mask"], batch["bytes"])
 
-    def _loss(self, logits, batch):
-        nats, mask = cross_entropy(logits, batch["targets"]), batch["mask"]
-        return text_loss(nats, mask, jnp.sum(batch["bytes"] * mask))
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the mean cross entropy in nats a target; also logs bits per byte of the targets' text."""
+        return text_loss(sums)
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         outputs = shift_right(batch["targets"], self.model.pad_id)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from jaxtok.lm.bert import Bert, BertConfig
 from jaxtok.lm.fitting import fit_text
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.losses import cross_entropy, mean
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 
@@ -48,10 +48,13 @@ class TextClassification(Task):
         """The new parameters, with those of the same name from a trained encoder in their place."""
         return {name: trained.get(name, value) for name, value in params.items()}
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the mean cross entropy in nats; also logs the accuracy."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         nats, correct, rows = self._scores(params, batch, rng)
-        return masked_mean(nats, rows), {"accuracy": masked_mean(correct, rows)}
+        return {"nats": jnp.sum(nats * rows), "right": jnp.sum(correct * rows), "texts": jnp.sum(rows)}
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the mean cross entropy in nats; also logs the accuracy."""
+        return mean(sums["nats"], sums["texts"]), {"accuracy": mean(sums["right"], sums["texts"])}
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         nats, correct, rows = self._scores(params, batch)

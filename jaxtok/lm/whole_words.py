@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.lm.bert import Bert, BertConfig
 from jaxtok.lm.fitting import fit_text
 from jaxtok.lm.masked_words import Masking, Slots, put, take
-from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, mean
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers.byte_words import CLS, MASK, PAD, SEP, UNK
 
@@ -72,13 +72,14 @@ class WordModeling(Task):
     def features(self, params: Params, batch: Batch) -> Float[Array, "batch d_model"]:
         """A vector for each row: the mean of its hidden states."""
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Returns the mean cross entropy of all pieces of masked words, in nats a piece; also logs nats a word."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         predicted, _ = self.predict(params, batch, rng, train=True)
-        total = jnp.sum(predicted.nats * predicted.weights)
-        words = jnp.sum(predicted.weights[..., 0])
-        metrics = {"nats_per_word": total / jnp.maximum(words, 1)}
-        return masked_mean(predicted.nats, predicted.weights), metrics
+        nats, pieces = jnp.sum(predicted.nats * predicted.weights), jnp.sum(predicted.weights)
+        return {"nats": nats, "pieces": pieces, "words": jnp.sum(predicted.weights[..., 0])}
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Returns the mean cross entropy of all pieces of masked words, in nats a piece; also logs nats a word."""
+        return mean(sums["nats"], sums["pieces"]), {"nats_per_word": mean(sums["nats"], sums["words"])}
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         predicted, slots = self.predict(params, batch, rng)

@@ -36,7 +36,7 @@ from jaxtok.lm.decoder import DecoderConfig
 from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.linear import Linear, LinearStack
-from jaxtok.nn.losses import bits_per_byte, cross_entropy, masked_mean, text_loss
+from jaxtok.nn.losses import bits_per_byte, cross_entropy, mean
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
@@ -604,16 +604,20 @@ class WordPooling(Task):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["words"], batch["lengths"], batch["targets"])["params"]
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+        nats, _ = self._nats(params, batch, rng)
+        size, lengths, mask = nats.shape[-1], batch["target_lengths"], batch["mask"]
+        trained, own = (unit_weights(lengths, size, mask, pads) for pads in (self.model.loss_on_pads, False))
+        sums = {"trained": nats * trained, "units": trained, "nats": nats * own, "bytes": batch["bytes"] * mask}
+        return {name: jnp.sum(x) for name, x in sums.items()}
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Returns the mean cross entropy in nats a unit (see `loss_on_pads`).
 
         Also logs bits per byte, in which each word's units and one end mark count.
         """
-        nats, _ = self._nats(params, batch, rng)
-        size, lengths, mask = nats.shape[-1], batch["target_lengths"], batch["mask"]
-        own = unit_weights(lengths, size, mask, False)
-        _, logged = text_loss(nats, own, jnp.sum(batch["bytes"] * mask))
-        return masked_mean(nats, unit_weights(lengths, size, mask, self.model.loss_on_pads)), logged
+        logged = {"bits_per_byte": mean(sums["nats"] / math.log(2), sums["bytes"])}
+        return mean(sums["trained"], sums["units"]), logged
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         nats, of_words, right = score_words(self, params, batch)

@@ -50,22 +50,26 @@ def by_parts(function: Callable[..., Array], part: int, *arrays: Array) -> Array
 
 def masked_mean(values: Shaped[Array, "*shape"], mask: Shaped[Array, "*shape"]) -> Float[Array, ""]:
     """The mean over the positions where the mask is 1; 0 where it is nowhere 1."""
-    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
+    return mean(jnp.sum(values * mask), jnp.sum(mask))
 
 
-def text_loss(
-    nats: Float[Array, "*shape"], mask: Shaped[Array, "*shape"], text_bytes: Shaped[Array, ""]
-) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The mean of the nats over the positions where the mask is 1; and, to log, their bits per byte of text."""
-    bits = jnp.sum(nats * mask) / math.log(2)
-    return masked_mean(nats, mask), {"bits_per_byte": bits / jnp.maximum(text_bytes, 1)}
+def mean(total: Shaped[Array, ""], count: Shaped[Array, ""]) -> Float[Array, ""]:
+    """The total over the count; 0 where the count is 0."""
+    return total / jnp.maximum(count, 1)
 
 
 def text_sums(
-    nats: Float[Array, "batch length"], mask: Float[Array, "batch length"], text_bytes: Int[Array, "batch length"]
+    nats: Float[Array, "*shape"], mask: Shaped[Array, "*shape"], text_bytes: Shaped[Array, "*shape"]
 ) -> dict[str, Float[Array, ""]]:
-    """The sums of a batch for `text_metrics`: nats, tokens and bytes of text at the positions where the mask is 1."""
+    """The sums of a batch for `text_metrics` and `text_loss`: nats, tokens and bytes of text at the positions where the
+    mask is 1."""
     return {"nats": jnp.sum(nats * mask), "tokens": jnp.sum(mask), "bytes": jnp.sum(text_bytes * mask)}
+
+
+def text_loss(sums: Mapping[str, Array]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The mean of a batch's nats over its tokens; and, to log, their bits per byte of text."""
+    bits = sums["nats"] / math.log(2)
+    return mean(sums["nats"], sums["tokens"]), {"bits_per_byte": mean(bits, sums["bytes"])}
 
 
 def bits_per_byte(nats: float, text_bytes: float) -> float:

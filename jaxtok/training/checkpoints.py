@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import json
 import shutil
@@ -28,7 +29,7 @@ from jaxtok.training.distributed import barrier, gather, is_main
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import write_whole
 from jaxtok.training.mesh import Layout, one_device, unboxed
-from jaxtok.training.optimizer import averaged_params, make_optimizer
+from jaxtok.training.optimizer import OptimizerConfig, averaged_params, converted, make_optimizer, operate
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Meta:
     stage: int
     """How many of the run's surgeries there were."""
     stage_start: int
-    """The step at which this stage began."""
+    """The step at which this stage, or the schedule of the steps that were added to it, began."""
     task: Any
     """The task at that step; surgeries change it."""
     experiment: Experiment
@@ -52,12 +53,19 @@ class Meta:
     """How many seconds were spent on training."""
     flops: float = 0.0
     """How many model FLOPs were spent on training."""
-    evaluated: int = -1
-    """The step of the last evaluation."""
+    schedule_end: int = 0
+    """The step at which that schedule ends; 0, as in checkpoints of older versions: at the end of the stage."""
 
     def __post_init__(self):
         if self.data is None:
             object.__setattr__(self, "data", self.experiment.data)
+        if not self.schedule_end:
+            object.__setattr__(self, "schedule_end", self.experiment.ends[self.stage])
+
+    @classmethod
+    def saved_before(cls, fields: dict[str, Any]) -> tuple[type[Meta], dict[str, Any]]:
+        """Returns the fields without the step of the last evaluation, which older versions kept here."""
+        return cls, {name: value for name, value in fields.items() if name != "evaluated"}
 
 
 class Damaged(ValueError):
@@ -149,9 +157,25 @@ class Checkpoints:
         """Returns the parameters, in the shapes and shardings of `abstract`. Raises `Damaged`."""
         return self._arrays(step, "params", abstract)
 
-    def opt_state(self, step: int, abstract: Any) -> Any | None:
-        """Returns the optimizer's state; None if it was not saved. Raises `Damaged`."""
-        return self._arrays(step, "opt_state", abstract)
+    def opt_state(self, step: int, config: OptimizerConfig, params: Any, layout: Layout | None = None) -> Any | None:
+        """Returns the optimizer's state as `config` keeps it; None if it was not saved. Raises `Damaged`.
+
+        Args:
+          config: the optimizer; the state may have been saved with another choice of `master_weights`.
+          params: the parameters of the step.
+          layout: where the state is to be; default: on one device.
+        """
+        names = self._document(step)["sums"]
+        mastered = any(name.startswith(("opt_state/master/", "opt_state/state/master/")) for name in names)
+        wanted, saved = (
+            abstract_opt_state(make_optimizer(dataclasses.replace(config, master_weights=choice)), params, layout)
+            for choice in (config.master_weights, mastered)
+        )
+        state = self._arrays(step, "opt_state", saved)
+        if state is None or jax.tree.structure(wanted) == jax.tree.structure(saved):
+            return state
+        shardings = jax.tree.map(lambda x: x.sharding, wanted)
+        return jax.jit(functools.partial(converted, config), out_shardings=shardings)(state, params)
 
     def data(self, step: int) -> dict[str, Any] | None:
         """Returns the state of the training batches; None if it was not saved. Raises `Damaged`."""
@@ -160,13 +184,16 @@ class Checkpoints:
     def newest(self, read: Callable[[int], T]) -> tuple[T | None, dict[int, str]]:
         """Returns what `read` returns for the newest whole step, and the newer, damaged steps with their errors.
 
-        A step is whole if no process finds any damage. The value is None if there is no checkpoint.
+        A step is whole if no process finds any damage. The value is None if there is no checkpoint. If another process
+        trains the run, it may save new steps and remove the one that is being read; then the search begins again.
 
         Raises:
           Damaged: there are checkpoints, but none is whole.
         """
         damaged: dict[int, str] = {}
-        for step in self.steps():
+        steps = newest = self.steps()
+        while steps:
+            step, *steps = steps
             value, error = None, ""
             try:
                 value = read(step)
@@ -175,12 +202,17 @@ class Checkpoints:
             error = next((e for e in gather(error) if e), "")
             if not error:
                 return value, damaged
-            damaged[step] = error
+            self._manager.reload()
+            listed = gather(self.steps())[0]
+            if listed[:1] > newest[:1]:
+                steps, newest, damaged = listed, listed, {}
+            else:
+                damaged[step] = error
         if damaged:
             listed = "; ".join(f"{step}: {error}" for step, error in damaged.items())
             raise Damaged(
                 f"none of the checkpoints in {self.directory} is whole ({listed}). "
-                "Restore one of them from a copy, or remove the run's folder to start again."
+                "Restore one of them from a copy, or choose another --workdir to start again."
             )
         return None, {}
 
@@ -221,11 +253,14 @@ class Checkpoints:
         restored = checksums({item: tree})
         if changed := [name for name in sums if restored.get(name) != sums[name]]:
             raise Damaged(f"{changed[0]} is not what was saved")
-        return tree
+        return jax.tree.map(lambda x, like: x.astype(like.dtype), tree, abstract)
 
 
 def _read(folder: Path, abstract: Any) -> Any:
-    """Reads what this process needs of the arrays in a folder; it waits for no other process, which may have failed."""
+    """Reads what this process needs of the arrays in a folder, in the precision in which they were saved.
+
+    It waits for no other process, which may have failed.
+    """
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
@@ -233,14 +268,23 @@ def _read(folder: Path, abstract: Any) -> Any:
     )
     handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
     with ocp.Checkpointer(handler, multiprocessing_options=alone) as reader:
+        # Not by `reader.metadata`, which warns that files of a whole checkpoint are missing.
+        saved = {_name(path): x.dtype for path, x in jax.tree_util.tree_leaves_with_path(handler.metadata(folder).tree)}
+        abstract = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, saved.get(_name(path), x.dtype), sharding=x.sharding),
+            abstract,
+        )
         return reader.restore(folder, args=ocp.args.StandardRestore(abstract))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def checksums(tree: Any) -> dict[str, int]:
     """Returns a number for each array, by its path: the sum of its entries' bits times odd numbers, modulo 2^32."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    return dict(zip(names, map(int, jax.device_get(_sums([leaf for _, leaf in leaves])))))
+    named = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return dict(zip(named, map(int, jax.device_get(_sums(list(named.values()))))))
 
 
 @jax.jit
@@ -332,10 +376,13 @@ class Loaded:
 
     def opt_state(self) -> Any | None:
         """Returns the optimizer's state; None if the checkpoint does not have it."""
-        optimizer = make_optimizer(self.experiment.train.optimizer)
-        abstract = abstract_opt_state(optimizer, abstract_params(self.task, self.data))
         with Checkpoints(self.directory) as checkpoints:
-            return checkpoints.opt_state(self.meta.step, abstract)
+            return checkpoints.opt_state(self.meta.step, self.experiment.train.optimizer, self.params)
+
+    def position(self) -> dict[str, Any] | None:
+        """Returns the state of the training batches; None if the checkpoint does not have it."""
+        with Checkpoints(self.directory) as checkpoints:
+            return checkpoints.data(self.meta.step)
 
     def averaged(self) -> Loaded:
         """Returns it with the moving average in place of the parameters (`OptimizerConfig.ema_decay`).
@@ -343,7 +390,8 @@ class Loaded:
         Raises:
           ValueError: the run kept none.
         """
-        return dataclasses.replace(self, params=averaged_params(self.opt_state(), self.params))
+        averaged = averaged_params(self.opt_state(), self.params)
+        return dataclasses.replace(self, params=jax.tree.map(lambda a, p: a.astype(p.dtype), averaged, self.params))
 
 
 def find_run(path: str | Path) -> tuple[Path, int | None]:
@@ -364,32 +412,37 @@ def load(path: str | Path, ema: bool = False) -> Loaded:
       Damaged: the one that is asked for is damaged, or all of them are.
       ValueError: the run kept no average.
     """
-    loaded = _load(path)
-    return loaded.averaged() if ema else loaded
+    return _load(path, Loaded.averaged if ema else lambda loaded: loaded)
 
 
-def _load(path: str | Path) -> Loaded:
+def _load(path: str | Path, read_all: Callable[[Loaded], T]) -> T:
+    """Returns what `read_all` makes of a loaded checkpoint; it reads the rest of what is needed of the same step."""
     run, step = find_run(path)
     if not (run / "checkpoints").is_dir():
         raise FileNotFoundError(f"{path} is not a run: it has no folder `checkpoints`; give what `jaxtok train` made.")
 
-    def read(step: int) -> Loaded:
+    def read(step: int) -> tuple[T, int]:
         meta = checkpoints.meta(step)
-        return Loaded(meta, checkpoints.params(step, abstract_params(meta.task, meta.data)), run)
+        params = checkpoints.params(step, abstract_params(meta.task, meta.data))
+        return read_all(Loaded(meta, params, run)), step
 
     with Checkpoints(run) as checkpoints:
         if step is None:
-            loaded, damaged = checkpoints.newest(read)
-            for number, error in damaged.items():
-                print(f"{run}/checkpoints/{number} is damaged: {error}; using {loaded.meta.step}", file=sys.stderr)
-            if loaded is None:
+            found, damaged = checkpoints.newest(read)
+            if found is None:
                 raise FileNotFoundError(f"{run} holds no finished checkpoint.")
-            return loaded
-        if not (checkpoints.directory / str(step)).is_dir():
-            raise FileNotFoundError(f"{run} holds no finished checkpoint of step {step}.")
+            value, newest = found
+            for number, error in damaged.items():
+                print(f"{run}/checkpoints/{number} is damaged: {error}; using {newest}", file=sys.stderr)
+            return value
+        missing = FileNotFoundError(f"{run} holds no finished checkpoint of step {step}.")
+        if not (folder := checkpoints.directory / str(step)).is_dir():
+            raise missing
         try:
-            return read(step)
+            return read(step)[0]
         except Damaged as error:
+            if not folder.is_dir():  # a training run has removed it meanwhile
+                raise missing from error
             others = [str(s) for s in checkpoints.steps() if s != step]
             raise Damaged(f"{path} is damaged: {error}. Other steps here: {', '.join(others) or 'none'}.") from error
 
@@ -442,13 +495,15 @@ def fork(
     must_be_free(output)
     half_done = output.with_name(output.name + ".part")
     shutil.rmtree(half_done, ignore_errors=True)
-    loaded = load(checkpoint)
-    task, data, params = loaded.task, loaded.data, loaded.params
     keep = surgery is None or surgery.optimizer == "keep"
-    opt_state = loaded.opt_state() if keep else None
+    loaded, opt_state, position = _load(
+        checkpoint, lambda loaded: (loaded, loaded.opt_state() if keep else None, loaded.position())
+    )
+    task, data, params = loaded.task, loaded.data, loaded.params
     if surgery:
         task, data = surgery.task(task, data)
-        params, opt_state = surgery.params(loaded.task, loaded.data, params, opt_state, jax.random.key(seed))
+        like = abstract_params(task, data)
+        params, opt_state = operate(surgery, loaded.task, loaded.data, params, opt_state, jax.random.key(seed), like)
     config = dataclasses.replace(loaded.experiment.train, **{"steps": steps or loaded.experiment.train.steps} | train)
     experiment = dataclasses.replace(
         loaded.experiment,
@@ -460,11 +515,11 @@ def fork(
         name=output.name,
         workdir=str(output),
     )
-    meta = dataclasses.replace(loaded.meta, step=0, stage=0, stage_start=0, task=task, experiment=experiment, data=data)
+    start = {"step": 0, "stage": 0, "stage_start": 0, "schedule_end": 0}
+    meta = dataclasses.replace(loaded.meta, **start, task=task, experiment=experiment, data=data)
     write_config(half_done, experiment)
-    with Checkpoints(loaded.directory) as old, Checkpoints(half_done) as new:
-        position = old.data(loaded.meta.step) if data == loaded.data else None
-        new.save(meta, params, opt_state, position)
+    with Checkpoints(half_done) as new:
+        new.save(meta, params, opt_state, position if data == loaded.data else None)
     half_done.rename(output)
     return output
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,10 +20,13 @@ class TrainConfig:
     """The loop's settings."""
 
     steps: int = 1000
-    """The number of updates, or if the run has stages, the number before the first of them."""
+    """The number of updates, or if the run has stages, the number before the first of them. A larger number trains a
+    finished run longer (in a run with stages, that of the last one): the steps that are added have a schedule of
+    their own, which begins anew with its warm-up."""
     optimizer: OptimizerConfig = OptimizerConfig()
     accumulate: int = 1
-    """The number of parts into which a batch is cut and whose gradients are averaged: less memory, the same update."""
+    """The number of parts into which a batch is cut, and after all of which the update is made: less memory, and the
+    update of the whole batch (up to rounding, and what the parts draw by chance)."""
     seed: int = 0
     log_every: int = 10
     """The number of steps between log lines."""
@@ -63,6 +67,7 @@ MAY_CHANGE = (
     "train.tensorboard",
     "train.save_deadline",
     "train.on_full_disk",
+    "train.optimizer.master_weights",
 )
 """How the names of the fields begin that may differ when a run is resumed."""
 
@@ -124,5 +129,10 @@ class Experiment:
         return fitted
 
     @property
+    def ends(self) -> tuple[int, ...]:
+        """The step at which each stage ends; the first stage is that before the surgeries."""
+        return tuple(itertools.accumulate([self.train.steps, *(surgery.steps for surgery in self.stages)]))
+
+    @property
     def total_steps(self) -> int:
-        return self.train.steps + sum(surgery.steps for surgery in self.stages)
+        return self.ends[-1]

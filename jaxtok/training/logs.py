@@ -19,8 +19,11 @@ class MetricsLog:
 
     def __init__(self, directory: Path, step: int, tensorboard: bool = True):
         self.path = directory / "metrics.jsonl"
+        self.evaluated = -1
+        """The step of the last evaluation that was logged before the run was resumed."""
         if self.path.exists():
             kept = [row for row in read_metrics(directory) if row["step"] <= step]
+            self.evaluated = max((row["step"] for row in kept if row["split"] == "validation"), default=-1)
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("ab", buffering=0)
         self._pending = b""
@@ -53,6 +56,8 @@ def write_whole(path: Path, text: str) -> None:
 
 class NoLog:
     """The log of processes that write none."""
+
+    evaluated = -1
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -37,9 +38,18 @@ from jaxtok.training.checkpoints import (
 )
 from jaxtok.training.distributed import barrier, gather, is_main
 from jaxtok.training.experiment import MAY_CHANGE, Experiment, TrainConfig
+from jaxtok.training.lock import RunLock
 from jaxtok.training.logs import Display, MetricsLog, NoLog
 from jaxtok.training.mesh import Layout, make_layout, one_device, unboxed
-from jaxtok.training.optimizer import descend, learning_rates, make_optimizer, move_average
+from jaxtok.training.optimizer import (
+    descend,
+    full_params,
+    learning_rates,
+    make_optimizer,
+    move_average,
+    operate,
+    rounded,
+)
 from jaxtok.training.peak import peak_flops
 
 INTERRUPTED = 75
@@ -92,18 +102,32 @@ def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, qui
     experiment = experiment.fitted()
     directory, config = experiment.directory, experiment.train
     layout = make_layout(experiment.mesh)
-    resumed = _check_config(directory, experiment)
-    source = start() if start and not resumed else None  # which is opened on one device, before the mesh is active
-    with (
-        layout.active(),
-        Checkpoints(directory, config.keep_checkpoints) as checkpoints,
-        _Interrupt(config.save_deadline) as interrupt,
-    ):
-        run, notes = _start(experiment, checkpoints, layout, source)
+
+    @functools.cache
+    def weights() -> Any:
+        with layout.active():
+            return experiment.task.load_weights(abstract_params(experiment.task, experiment.data, layout))
+
+    if not _steps(directory):
+        weights()  # a missing file is noticed before the data are opened, which may have to be fetched
+    _check_validation(experiment, layout)
+    with contextlib.ExitStack() as held:
+        lock = held.enter_context(RunLock(directory))
+        resumed = _check_config(directory, experiment)
+        source = start() if start and not resumed else None  # which is opened on one device, before the mesh is active
+        held.enter_context(layout.active())
+        checkpoints = held.enter_context(Checkpoints(directory, config.keep_checkpoints))
+        interrupt = held.enter_context(_Interrupt(config.save_deadline))
+        run, notes = _start(experiment, checkpoints, layout, source, weights)
         if is_main():
             write_config(directory, experiment)
         log = MetricsLog(directory, run.meta.step, config.tensorboard) if is_main() else NoLog()
+        evaluated = gather(log.evaluated)[0]
         total = experiment.total_steps
+
+        def fit() -> _Run:
+            return _fit(run, experiment, evaluated, layout, checkpoints, log, display, interrupt, lock)
+
         try:
             with Display(experiment.name, total, run.meta.step, enabled=is_main() and not quiet) as display:
                 for text in notes:
@@ -116,11 +140,18 @@ def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, qui
                         run = _operate(run, surgery, layout)
                         size, what = count(run.state.params), type(surgery).__name__
                         display.say(f"{experiment.name} {run.meta.step}/{total}: {what}, now {size:,} parameters")
-                    end = run.meta.stage_start + (surgery.steps if surgery else config.steps)
-                    run = _fit(run, end, experiment, layout, checkpoints, log, display, interrupt)
+                    run = fit()
+                    if not interrupt.received and run.meta.schedule_end < (end := experiment.ends[stage]):
+                        run = _prolonged(run, end, layout)
+                        display.say(f"{experiment.name} {run.meta.step}/{total}: {_schedule(run.meta)}")
+                        run = fit()
                     if interrupt.received:
                         display.say(f"interrupted: saved step {run.meta.step} in {directory}; the same command resumes")
                         break
+                if not run.metrics and not interrupt.received:  # there was nothing left to train
+                    rows = layout.rows(run.meta.data.batch_size)
+                    found = _evaluate(run.meta.task, run.state.params, run.meta.data, layout, rows, interrupt)
+                    run = dataclasses.replace(run, metrics=found or {})
         finally:
             log.close()
             run.data.close()
@@ -198,9 +229,12 @@ def _state(step: int, stage_start: int, params: Any, opt_state: Any, rng: jax.Ar
 
 
 def _start(
-    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, source: Any | None
+    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, source: Any | None, weights: Callable[[], Any]
 ) -> tuple[_Run, list[str]]:
-    """Returns the run at its newest whole checkpoint, or at step 0, and what there is to tell about it."""
+    """Returns the run at its newest whole checkpoint, or at step 0, and what there is to tell about it.
+
+    `weights` gives what the task's `load_weights` makes of abstract parameters.
+    """
     optimizer = make_optimizer(experiment.train.optimizer)
 
     def read(step: int) -> tuple[Meta, TrainState, dict[str, Any] | None]:
@@ -210,10 +244,11 @@ def _start(
             stored = dataclasses.replace(stored, data=experiment.data)
         params = abstract_params(stored.task, stored.data, layout)
         abstract = abstract_opt_state(optimizer, params, layout)
-        old = jax.eval_shape(make_optimizer(stored.experiment.train.optimizer).init, params)
-        same_kind = jax.tree.structure(abstract) == jax.tree.structure(old)
+        config = experiment.train.optimizer
+        old = dataclasses.replace(stored.experiment.train.optimizer, master_weights=config.master_weights)
+        same_kind = jax.tree.structure(abstract) == jax.tree.structure(jax.eval_shape(make_optimizer(old).init, params))
         params = checkpoints.params(step, params)
-        opt_state = checkpoints.opt_state(step, abstract) if same_kind else None
+        opt_state = checkpoints.opt_state(step, config, params, layout) if same_kind else None
         if opt_state is None:
             opt_state = jax.jit(optimizer.init, out_shardings=_shardings(abstract))(params)
         make = jax.jit(
@@ -225,12 +260,10 @@ def _start(
 
     newest, damaged = checkpoints.newest(read)
     if newest is None:
-        # Files that are missing are noticed before the data are opened, which may have to be fetched.
-        weights = experiment.task.load_weights(abstract_params(experiment.task, experiment.data, layout))
         data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
         notes: list[str] = []
         params = None if source is None else start_from(experiment, source, layout, notes.append)
-        state = initial_state(experiment.task, experiment.train, experiment.data, layout, params, weights)
+        state = initial_state(experiment.task, experiment.train, experiment.data, layout, params, weights())
         meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
         return _Run(meta, state, data), notes
     stored, state, position = newest
@@ -240,7 +273,8 @@ def _start(
     ]
     if position is not None:
         data.set_state(position)
-    return _Run(dataclasses.replace(stored, experiment=experiment), state, data), notes
+    schedule_end = stored.schedule_end if stored.step else 0  # a forked run may have got another number of steps
+    return _Run(dataclasses.replace(stored, experiment=experiment, schedule_end=schedule_end), state, data), notes
 
 
 def start_from(
@@ -327,14 +361,34 @@ def _operate(run: _Run, surgery: Surgery, layout: Layout) -> _Run:
     optimizer = make_optimizer(config.optimizer)
     task, data, program = compile_surgery(surgery, meta.task, meta.data, run.state.params, kept, rng, optimizer, layout)
     params, opt_state = program(run.state.params, kept)
-    start = jax.jit(lambda step: step + 0, out_shardings=layout.replicated)(run.state.step)
-    state = run.state.replace(stage_start=start, params=params, opt_state=opt_state)
+    state = run.state.replace(stage_start=_now(run, layout), params=params, opt_state=opt_state)
     batches = run.data
     if data != meta.data:
         batches.close()
         batches = data.train_batches(layout.rows(data.batch_size))
-    meta = dataclasses.replace(meta, task=task, data=data, stage=meta.stage + 1, stage_start=meta.step)
+    meta = dataclasses.replace(meta, task=task, data=data, stage=meta.stage + 1, stage_start=meta.step, schedule_end=0)
     return _Run(meta, state, batches)
+
+
+def _prolonged(run: _Run, end: int, layout: Layout) -> _Run:
+    """Returns a run that has come to the end of its schedule with a new one, up to step `end`."""
+    meta = dataclasses.replace(run.meta, stage_start=run.meta.step, schedule_end=end)
+    return dataclasses.replace(run, meta=meta, state=run.state.replace(stage_start=_now(run, layout)))
+
+
+def _schedule(meta: Meta) -> str:
+    """Returns a sentence on the schedule of the steps that were added to a run."""
+    optimizer, steps = meta.experiment.train.optimizer, meta.schedule_end - meta.stage_start
+    warmup = f"a warm-up of {optimizer.warmup * steps:,.0f} steps to " if optimizer.warmup else ""
+    return (
+        f"{steps:,} more steps, in which the learning rate begins anew: {warmup}{optimizer.learning_rate:g}, then "
+        f"{optimizer.schedule}, at least {optimizer.min_learning_rate:g}"
+    )
+
+
+def _now(run: _Run, layout: Layout) -> jax.Array:
+    """Returns a copy of the run's step."""
+    return jax.jit(lambda step: step + 0, out_shardings=layout.replicated)(run.state.step)
 
 
 def compile_surgery(
@@ -360,7 +414,8 @@ def compile_surgery(
 
     def change(params, opt_state):
         with nn.logical_axis_rules(()):  # new modules are made with a batch of one, which no mesh divides
-            params, opt_state = surgery.params(task, data, params, opt_state, jax.random.wrap_key_data(seed))
+            key = jax.random.wrap_key_data(seed)
+            params, opt_state = operate(surgery, task, data, params, opt_state, key, abstract)
         return params, optimizer.init(params) if opt_state is None else opt_state
 
     if difference := _difference(jax.eval_shape(change, params, opt_state)[0], abstract):
@@ -380,15 +435,36 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any,
         return jax.value_and_grad(task.loss, has_aux=True)(params, batch, rng, step)
 
     def accumulated(params, batch, rng, step):
+        """The same, of a batch in parts, by the chain rule: the loss is a function of sums over the parts.
+
+        The derivative by the sums needs those of the whole batch first. Of a mean, that is only its count, and the
+        compiler leaves out the rest of that first pass.
+        """
         batches = jax.tree.map(lambda x: x.reshape(parts, x.shape[0] // parts, *x.shape[1:]), batch)
+        state = jax.lax.stop_gradient(params)
 
-        def add(total, part):
-            result = gradients(params, part[0], jax.random.fold_in(rng, part[1]), step)
-            return jax.tree.map(lambda t, x: t + x / parts, total, result), None
+        def sums(params, part):
+            found = task.loss_sums(params, part[0], jax.random.fold_in(rng, part[1]), step)
+            return jax.tree.map(lambda x: x.astype(jnp.float32), found)
 
-        shapes = jax.eval_shape(gradients, params, jax.tree.map(lambda x: x[0], batches), rng, step)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        return jax.lax.scan(add, zeros, (batches, jnp.arange(parts)))[0]
+        def added(function):
+            """The sum of a function of the parts, in float32."""
+
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, function(part)), None
+
+            each = (batches, jnp.arange(parts))
+            shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], each))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), shapes)
+            return jax.lax.scan(add, zeros, each)[0]
+
+        def of_part(part):
+            found, pull = jax.vjp(lambda p: sums(p, part), params)
+            return found, pull(slopes)[0]
+
+        slopes = jax.grad(lambda total: task.loss_of(total, state, step)[0])(added(lambda part: sums(params, part)))
+        total, grads = added(of_part)
+        return task.loss_of(total, state, step), grads
 
     def train_step(state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rng = jax.random.fold_in(state.rng, state.step)
@@ -401,22 +477,30 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any,
         updates = descend(updates, rates)
         if trainable is not None:  # weight decay moves parameters without a gradient
             updates = jax.tree.map(jnp.multiply, updates, trainable)
-        params = optax.apply_updates(state.params, updates)
+        params = optax.apply_updates(full_params(opt_state, state.params), updates)
         named = {"_".join(filter(None, ("learning_rate", part))): rate for part, rate in rates.items()}
-        metrics = {"loss": loss, "gradient_norm": optax.global_norm(grads)} | named | metrics
+        norm = optax.global_norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        metrics = {"loss": loss, "gradient_norm": norm} | named | metrics
         params = task.after_step(params, metrics, state.step)
         metrics.pop("state", None)
         opt_state = move_average(train_config.optimizer, opt_state, params, state.step + 1, trainable)
+        params, opt_state = rounded(params, opt_state, state.params)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state), metrics
 
     state = _shardings(abstract_state(task, train_config, data, layout))
     return jax.jit(train_step, donate_argnums=0, out_shardings=(state, layout.replicated))
 
 
-def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoints, log, display, interrupt) -> _Run:
-    """Trains one stage up to step `end`, or until interrupted."""
+def _fit(
+    run: _Run, experiment: Experiment, evaluated: int, layout: Layout, checkpoints, log, display, interrupt, lock
+) -> _Run:
+    """Trains up to the end of the run's schedule, or until interrupted.
+
+    Args:
+      evaluated: the step of the last evaluation before the run was resumed.
+    """
     config, task = experiment.train, run.meta.task
-    step, state = run.meta.step, run.state
+    step, state, end = run.meta.step, run.state, run.meta.schedule_end
     data = run.meta.data
     train_step = make_train_step(task, config, end - run.meta.stage_start, data, layout)
     flops = task.flops(example_batch(data))
@@ -448,6 +532,7 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
 
     def save() -> None:
         nonlocal saved
+        lock.check()
         fetch(0)
         position = {stream: at for part in gather(run.data.get_state()) for stream, at in part.items()}
         try:
@@ -465,22 +550,27 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
             saved = step
 
     def evaluate() -> None:
-        """Evaluates; if that is interrupted, the resumed run does it."""
-        nonlocal evaluation, meta
+        """Evaluates; if that is interrupted, the resumed run does it. What it fails at is saved."""
+        nonlocal evaluation
         fetch(0)
-        numbers = _evaluate(task, state.params, data, layout, rows, interrupt)
+        try:
+            numbers = _evaluate(task, state.params, data, layout, rows, interrupt)
+        except Exception:
+            if step != saved and jax.process_count() == 1:
+                save()
+            raise
         if numbers is not None:
-            evaluation, meta = numbers, dataclasses.replace(meta, evaluated=step)
+            evaluation = numbers
             log.write(step, "validation", evaluation | {"train_flops": meta.flops, "train_seconds": meta.elapsed})
             display.numbers(step, "validation", evaluation)
 
     def due(number: int) -> bool:
         return number == end or bool(config.eval_every and number % config.eval_every == 0)
 
-    if run.meta.stage_start < step and due(step) and meta.evaluated != step:
+    if run.meta.stage_start < step and due(step) and step != evaluated:
         evaluate()
-        saved = -1
     while step < end and not interrupt.check():
+        lock.check()
         batch = next(run.data)
         state, metrics = train_step(state, layout.put(batch, rows, data.batch_spec()))
         step += 1
@@ -500,15 +590,13 @@ def _fit(run: _Run, end: int, experiment: Experiment, layout: Layout, checkpoint
             display.numbers(step, "train", row)
             clock, logged, idle = time.perf_counter(), step, 0.0
         pause = time.perf_counter()
-        if due(step):
-            evaluate()
         if step == end or step % config.checkpoint_every == 0:
             save()
+        if due(step):
+            evaluate()
         idle += time.perf_counter() - pause
     if step != saved:
         save()
-    if not evaluation and not interrupt.received:
-        evaluation = _evaluate(task, state.params, data, layout, rows, interrupt) or {}
     return _Run(meta, state, run.data, evaluation)
 
 
@@ -531,18 +619,43 @@ def _evaluate(task, params, data, layout, rows, interrupt) -> dict[str, float] |
         return None
 
 
+def _check_validation(experiment: Experiment, layout: Layout) -> None:
+    """Checks that there is something to evaluate on, which would otherwise come up after many steps.
+
+    Raises:
+      ValueError: there is nothing that counts; if it is the data that refuse, the message is theirs.
+    """
+    data = experiment.data
+    batches = data.eval_batches("validation", layout.rows(data.batch_size))
+    found = any(np.any(batch["mask"]) if "mask" in batch else True for batch in batches)
+    if not any(gather(found)):
+        raise ValueError(
+            f"the validation split of {getattr(data, data.source)} holds no {experiment.task.counted} that count, so "
+            "the run could not be evaluated; give more data."
+        )
+
+
+def _steps(directory: Path) -> list[int]:
+    """Returns the steps that a run has saved."""
+    return [int(path.name) for path in (directory / "checkpoints").glob("*") if path.name.isdigit()]
+
+
 def _check_config(directory: Path, experiment: Experiment) -> bool:
     """Checks that a run that has made a step keeps its config, and that a forked one without steps keeps its task.
 
-    Returns whether there is a run.
+    The number of steps of the last stage may grow. Returns whether there is a run.
     """
-    steps = [int(p.name) for p in (directory / "checkpoints").glob("*") if p.name.isdigit()]
-    if steps:
-        changed = [d for d in differences(experiment, read_config(directory)) if not d.startswith(MAY_CHANGE)]
+    if steps := _steps(directory):
+        stored = read_config(directory)
+        changed = [d for d in differences(experiment, stored) if not d.startswith(MAY_CHANGE)]
+        last = f"stages.{len(experiment.stages) - 1}.steps: " if experiment.stages else "train.steps: "
+        if experiment.total_steps >= stored.total_steps:
+            changed = [d for d in changed if not d.startswith(last)]
         if changed := [d for d in changed if max(steps) > 0 or d.startswith("task")]:
+            longer = " (The number of steps can be raised, but not lowered.)" if changed[0].startswith(last) else ""
             raise ValueError(
                 f"{directory} holds a run of another config: {'; '.join(changed)}. "
-                "Choose another --workdir (or remove that folder) to start again."
+                f"Choose another --workdir for a run of this one.{longer}"
             )
     barrier("config")
     return bool(steps)

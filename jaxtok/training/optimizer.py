@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtok.protocols import FROZEN
+from jaxtok.protocols import FROZEN, Surgery
 
 OPTIMIZERS = ("adamw", "lion", "adafactor", "sgd")
 SCHEDULES = ("cosine", "linear", "exponential", "constant")
@@ -92,6 +92,10 @@ class OptimizerConfig(OptimizerSettings):
     in the optimizer's state; 0: none."""
     ema_every: int = 1
     """The number of updates between two steps of the average."""
+    master_weights: bool = True
+    """Whether the optimizer updates parameters of lower precision (bfloat16) in float32 copies of its own, and keeps
+    its moments and the average in float32. Otherwise all of them have the parameters' precision, which takes less
+    memory, but updates below about 1/256 of a parameter are lost."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,7 +160,8 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformationExtra
     If parts of it start late, `update` needs the `step`, from 0.
     """
     optimizer = _in_parts(_direction(config), config.parts) if config.parts else _direction(config)
-    return without_frozen(_with_average(optimizer) if config.ema_decay else optimizer)
+    optimizer = _with_master(optimizer) if config.master_weights else _in_precision(optimizer)
+    return without_frozen(_with_average(optimizer, config.master_weights) if config.ema_decay else optimizer)
 
 
 def _direction(config: OptimizerSettings) -> optax.GradientTransformation:
@@ -211,6 +216,119 @@ def _in_parts(rest: optax.GradientTransformation, parts: tuple[PartOptimizer, ..
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+class Mastered(NamedTuple):
+    """An optimizer's state, and float32 copies of the parameters that have a lower precision."""
+
+    state: Any
+    master: Any
+    """A tree like the parameters, with `optax.MaskedNode` in place of those that are float32 themselves."""
+
+
+def _with_master(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer of float32 copies of the parameters; `full_params` and `rounded` say how they are used.
+
+    If all parameters are float32, it is the optimizer itself, with the same state.
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(params):
+        state = optimizer.init(jax.tree.map(_float32, params))
+        return Mastered(state, _copies(params)) if any(map(_is_low, jax.tree.leaves(params))) else state
+
+    def update(updates, state, params=None, **options):
+        if not isinstance(state, Mastered):
+            return optimizer.update(updates, state, params, **options)
+        full = None if params is None else full_params(state, params)
+        changed, inner = optimizer.update(jax.tree.map(_float32, updates), state.state, full, **options)
+        return changed, Mastered(inner, state.master)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _in_precision(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Returns the optimizer, whose gradients come in the parameters' precision."""
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def update(updates, state, params=None, **options):
+        if params is not None:
+            updates = jax.tree.map(lambda u, p: u.astype(p.dtype), updates, params)
+        return optimizer.update(updates, state, params, **options)
+
+    return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+def _is_low(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
+
+
+def _float32(x: Any) -> Any:
+    return x.astype(jnp.float32) if _is_low(x) else x
+
+
+def _copies(params: Any) -> Any:
+    return jax.tree.map(lambda p: p.astype(jnp.float32) if _is_low(p) else optax.MaskedNode(), params)
+
+
+def full_params(opt_state: Any, params: Any) -> Any:
+    """Returns the parameters with the optimizer's float32 copies in place of those of lower precision."""
+    state = opt_state.state if isinstance(opt_state, Averaged) else opt_state
+    if not isinstance(state, Mastered):
+        return params
+    full = jax.tree.map(lambda p, m: p if isinstance(m, optax.MaskedNode) else m, _not_frozen(params), state.master)
+    return {**params, **full} if _is_split(params) else full
+
+
+def rounded(full: Any, opt_state: Any, dtypes: Any) -> tuple[Any, Any]:
+    """Inverts `full_params`: returns the parameters in their own precision, and the state with their float32 copies.
+
+    Args:
+      full: the parameters in float32.
+      opt_state: the optimizer's state, with other copies or none.
+      dtypes: arrays (or their shapes) of the parameters' precision.
+    """
+    params = jax.tree.map(lambda x, like: x.astype(like.dtype), full, dtypes)
+    copies = jax.tree.map(lambda x, p: x if _is_low(p) else optax.MaskedNode(), _not_frozen(full), _not_frozen(params))
+    match opt_state:
+        case Averaged(Mastered() as state):
+            return params, opt_state._replace(state=state._replace(master=copies))
+        case Mastered():
+            return params, opt_state._replace(master=copies)
+    return params, opt_state
+
+
+def operate(surgery: Surgery, task: Any, data: Any, params: Any, opt_state: Any, rng: jax.Array, like: Any) -> Any:
+    """Returns the parameters and the optimizer's state (or None) after a surgery.
+
+    If the optimizer has float32 copies, the surgery changes these, and the parameters are rounded to them.
+
+    Args:
+      like: arrays (or their shapes) of the precision of the parameters after the surgery.
+    """
+    full = params if opt_state is None else full_params(opt_state, params)
+    inner = opt_state.state if isinstance(opt_state, Mastered) else opt_state
+    params, state = surgery.params(task, data, full, inner, rng)
+    if state is not None and isinstance(opt_state, Mastered):
+        return rounded(params, Mastered(state, None), like)
+    return params, state
+
+
+def converted(config: OptimizerConfig, opt_state: Any, params: Any) -> Any:
+    """Returns a state that was kept with another choice of `master_weights` (older versions had no float32 copies)."""
+    new = make_optimizer(config).init(params)
+
+    def cast(new, old):
+        match new, old:
+            case Averaged(), Averaged():
+                return Averaged(cast(new.state, old.state), cast(new.average, old.average))
+            case Mastered(), _:
+                return Mastered(cast(new.state, old), new.master)
+            case _, Mastered():
+                return cast(new, old.state)
+        return jax.tree.map(lambda n, o: o.astype(n.dtype), new, old)
+
+    return cast(new, opt_state)
+
+
 class Averaged(NamedTuple):
     """An optimizer's state and a moving average of the parameters."""
 
@@ -218,19 +336,23 @@ class Averaged(NamedTuple):
     average: Any
 
 
-def _with_average(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def _with_average(optimizer: optax.GradientTransformation, float32: bool) -> optax.GradientTransformationExtraArgs:
     """Returns the optimizer with room for the average, which `move_average` moves once the update is applied."""
     optimizer = optax.with_extra_args_support(optimizer)
+
+    def init(params):  # the average is a copy, as a training step takes over the memory of both
+        average = jax.tree.map(lambda p: jnp.array(p, jnp.float32 if float32 and _is_low(p) else p.dtype), params)
+        return Averaged(optimizer.init(params), average)
 
     def update(updates, state, params=None, **options):
         changed, inner = optimizer.update(updates, state.state, params, **options)
         return changed, Averaged(inner, state.average)
 
-    return optax.GradientTransformationExtraArgs(lambda params: Averaged(optimizer.init(params), params), update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def move_average(config: OptimizerConfig, opt_state: Any, params: Any, updates: Any, trainable: Any = None) -> Any:
-    """Returns the optimizer's state after update number `updates` (from 1), which made `params`.
+    """Returns the optimizer's state after update number `updates` (from 1), which made `params` (see `full_params`).
 
     The average of what does not train (`trainable` is 0) is its present value.
     """
@@ -240,14 +362,14 @@ def move_average(config: OptimizerConfig, opt_state: Any, params: Any, updates: 
 
     def one(average, new, trains=1.0):
         mean = decay * average + (1 - decay) * new
-        return jnp.where(trains, jnp.where(due, mean, average), new).astype(new.dtype)
+        return jnp.where(trains, jnp.where(due, mean, average), new).astype(average.dtype)
 
     trees = [params] if trainable is None else [params, trainable]
     return opt_state._replace(average=jax.tree.map(one, opt_state.average, *map(_not_frozen, trees)))
 
 
 def averaged_params(opt_state: Any, params: Any) -> Any:
-    """Returns the parameters with their averages in place of themselves.
+    """Returns the parameters with their averages, in the averages' precision, in place of themselves.
 
     Raises:
       ValueError: the run kept none.
@@ -291,6 +413,7 @@ def _adam(config: OptimizerSettings) -> optax.GradientTransformation:
     return optax.GradientTransformation(adam.init, update)
 
 
+_KEPT = re.compile(r"(^|_)(scale|bias)$")
 _INPUTS = re.compile(r"(^|_)(embeddings?|positions)(_|$)")
 
 
@@ -322,6 +445,5 @@ def _block(path: Any) -> int | None:
 
 
 def decayed(params: Any) -> Any:
-    """Returns True for the parameters under weight decay: all but scales and biases."""
-    kept = ("scale", "bias", "head_bias")
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in kept, params)
+    """Returns True for the parameters under weight decay: all but scales and biases (bias, head_bias, up_bias, ...)."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _KEPT.search(path[-1].key), params)

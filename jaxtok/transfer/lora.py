@@ -58,6 +58,13 @@ class Lora(Task):
         dropout, rng = jax.random.split(rng)
         return self.task.loss(self.merged(params, dropout), batch, rng, step)
 
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, Any]:
+        dropout, rng = jax.random.split(rng)
+        return self.task.loss_sums(self.merged(params, dropout), batch, rng, step)
+
+    def loss_of(self, sums: dict[str, Any], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        return self.task.loss_of(sums, params["frozen"], step)
+
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         return self.task.sums(self.merged(params), batch, rng)
 

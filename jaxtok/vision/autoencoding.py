@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain
 from jaxtok.nn.convolution import AutoencoderConfig, Encoder, Generator, last_conv, last_name
-from jaxtok.nn.losses import masked_mean
+from jaxtok.nn.losses import mean
 from jaxtok.nn.quantizers import Quantized, code_counts, perplexity
 from jaxtok.protocols import FROZEN, Batch, Data, Params, Sums, Task
 from jaxtok.vision.augmentation import AugmentationDraws, augment, draw_augmentation
@@ -122,8 +122,8 @@ class Autoencoding(Task):
     """Trains an image tokenizer, and is one (`jaxtok.protocols.ImageTokenizer`).
 
     The discriminator should have an optimizer of its own that starts at `discriminator.start_step + 1`
-    (configs/vision/bae.py). If a batch is accumulated in parts, batch norms and the adaptive weight are computed for
-    each part. Batches have
+    (configs/vision/bae.py). If a batch is accumulated in parts, the discriminator's batch norms see each part alone,
+    and its term has the mean of the parts' adaptive weights; all else is as in one batch. Batches have
 
     images  uint8, or float32 in [0, 1]  [batch, height, width, channels]
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
@@ -215,6 +215,13 @@ class Autoencoding(Task):
         """The task itself. Raises ValueError if the discriminator's own optimizer starts at another step than its
         training."""
         starts = {part.part: part.start for part in train.optimizer.parts} if train is not None else {}
+        if self.discriminator is not None and train is not None and train.accumulate > 1:
+            logging.getLogger("jaxtok").warning(
+                "train.accumulate is %d: the discriminator's batch norms see %d images at a time, so the updates are "
+                "not those of one batch.",
+                train.accumulate,
+                data.batch_size // train.accumulate,
+            )
         if self.discriminator is None or "discriminator" not in starts:
             return self
         if starts["discriminator"] != (first := self.discriminator.start_step + 1):
@@ -283,8 +290,7 @@ class Autoencoding(Task):
             drawn = drawn.replace(fakes=fakes, reals=reals)
         return drawn
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """L_G + L_D; metrics have its parts, and under `state` the discriminator's statistics after the step."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, Any]:
         draws, mask = self.draw(rng, batch, step), batch["mask"]
         x, distance, model = as_float(batch["images"]), self.distance(params), self.autoencoder()
         features, quantized = model.apply(
@@ -299,18 +305,19 @@ class Autoencoding(Task):
         fake = last_conv(self.model, features, last)
 
         def parts(fake):
-            return masked_mean(jnp.abs(x - fake).mean((1, 2, 3)), mask), masked_mean(distance(x, fake), mask)
+            return jnp.sum(jnp.abs(x - fake).mean((1, 2, 3)) * mask), jnp.sum(distance(x, fake) * mask)
+
+        images = jnp.sum(mask)
 
         def nll_of(fake):
-            l1, perceptual = parts(fake)
+            l1, perceptual = (mean(total, images) for total in parts(fake))
             return l1 + self.perceptual_weight * perceptual
 
-        (l1, perceptual), nll = parts(fake), nll_of(fake)
-        code_loss = masked_mean(quantized.loss, mask)
-        generator_loss = nll + self.model.code_weight * code_loss
-        metrics = {"l1": l1, "perceptual": perceptual, "nll": nll, "code_loss": code_loss} | quantized.metrics
+        l1, perceptual = parts(fake)
+        sums = {"l1": l1, "perceptual": perceptual, "code_loss": jnp.sum(quantized.loss * mask), "images": images}
+        sums |= {"parts": jnp.ones(()), "of_parts": quantized.metrics}
         if self.discriminator is None:
-            return generator_loss, metrics
+            return sums
 
         cfg = self.discriminator
 
@@ -324,7 +331,7 @@ class Autoencoding(Task):
 
         def g_of(fake):
             logits, statistics = critic(still(params["discriminator"]), seen(fake, draws.fakes), params["statistics"])
-            return -masked_mean(logits.mean((1, 2)), mask), statistics
+            return -jnp.sum(logits.mean((1, 2)) * mask), statistics
 
         def slope(term):
             """The norm of a term's gradient with respect to the last kernel alone."""
@@ -336,19 +343,30 @@ class Autoencoding(Task):
             return jnp.linalg.norm(jax.grad(of_kernel)(fixed["kernel"]).astype(jnp.float32))
 
         g, statistics = g_of(fake)
-        weight = jnp.clip(slope(nll_of) / (slope(lambda fake: g_of(fake)[0]) + 1e-4), 0, cfg.max_weight)
+        weight = jnp.clip(slope(nll_of) / (slope(lambda fake: mean(g_of(fake)[0], images)) + 1e-4), 0, cfg.max_weight)
         weight = still(jnp.where(step >= cfg.start_step, weight, 0.0))
-        generator_loss += weight * g
 
         def learn(statistics):
             real, statistics = critic(params["discriminator"], seen(x, draws.reals), statistics)
             unreal = still(seen(fake, draws.fakes) if cfg.augment_fakes else fake)
             unreal, statistics = critic(params["discriminator"], unreal, statistics)
-            return masked_mean(hinge_loss(real, unreal), mask), statistics
+            return jnp.sum(hinge_loss(real, unreal) * mask), statistics
 
         d_loss, statistics = jax.lax.cond(step > cfg.start_step, learn, lambda s: (jnp.zeros(()), s), statistics)
-        metrics |= {"generator_loss": generator_loss, "g_loss": g, "d_loss": d_loss, "d_weight": weight}
-        return generator_loss + d_loss, metrics | {"state": statistics}
+        of_parts = sums["of_parts"] | {"d_weight": weight, "state": statistics}
+        return sums | {"g_loss": g, "d_loss": d_loss, "of_parts": of_parts}
+
+    def loss_of(self, sums: dict[str, Any], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """L_G + L_D; metrics have its parts, and under `state` the discriminator's statistics after the step."""
+        names = [name for name in ("l1", "perceptual", "code_loss", "g_loss", "d_loss") if name in sums]
+        metrics = {name: mean(sums[name], sums["images"]) for name in names}
+        metrics["nll"] = metrics["l1"] + self.perceptual_weight * metrics["perceptual"]
+        loss = metrics["nll"] + self.model.code_weight * metrics["code_loss"]
+        metrics |= jax.tree.map(lambda total: total / sums["parts"], sums["of_parts"])
+        if self.discriminator is None:
+            return loss, metrics
+        metrics["generator_loss"] = loss + metrics["d_weight"] * metrics["g_loss"]
+        return metrics["generator_loss"] + metrics["d_loss"], metrics
 
     def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
         """The parameters after an update, with the discriminator's running statistics of the batch."""

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from jaxtok.nn.losses import cross_entropy, masked_mean
+from jaxtok.nn.losses import cross_entropy, mean
 from jaxtok.nn.parameter_attention import TokenCounts, new_token_mask
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.vision.classes import check_classes
@@ -56,17 +56,22 @@ class ImageClassification(Task):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, self._pixels(batch["images"]))["params"]
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats with smoothed labels; also logs the accuracy."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         images = self._pixels(batch["images"])
         logits = self.module().apply({"params": params}, images, deterministic=False, rngs={"dropout": rng})
-        loss = masked_mean(cross_entropy(logits, batch["labels"], self.label_smoothing), batch["mask"])
-        return loss, {"accuracy": masked_mean(_correct(logits, batch["labels"]), batch["mask"])}
+        return self._sums(logits, batch, self.label_smoothing)
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy in nats with smoothed labels; also logs the accuracy."""
+        return mean(sums["nats"], sums["images"]), {"accuracy": mean(sums["right"], sums["images"])}
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
-        logits, labels, mask = self.logits(params, batch["images"]), batch["labels"], batch["mask"]
+        return self._sums(self.logits(params, batch["images"]), batch)
+
+    def _sums(self, logits: Float[Array, "batch classes"], batch: Batch, smoothing: float = 0.0):
+        labels, mask = batch["labels"], batch["mask"]
         values = {
-            "nats": cross_entropy(logits, labels),
+            "nats": cross_entropy(logits, labels, smoothing),
             "right": _correct(logits, labels),
             "images": jnp.ones_like(mask),
         }

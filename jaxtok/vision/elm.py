@@ -30,7 +30,7 @@ from jaxtok.axes import constrain, gather
 from jaxtok.data.codes import CodeData
 from jaxtok.nn.cache import KVCache, check_row
 from jaxtok.nn.linear import Linear, LlamaStack
-from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean
+from jaxtok.nn.losses import by_parts, cross_entropy, mean
 from jaxtok.nn.norms import unit_length
 from jaxtok.nn.rotary import apply_rotary_table, rotary_table_2d
 from jaxtok.nn.transformer import Block, Call, Stack, layer_range
@@ -420,9 +420,12 @@ class ElmModeling(ModelOfCodes, Task):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["codes"], batch["labels"])["params"]
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
+        return {"nats": jnp.sum(self.image_nats(params, batch, rng) * batch["mask"]), "images": jnp.sum(batch["mask"])}
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """Mean cross entropy in nats per sub-code; k ln 2 at first, as the heads begin at 0."""
-        loss = masked_mean(self.image_nats(params, batch, rng), batch["mask"])
+        loss = mean(sums["nats"], sums["images"])
         return loss, {"nats_per_position": self.model.sub_codes * loss}
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain
 from jaxtok.nn.activations import gelu
-from jaxtok.nn.losses import by_parts, cross_entropy
+from jaxtok.nn.losses import by_parts, cross_entropy, mean
 from jaxtok.nn.norms import Norm
 from jaxtok.protocols import Batch, Data, OnProgress, Params, Sums, Task
 from jaxtok.vision.elm import (
@@ -224,12 +224,16 @@ class MaskedElmModeling(ModelOfCodes, Task):
         step = jax.random.randint(steps, (images,) if self.mask_per_image else (), 0, self.rounds)
         return mask_lowest(jax.random.uniform(noise, (images, self.model.positions)), jnp.asarray(self.counts())[step])
 
-    def loss(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """Mean cross entropy in nats over the masked sub-codes of the whole batch; also logs the masked fraction."""
+    def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, jax.Array]:
         of_mask, of_dropout = jax.random.split(rng)
         masked = self.draw_mask(of_mask, len(batch["codes"]))
         total, count = self.masked_nats(params, batch, masked, of_dropout)
-        return total / jnp.maximum(count, 1), {"masked": masked.mean(dtype=jnp.float32)}
+        places = {"masked": masked.sum(dtype=jnp.float32), "places": jnp.float32(masked.size)}
+        return {"nats": total, "count": count} | places
+
+    def loss_of(self, sums: dict[str, jax.Array], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        """Mean cross entropy in nats over the masked sub-codes of the whole batch; also logs the masked fraction."""
+        return mean(sums["nats"], sums["count"]), {"masked": sums["masked"] / sums["places"]}
 
     def masked_nats(
         self,

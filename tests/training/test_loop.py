@@ -1,6 +1,7 @@
 """The loop: resumption is bit-exact, also across a growth; interruptions, bad numbers and wrong configs end well."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -13,13 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.cli import main
+from jaxtok.data.text import TextData
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.tokenformer import uniform_counts
 from jaxtok.lm.transformer import matched_transformer
+from jaxtok.studies.recovery import compare
 from jaxtok.training import loop
-from jaxtok.training.checkpoints import load
+from jaxtok.training.checkpoints import load, write_config
 from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import train
+from jaxtok.training.optimizer import learning_rate
 from jaxtok.transfer.growth import Growth
 
 
@@ -151,6 +156,104 @@ def test_training_only_new_tokens_leaves_all_else(experiment):
         a, b = before["stack"]["blocks"]["attention"][group], after["stack"]["blocks"]["attention"][group]
         assert jnp.array_equal(a["keys"], b["keys"][:, :old]) and jnp.array_equal(a["values"], b["values"][:, :old])
         assert float(jnp.abs(b["keys"][:, old:]).min()) > 0  # zero when they were appended
+
+
+def rates(directory):
+    return [row["learning_rate"] for row in read_metrics(directory, "train")]
+
+
+@pytest.fixture
+def typed(short):
+    """The run, and the verb that trains it, with more options."""
+    write_config(short.directory, short.fitted())
+    return short.directory, lambda *options: main(["train", str(short.directory), *options])
+
+
+def test_a_finished_run_is_trained_longer(short, typed, tmp_path, monkeypatch, capsys):
+    """What it was stays as it was; the steps that are added have a schedule of their own."""
+    directory, verb = typed
+    assert verb() == 0
+    before, first = load(directory), rates(directory)
+    assert verb("--train.steps", "10") == 0
+    printed = " ".join(capsys.readouterr().err.split())
+    assert (
+        "6/10: 4 more steps, in which the learning rate begins anew: a warm-up of 0 steps to 0.01, then cosine"
+        in printed
+    )
+    run = load(directory)
+    assert (run.meta.step, run.meta.stage_start, run.meta.schedule_end) == (10, 6, 10)
+    chex.assert_trees_all_equal(load(f"{directory}/checkpoints/6").params, before.params)
+    assert rates(directory)[:6] == first
+    expected = [learning_rate(short.train.optimizer, step, 4) for step in range(4)]
+    np.testing.assert_allclose(rates(directory)[6:], expected, rtol=1e-6)
+    assert [row["step"] for row in read_metrics(directory, "validation")] == [5, 6, 10]
+    # the same command leaves it, and so does the run by its own name
+    assert verb("--train.steps", "10") == 0 and verb() == 0
+    assert load(directory).meta.step == 10 and len(rates(directory)) == 10
+    # fewer steps are refused
+    assert verb("--train.steps", "8") == 1
+    assert "train.steps: 8, not 10" in (error := " ".join(capsys.readouterr().err.split()))
+    assert "can be raised, but not lowered" in error and "remove" not in error
+    # one that is interrupted before, between and in the added steps comes to the same
+    broken = dataclasses.replace(short, workdir=str(tmp_path / "broken"))
+    with monkeypatch.context() as patch:
+        train_killed_at(broken, [3], patch)
+    broken = dataclasses.replace(broken, train=dataclasses.replace(broken.train, steps=10))
+    resumed = train_killed_at(broken, [6, 7, 9], monkeypatch)
+    assert equal(resumed.params, run.params) and equal(load(broken.workdir).opt_state(), run.opt_state())
+    assert numbers(broken.workdir) == numbers(directory)
+
+
+def test_more_steps_before_the_end_come_after_those_that_were_planned(short, tmp_path, monkeypatch):
+    """So that it does not matter when they are asked for; twice is twice."""
+    more = [dataclasses.replace(short, train=dataclasses.replace(short.train, steps=steps)) for steps in (8, 9)]
+    for experiment in (short, *more):
+        late = train(experiment, quiet=True)
+    early = [dataclasses.replace(run, workdir=str(tmp_path / "early")) for run in (short, *more)]
+    with monkeypatch.context() as patch:
+        original = loop.Checkpoints.save
+        patch.setattr(
+            loop.Checkpoints, "save", lambda self, meta, *a: 1 / 0 if meta.step == 6 else original(self, meta, *a)
+        )
+        with pytest.raises(ZeroDivisionError):
+            train(early[0], quiet=True)
+    assert load(early[0].workdir).meta.step == 4
+    for experiment in early[1:]:
+        result = train(experiment, quiet=True)
+    assert equal(late.params, result.params) and rates(late.directory) == rates(result.directory)
+
+
+def test_the_last_stage_can_be_longer_and_no_other(experiment):
+    train(experiment, quiet=True)
+    growth = dataclasses.replace(experiment.stages[0], steps=6)
+    result = train(dataclasses.replace(experiment, stages=(growth,)), quiet=True)
+    assert result.step == 12 and load(experiment.workdir).meta.stage_start == 10
+    first = dataclasses.replace(experiment, stages=(growth,), train=dataclasses.replace(experiment.train, steps=8))
+    with pytest.raises(ValueError, match=r"train\.steps: 8, not 6"):
+        train(first, quiet=True)
+
+
+def test_a_run_that_cannot_be_evaluated_does_not_begin(short, typed, monkeypatch, capsys):
+    directory, verb = typed
+    original = TextData.eval_batches
+    empty = lambda batch: {name: np.zeros_like(array) for name, array in batch.items()}  # noqa: E731
+    monkeypatch.setattr(TextData, "eval_batches", lambda *args: map(empty, original(*args)))
+    assert verb() == 1
+    assert "holds no tokens that count, so the run could not be evaluated" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in directory.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["between checkpoints", "at a checkpoint"])
+def test_what_an_evaluation_fails_at_is_saved(short, finished, monkeypatch, number):
+    calls, original = itertools.count(1), LanguageModeling.evaluate
+    with monkeypatch.context() as patch:
+        evaluate = lambda *args: 1 / 0 if next(calls) == number else original(*args)  # noqa: E731
+        patch.setattr(LanguageModeling, "evaluate", evaluate)
+        with pytest.raises(ZeroDivisionError):
+            train(short, quiet=True)
+    assert load(short.workdir).meta.step == 4 + number
+    train(short, quiet=True)
+    assert compare(short.directory, finished) == []
 
 
 def test_growth_keeps_the_validation_loss(experiment):

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok.cli import main
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.studies.recovery import compare, numbers, recovery
 from jaxtok.training.checkpoints import Checkpoints, Damaged, checksums, load
@@ -88,11 +90,41 @@ def test_none_whole_is_an_error_that_names_each(run):
     directory = Path(run.workdir) / "checkpoints"
     for step in (2, 4, 6):
         truncate(directory / str(step))
-    with pytest.raises(Damaged, match=r"none of the checkpoints in .* is whole \(6: .*; 4: .*; 2: .*remove the run"):
+    with pytest.raises(Damaged, match=r"none of the checkpoints in .* is whole \(6: .*; 4: .*; 2: .*another --workdir"):
         train(run, quiet=True)
     assert sorted(p.name for p in directory.iterdir()) == ["2", "4", "6"]
     with pytest.raises(Damaged, match="none of the checkpoints"):
         load(run.workdir)
+
+
+def test_reading_a_run_that_is_being_trained(run, monkeypatch, capfd):
+    """While the newest step is read, the training process saves another one and removes those before it."""
+    directory, original = Path(run.workdir) / "checkpoints", Checkpoints.params
+
+    def params(self, step, *args):
+        if step == 6:
+            (directory / "6").rename(directory / "8")
+            for old in ("2", "4"):
+                shutil.rmtree(directory / old)
+        return original(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "params", params)
+    assert main(["eval", str(run.workdir)]) == 0
+    printed = capfd.readouterr().err
+    assert not re.search("damaged|remove|WARNING", printed)
+    assert [path.name for path in directory.iterdir()] == ["8"]
+
+
+def test_a_step_that_is_gone_while_it_is_read_is_not_called_damaged(run, monkeypatch):
+    directory, original = Path(run.workdir) / "checkpoints", Checkpoints.params
+
+    def params(self, step, *args):
+        shutil.rmtree(directory / str(step))
+        return original(self, step, *args)
+
+    monkeypatch.setattr(Checkpoints, "params", params)
+    with pytest.raises(FileNotFoundError, match="holds no finished checkpoint of step 4"):
+        load(directory / "4")
 
 
 def test_load_passes_over_a_damaged_one_but_not_if_it_was_asked_for(run, capfd):
