@@ -16,6 +16,7 @@ from typing import Any
 
 import jaxtok
 from jaxtok import systems
+from jaxtok.cache import cache_folder
 
 HELP = """\
 jaxtok {version}: systems about tokens, in JAX
@@ -102,8 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _cache_compilations() -> None:
     """Keeps compiled programs between calls, unless JAX's own environment variables say otherwise."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtok" / "xla"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder("xla")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 

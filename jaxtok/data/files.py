@@ -29,6 +29,8 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
+from jaxtok.cache import cache_folder
+
 Kind = Literal["text", "records", "lines", "values", "parquet"]
 Document = str | bytes
 Shard = Sequence[Document]
@@ -56,11 +58,6 @@ def tell(message: str) -> None:
 
 
 # --- Plain copies ---
-
-
-def cache_folder(kind: str) -> Path:
-    """The folder in the user's cache for copies of this kind."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxtok" / kind
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -7,14 +7,10 @@ sentence why it cannot use the rest.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 import tarfile
 import tempfile
 import zipfile
@@ -25,8 +21,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from jaxtok.cache import cache_folder
 from jaxtok.data.corpora import SPLITS, array_records, files_below, splits_of, tfds_errors
-from jaxtok.data.files import cache_folder, write_whole
+from jaxtok.data.files import write_whole
+from jaxtok.data.packages import PIP, PIP_HINT, Package, check, download
 
 MAX_PIXELS = 2**26
 """The most pixels of a picture (67 million). Larger ones are refused: even a small file could fill the memory."""
@@ -405,15 +403,9 @@ def _array_records(pattern: str) -> tuple[tuple[str, ...], list[tuple[str, Shard
 
 
 @dataclasses.dataclass(frozen=True)
-class _Package:
-    """Pictures inside an archive from a package registry, which the machine's own client of the registry fetches."""
+class _Package(Package):
+    """Pictures inside an archive."""
 
-    archive: str
-    sha256: str
-    command: tuple[str, ...]
-    """The command that writes the archive to the working directory; `python` stands for this interpreter."""
-    hint: str
-    """How to install the command's program."""
     members: str
     """A regular expression of the paths in the archive that are read."""
     read: Callable[[dict[str, bytes]], list[tuple[str, str, bytes]]]
@@ -444,8 +436,8 @@ _PACKAGES = {
     "sprites": _Package(
         archive="arcade-3.3.3-py3-none-any.whl",
         sha256="25f4e0e5b8bcbe7a7d087c0a23b19e9f423b0c70ec00945c8712c9a3e541ebd2",
-        command=("python", "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "arcade==3.3.3"),
-        hint="pip comes with Python (python -m ensurepip)",
+        command=(*PIP, "arcade==3.3.3"),
+        hint=PIP_HINT,
         members=r"arcade/resources/assets/images/"
         r"(alien|animated_characters|cards|enemies|items|space_shooter|tiles|topdown_tanks)/.+\.png",
         read=_sprites,
@@ -462,7 +454,9 @@ def _package(kind: str, file: str) -> tuple[tuple[str, ...], Shard]:
     if file and not Path(file).is_file():
         raise FileNotFoundError(f"{file} does not exist; give the package's archive, {package.archive}.")
     with tempfile.TemporaryDirectory() as folder:
-        files = _members(Path(file) if file else _download(kind, Path(folder)), package)
+        otherwise = f"give its file as {kind}:{package.archive}; or choose digits or folder:PATH"
+        fetched = file or download(package, Path(folder), f"the pictures {kind!r} are", otherwise)
+        files = _members(Path(fetched), package)
     rows = package.read(files)
     classes = sorted({row[1] for row in rows})
     arrays = {
@@ -501,33 +495,9 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> tuple[tuple[str, ...], Shard]
     return tuple(arrays["classes"].tolist()), _Memory(names, labels, contents)
 
 
-def _download(kind: str, folder: Path) -> Path:
-    package = _PACKAGES[kind]
-    program, *arguments = package.command
-    local = shutil.which(program, path=str(Path(sys.executable).parent))  # next to this interpreter
-    command = [sys.executable if program == "python" else local or shutil.which(program) or program, *arguments]
-    print(f"fetching {package.archive} once, with {program} ...", file=sys.stderr, flush=True)
-    try:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", timeout=1800)
-        problem = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:] if done.returncode else []
-    except (OSError, subprocess.TimeoutExpired) as error:
-        problem = [str(error)]
-    if not (folder / package.archive).is_file():
-        raise FileNotFoundError(
-            f"the pictures {kind!r} are not on this machine and could not be fetched "
-            f"({' '.join(problem) or 'no file came'}); run `{' '.join(package.command)}` where there is a network "
-            f"({package.hint}), and give its file as {kind}:{package.archive}; or choose digits or folder:PATH."
-        )
-    return folder / package.archive
-
-
 def _members(archive: Path, package: _Package) -> dict[str, bytes]:
     """The files of an archive that the package reads, in memory: nothing is unpacked to the disk."""
-    with archive.open("rb") as file:
-        if (digest := hashlib.file_digest(file, "sha256").hexdigest()) != package.sha256:
-            raise ValueError(
-                f"{archive} is not {package.archive} as it was published (its SHA-256 is {digest}); fetch it again."
-            )
+    check(archive, package)
     wanted, files = re.compile(package.members), {}
 
     def take(name: str, size: int, read: Callable[[], bytes]) -> None:

@@ -529,6 +529,7 @@ def generate(
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     num_ids = None if num_ids == vocab else num_ids
+    params = jax.device_put(params)  # once, not with every piece
     engine = Engine(model=CachedTokens(model), chooser=chooser, drafter=drafter, evictor=evictor, num_ids=num_ids)
     state = engine.prefill(
         params,

@@ -10,6 +10,7 @@ from jaxtok.interop.electra import ELECTRA, TENSORFLOW
 from jaxtok.interop.elm import ELM
 from jaxtok.interop.encoders import ENCODERS
 from jaxtok.interop.folders import read_options
+from jaxtok.interop.gguf import GGUF
 from jaxtok.interop.hat import HAT
 from jaxtok.interop.huggingface import DECODERS
 from jaxtok.interop.peft import PEFT
@@ -33,6 +34,7 @@ FORMATS: tuple[Format, ...] = (
     VQGAN,
     ELM,
     PEFT,
+    GGUF,
 )
 """If several can hold a model, the first is the default. A new format is a file of its own and a line here."""
 
@@ -69,7 +71,7 @@ def format_of(path: str | Path, like: Any = None) -> Format:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give a folder or file of a model.")
     found = recognised(path)
-    if like is not None:
+    if like is not None and GGUF not in found:  # that says of itself what it is
         own = [form for form in FORMATS if form.owns(like)]
         if not own:
             raise ValueError(f"there is no format for a {type(like).__name__}; give another config.")
@@ -99,6 +101,8 @@ def format_for(task: Any, target: str | Path = "") -> Format:
     Raises:
       ValueError: there is none.
     """
+    if Path(target).suffix == ".gguf":
+        raise ValueError(f"{target} is the name of a GGUF file, which can only be read; give that of a folder.")
     own = [form for form in FORMATS if form.owns(task)]
     if not own:
         raise ValueError(

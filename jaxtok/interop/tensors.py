@@ -223,6 +223,9 @@ class Tensors(Mapping[str, np.ndarray]):
         path = self._files[name]
         return get_tensor(self._file(path), name, path)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files  # without reading it
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -104,6 +105,14 @@ class HuggingFaceTokenizer(LosslessTokenizer):
         """The pairs of a BPE in the order in which they are merged; none for other models."""
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in self._merges)
         return [(self._spell(first), self._spell(second)) for first, second in pairs]
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of a text in which the names of special tokens stand for these, as the library gives them."""
+        return self._published.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _published(self) -> tokenizers.Tokenizer:
+        return tokenizers.Tokenizer.from_str(json.dumps(read_tokenizer_json(self._args[0])))
 
     def _encode_text(self, text: str) -> list[int]:
         return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids

@@ -72,6 +72,7 @@ class SentencePieceTokenizer(LosslessTokenizer):
         for i, piece in enumerate(model.pieces):
             if i == eod or piece.type in (kind.CONTROL, kind.UNKNOWN):
                 pieces[i] = b""
+        self._control = {piece.piece: i for i, piece in enumerate(model.pieces) if piece.type == kind.CONTROL}
         bos, pad, unk = (
             None if i < 0 else i for i in (self._processor.bos_id(), self._processor.pad_id(), self._processor.unk_id())
         )
@@ -86,6 +87,15 @@ class SentencePieceTokenizer(LosslessTokenizer):
 
     def __reduce__(self):
         return type(self), self._args
+
+    def encode_chat(self, text: str) -> list[int]:
+        """The ids of a text in which the names of special tokens stand for these, each part between as a text."""
+        if not self._control:
+            return self.encode(text)
+        names = sorted(self._control, key=len, reverse=True)
+        parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+        ids = [[self._control[part]] if number % 2 else self.encode(part) for number, part in enumerate(parts)]
+        return [i for some in ids for i in some]
 
     def _encode_text(self, text: str) -> list[int]:
         return self._processor.encode(text)

@@ -83,8 +83,8 @@ def adapt(
     `jaxtok train OUTPUT` trains the adapter; then `jaxtok convert OUTPUT FOLDER` writes it for PEFT.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config
-        that was trained here.
+      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, the name of a pretrained
+        model (smollm2), or that of a config that was trained here.
       output: The new run's folder; by default it is MODEL-adapted.
       lora: Which matrices get a difference, and of which rank.
       adapter: A PEFT folder of LoRA, whose differences are added to the model first.

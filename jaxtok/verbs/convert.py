@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from jaxtok.door import experiment_of
+from jaxtok.door import experiment_of, location_of
 from jaxtok.interop.formats import format_for, format_named, format_of
 from jaxtok.model import Model
 from jaxtok.protocols import Format
 from jaxtok.runs import is_run, open_run, write_run
+from jaxtok.systems import PRETRAINED
 from jaxtok.training.checkpoints import must_be_free
 
 
@@ -34,12 +35,14 @@ def convert(
       - folders of Hugging Face: GPT-2, Llama, Mistral, Qwen2, Gemma, BERT, RoBERTa, XLM-R, ELECTRA,
         T5, mT5, ByT5, the released HATs
       - folders of PEFT, and of the authors of TokenFormer, MrT5 and Learn Your Tokens
+      - files of llama.cpp (GGUF), which are read only: Llama, Qwen2, Gemma, GPT-2
       - files of the authors of ELECTRA, VQGAN, BAE and ELM
 
     A run becomes the folder or file that fits its model (for ELECTRA, that of the discriminator).
 
     Args:
-      source: The folder or file to read: a run, RUN/checkpoints/STEP, or a model in another format.
+      source: The folder or file to read: a run, RUN/checkpoints/STEP, a model in another format, or the name of a
+        pretrained model (smollm2).
       target: The folder or file to write, which must not exist. The suffix of a file says its kind: .safetensors, .npz,
         .pth, .th or .pt.
       config: The name or file of the model's config, if the files are bare tensors (ELM, VQGAN, BAE, ELECTRA's
@@ -53,6 +56,8 @@ def convert(
       torch_bin: Whether pytorch_model.bin (needs PyTorch) is written instead of model.safetensors.
     """
     must_be_free(target)
+    if str(source) in PRETRAINED:
+        source = location_of(source)
     if is_run(source):
         model = open_run(source, ema)
         form = format_named(format) if format else _format_for(source, model, target)

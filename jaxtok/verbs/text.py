@@ -18,6 +18,7 @@ def evaluate(
     corpus: str = "",
     split: Split = "validation",
     batches: int = 0,
+    harness: Annotated[tuple[str, ...], arg(metavar="TASK ...")] = (),
     output: Annotated[Path | None, arg(metavar="FILE")] = None,
     adapter: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     ema: bool = False,
@@ -25,13 +26,15 @@ def evaluate(
     """Measures a model: loss, perplexity and bits per byte of a corpus; for images, its task's numbers.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config
-        that was trained here.
+      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, the name of a pretrained
+        model (smollm2), or that of a config that was trained here.
       corpus: The corpus: python, a file or folder, tfds:NAME or arrayrecord:PATTERN (for images: emoji, sprites,
         digits, folder:PATH, tfds:NAME or arrayrecord:PATTERN). By default it is the one that the model was trained
         on.
       split: The part of the corpus; files are split by a hash of their path.
-      batches: How many batches are evaluated; 0 means all.
+      batches: How many batches are evaluated; 0 means all. With --harness, a batch is 8 documents of each task.
+      harness: Tasks of lm_eval, the field's standard harness, on which the model is measured instead: their names, or
+        .yaml files (pip install 'jaxtok[harness]'; most tasks fetch their data from Hugging Face).
       output: A JSON file into which the numbers are also written.
       adapter: A PEFT folder of LoRA, whose differences are added to the model.
       ema: Whether the moving average of the parameters is taken, from a run that keeps one (optimizer.ema_decay).
@@ -39,9 +42,18 @@ def evaluate(
     if output and (output.is_dir() or not output.parent.is_dir()):
         raise ValueError(f"output is {output}; it must be a file in a folder that exists (nothing was evaluated).")
     model = open_model(checkpoint, adapter, ema)
+    if harness:
+        from jaxtok.harness import BATCH
+        from jaxtok.harness import evaluate as run_tasks
+
+        row = {"checkpoint": str(checkpoint), "step": model.step} | run_tasks(model, harness, batches * BATCH)
+        return _kept(row, output)
     data = model.on(corpus)
     about = {"checkpoint": str(checkpoint), data.source: getattr(data, data.source), "split": split, "step": model.step}
-    row = about | model.evaluate(corpus, split, batches)
+    return _kept(about | model.evaluate(corpus, split, batches), output)
+
+
+def _kept(row: dict[str, Any], output: Path | None) -> dict[str, Any]:
     if output:
         output.write_text(json.dumps(row, indent=2) + "\n")
     return row
@@ -58,6 +70,7 @@ def generate(
     seed: int = 0,
     stop: tuple[str, ...] = (),
     stop_at_end: bool = True,
+    chat: bool = False,
     stream: bool = True,
     adapter: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     ema: bool = False,
@@ -65,8 +78,8 @@ def generate(
     """Continues prompts: one prompt is continued live on the terminal, several are continued as a batch.
 
     Args:
-      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, or the name of a config
-        that was trained here.
+      checkpoint: A run's folder, RUN/checkpoints/STEP, a folder or file in another format, the name of a pretrained
+        model (smollm2), or that of a config that was trained here.
       prompt: One or several texts to continue; an empty one begins a new document.
       prompt_file: A file with a prompt on each line, which is read instead.
       max_new_tokens: The largest number of new tokens for each prompt (of bytes, for models that generate words); 0
@@ -77,6 +90,8 @@ def generate(
       seed: The seed; another one gives another text.
       stop: Texts after which generation also stops, each of a single token (with bytes: a single character).
       stop_at_end: Whether generation stops when the model ends the document.
+      chat: Whether each prompt is what a user says in a chat, which the model answers; its tokenizer must have a
+        template for chats.
       stream: Whether the texts are written to the standard output.
       adapter: A PEFT folder of LoRA, whose differences are added to the model.
       ema: Whether the moving average of the parameters is taken, from a run that keeps one (optimizer.ema_decay).
@@ -84,15 +99,16 @@ def generate(
     model = open_model(checkpoint, adapter, ema)
     prompts = _read_prompts(prompt_file, prompt)
     live = stream and len(prompts) == 1
+    shown = [b"" if chat else text.encode() for text in prompts]  # what is written before an answer
     begun = False
 
     def write(row: int, new: bytes) -> None:
         nonlocal begun
-        _write(new if begun else prompts[row].encode() + new)
+        _write(new if begun else shown[row] + new)
         begun = True
 
     texts = model.generate_bytes(
-        prompts,
+        [model.chat_ids(text) for text in prompts] if chat else prompts,
         max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -103,10 +119,10 @@ def generate(
         on_bytes=write if live else None,
     )
     if live:
-        _write(b"\n" if begun else prompts[0].encode() + b"\n")
+        _write(b"\n" if begun else shown[0] + b"\n")
     elif stream:
-        for number, (before, text) in enumerate(zip(prompts, texts)):
-            _write(f"--- {number} ---\n{before}".encode() + text + b"\n")
+        for number, (before, text) in enumerate(zip(shown, texts)):
+            _write(f"--- {number} ---\n".encode() + before + text + b"\n")
     return texts
 
 

@@ -248,7 +248,7 @@ def same(ours: Model, theirs: Model) -> None:
 
 
 def test_every_format_has_a_case():
-    assert {make().format for make in CASES.values()} | {"peft"} == {form.name for form in FORMATS}
+    assert {make().format for make in CASES.values()} | {"peft", "gguf"} == {form.name for form in FORMATS}
     assert len({form.name for form in FORMATS}) == len(FORMATS)
 
 
