@@ -114,7 +114,7 @@ def test_smollm2_is_what_transformers_has(smollm2):
 def test_smollm2_reads_text_as_its_own_tokenizer(smollm2):
     """10,000 random texts, and a chat, against `tokenizers` and `transformers` on the folder's files.
 
-    Its vocabulary lacks six control characters, which `transformers` drops, and which are refused here.
+    Its vocabulary lacks six control characters, which are left out.
     """
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoTokenizer.from_pretrained(smollm2.path)
@@ -126,13 +126,11 @@ def test_smollm2_reads_text_as_its_own_tokenizer(smollm2):
         else:
             places = ((0x20, 0x7F), (0xA0, 0x250), (0x370, 0x530), (0x4E00, 0x9FFF), (0x1F300, 0x1F6FF), (0, 0x20))
             text = "".join(chr(rng.randrange(*rng.choice(places))) for _ in range(rng.randrange(1, 30)))
-            text = text.translate(dict.fromkeys(b"\x04\x06\x13\x14\x16\x1d"))
         ids = smollm2.tokenizer.encode(text)
         assert ids == theirs.encode(text, add_special_tokens=False, split_special_tokens=True), text
+        text = text.translate(dict.fromkeys(b"\x04\x06\x13\x14\x16\x1d"))
         assert smollm2.tokenizer.decode(ids) == text.encode()
         assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
-    with pytest.raises(ValueError, match=r"cannot represent the character '\\x04'"):
-        smollm2.tokenizer.encode("a\x04")
     messages = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}]
     messages += [{"role": "user", "content": "<b>Who</b> are you? 12"}]
     expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)

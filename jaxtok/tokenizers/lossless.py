@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from jaxtok.protocols import Special
 
 _INVALID = re.compile("([\udc80-\udcff]+)")  # bytes that are not UTF-8, as `surrogateescape` decodes them
+_CONTROLS = {*range(32), 127} - set(b"\t\n\r")
 
 
 class LosslessTokenizer:
@@ -16,7 +17,8 @@ class LosslessTokenizer:
 
     Text is encoded by the library and kept if its tokens spell the same bytes. Otherwise (a normaliser changed a
     character, the text holds the marker that stands for a space, ...) it is halved until the parts that differ are
-    single characters, and these become byte tokens. Text is never taken for a special token.
+    single characters, and these become byte tokens. Text is never taken for a special token. Control characters that a
+    vocabulary lacks (SmolLM2's lacks six) are left out, as the library leaves them out, and the first gives a warning.
 
     A subclass sets `as_published` for a vocabulary that has an unknown token instead of all bytes: then the ids are the
     library's own, whatever they keep of the text (T5 folds white space, BERT drops it), and the first unknown character
@@ -46,6 +48,7 @@ class LosslessTokenizer:
         self.special = special or Special(eos=(eod_id,))
         self._pieces = pieces
         self._byte_ids = {piece[0]: i for i, piece in enumerate(pieces) if len(piece) == 1} | byte_ids
+        self._lacking = dict.fromkeys(_CONTROLS - self._byte_ids.keys())
         self._prefix = prefix
         self.as_published = False
         self._warned = False
@@ -71,7 +74,7 @@ class LosslessTokenizer:
         """The ids of any text or byte string; `decode` gives the same bytes back.
 
         Raises:
-            ValueError: the vocabulary has no tokens for a character.
+            ValueError: the vocabulary has no tokens for a character that is no control character.
         """
         data = text.encode() if isinstance(text, str) else text
         if not data:
@@ -86,14 +89,14 @@ class LosslessTokenizer:
 
     def _encode_as_published(self, text: str) -> list[int]:
         ids = self._encode_text(text)
-        if self.special.unk in ids and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the vocabulary of {self.name} lacks characters of these texts; as published, they become its unknown "
-                "token.",
-                stacklevel=3,
-            )
+        if self.special.unk in ids:
+            self._warn("lacks characters of these texts; as published, they become its unknown token.")
         return ids
+
+    def _warn(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            warnings.warn(f"the vocabulary of {self.name} {message}", stacklevel=4)
 
     def decode(self, ids: Iterable[int]) -> bytes:
         """The bytes of the tokens, one after the other, without the prefix."""
@@ -107,7 +110,11 @@ class LosslessTokenizer:
         if not text:
             return []
         ids = self._encode_text(text)
-        if b"".join(map(self._pieces.__getitem__, ids)) == text.encode():
+        spelled = b"".join(map(self._pieces.__getitem__, ids))
+        if spelled == text.encode():
+            return ids
+        if self._lacking and spelled == text.translate(self._lacking).encode():
+            self._warn("lacks control characters of these texts; as published, they are left out.")
             return ids
         if len(text) == 1:
             return self._encode_bytes(text)

@@ -251,7 +251,8 @@ def test_a_run_starts_from_a_byt5(experiment, t5_params, tmp_path):
     """A MrT5 starts from a folder and from a run that `jaxtok convert` made of it; both verbs take the folder too."""
     folder = write_folder(tmp_path / "byt5", dataclasses.replace(PLAIN, softmax1=False), t5_params)
     run = convert(folder, tmp_path / "run")
-    assert isinstance(load(run).task, SequenceToSequence) and load(run).experiment.data == SpanCorruption(batch_size=8)
+    assert isinstance(load(run).task, SequenceToSequence)
+    assert load(run).experiment.data == SpanCorruption(batch_size=8, begin=(), ends=(1,), pad=0)
     for source in (folder, run):
         there = dataclasses.replace(experiment, workdir=str(tmp_path / f"mrt5_{source.name}"), start=T5ToMrT5())
         opened = open_model(source)

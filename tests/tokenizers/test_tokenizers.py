@@ -229,6 +229,20 @@ def test_a_character_without_a_token_is_named(tmp_path):
         assert any(name in str(error.value) for name in ("' '", "'\\xe9'", "'\\udcff'"))
 
 
+def test_control_characters_without_tokens_are_left_out_as_published(tmp_path):
+    vocab = {"</s>": 0, **{c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}}
+    whole, lacking = tokenizers.Tokenizer(models.BPE(vocab, [])), dict(vocab)
+    del lacking["\u0104"]  # which stands for 0x04
+    for name, content in {"whole": whole, "lacking": tokenizers.Tokenizer(models.BPE(lacking, []))}.items():
+        content.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        content.save(str(tmp_path / f"{name}.json"))
+    tokenizer = load_tokenizer(tmp_path / "lacking.json")
+    with pytest.warns(UserWarning, match="lacks control characters"):
+        assert tokenizer.decode(tokenizer.encode("a\x04 b\x05")) == b"a b\x05"
+    whole = load_tokenizer(tmp_path / "whole.json")
+    assert whole.decode(whole.encode("a\x04 b\x05")) == b"a\x04 b\x05"
+
+
 def test_a_vocabulary_with_an_unknown_token_instead_of_bytes_encodes_as_published(tmp_path):
     model = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "[SEP]": 1, "hel": 2, "##lo": 3}, unk_token="[UNK]"))
     model.normalizer = normalizers.BertNormalizer()
