@@ -88,7 +88,8 @@ def masked_only(task, params, batch, choices):
         masked = task.masking.hide(batch["tokens"], slots, choices.draws)
         logits = slot_logits(task.model, params, masked, batch["mask"], batch["types"], slots, None)
         nats = cross_entropy(logits, take(batch["tokens"], slots.places))
-        return weighted_mean(nats, slots.weights), {"words": logits, "nats": nats, "masked": masked}
+        mean = weighted_mean(jnp.sum(nats * slots.weights), jnp.sum(slots.weights))
+        return mean, {"words": logits, "nats": nats, "masked": masked}
 
     return jax.value_and_grad(loss, has_aux=True)(params)
 
