@@ -16,9 +16,10 @@ import rich.console
 import rich.table
 
 from jaxtok.configuration import to_json
+from jaxtok.training.checkpoints import read_config
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import read_metrics
-from jaxtok.training.loop import count, train
+from jaxtok.training.loop import Result, count, train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,7 @@ class Comparison:
 
     def _run_arm(self, arm: Experiment, seed: int) -> dict[str, Any] | None:
         experiment = self.experiment(arm, seed)
-        result = train(experiment)
+        result = train_once(experiment)
         if result.interrupted:
             return None
         data = dataclasses.replace(experiment.data, eval_limit=self.test_batches)
@@ -163,6 +164,23 @@ class Comparison:
         figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
         return path
+
+
+def train_once(experiment: Experiment) -> Result:
+    """Trains a run, or resumes it, under the schedule of its config.
+
+    Raises:
+      ValueError: its folder holds a run of another number of steps, which `train` would go on with, under a schedule
+        of its own for the added steps.
+    """
+    if (experiment.directory / "checkpoints").is_dir():
+        there = read_config(experiment.directory).total_steps
+        if there != experiment.total_steps:
+            raise ValueError(
+                f"{experiment.directory} holds a run of {there:,} steps, not of {experiment.total_steps:,}; choose "
+                "another --workdir."
+            )
+    return train(experiment)
 
 
 def key(arm: str, seed: int) -> str:

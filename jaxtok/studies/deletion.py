@@ -15,10 +15,10 @@ import numpy as np
 from jaxtok.lm.mrt5 import MrT5Config, MrT5Training, begin, finish
 from jaxtok.lm.t5 import T5, encode, init_params
 from jaxtok.model import Model
-from jaxtok.studies.comparison import Comparison
+from jaxtok.studies.comparison import Comparison, train_once
 from jaxtok.training import checkpoints
 from jaxtok.training.experiment import Experiment
-from jaxtok.training.loop import start_from, train
+from jaxtok.training.loop import start_from
 from jaxtok.transfer.mrt5 import T5ToMrT5
 
 
@@ -38,7 +38,7 @@ class Continued(Comparison):
         base = dataclasses.replace(base, data=dataclasses.replace(base.data, seed=seed + 1))
         experiment = self.experiment(arm, seed)
         if not experiment.directory.exists():
-            trained = train(base)
+            trained = train_once(base)
             if trained.interrupted:
                 return None
             beginning = dataclasses.replace(experiment, start=T5ToMrT5()).fitted()

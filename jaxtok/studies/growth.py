@@ -19,11 +19,11 @@ from jaxtok.configuration import differences, from_json, to_json
 from jaxtok.door import open_model
 from jaxtok.lm.transformer import matched_transformer
 from jaxtok.nn.parameter_attention import TokenCounts
-from jaxtok.studies.comparison import key, markdown, print_table, spread
+from jaxtok.studies.comparison import key, markdown, print_table, spread, train_once
 from jaxtok.training.checkpoints import fork, load
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import read_metrics
-from jaxtok.training.loop import count, train
+from jaxtok.training.loop import count
 from jaxtok.transfer.growth import Growth
 
 
@@ -154,7 +154,7 @@ class GrowthStudy:
             fork(self.folder("base", seed), folder, steps=self.steps, surgery=growth, seed=seed)
         experiment = load(folder).experiment if spec.fork else self.experiment(arm, seed)
         first = self._first(folder, experiment) if spec.fork else None
-        result = train(experiment)
+        result = train_once(experiment)
         if result.interrupted:
             return None
         test = self._evaluate(result.task, result.params, experiment, "test")

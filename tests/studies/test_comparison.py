@@ -69,7 +69,7 @@ def test_arms_run_resume_and_are_measured_anew(comparison, tmp_path, capsys):
     assert again["wide/0"]["test"]["bits_per_byte"] == first["wide/0"]["test"]["bits_per_byte"]  # not trained again
 
     other = dataclasses.replace(comparison.arms[1], train=dataclasses.replace(comparison.arms[1].train, steps=3))
-    with pytest.raises(ValueError, match=r"train.steps: 3, not 2"):
+    with pytest.raises(ValueError, match="holds a run of 2 steps, not of 3"):
         dataclasses.replace(comparison, arms=(comparison.arms[0], other)).run()
 
 
