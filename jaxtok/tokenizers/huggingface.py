@@ -87,6 +87,7 @@ class HuggingFaceTokenizer(LosslessTokenizer):
             unk=_unknown(config["model"], vocab),
         )
         super().__init__(name, pieces, byte_ids, eod_id, b" " if bare != steps else b"", special)
+        self.leave_out_controls()
         self.as_published = special.unk is not None and not self.has_all_bytes
         if self.as_published and bare != steps:
             self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(config))

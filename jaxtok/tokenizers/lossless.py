@@ -17,8 +17,7 @@ class LosslessTokenizer:
 
     Text is encoded by the library and kept if its tokens spell the same bytes. Otherwise (a normaliser changed a
     character, the text holds the marker that stands for a space, ...) it is halved until the parts that differ are
-    single characters, and these become byte tokens. Text is never taken for a special token. Control characters that a
-    vocabulary lacks (SmolLM2's lacks six) are left out, as the library leaves them out, and the first gives a warning.
+    single characters, and these become byte tokens. Text is never taken for a special token.
 
     A subclass sets `as_published` for a vocabulary that has an unknown token instead of all bytes: then the ids are the
     library's own, whatever they keep of the text (T5 folds white space, BERT drops it), and the first unknown character
@@ -48,7 +47,7 @@ class LosslessTokenizer:
         self.special = special or Special(eos=(eod_id,))
         self._pieces = pieces
         self._byte_ids = {piece[0]: i for i, piece in enumerate(pieces) if len(piece) == 1} | byte_ids
-        self._lacking = dict.fromkeys(_CONTROLS - self._byte_ids.keys())
+        self._lacking: dict[int, None] = {}
         self._prefix = prefix
         self.as_published = False
         self._warned = False
@@ -57,6 +56,11 @@ class LosslessTokenizer:
     def has_all_bytes(self) -> bool:
         """Whether every byte has a token."""
         return len(self._byte_ids) == 256
+
+    def leave_out_controls(self) -> None:
+        """Leaves out control characters that the vocabulary lacks (SmolLM2's lacks six), as the library does, and warns
+        at the first."""
+        self._lacking = dict.fromkeys(_CONTROLS - self._byte_ids.keys())
 
     def vocabulary(self) -> list[bytes]:
         """The bytes that each id stands for; none for special tokens."""
