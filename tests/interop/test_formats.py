@@ -756,7 +756,9 @@ HEADS = {
 }
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("roberta", "qwen2", "gemma"))) for name in HEADS]
+)
 def test_the_tensors_tell_whether_a_head_is_the_embedding(name, tmp_path, capsys):
     """Whatever config.json says; and a run and an export keep it."""
     case = CASES["bert" if name == "roberta" else name]()

@@ -68,8 +68,8 @@ EXCEPTIONS = {
 """The reason why a test is not run, by model and test."""
 
 
-LIKE_ANOTHER = ("mistral", "semi_lexinvariant")
-"""Models with the layers of another one (Llama; lexinvariant); they run with --slow."""
+LIKE_ANOTHER = ("mistral", "semi_lexinvariant", "transformer", "word_pooled_plain")
+"""Models with the layers of another one (Llama; lexinvariant; GPT-2); they run with --slow."""
 
 
 @pytest.fixture(

@@ -81,7 +81,7 @@ def uneven(case):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-@pytest.mark.parametrize("name", ["t5", "tokenformer"])
+@pytest.mark.parametrize("name", ["t5", pytest.param("tokenformer", marks=pytest.mark.slow)])
 def test_parts_of_unequal_counts_on_a_mesh(name):
     case = TASKS[name]()
     batch, layout = uneven(case), make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -90,7 +90,7 @@ def test_parts_of_unequal_counts_on_a_mesh(name):
     assert_same_update(parts, whole)
 
 
-@pytest.mark.parametrize("regulariser", ["gate_mean", "gate_var"])
+@pytest.mark.parametrize("regulariser", [pytest.param("gate_mean", marks=pytest.mark.slow), "gate_var"])
 def test_every_term_of_mrt5s_loss_has_its_own_count(regulariser):
     """Among them a variance, which is no mean of the parts' variances, and the controller's deletion rate."""
     case = TASKS["mrt5"]()

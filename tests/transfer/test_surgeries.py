@@ -49,8 +49,6 @@ def shorter_rows() -> tiny.Operation:
 
 
 OPERATIONS = collect("SURGERIES") | {"data": shorter_rows}
-IN_A_RUN = ("lora",)
-"""The others are stages of a run with --slow; tests/training/test_loop.py resumes across a growth."""
 KEY = jax.random.key(3)
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, min_learning_rate=1e-3)
 
@@ -112,11 +110,7 @@ def corpus(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "operation",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in IN_A_RUN)) for name in OPERATIONS],
-    indirect=True,
-)
+@pytest.mark.slow  # tests/training/test_loop.py resumes across a growth
 def test_as_a_stage_it_is_resumed_bit_for_bit(operation, corpus, tmp_path, monkeypatch):
     """A run that dies in the step before the surgery, in the one after it and in the last one ends like any other."""
     case = operation.before
