@@ -14,7 +14,7 @@ quickstart: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest -n 2 --budget 20 $(PYTEST)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --budget 20 $(PYTEST)
 
 slow: $(VENV)/installed-slow
 	$(VENV)/bin/python -m pytest --slow -m "slow or torch" $(PYTEST)
