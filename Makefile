@@ -1,4 +1,4 @@
-# make quickstart  trains, grows and compares a small TokenFormer on the Python standard library (about 6 minutes)
+# make quickstart  trains, grows and compares a small TokenFormer on the Python standard library (about 10 minutes)
 # make test        runs the tests, and lists the systems that take longer than their budget of 20 s
 # make slow        runs the rest: the learning experiments, and what needs PyTorch, transformers and PEFT
 # Each makes its own environment in .venv first. Another Python: make PYTHON=python3.12 ...
