@@ -43,7 +43,7 @@ def open_corpus(spec: str, split: str = "train", *, text_field: str = "text", ho
         spec: what to read:
 
             * `python`: the sources and texts of the Python standard library on this machine, without its tests;
-            * a folder: every text file in it and below (also behind links; not hidden, not empty, no NUL byte in its
+            * a folder: every text file in it and below (also through links; not hidden, not empty, no NUL byte in its
               first 8 KiB) is a document, and so is every row of its files with rows. Other files are left out with a
               warning;
             * a file with rows: a line of a `*.jsonl` or `*.ndjson` file, a row of a `*.parquet` file, or an object of a
@@ -215,7 +215,7 @@ class _Field(Sequence):
 def files_below(root: Path, skipped: frozenset[str] = frozenset(), links: bool = True) -> list[tuple[str, Path]]:
     """The files below a folder that are not hidden, by relative path.
 
-    Folders behind symbolic links are part of it, each once, and under its own name if it is also there without a link.
+    Linked folders are part of it, each once, and under its own name if it is also there without a link.
     """
     found, seen, tops = [], set(), [root]
     above = set(map(str, Path(os.path.realpath(root)).parents))  # a link to one of these would lead back here

@@ -102,14 +102,10 @@ def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, qui
     experiment = experiment.fitted()
     directory, config = experiment.directory, experiment.train
     layout = make_layout(experiment.mesh)
-
-    @functools.cache
-    def weights() -> Any:
+    weights = None
+    if not _steps(directory):  # a missing file is noticed before the data are opened, which may have to be fetched
         with layout.active():
-            return experiment.task.load_weights(abstract_params(experiment.task, experiment.data, layout))
-
-    if not _steps(directory):
-        weights()  # a missing file is noticed before the data are opened, which may have to be fetched
+            weights = experiment.task.load_weights(abstract_params(experiment.task, experiment.data, layout))
     _check_validation(experiment, layout)
     with contextlib.ExitStack() as held:
         lock = held.enter_context(RunLock(directory))
@@ -119,6 +115,7 @@ def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, qui
         checkpoints = held.enter_context(Checkpoints(directory, config.keep_checkpoints))
         interrupt = held.enter_context(_Interrupt(config.save_deadline))
         run, notes = _start(experiment, checkpoints, layout, source, weights)
+        del weights
         if is_main():
             write_config(directory, experiment)
         log = MetricsLog(directory, run.meta.step, config.tensorboard) if is_main() else NoLog()
@@ -229,11 +226,11 @@ def _state(step: int, stage_start: int, params: Any, opt_state: Any, rng: jax.Ar
 
 
 def _start(
-    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, source: Any | None, weights: Callable[[], Any]
+    experiment: Experiment, checkpoints: Checkpoints, layout: Layout, source: Any | None, weights: Any | None
 ) -> tuple[_Run, list[str]]:
     """Returns the run at its newest whole checkpoint, or at step 0, and what there is to tell about it.
 
-    `weights` gives what the task's `load_weights` makes of abstract parameters.
+    `weights` is what the task's `load_weights` has made of abstract parameters; None: it is called if it is needed.
     """
     optimizer = make_optimizer(experiment.train.optimizer)
 
@@ -263,7 +260,7 @@ def _start(
         data = experiment.data.train_batches(layout.rows(experiment.data.batch_size))
         notes: list[str] = []
         params = None if source is None else start_from(experiment, source, layout, notes.append)
-        state = initial_state(experiment.task, experiment.train, experiment.data, layout, params, weights())
+        state = initial_state(experiment.task, experiment.train, experiment.data, layout, params, weights)
         meta = Meta(step=0, stage=0, stage_start=0, task=experiment.task, experiment=experiment)
         return _Run(meta, state, data), notes
     stored, state, position = newest
