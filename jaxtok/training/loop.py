@@ -622,7 +622,7 @@ def _check_validation(experiment: Experiment, layout: Layout) -> None:
     Raises:
       ValueError: there is nothing that counts; if it is the data that refuse, the message is theirs.
     """
-    data = experiment.data
+    data = dataclasses.replace(experiment.data, eval_limit=0)  # which would read many rows to draw some of them
     batches = data.eval_batches("validation", layout.rows(data.batch_size))
     found = any(np.any(batch["mask"]) if "mask" in batch else True for batch in batches)
     if not any(gather(found)):
