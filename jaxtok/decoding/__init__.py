@@ -1,12 +1,16 @@
 """Generation, token by token, from a CausalLM and from other models: one engine and the parts it is combined with."""
 
+from jaxtok.decoding.aded import ADED, ADEDState
 from jaxtok.decoding.engine import CachedTokens, Engine, Generation, Piece, State, generate
 from jaxtok.decoding.prompt_lookup import PromptLookup
 from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Verified
 from jaxtok.decoding.sampling import Sampling, sample
 from jaxtok.decoding.sinks import SinksAndRecent
+from jaxtok.decoding.trigram_table import TrigramTable, build_table, corpus_table, load_table, save_table
 
 __all__ = [
+    "ADED",
+    "ADEDState",
     "CachedTokens",
     "Chooser",
     "Drafter",

@@ -285,6 +285,8 @@ class Engine:
         state = self.begin(cache, tokens, new=new, lengths=lengths, rng=rng, stop=stop, chooser=chooser)
         if self.drafter is not None and drafter is None:
             drafter = self.drafter.init(batch, state.text.shape[1], model.config.vocab_size)
+        if hasattr(self.drafter, "begin"):
+            drafter = self.drafter.begin(drafter, state.text, state.length)
         return state.replace(drafter=drafter, evictor=evictor)
 
     def _slots(self) -> int:
@@ -334,7 +336,7 @@ class Engine:
             chooser=walk.chooser,
         )
         if self.drafter is not None:
-            verified = Verified(tokens, parents, logits, walk.path, walk.count, walk.chosen)
+            verified = Verified(tokens, parents, logits, walk.path, walk.count, walk.chosen, state.live)
             state = state.replace(drafter=self.drafter.observe(state.drafter, verified))
         return state if self.evictor is None else self._evict(state, sown, walk)
 

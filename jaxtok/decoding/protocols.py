@@ -80,6 +80,8 @@ class Verified:
     """How many tokens the row got: one after each node of the path. 0: the row had stopped."""
     chosen: Int[Array, "batch nodes"]
     """The tokens that the row got; entries from `count` on mean nothing."""
+    live: Bool[Array, " batch"] | None = None
+    """Whether a row goes on, so that it will get another draft."""
 
 
 class Drafter(Protocol):
@@ -87,6 +89,9 @@ class Drafter(Protocol):
 
     Drafts change the speed and never the output, whatever is proposed (`jaxtok.decoding.engine`). An auxiliary model's
     parameters, a table of successors and the like are in the state, which can be kept for the next generation.
+
+    A drafter may also have `begin(state, text [batch, room], length [batch]) -> state`, which is called with the prompts
+    before the first step, also with a state that was kept.
     """
 
     nodes: int
