@@ -6,7 +6,6 @@ from jaxtok.decoding.prompt_lookup import PromptLookup
 from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Verified
 from jaxtok.decoding.sampling import Sampling, sample
 from jaxtok.decoding.sinks import SinksAndRecent
-from jaxtok.decoding.trigram_table import TrigramTable, build_table, corpus_table, load_table, save_table
 
 __all__ = [
     "ADED",

@@ -1,4 +1,4 @@
-"""ADED (Liu et al. 2025, arXiv 2407.12021): drafts from a table of trigrams, which adapts to the text as it is produced.
+"""ADED (Liu et al. 2025, arXiv 2407.12021): drafts from a table of trigrams that adapts to the text as it is produced.
 
 A table says which tokens follow a bigram (`jaxtok.decoding.trigram_table`). Before each step of the model, the newest
 trigrams of the text are strengthened in it, and a Monte-Carlo tree search looks for the most promising continuations of
@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -121,9 +121,7 @@ class ADED:
             if not 0 < getattr(self, field) < math.inf:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be above 0.")
         if not 0 <= self.increment < math.inf:
-            raise ValueError(
-                f"increment is {self.increment}; it must be positive, or 0 for a table that stays as it is."
-            )
+            raise ValueError(f"increment is {self.increment}; it must be positive, or 0: no adapting.")
         for field, allowed in (("maker", ("mcts", "best_first")), ("reward", ("trigram", "published"))):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(allowed)}.")
@@ -134,7 +132,9 @@ class ADED:
         """The state with an empty table; with `shared`, it has room for all bigrams of the texts."""
         return ADEDState(TrigramTable.empty(2 * batch * room if self.shared else 1, self.window))
 
-    def begin(self, state: ADEDState, text: Int[Array, "batch room"], length: Int[Array, " batch"]) -> ADEDState:
+    def begin(
+        self, state: ADEDState, text: Int[Array, "batch room"], length: Int[Array, " batch"], logits: Any = None
+    ) -> ADEDState:
         """The state for new texts; the newest tokens of each are counted."""
         batch, room = text.shape
         index = length[:, None] - self.window + jnp.arange(self.window)
@@ -149,7 +149,8 @@ class ADED:
         """The state after a step; the newest tokens of the rows that go on are counted once more (Section 2.2)."""
         both = jnp.concatenate([state.recent, verified.chosen], 1)
         index = verified.count[:, None] + jnp.arange(self.window)
-        return self._strengthened(state.replace(recent=jnp.take_along_axis(both, index, 1)), verified.live)
+        live = verified.count > 0 if verified.live is None else verified.live
+        return self._strengthened(state.replace(recent=jnp.take_along_axis(both, index, 1)), live)
 
     def _strengthened(self, state: ADEDState, live: Bool[Array, " batch"]) -> ADEDState:
         if not self.increment:
@@ -189,7 +190,7 @@ class ADED:
     # --- The search ---
 
     def search(
-        self, bigram: Int[Array, "2"], rows: Rows, uniforms: Float[Array, "iterations length"]
+        self, bigram: Int[Array, " two"], rows: Rows, uniforms: Float[Array, "iterations length"]
     ) -> tuple[Search, Int[Array, " iterations"]]:
         """Monte-Carlo tree search for continuations of a bigram (Section 3.3).
 
@@ -209,8 +210,7 @@ class ADED:
           The nodes, and the node of each iteration from which its reward was added.
         """
         dtype, depth = uniforms.dtype, self.length - 1
-        successors, scores = rows(bigram)
-        width = successors.shape[-1]
+        width = rows(bigram)[0].shape[-1]
         size = 1 + self.iterations * width
 
         def worth(scores, successors, bigram):
@@ -322,7 +322,7 @@ class ADED:
     def within_budget(
         self, paths: Int[Array, "sentences length"], real: Bool[Array, " sentences"]
     ) -> tuple[Int[Array, "sentences length"], Bool[Array, " sentences"]]:
-        """Leaves out the sentences of the most different tokens, until all have at most `choices`, in the code's order."""
+        """Leaves out the sentences with the most different tokens, until all have at most `choices` together."""
         before = jnp.tril(jnp.ones((self.length, self.length), bool), -1)
         again = ((paths[:, :, None] == paths[:, None]) & before).any(-1)
         different = jnp.where(real, ((paths >= 0) & ~again).sum(-1), 0)
@@ -357,19 +357,18 @@ class ADED:
         tokens, parents = jnp.zeros(self.nodes, jnp.int32), jnp.full(self.nodes, -1, jnp.int32)
         return tokens.at[number].set(paths, mode="drop"), parents.at[number].set(above, mode="drop")
 
-    def best_first(self, bigram: Int[Array, "2"], rows: Rows) -> tuple[Int[Array, " nodes"], Int[Array, " nodes"]]:
+    def best_first(self, bigram: Int[Array, " two"], rows: Rows) -> tuple[Int[Array, " nodes"], Int[Array, " nodes"]]:
         """The tree of the nodes with the largest products of shares, each of a successor in its row.
 
         Each depth has as many nodes as there are `sentences`, at most; it is found with one look at the table.
         """
-        successors, scores = rows(bigram)
-        width = min(self.sentences, self.nodes)
-        levels, bigrams, above, best = [], bigram[None], jnp.zeros(1, jnp.int32), jnp.ones(1, scores.dtype)
-        for depth in range(self.length):
+        levels, bigrams, above = [], bigram[None], jnp.zeros(1, jnp.int32)
+        best = jnp.ones(1, rows(bigram)[1].dtype)
+        for _ in range(self.length):
             successors, scores = rows(bigrams)
             product = best[:, None] * scores / jnp.maximum(scores.sum(-1, keepdims=True), jnp.finfo(scores.dtype).tiny)
             product = jnp.where(successors >= 0, product, 0)
-            best, chosen = jax.lax.top_k(product.ravel(), min(width, product.size))
+            best, chosen = jax.lax.top_k(product.ravel(), min(self.sentences, product.size))
             tokens, parent = successors.ravel()[chosen], chosen // successors.shape[-1]
             levels.append((tokens, above[parent], best))
             above = 1 + sum(len(tokens) for tokens, *_ in levels[:-1]) + jnp.arange(len(tokens), dtype=jnp.int32)

@@ -271,8 +271,8 @@ class Engine:
         room = min(longest + new, model.config.max_length) + self.nodes - 1
         cache = model.init_cache(batch, room if self.evictor is None else longest)
         numbers = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
-        # The logits are not used, so the compiler drops the head; the first step reads the last token.
-        _, cache, sown = self.model.read(
+        # The logits are not used unless a drafter does, so the compiler drops the head; a step reads the last token.
+        logits, cache, sown = self.model.read(
             params, tokens, cache, jnp.where(numbers < lengths[:, None] - 1, numbers, -1), sow=self._sow
         )
         cache, evictor = cache.truncate(lengths - 1) if self.model.rewindable else cache, None
@@ -286,7 +286,7 @@ class Engine:
         if self.drafter is not None and drafter is None:
             drafter = self.drafter.init(batch, state.text.shape[1], model.config.vocab_size)
         if hasattr(self.drafter, "begin"):
-            drafter = self.drafter.begin(drafter, state.text, state.length)
+            drafter = self.drafter.begin(drafter, state.text, state.length, logits)
         return state.replace(drafter=drafter, evictor=evictor)
 
     def _slots(self) -> int:

@@ -90,8 +90,10 @@ class Drafter(Protocol):
     Drafts change the speed and never the output, whatever is proposed (`jaxtok.decoding.engine`). An auxiliary model's
     parameters, a table of successors and the like are in the state, which can be kept for the next generation.
 
-    A drafter may also have `begin(state, text [batch, room], length [batch]) -> state`, which is called with the prompts
-    before the first step, also with a state that was kept.
+    A drafter may also have `begin(state, text, length, logits)`, which gives the state at the beginning of a generation
+    from a new one, or from one that was kept. text [batch, room] and length [batch] are the prompts, as in `propose`;
+    logits [batch, prompt, vocab] are the model's own after each token of a prompt except its last one (the others mean
+    nothing). The model's head runs on the prompt only if they are used.
     """
 
     nodes: int

@@ -11,8 +11,10 @@ row takes the place of the one with the smallest score.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+import logging
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +38,12 @@ _KEPT = 12  # successors of a row, as in the authors' code
 _SPARE = 4
 _BATCH = 2**22  # trigrams of a corpus that are sorted at a time
 _LARGEST = 2**21  # three ids below it fit into an int64
+
+
+@functools.lru_cache
+def tell(message: str) -> None:
+    """Warns, once in a process."""
+    logging.getLogger("jaxtok").warning(message)
 
 
 @flax.struct.dataclass
@@ -158,7 +166,8 @@ def build_table(
       kept: the most successors of a bigram; of equally frequent ones, those with the lower ids. Their shares are not
         renormalised.
       spare: the places of each row for successors that it gets later.
-      room: the number of bigrams that the table has room for; 0: twice as many as there are.
+      room: the bigrams that the table has room for; the number of slots is a power of two, at least twice as large. 0:
+        as many as there are, and what is left of the slots is for later ones.
 
     Raises:
       ValueError: an id is not in the vocabulary, or a number is out of range.
@@ -234,7 +243,7 @@ def _from_entries(
 def _hashed(keys: Int[np.ndarray, "rows 2"], successors, scores, room: int) -> TrigramTable:
     """The table of some rows."""
     keys = np.asarray(keys, np.int32)
-    slots = 1 << (2 * max(room or 2 * len(keys), len(keys), PROBES) - 1).bit_length()
+    slots = 1 << (2 * max(room, len(keys), PROBES) - 1).bit_length()
     while (slot_of := _slots_of(keys, slots)) is None:
         slots *= 2
     table = [np.full((slots, 2), -1, np.int32), np.full((slots, successors.shape[1]), -1, np.int32)]
@@ -323,6 +332,8 @@ def used_rows(table: TrigramTable) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def save_table(path: str | Path, table: TrigramTable, tokenizer: Tokenizer) -> Path:
     """Writes a table as a safetensors file, with the tokenizer's hash and size. A failure leaves no file.
 
+    It warns if the table was too full for some trigrams.
+
     Raises:
       FileExistsError: the file exists already.
       ValueError: the name has another ending.
@@ -332,6 +343,8 @@ def save_table(path: str | Path, table: TrigramTable, tokenizer: Tokenizer) -> P
         raise ValueError(f"{path} must end in .safetensors.")
     if path.exists():
         raise FileExistsError(f"{path} exists already; choose another name (nothing was written).")
+    if lost := int(table.refused):
+        tell(f"{lost} trigrams were not added to the table, as it was full; make it with more room.")
     keys, successors, scores = used_rows(table)
     arrays = {"keys": keys, "successors": successors, "scores": scores}
     metadata = {"vocab_size": str(tokenizer.vocab_size), "tokenizer": tokenizer_digest(tokenizer)}
@@ -391,8 +404,8 @@ def _check_rows(path: Path, keys, successors, scores, vocab_size: int) -> None:
 def read_index(
     path: str | Path, vocab_size: int, *, kept: int = _KEPT, spare: int = _SPARE, room: int = 0
 ) -> TrigramTable:
-    """Reads an index of the authors' drafter (`draftretriever`), little-endian: the number of rows, uint64; then for each
-    row its bigram, 2 int32, its length, uint64, and so many pairs of a token, int32, and its share, float32.
+    """Reads an index of the authors' drafter (`draftretriever`), little-endian: the number of rows, uint64; then for
+    each row its bigram, 2 int32, its length, uint64, and so many pairs of a token, int32, and its share, float32.
 
     Args:
       vocab_size, kept, spare, room: as of `build_table`.

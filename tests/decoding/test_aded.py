@@ -12,10 +12,9 @@ import pytest
 from causal_lms import noisy_params
 from collector import collect
 
-from jaxtok.decoding import ADED, ADEDState, CachedTokens, Engine, PromptLookup, Sampling, generate
+from jaxtok.decoding import ADED, ADEDState, CachedTokens, Engine, Sampling, generate
 from jaxtok.decoding.engine import ancestors
 from jaxtok.decoding.trigram_table import (
-    PROBES,
     TrigramTable,
     build_table,
     corpus_table,
@@ -56,11 +55,14 @@ def kept_of(config) -> int:
     return config.get("top_successors", config.get("top_successors_kept"))
 
 
+ROOM = 1024  # bigrams, so that the tables of all files have the same shape and share compiled programs
+
+
 def table_of(golden, dtype=np.float32) -> TrigramTable:
     """The file's table as it is searched, with room for all successors that the context may add."""
-    config = golden.config
-    spare = drafter_of(config).window
-    return build_table(golden["in/corpus"], config["vocab"], kept=kept_of(config), spare=spare, dtype=dtype)
+    config, kept = golden.config, kept_of(golden.config)
+    room, spare = max(ROOM, len(golden["out/keys"])), max(drafter_of(config).window, 28 - kept)
+    return build_table(golden["in/corpus"], config["vocab"], kept=kept, spare=spare, room=room, dtype=dtype)
 
 
 def assert_rows(golden, prefix, table: TrigramTable, parity, scores, tolerance):
@@ -101,10 +103,17 @@ def test_adapted_table(golden, parity):
     parity("own scores", scores[:, :width], np.maximum(golden["out/adapted_probs"][where], 0), rtol=1e-6)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traced(ADED):
+    """Its exploration may be traced, so that one program serves all."""
+
+    def __post_init__(self):
+        pass
+
+
 @functools.partial(jax.jit, static_argnames="drafter")
 def searched(drafter, table, exploration, bigram, uniforms):
-    drafter = dataclasses.replace(drafter)
-    object.__setattr__(drafter, "exploration", exploration)  # traced, so that one program serves all
+    drafter = Traced(**{**vars(drafter), "exploration": exploration})
     search, selected = drafter.search(bigram, table.rows, uniforms)
     paths, real = drafter.within_budget(*drafter.harvest(search, table.rows))
     return search, selected, paths, real, *drafter.tree(paths, real)
@@ -246,11 +255,10 @@ def test_generation_of_the_official_loop(golden, parity):
     prompt, greedy = golden["in/prompt"].tolist(), golden["out/greedy"].tolist()
     table = build_table(golden["in/corpus"], config.vocab_size, spare=16)
     new = greedy[len(prompt) :] if greedy[: len(prompt)] == prompt else greedy
-    for shared in (False, True):
-        drafter = ADED(choices=golden.config["choices"], shared=shared)
-        found = run(model, params, [prompt], drafter=drafter, drafter_state=ADEDState(table), max_new_tokens=len(new))
-        assert found.tokens == [new]
-        assert found.steps[0] < len(new)
+    drafter = ADED(choices=golden.config["choices"])
+    found = run(model, params, [prompt], drafter=drafter, drafter_state=ADEDState(table), max_new_tokens=len(new))
+    assert found.tokens == [new]
+    assert found.steps[0] < len(new)
     wide, room, step = 65, 128, 0
     engine = Engine(model=CachedTokens(model), chooser=GREEDY, drafter=Given(wide))
     while f"mid/step{step}/best" in golden.arrays:
@@ -279,3 +287,268 @@ def test_generation_of_the_official_loop(golden, parity):
 
 def run(model, params, prompts=PROMPTS, **options):
     return generate(model, params, prompts, **{"max_new_tokens": NEW, "chooser": GREEDY} | options)
+
+
+# What holds for any table.
+
+SMALL = ADED(iterations=20, length=4, sentences=8, choices=20, nodes=14)
+SAMPLED = {"chooser": Sampling(temperature=1.5, top_k=20), "rng": KEY}
+TABLE = {"vocab_size": 32, "kept": 4, "spare": 2, "room": 512}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    model = collect("CAUSAL_LMS")["llama"]()
+    return model, noisy_params(model)
+
+
+def tables(texts, seed=0):
+    """Tables of one shape: random, empty, of the right text, and always wrong."""
+    random = np.random.default_rng(seed).integers(0, 32, (40, 20))
+    wrong = [[a, b, (c + 1) % 32] for text in texts for a, b, c in zip(text, text[1:], text[2:])]
+    of = {"random": random, "empty": [], "right": texts, "wrong": wrong}
+    return {name: build_table(sequences, **TABLE) for name, sequences in of.items()}
+
+
+def whole(prompts, rows):
+    return [[*prompt, *row] for prompt, row in zip(prompts, rows)]
+
+
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+def test_drafts_change_nothing(llama, options, shared):
+    """Rows of different lengths, of which some end at stop tokens, with any table."""
+    model, params = llama
+    first = run(model, params, **options).tokens
+    options = options | {"stop_tokens": [first[0][5]]}
+    plain = run(model, params, **options)
+    lengths = [len(row) for row in plain.tokens]
+    assert plain.steps == lengths and len(set(lengths)) > 1
+    drafter, steps = dataclasses.replace(SMALL, shared=shared), {}
+    for name, table in tables(whole(PROMPTS, plain.tokens)).items():
+        found = run(model, params, drafter=drafter, drafter_state=ADEDState(table), **options)
+        assert found.tokens == plain.tokens, name
+        for ours, theirs in zip(found.logprobs, plain.logprobs):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
+        steps[name] = found.steps
+    assert sum(steps["right"]) < sum(lengths) / 2 and steps["wrong"] == lengths, steps
+
+
+def test_drafts_of_best_first_change_nothing(llama):
+    model, params = llama
+    plain = run(model, params)
+    drafter = dataclasses.replace(SMALL, maker="best_first")
+    state = ADEDState(tables(whole(PROMPTS, plain.tokens))["right"])
+    found = run(model, params, drafter=drafter, drafter_state=state)
+    assert found.tokens == plain.tokens and max(found.steps) <= 5
+    assert run(model, params, drafter=drafter).tokens == plain.tokens  # with a new, empty table
+
+
+def test_float64_is_lossless_to_the_bit_of_a_choice():
+    """In float64, passes of another width do not flip near ties."""
+    with jax.enable_x64(True):
+        make = collect("CAUSAL_LMS")["llama"]()
+        model = make.clone(config=dataclasses.replace(make.config, dtype="float64", param_dtype="float64"))
+        params = jax.tree.map(lambda x: x.astype(jnp.float64), noisy_params(make))
+        plain = run(model, params, max_new_tokens=40)
+        state = ADEDState(tables(whole(PROMPTS, plain.tokens))["random"])
+        found = run(model, params, max_new_tokens=40, drafter=SMALL, drafter_state=state)
+        assert found.tokens == plain.tokens and sum(found.steps) < 120
+
+
+def test_a_row_adapts_alone(llama):
+    """With tables of their own, rows draft as they do alone, whatever was asked before; the common table stays."""
+    model, params = llama
+    table = tables([])["random"]
+    options = {"drafter": SMALL, "max_new_tokens": 40}
+    together = run(model, params, drafter_state=ADEDState(table), **options)
+    state, alone = ADEDState(table), []
+    for prompt in reversed(PROMPTS):
+        found = run(model, params, [prompt], drafter_state=state, **options)
+        state = found.state.drafter
+        alone[:0] = found.steps
+    assert together.steps == alone and sum(alone) < 120
+    jax.tree.map(np.testing.assert_array_equal, state.table, table)
+    assert (state.own.keys >= 0).any()
+
+
+def test_a_shared_table_adapts_to_all(llama):
+    """The kept state helps the next request; the order of the rows does not matter; growth and caps hold."""
+    model, params = llama
+    drafter = dataclasses.replace(SMALL, shared=True)
+    options = {"drafter": drafter, "max_new_tokens": 40}
+    before = tables([])["empty"]
+    first = run(model, params, drafter_state=ADEDState(before), **options)
+    again = run(model, params, drafter_state=first.state.drafter, **options)
+    assert again.tokens == first.tokens and sum(again.steps) < sum(first.steps)
+    keys, successors, scores = used_rows(first.state.drafter.table)
+    assert len(keys) and (scores <= 3.0 + 1e-6).all() and (scores >= 0).all() and scores.max() > 0.1
+    assert (np.diff(scores) <= 0).all() and ((successors >= 0) == (scores > 0)).all()
+    turned = run(model, params, PROMPTS[::-1], drafter_state=ADEDState(before), **options)
+    assert turned.steps == first.steps[::-1]
+    jax.tree.map(np.testing.assert_array_equal, turned.state.drafter.table, first.state.drafter.table)
+
+
+def test_trees_are_within_their_bounds():
+    """On random tables: 23 sentences and 65 nodes at most, and all visits of the root go to its children."""
+    drafter = ADED()
+    for vocab, seed in ((4, 0), (40, 1)):
+        corpus = np.random.default_rng(seed).integers(0, vocab, (60, 40))
+        table = build_table(corpus, vocab, spare=4, room=ROOM)
+
+        @jax.jit
+        def draft(table):
+            uniforms = jax.random.uniform(KEY, (drafter.iterations, drafter.length))
+            search, _ = drafter.search(jnp.array([1, 2]), table.rows, uniforms)
+            return search, *drafter.within_budget(*drafter.harvest(search, table.rows))
+
+        search, paths, real = draft(table)
+        tokens, parents = drafter.tree(paths, real)
+        assert search.visits[0] == search.visits[search.parent == 0].sum() == drafter.iterations
+        assert search.depth.max() == 3
+        assert 0 < real.sum() <= 23 and tokens.shape == (65,)
+        different = sum(len(set(path[path >= 0].tolist())) for path in np.asarray(paths)[np.asarray(real)])
+        assert different <= drafter.choices
+        number = np.arange(65)
+        assert (np.asarray(parents) < number).all()
+        ways = prefixes(tokens, parents)
+        assert len(ways) == (parents >= 0).sum() and max(map(len, ways)) <= 4
+        expected = {
+            tuple(path[:n].tolist())
+            for path in np.asarray(paths)[np.asarray(real)]
+            for n in range(1, 5)
+            if path[n - 1] >= 0
+        }
+        assert ways == set(sorted(expected, key=len)[:64]) or len(expected) > 64
+
+
+# The table.
+
+
+def strengthened(table, trigrams, times=1, increment=0.04, cap=3.0, **options):
+    trigrams = jnp.asarray(trigrams)
+    for _ in range(times):
+        table = _strengthen(table, trigrams, jnp.ones(len(trigrams), bool), increment, cap)
+    return table
+
+
+_strengthen = jax.jit(TrigramTable.strengthen)
+
+
+def test_a_successor_catches_up_at_the_25th_search():
+    """Against a score of 1, as measured on the official drafter; then up to the cap, without new rows."""
+    table = build_table([[1, 2, 3]], 10, room=40)
+    bigram, seen = jnp.array([1, 2]), [[1, 2, 7]]
+    table = strengthened(table, seen, 24)
+    assert table.rows(bigram)[0][:2].tolist() == [3, 7]
+    table = strengthened(table, seen)
+    assert table.rows(bigram)[0][:2].tolist() == [7, 3]
+    table = strengthened(table, seen, 60)
+    successors, scores = table.rows(bigram)
+    assert scores[:3].tolist() == [3.0, 1.0, 0.0] and successors[:3].tolist() == [7, 3, -1]
+    assert len(used_rows(table)[0]) == 1
+    # A trigram that occurs twice counts twice, in any order.
+    twice = strengthened(build_table([], 10, room=40), [[1, 2, 7], [4, 5, 6], [1, 2, 7]])
+    np.testing.assert_allclose(twice.rows(jnp.array([[1, 2], [4, 5]]))[1][:, 0], [0.08, 0.04], rtol=1e-6)
+
+
+def test_full_rows_and_full_tables():
+    """A new successor takes the place of the lowest score; a table without room counts what it refuses."""
+    table = build_table([[1, 2, 3, 1, 2, 3, 1, 2, 4]], 10, kept=2, spare=0, room=40)
+    successors, scores = strengthened(table, [[1, 2, 7]]).rows(jnp.array([1, 2]))
+    assert successors.tolist() == [3, 7]
+    np.testing.assert_allclose(scores, [2 / 3, 0.04], rtol=1e-6)
+    full = strengthened(TrigramTable.empty(2, 4), [[1, 2, 3], [2, 3, 4], [3, 4, 5], [3, 4, 6]])
+    assert len(used_rows(full)[0]) == 2 and full.refused == 2
+    assert not full.rows(jnp.array([3, 4]))[1].any()
+
+
+def test_many_rows_are_found_and_others_are_not():
+    """Rows of a large table, each with its own successors; also bigrams outside of any vocabulary are not found."""
+    rng = np.random.default_rng(0)
+    corpus = rng.integers(0, 5000, (20, 3000))
+    table = build_table(corpus, 5000, kept=3, spare=0)
+    keys, successors, scores = used_rows(table)
+    assert len(keys) == len({tuple(pair) for row in corpus for pair in zip(row[:-2].tolist(), row[1:-1].tolist())})
+    found = table.rows(jnp.asarray(keys))
+    np.testing.assert_array_equal(found[0], successors)
+    np.testing.assert_array_equal(found[1], scores)
+    assert not table.find(jnp.array([[-1, -1], [-1, 5], [4999, 2**31 - 1]]))[1].any()
+    assert 2 * len(keys) <= len(table.keys) and len(table.keys) & (len(table.keys) - 1) == 0
+
+
+def test_files(tmp_path):
+    """Saved and read, as safetensors and as the authors' index, a table is the same; damaged files are refused."""
+    tokenizer = load_tokenizer("bytes")
+    table = strengthened(build_table([[1, 2, 3, 1, 2, 4, 1, 2, 3]], tokenizer.vocab_size), [[1, 2, 9], [7, 8, 9]])
+    file = save_table(tmp_path / "table.safetensors", table, tokenizer)
+    for again in (load_table(file, tokenizer, room=100), read_index(write_index(tmp_path / "index", table), 300)):
+        for ours, theirs in zip(used_rows(again), used_rows(table)):
+            np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(FileExistsError, match="nothing was written"):
+        save_table(file, table, tokenizer)
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        save_table(tmp_path / "table.npz", table, tokenizer)
+    other = dataclasses.make_dataclass("Other", ["vocab_size"], namespace={"token_bytes": lambda self, n: b"x"})(260)
+    with pytest.raises(ValueError, match="of another tokenizer"):
+        load_table(file, other)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_table(tmp_path / "none.safetensors", tokenizer)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match="damaged or not a table"):
+        load_table(cut, tokenizer)
+    index = (tmp_path / "index").read_bytes()
+    damaged = {"cut off": index[:-3], "bytes after": index + b"abc", "cut off or not": b"\xff" * 40, "the id 4": index}
+    for message, data in damaged.items():
+        (tmp_path / "damaged").write_bytes(data)
+        with pytest.raises(ValueError, match=message):
+            read_index(tmp_path / "damaged", 4 if data == index else 300)
+
+
+def test_table_of_files(tmp_path):
+    """The trigrams of a folder of documents, none of them across two documents; and of a share of them."""
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text("abcd"[number % 4 :] + "ab")
+    tokenizer = load_tokenizer("bytes")
+    table = corpus_table(tokenizer, str(tmp_path), split="all", progress=False)
+    keys, successors, _ = used_rows(table)
+    assert {bytes([*key, *row[row >= 0][:1]]) for key, row in zip(keys.tolist(), successors)} == {
+        b"abc", b"bcd", b"cda", b"dab"
+    }  # fmt: skip
+    half = corpus_table(tokenizer, str(tmp_path), split="all", share=0.25, progress=False)
+    assert [bytes(key) for key in used_rows(half)[0].tolist()] == [b"ab", b"bc", b"cd", b"da"][
+        : len(used_rows(half)[0])
+    ]
+    with pytest.raises(ValueError, match="share is 0"):
+        corpus_table(tokenizer, str(tmp_path), share=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"choices": 0}, "choices is 0; it must be at least 1"),
+        ({"nodes": 1}, "nodes is 1"),
+        ({"window": 2}, "window is 2; it must be at least 3"),
+        ({"length": 1}, "length is 1"),
+        ({"exploration": 0.0}, "exploration is 0.0; it must be above 0"),
+        ({"cap": float("nan")}, "cap is nan"),
+        ({"increment": -1.0}, "increment is -1.0"),
+        ({"maker": "greedy"}, "maker is 'greedy'; it must be one of mcts, best_first"),
+        ({"reward": "none"}, "reward is 'none'"),
+    ],
+)
+def test_impossible_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        ADED(**options)
+
+
+def test_impossible_tables_are_refused():
+    with pytest.raises(ValueError, match="sequence 1 has the id 10; ids must be 0 to 9"):
+        build_table([[1], [3, 10, 4]], 10)
+    with pytest.raises(ValueError, match="sequence 0 has the id -1"):
+        build_table([[-1, 2]], 10)
+    with pytest.raises(ValueError, match="vocab_size is 0"):
+        build_table([], 0)
+    with pytest.raises(ValueError, match="kept is 0"):
+        build_table([[1, 2, 3]], 10, kept=0)

@@ -133,10 +133,9 @@ class DraftStudy:
             for group, all_of_it in found.items()
             for number in np.linspace(0, len(all_of_it), self.each, endpoint=False, dtype=int)
         ]
+        longest = model.task.model.max_length - self.new_tokens
         ids = [(group, prompt if self.corpus else model.chat_ids(prompt)) for group, prompt in chosen]
-        fits = [
-            (group, prompt) for group, prompt in ids if len(prompt) + self.new_tokens <= model.task.model.max_length
-        ]
+        fits = [(group, prompt) for group, prompt in ids if len(prompt) <= longest]
         if not fits:
             raise ValueError("there is no request that fits into the model's context; give other questions.")
         return fits
@@ -289,7 +288,7 @@ def _replayed(
     if drafter is None:
         drafter = engine.drafter.init(batch, begun.text.shape[1], 0)
     if hasattr(engine.drafter, "begin"):
-        drafter = engine.drafter.begin(drafter, begun.text, begun.length)
+        drafter = engine.drafter.begin(drafter, begun.text, begun.length, jnp.zeros((*prompts.shape, 1)))
     step = functools.partial(engine.step, None)
     state = jax.lax.while_loop(lambda state: state.live.any(), step, begun.replace(drafter=drafter))
     return state.steps, state.drafter
