@@ -1,6 +1,6 @@
 """ADED beside prompt lookup on SmolLM2: mean accepted tokens of its greedy texts of 128 new tokens.
 
-    jaxtok study aded_study --questions SPEC_BENCH/question.jsonl     48 questions of Spec-Bench, through the chat template
+    jaxtok study aded_study --questions SPEC_BENCH/question.jsonl     48 questions, through the chat template
     jaxtok study aded_corpus_study                                    24 held-out documents of Python's library
 
 The model's texts take MINUTES on two cores, and are kept; drafters are then replayed on them. Expect what
