@@ -12,7 +12,7 @@ import pytest
 from causal_lms import noisy_params
 from collector import collect
 
-from jaxtok.decoding import ADED, ADEDState, CachedTokens, Engine, Sampling, generate
+from jaxtok.decoding import ADED, ADEDState, CachedTokens, Engine, PromptLookup, Sampling, generate
 from jaxtok.decoding.engine import ancestors
 from jaxtok.decoding.trigram_table import (
     TrigramTable,
@@ -27,11 +27,13 @@ from jaxtok.decoding.trigram_table import (
 from jaxtok.interop.huggingface import params_from
 from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.llama import LlamaConfig
+from jaxtok.studies.replay import Nothing, replay
 from jaxtok.tokenizers import load_tokenizer
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [8]]
-NEW = 12
+NEW = 40
+STOP = [31]  # of one length everywhere, so that tests share compiled programs
 KEY = jax.random.key(0)
 
 
@@ -286,7 +288,7 @@ def test_generation_of_the_official_loop(golden, parity):
 
 
 def run(model, params, prompts=PROMPTS, **options):
-    return generate(model, params, prompts, **{"max_new_tokens": NEW, "chooser": GREEDY} | options)
+    return generate(model, params, prompts, **{"max_new_tokens": NEW, "chooser": GREEDY, "stop_tokens": STOP} | options)
 
 
 # What holds for any table.
@@ -314,8 +316,15 @@ def whole(prompts, rows):
     return [[*prompt, *row] for prompt, row in zip(prompts, rows)]
 
 
-@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
-@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize(
+    ("options", "shared"),
+    [
+        pytest.param({}, False, id="greedy, own"),
+        pytest.param(SAMPLED, True, id="sampled, shared"),
+        pytest.param({}, True, id="greedy, shared", marks=pytest.mark.slow),
+        pytest.param(SAMPLED, False, id="sampled, own", marks=pytest.mark.slow),
+    ],
+)
 def test_drafts_change_nothing(llama, options, shared):
     """Rows of different lengths, of which some end at stop tokens, with any table."""
     model, params = llama
@@ -323,7 +332,7 @@ def test_drafts_change_nothing(llama, options, shared):
     options = options | {"stop_tokens": [first[0][5]]}
     plain = run(model, params, **options)
     lengths = [len(row) for row in plain.tokens]
-    assert plain.steps == lengths and len(set(lengths)) > 1
+    assert plain.steps == lengths and min(lengths) < NEW
     drafter, steps = dataclasses.replace(SMALL, shared=shared), {}
     for name, table in tables(whole(PROMPTS, plain.tokens)).items():
         found = run(model, params, drafter=drafter, drafter_state=ADEDState(table), **options)
@@ -331,43 +340,45 @@ def test_drafts_change_nothing(llama, options, shared):
         for ours, theirs in zip(found.logprobs, plain.logprobs):
             np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=name)
         steps[name] = found.steps
-    assert sum(steps["right"]) < sum(lengths) / 2 and steps["wrong"] == lengths, steps
+    assert sum(steps["right"]) < min(sum(steps["wrong"]), sum(lengths)), steps
 
 
+@pytest.mark.slow
 def test_drafts_of_best_first_change_nothing(llama):
     model, params = llama
     plain = run(model, params)
     drafter = dataclasses.replace(SMALL, maker="best_first")
     state = ADEDState(tables(whole(PROMPTS, plain.tokens))["right"])
     found = run(model, params, drafter=drafter, drafter_state=state)
-    assert found.tokens == plain.tokens and max(found.steps) <= 5
+    assert found.tokens == plain.tokens and max(found.steps) < NEW
     assert run(model, params, drafter=drafter).tokens == plain.tokens  # with a new, empty table
 
 
-def test_float64_is_lossless_to_the_bit_of_a_choice():
-    """In float64, passes of another width do not flip near ties."""
-    with jax.enable_x64(True):
-        make = collect("CAUSAL_LMS")["llama"]()
-        model = make.clone(config=dataclasses.replace(make.config, dtype="float64", param_dtype="float64"))
-        params = jax.tree.map(lambda x: x.astype(jnp.float64), noisy_params(make))
-        plain = run(model, params, max_new_tokens=40)
-        state = ADEDState(tables(whole(PROMPTS, plain.tokens))["random"])
-        found = run(model, params, max_new_tokens=40, drafter=SMALL, drafter_state=state)
-        assert found.tokens == plain.tokens and sum(found.steps) < 120
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_in_bfloat16_the_text_is_that_of_passes_of_the_same_width(llama, options):
+    """Rounding depends on the tokens of a pass, so the baseline reads as many, which are no draft."""
+    model, params = llama
+    half = model.clone(config=dataclasses.replace(model.config, dtype="bfloat16"))
+    plain = run(half, params, drafter=Nothing(SMALL.nodes), **options)
+    assert plain.steps == [len(row) for row in plain.tokens]
+    state = ADEDState(tables(whole(PROMPTS, plain.tokens))["right"])
+    found = run(half, params, drafter=SMALL, drafter_state=state, **options)
+    assert found.tokens == plain.tokens and sum(found.steps) < sum(plain.steps)
 
 
 def test_a_row_adapts_alone(llama):
     """With tables of their own, rows draft as they do alone, whatever was asked before; the common table stays."""
     model, params = llama
     table = tables([])["random"]
-    options = {"drafter": SMALL, "max_new_tokens": 40}
+    options = {"drafter": SMALL}
     together = run(model, params, drafter_state=ADEDState(table), **options)
     state, alone = ADEDState(table), []
     for prompt in reversed(PROMPTS):
         found = run(model, params, [prompt], drafter_state=state, **options)
         state = found.state.drafter
         alone[:0] = found.steps
-    assert together.steps == alone and sum(alone) < 120
+    assert together.steps == alone and sum(alone) < sum(map(len, together.tokens))
     jax.tree.map(np.testing.assert_array_equal, state.table, table)
     assert (state.own.keys >= 0).any()
 
@@ -376,7 +387,7 @@ def test_a_shared_table_adapts_to_all(llama):
     """The kept state helps the next request; the order of the rows does not matter; growth and caps hold."""
     model, params = llama
     drafter = dataclasses.replace(SMALL, shared=True)
-    options = {"drafter": drafter, "max_new_tokens": 40}
+    options = {"drafter": drafter}
     before = tables([])["empty"]
     first = run(model, params, drafter_state=ADEDState(before), **options)
     again = run(model, params, drafter_state=first.state.drafter, **options)
@@ -405,7 +416,7 @@ def test_trees_are_within_their_bounds():
         search, paths, real = draft(table)
         tokens, parents = drafter.tree(paths, real)
         assert search.visits[0] == search.visits[search.parent == 0].sum() == drafter.iterations
-        assert search.depth.max() == 3
+        assert search.depth[: search.count].max() == 3
         assert 0 < real.sum() <= 23 and tokens.shape == (65,)
         different = sum(len(set(path[path >= 0].tolist())) for path in np.asarray(paths)[np.asarray(real)])
         assert different <= drafter.choices
@@ -422,13 +433,33 @@ def test_trees_are_within_their_bounds():
         assert ways == set(sorted(expected, key=len)[:64]) or len(expected) > 64
 
 
+@pytest.mark.slow
+def test_replayed_steps_are_those_of_the_model(llama):
+    """What the study counts without the model, in batches and in turn."""
+    model, params = llama
+    options = {"stop_tokens": [run(model, params).tokens[0][5]]}
+    table = tables([])["random"]
+    for drafter in (SMALL, PromptLookup(tokens=5)):
+        state = ADEDState(table) if drafter is SMALL else None
+        found = run(model, params, drafter=drafter, drafter_state=state, **options)
+        assert replay(drafter, PROMPTS, found.tokens, state=state)[0] == found.steps
+    drafter, state, steps = dataclasses.replace(SMALL, shared=True), ADEDState(table), []
+    for prompt in PROMPTS:
+        one = run(model, params, [prompt], drafter=drafter, drafter_state=state, **options)
+        state = one.state.drafter
+        steps += one.steps
+    again, last = replay(drafter, PROMPTS, found.tokens, state=ADEDState(table), in_turn=True)
+    assert again == steps
+    jax.tree.map(np.testing.assert_array_equal, last.table, state.table)
+
+
 # The table.
 
 
-def strengthened(table, trigrams, times=1, increment=0.04, cap=3.0, **options):
+def strengthened(table, trigrams, times=1):
     trigrams = jnp.asarray(trigrams)
     for _ in range(times):
-        table = _strengthen(table, trigrams, jnp.ones(len(trigrams), bool), increment, cap)
+        table = _strengthen(table, trigrams, jnp.ones(len(trigrams), bool), 0.04, 3.0)
     return table
 
 

@@ -8,8 +8,19 @@ import pytest
 
 from jaxtok import decoding
 
-MODULES = ("engine", "prompt_lookup", "sampling", "sinks")
-TYPES = {"Chooser", "Drafter", "Evictor", "TokenModel", "Verified", "State", "Piece", "Generation", "CachedTokens"}
+MODULES = ("aded", "engine", "prompt_lookup", "sampling", "sinks", "trigram_table")
+TYPES = {
+    "ADEDState",
+    "Chooser",
+    "Drafter",
+    "Evictor",
+    "TokenModel",
+    "Verified",
+    "State",
+    "Piece",
+    "Generation",
+    "CachedTokens",
+}
 
 
 @pytest.mark.parametrize("name", MODULES)
