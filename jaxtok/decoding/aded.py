@@ -135,7 +135,13 @@ class ADED:
     def begin(
         self, state: ADEDState, text: Int[Array, "batch room"], length: Int[Array, " batch"], logits: Any = None
     ) -> ADEDState:
-        """The state for new texts; the newest tokens of each are counted."""
+        """The state for new texts; the newest tokens of each are counted.
+
+        Raises:
+          ValueError: the state is no `ADEDState`.
+        """
+        if not isinstance(state, ADEDState):
+            raise ValueError(f"the state of ADED is of {type(state).__name__}; give ADEDState(table).")
         batch, room = text.shape
         index = length[:, None] - self.window + jnp.arange(self.window)
         recent = jnp.where(index >= 0, jnp.take_along_axis(text, jnp.maximum(index, 0), 1), -1)

@@ -581,5 +581,7 @@ def test_impossible_tables_are_refused():
         build_table([[-1, 2]], 10)
     with pytest.raises(ValueError, match="vocab_size is 0"):
         build_table([], 0)
+    with pytest.raises(ValueError, match=r"is of TrigramTable; give ADEDState\(table\)"):
+        ADED().begin(build_table([], 10), jnp.zeros((1, 4), jnp.int32), jnp.array([2]))
     with pytest.raises(ValueError, match="kept is 0"):
         build_table([[1, 2, 3]], 10, kept=0)
