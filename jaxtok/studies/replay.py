@@ -72,7 +72,7 @@ class DraftStudy:
             raise ValueError("one of questions and corpus must be given, and not both.")
 
     def run(self) -> bool:
-        """Generates, replays, and writes texts.json, results.json and results.md."""
+        """Generates, replays, and writes texts.json, results.json, results.md and requests.png."""
         from jaxtok.door import open_model
 
         folder, console = Path(self.workdir), rich.console.Console()
@@ -193,6 +193,19 @@ class DraftStudy:
         console.print(table)
         with (folder / "results.md").open("w") as file:
             rich.console.Console(file=file, width=200).print(table)
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for name, row in results.items():
+            served = np.arange(1, 1 + len(row["requests"]))
+            axes.plot(served, np.cumsum(row["requests"]) / served, label=name)
+        axes.set(xlabel="requests served", ylabel="mean accepted tokens so far")
+        axes.legend(fontsize=7)
+        figure.savefig(folder / "requests.png", dpi=120, bbox_inches="tight")
+        plt.close(figure)
 
 
 @dataclasses.dataclass(frozen=True)
