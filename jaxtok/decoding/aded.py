@@ -152,7 +152,7 @@ class ADED:
         return self._strengthened(ADEDState(state.table, own, recent), jnp.ones(batch, bool))
 
     def observe(self, state: ADEDState, verified: Verified) -> ADEDState:
-        """The state after a step; the newest tokens of the rows that go on are counted once more (Section 2.2)."""
+        """The state after a step; the newest tokens of the rows that go on are counted once more."""
         both = jnp.concatenate([state.recent, verified.chosen], 1)
         index = verified.count[:, None] + jnp.arange(self.window)
         live = verified.count > 0 if verified.live is None else verified.live
@@ -198,7 +198,7 @@ class ADED:
     def search(
         self, bigram: Int[Array, " two"], rows: Rows, uniforms: Float[Array, "iterations length"]
     ) -> tuple[Search, Int[Array, " iterations"]]:
-        """Monte-Carlo tree search for continuations of a bigram (Section 3.3).
+        """Monte-Carlo tree search for continuations of a bigram.
 
         Each iteration follows, from the root, the child with the largest score; gives the node where that ends all of
         its successors as children, and goes on with the first; draws the rest of the sentence from the table; and adds
