@@ -1,5 +1,6 @@
 """Generation, token by token, from a CausalLM and from other models: one engine and the parts it is combined with."""
 
+from jaxtok.decoding.aded import ADED, ADEDState
 from jaxtok.decoding.draft_model import DraftModel
 from jaxtok.decoding.engine import CachedTokens, Engine, Generation, Piece, State, generate
 from jaxtok.decoding.prompt_lookup import PromptLookup
@@ -11,6 +12,8 @@ from jaxtok.decoding.token_recycling import TokenRecycling, TreeTemplate
 from jaxtok.decoding.union import Union
 
 __all__ = [
+    "ADED",
+    "ADEDState",
     "CachedTokens",
     "Chooser",
     "DraftModel",

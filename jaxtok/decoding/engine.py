@@ -336,7 +336,7 @@ class Engine:
             chooser=walk.chooser,
         )
         if self.drafter is not None:
-            verified = Verified(tokens, parents, logits, walk.path, walk.count, walk.chosen)
+            verified = Verified(tokens, parents, logits, walk.path, walk.count, walk.chosen, state.live)
             state = state.replace(drafter=self.drafter.observe(state.drafter, verified))
         return state if self.evictor is None else self._evict(state, sown, walk)
 

@@ -80,6 +80,8 @@ class Verified:
     """How many tokens the row got: one after each node of the path. 0: the row had stopped."""
     chosen: Int[Array, "batch nodes"]
     """The tokens that the row got; entries from `count` on mean nothing."""
+    live: Bool[Array, " batch"] | None = None
+    """Whether a row goes on, so that it will get another draft."""
 
 
 class Drafter(Protocol):

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rich.console
 
 from jaxtok.decoding import (
     CachedTokens,
@@ -30,6 +31,7 @@ from jaxtok.decoding import (
     Verified,
 )
 from jaxtok.decoding.engine import new_tokens
+from jaxtok.door import open_model
 from jaxtok.model import Model
 
 Row = dict[str, Any]
@@ -188,29 +190,56 @@ def table(model: Model, found: dict[str, Sequence[Answer]]) -> list[Row]:
     return rows
 
 
-def drafting(
-    model: Model,
-    questions: Sequence[Question],
-    methods: Sequence[str] = tuple(METHODS),
-    *,
-    cold: Sequence[str] = ("token_recycling",),
-    max_new_tokens: int = 128,
-) -> list[Row]:
-    """Answers the questions with each method, and returns the rows of `table`.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftingStudy:
+    """Answers questions of Spec-Bench with each method; if it is run again, it resumes with the answers that it has."""
 
-    Args:
-      methods: names of `METHODS`; their states go on from question to question.
-      cold: methods that are also run with a new state for each question, as NAME_cold.
-      max_new_tokens: the most tokens of an answer.
+    questions: str = "question.jsonl"
+    """Spec-Bench's file."""
+    per_category: int = 4
+    """The questions of each of six categories."""
+    methods: tuple[str, ...] = (*METHODS, "token_recycling_cold")
+    """Names of `METHODS`. Their states go on from question to question; with _cold, each question has a new one."""
+    new_tokens: int = 128
+    """The most tokens of an answer."""
+    model: str = "smollm2"
+    workdir: str = "runs/drafting"
 
-    Raises:
-      ValueError: there is no such method.
-    """
-    if unknown := [name for name in (*methods, *cold) if name not in METHODS]:
-        raise ValueError(f"there is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
-    runs = [(name, name, True) for name in methods] + [(f"{name}_cold", name, False) for name in cold]
-    found = {}
-    for label, name, hot in runs:
-        options = {"max_new_tokens": max_new_tokens, "hot": hot}
-        found[label] = [answer for answer, _ in answers(model, questions, METHODS[name], **options)]
-    return table(model, found)
+    def __post_init__(self):
+        if unknown := [name for name in self.methods if name.removesuffix("_cold") not in METHODS]:
+            raise ValueError(f"there is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
+
+    def run(self) -> bool:
+        """Writes answers.json, rows.json and table.md."""
+        folder, console = Path(self.workdir), rich.console.Console()
+        folder.mkdir(parents=True, exist_ok=True)
+        model = open_model(self.model)
+        questions = spec_bench(model, Path(self.questions), self.per_category)
+        kept = folder / "answers.json"
+        done = json.loads(kept.read_text()) if kept.exists() else {}
+        asked = json.dumps([self.model, self.new_tokens, [question.number for question in questions]])
+        if done.setdefault("asked", asked) != asked:
+            raise ValueError(f"{folder} has the answers to other questions; choose another workdir.")
+        found: dict[str, list[Answer]] = {}
+        for name in self.methods:
+            if name not in done:
+                drafter, hot = METHODS[name.removesuffix("_cold")], not name.endswith("_cold")
+                run = answers(model, questions, drafter, max_new_tokens=self.new_tokens, hot=hot)
+                done[name] = [dataclasses.asdict(answer) for answer, _ in run]
+                kept.write_text(json.dumps(done))
+            found[name] = [Answer(**answer) for answer in done[name]]
+            console.print(f"{name}: {mean_accepted(found[name]):.3f}", soft_wrap=True)
+        rows = table(model, found)
+        (folder / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
+        shown = markdown(rows)
+        (folder / "table.md").write_text(shown + "\n")
+        console.print(shown, soft_wrap=True, markup=False)
+        return True
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The rows of `table` as a table in Markdown."""
+    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
+    for row in rows:
+        lines.append(" | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
+    return "\n".join(f"| {line} |" for line in lines)
