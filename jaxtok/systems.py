@@ -25,6 +25,7 @@ REASONS = {
     "e": "it decodes the codes that others generate",
     "f": "it classifies images: it does not generate",
     "g": "weights in the layout of others are neither read nor written here",
+    "h": "a way to generate from any language model: it has no parameters of its own",
 }
 """The reasons why a system cannot be used for something."""
 
@@ -364,6 +365,28 @@ SYSTEMS: tuple[System, ...] = (
         cannot=_NO_GROWTH,
         formats=("peft",),
         page=LM,
+    ),
+    System(
+        name="token_recycling",
+        title="Token Recycling",
+        does="drafts trees of tokens from the successors that each token last had",
+        paper="https://arxiv.org/abs/2408.08696",
+        modules=("decoding/token_recycling.py", "decoding/union.py"),
+        configs=("decoding/drafting_study.py",),
+        checked="the authors' decoding loop",
+        cannot={**_NO_GROWTH, "train": "h", "evaluate": "h", "shard": "h", "import": "h", "export": "h"},
+        page="configs/decoding/token_recycling.md",
+    ),
+    System(
+        name="aded",
+        title="ADED",
+        does="drafts tokens from a table of trigrams that adapts to the text",
+        paper="https://arxiv.org/abs/2407.12021",
+        modules=("decoding/aded.py", "decoding/trigram_table.py"),
+        configs=("decoding/aded_study.py",),
+        checked="the authors' drafter and independent NumPy",
+        cannot={**_NO_GROWTH, "train": "h", "evaluate": "h", "shard": "h", "import": "h", "export": "h"},
+        page="configs/decoding/aded.md",
     ),
 )
 

@@ -107,6 +107,8 @@ EVIDENCE = {
         "task": "elm_masked",
         "formats": ("elm, masked",),
     },
+    "token_recycling": {"generate, cached": "decoding/test_drafters.py::test_drafts_change_nothing"},
+    "aded": {"generate, cached": "decoding/test_aded.py::test_drafts_change_nothing"},
 }
 """For each system: its entry in `TASKS`; for other columns, an entry of `CAUSAL_LMS` or a test; and its cases in
 tests/interop/test_formats.py, which are imported and exported by the verb that a user types. A system that is not here
@@ -124,7 +126,9 @@ each = pytest.mark.parametrize("row", SYSTEMS, ids=lambda row: row.name)
 @each
 def test_every_tick_has_its_evidence_and_every_gap_its_reason(row):
     evidence = evidence_of(row)
-    assert (task := evidence.pop("task")) in TASKS, f"no test file has TASKS[{task!r}], nor has EVIDENCE another name"
+    if not set(BY_TASK) <= set(row.cannot):
+        task = evidence.pop("task")
+        assert task in TASKS, f"no test file has TASKS[{task!r}], nor has EVIDENCE another name"
     if cases := evidence.pop("formats", ()):
         assert {FORMAT_CASES[case]().format for case in cases} == set(row.formats)
         evidence |= dict.fromkeys(("import", "export"), "interop/test_formats.py::test_there_and_back_by_the_verb")

@@ -275,8 +275,8 @@ class Engine:
         cache = model.init_cache(batch, room if self.evictor is None else longest)
         prompts = tokens[:, :read]
         numbers = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-        # The logits are not used, so the compiler drops the head; the first step reads the last token.
-        _, cache, sown = self.model.read(
+        # The logits are not used unless a drafter does, so the compiler drops the head; a step reads the last token.
+        logits, cache, sown = self.model.read(
             params, prompts, cache, jnp.where(numbers < lengths[:, None] - 1, numbers, -1), sow=self._sow
         )
         cache, evictor = cache.truncate(lengths - 1) if self.model.rewindable else cache, None
@@ -289,6 +289,8 @@ class Engine:
         state = self.begin(cache, tokens, new=new, lengths=lengths, rng=rng, stop=stop, chooser=chooser)
         if self.drafter is not None and drafter is None:
             drafter = self.drafter.init(batch, state.text.shape[1], model.config.vocab_size)
+        if hasattr(self.drafter, "begin"):
+            drafter = self.drafter.begin(drafter, state.text, state.length, logits)
         return state.replace(drafter=drafter, evictor=evictor)
 
     def _slots(self) -> int:
@@ -338,7 +340,7 @@ class Engine:
             chooser=walk.chooser,
         )
         if self.drafter is not None:
-            verified = Verified(tokens, parents, logits, walk.path, walk.count, walk.chosen)
+            verified = Verified(tokens, parents, logits, walk.path, walk.count, walk.chosen, state.live)
             state = state.replace(drafter=self.drafter.observe(state.drafter, verified))
         return state if self.evictor is None else self._evict(state, sown, walk)
 

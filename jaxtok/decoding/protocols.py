@@ -67,7 +67,7 @@ class Chooser(Protocol):
 
 @flax.struct.dataclass
 class Verified:
-    """The outcome of a draft, for `Drafter.observe`."""
+    """The outcome of a draft, for `Drafter.observe`. In a `Union`, each drafter gets the tree of all of them."""
 
     tokens: Int[Array, "batch nodes"]
     """The tokens as they were proposed; node 0 is the newest token of the row."""
@@ -80,6 +80,8 @@ class Verified:
     """How many tokens the row got: one after each node of the path. 0: the row had stopped."""
     chosen: Int[Array, "batch nodes"]
     """The tokens that the row got; entries from `count` on mean nothing."""
+    live: Bool[Array, " batch"] | None = None
+    """Whether a row goes on, so that it will get another draft."""
 
 
 class Drafter(Protocol):
@@ -87,6 +89,11 @@ class Drafter(Protocol):
 
     Drafts change the speed and never the output, whatever is proposed (`jaxtok.decoding.engine`). An auxiliary model's
     parameters, a table of successors and the like are in the state, which can be kept for the next generation.
+
+    A drafter may also have `begin(state, text, length, logits)`, which gives the state at the beginning of a generation
+    from a new one, or from one that was kept. text [batch, room] and length [batch] are the prompts, as in `propose`;
+    logits [batch, prompt, vocab] are the model's own after each token of a prompt except its last one (the others mean
+    nothing). The model's head runs on the prompt only if they are used.
     """
 
     nodes: int

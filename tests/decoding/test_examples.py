@@ -8,8 +8,30 @@ import pytest
 
 from jaxtok import decoding
 
-MODULES = ("engine", "prompt_lookup", "sampling", "sinks")
-TYPES = {"Chooser", "Drafter", "Evictor", "TokenModel", "Verified", "State", "Piece", "Generation", "CachedTokens"}
+MODULES = (
+    "aded",
+    "draft_model",
+    "engine",
+    "prompt_lookup",
+    "sampling",
+    "sinks",
+    "suffix_automaton",
+    "token_recycling",
+    "trigram_table",
+    "union",
+)
+TYPES = {
+    "ADEDState",
+    "Chooser",
+    "Drafter",
+    "Evictor",
+    "TokenModel",
+    "Verified",
+    "State",
+    "Piece",
+    "Generation",
+    "CachedTokens",
+}
 
 
 @pytest.mark.parametrize("name", MODULES)
