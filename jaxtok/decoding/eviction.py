@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any, ClassVar, Literal
 
 import flax.struct
@@ -288,11 +289,11 @@ class Eviction:
         return cache.replace(keys=keys, positions=jnp.where(positions == EMPTY, EMPTY, rank))
 
 
-def _part(number, fraction: float):
-    """floor(number * fraction); a product such as 50 * 0.58, which is 29 but for rounding, counts as 29."""
-    if isinstance(number, int):
-        return int(number * fraction + 1e-6)
-    return jnp.floor(number * fraction + 1e-5 * jnp.maximum(number / 10, 1)).astype(jnp.int32)
+def _part(number: Any, fraction: float) -> Any:
+    """floor(number * fraction) in whole numbers: 0.58 of 50 is 29, which is 28 in floating point."""
+    ratio = Fraction(fraction).limit_denominator(10_000)
+    whole, rest = number // ratio.denominator, number % ratio.denominator
+    return whole * ratio.numerator + rest * ratio.numerator // ratio.denominator
 
 
 def _per_head(cache: KVCache) -> Int[Array, "layers batch heads slots"]:

@@ -1,10 +1,11 @@
 """What a smaller cache costs a real model: each evictor's loss on a long text, and what it generates.
 
     python -m jaxtok.studies.eviction smollm2                      # a text of 2,048 tokens with half of the cache
-    python -m jaxtok.studies.eviction smollm2 --what generation    # 128 new tokens, sinks on and off
+    python -m jaxtok.studies.eviction smollm2 --what generation --fraction 0.25    # 128 new tokens after 1,024
 
-The text is read as it would be generated: the first half is the prompt, then every token is given, and the model's loss
-on it is measured with the cache as it is at that moment. At no time does the cache hold more than the budget.
+For the loss, the text is read as it would be generated: the first half is the prompt, then every token is given, and
+the model's loss on it is measured with the cache as it is at that moment. At no time does the cache hold more than the
+budget.
 """
 
 from __future__ import annotations
@@ -179,9 +180,9 @@ def _loss(module, params, texts, evictor, slots, tokenizer) -> dict[str, Any]:
 
 
 def _generation(module, params, texts, evictor, slots, tokenizer, new: int = 128) -> dict[str, Any]:
-    """The share of the most frequent token, and how many different ones there are, in greedy text after a prompt that
-    is as long as the budget allows, so that every new token evicts another."""
-    prompts = [text[:slots].tolist() for text in texts]
+    """The share of the most frequent token, and how many different ones there are, in greedy text after a prompt of
+    twice the budget."""
+    prompts = [text[: 2 * slots].tolist() for text in texts]
     options = {"max_new_tokens": new, "chooser": Sampling(temperature=0), "num_ids": tokenizer.vocab_size}
     rows = generate(module, params, prompts, evictor=evictor, **options).tokens
     counts = [Counter(row) for row in rows]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from causal_lms import noisy_params
 from collector import collect
-from test_engine import KEY, NEW, PROMPTS, SAMPLED, RandomTree, Told, assert_same, greedy, run, texts_of
+from test_engine import KEY, NEW, PROMPTS, SAMPLED, RandomTree, assert_same, greedy, run, texts_of
 
 from jaxtok.decoding import CachedTokens, Engine, Eviction, Keyformer, Sampling, parse_evictor
 from jaxtok.decoding.eviction import EvictionState
@@ -29,7 +29,7 @@ TEXTS = {name: f"{name}:6,every=2" for name in EVICTORS} | {
     "fixed noise": "keyformer:6,noise=fixed,sinks=1,every=2",
     "a fraction": "keyformer:0.7,every=2",
 }
-LIKE_ANOTHER = ("h2o", "window", "tova", "fixed noise")
+DEFAULT = ("a fraction", "snapkv")
 
 
 @pytest.fixture(scope="module")
@@ -38,33 +38,29 @@ def llama():
     return model, noisy_params(model)
 
 
-@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x in LIKE_ANOTHER)) for x in TEXTS])
+@pytest.mark.parametrize("name", [pytest.param(x, marks=[pytest.mark.slow] * (x not in DEFAULT)) for x in TEXTS])
 def test_drafts_change_nothing(llama, name):
-    """Neither chains nor trees, of right and wrong tokens, for prompts of unequal lengths."""
+    """Trees of right and wrong tokens, for prompts of unequal lengths."""
     model, params = llama
     options = SAMPLED | {"evictor": parse_evictor(TEXTS[name])}
     plain = run(model, params, **options)
     assert plain.tokens != greedy(model, params, **SAMPLED)
     truth = texts_of(PROMPTS, plain.tokens)
-    found = run(model, params, drafter=Told(tokens=2), drafter_state=(truth, 0), **options)
-    assert_same(found, plain, name)
-    assert max(found.steps) < NEW
     found = run(model, params, drafter=RandomTree(), drafter_state=(truth, KEY), **options)
     assert_same(found, plain, name)
     assert sum(found.steps) < 3 * NEW
 
 
-@pytest.mark.parametrize("text", ["keyformer:64", pytest.param("snapkv:64", marks=pytest.mark.slow)])
-def test_a_budget_for_everything_changes_nothing(llama, text):
+def test_a_budget_for_everything_changes_nothing(llama):
     model, params = llama
-    assert_same(run(model, params, evictor=parse_evictor(text), **SAMPLED), run(model, params, **SAMPLED), text)
+    assert_same(run(model, params, evictor=parse_evictor("keyformer:64"), **SAMPLED), run(model, params, **SAMPLED), "")
 
 
 def test_rows_alone_and_in_a_batch(llama):
     """A row's kept tokens do not depend on the others, nor on how far prompts are padded."""
     model, params = llama
     evictor = parse_evictor("keyformer:0.6")
-    together = greedy(model, params, [*PROMPTS, [9] * 70], evictor=evictor)
+    together = greedy(model, params, [*PROMPTS, [9] * 66], evictor=evictor)
     assert together[:3] == [greedy(model, params, [prompt], evictor=evictor)[0] for prompt in PROMPTS]
 
 
@@ -73,7 +69,7 @@ def test_rows_alone_and_in_a_batch(llama):
 STREAM = LlamaConfig(num_layers=1, d_model=8, num_heads=4, num_kv_heads=2, mlp_dim=8, vocab_size=16, max_length=64)
 
 
-def streamed(evictor: Eviction, length: int = 20, start: int = 5, seed: int = 0):
+def streamed(evictor: Eviction, length: int = 20, start: int = 9, seed: int = 0):
     """Random keys and queries through an evictor: (its state, the cache, the weights' scores) after each token."""
     keys = jax.random.split(jax.random.key(seed), 2)
     q = jax.random.normal(keys[0], (length, 1, 1, 1, 4, 2)) * 3
