@@ -3,9 +3,12 @@
 from jaxtok.decoding.aded import ADED, ADEDState
 from jaxtok.decoding.draft_model import DraftModel
 from jaxtok.decoding.engine import CachedTokens, Engine, Generation, Piece, State, generate
+from jaxtok.decoding.eviction import Eviction, Scorer
+from jaxtok.decoding.keyformer import Keyformer
 from jaxtok.decoding.prompt_lookup import PromptLookup
 from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Verified
 from jaxtok.decoding.sampling import Sampling, sample
+from jaxtok.decoding.scorers import parse_evictor
 from jaxtok.decoding.sinks import SinksAndRecent
 from jaxtok.decoding.suffix_automaton import SuffixAutomaton
 from jaxtok.decoding.token_recycling import TokenRecycling, TreeTemplate
@@ -19,11 +22,14 @@ __all__ = [
     "DraftModel",
     "Drafter",
     "Engine",
+    "Eviction",
     "Evictor",
     "Generation",
+    "Keyformer",
     "Piece",
     "PromptLookup",
     "Sampling",
+    "Scorer",
     "SinksAndRecent",
     "State",
     "SuffixAutomaton",
@@ -33,5 +39,6 @@ __all__ = [
     "Union",
     "Verified",
     "generate",
+    "parse_evictor",
     "sample",
 ]

@@ -284,7 +284,7 @@ class Engine:
             evictor = self.evictor.init(cache)
             if self.evictor.observes:
                 evictor = self.evictor.observe(evictor, cache, sown, numbers, lengths - 1)
-            rows = cache.length > self.evictor.slots
+            rows = cache.length > self.evictor.budget_of(evictor)
             cache, evictor = self.evictor.evict(evictor, cache, rows, self._slots())
         state = self.begin(cache, tokens, new=new, lengths=lengths, rng=rng, stop=stop, chooser=chooser)
         if self.drafter is not None and drafter is None:
@@ -307,7 +307,8 @@ class Engine:
         rows, last = jnp.arange(batch), state.length - 1
         newest, most, sown = state.text[rows, last], state.limit - state.length, None
         if self.evictor is not None:
-            most = jnp.minimum(most, self.evictor.slots + self.evictor.every - state.model.length)
+            room = self.evictor.budget_of(state.evictor) + self.evictor.every - state.model.length
+            most = jnp.minimum(most, room)
         if self.drafter is None:
             tokens, parents = newest[:, None], jnp.full((batch, 1), -1, jnp.int32)
         else:
@@ -320,9 +321,8 @@ class Engine:
         else:
             seen = None if chain else ancestors(parents)
             depth = jnp.arange(self.nodes) if chain else seen.sum(-1) - 1
-            logits, model, sown = self.model.read(
-                params, tokens, state.model, last[:, None] + depth, seen, sow=self._sow
-            )
+            positions = state.model.next_position[:, None] + depth
+            logits, model, sown = self.model.read(params, tokens, state.model, positions, seen, sow=self._sow)
             ready = state.live
         walk = self._walk(state, logits, tokens, parents, ready & state.live, most)
         if self.drafter is not None or self.evictor is not None:
@@ -348,7 +348,7 @@ class Engine:
         evictor = state.evictor
         if self.evictor.observes:
             evictor = self.evictor.observe(evictor, state.model, sown, walk.path, walk.count)
-        full = state.model.length >= self.evictor.slots + self.evictor.every
+        full = state.model.length >= self.evictor.budget_of(evictor) + self.evictor.every
         cache, evictor = jax.lax.cond(
             full.any(),
             lambda cache, evictor: self.evictor.evict(evictor, cache, full, self._slots()),
@@ -538,6 +538,7 @@ def generate(
         row[: len(prompt)] = prompt
     num_ids = None if num_ids == vocab else num_ids
     params = jax.device_put(params)  # once, not with every piece
+    evictor = None if evictor is None else evictor.fit(model, tokens.shape[1], max_new_tokens)
     engine = Engine(model=CachedTokens(model), chooser=chooser, drafter=drafter, evictor=evictor, num_ids=num_ids)
     state = engine.prefill(
         params,

@@ -13,7 +13,7 @@ import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxtok.protocols import Params
+from jaxtok.protocols import CausalLM, Params
 
 
 class TokenModel(Protocol):
@@ -128,8 +128,20 @@ class Evictor(Protocol):
     observes: bool
     """Whether the evictor needs `observe`."""
 
+    def fit(self, model: CausalLM, prompt: int, new: int) -> Evictor:
+        """The evictor for a model, prompts of at most `prompt` tokens (padding included) and `new` new ones a row.
+
+        `generate` calls it; an `Engine` takes an evictor that is fitted already, where that is needed.
+        """
+        ...
+
     def init(self, cache: Any) -> Any:
-        """The evictor's state for an empty cache; arrays that belong to slots have the cache's axis of slots."""
+        """The evictor's state before it has observed anything; arrays that belong to slots have the cache's axis of
+        slots. `cache.length` is that of each row's prompt without its last token."""
+        ...
+
+    def budget_of(self, state: Any) -> Int[Array, " batch"] | int:
+        """The slots that stay in each row: `slots`, or fewer in some rows."""
         ...
 
     def observe(
@@ -147,7 +159,7 @@ class Evictor(Protocol):
         ...
 
     def evict(self, state: Any, cache: Any, rows: Bool[Array, " batch"], size: int) -> tuple[Any, Any]:
-        """The cache with `size` slots, of which at most `slots` are in use in the chosen rows, and the state that
+        """The cache with `size` slots, of which at most the budget is in use in the chosen rows, and the state that
         belongs to it. In the other rows all slots that are in use stay. See `KVCache.gather`."""
         ...
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from jaxtok.decoding.protocols import keep_slots
+from jaxtok.protocols import CausalLM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,8 +44,14 @@ class SinksAndRecent:
     def slots(self) -> int:
         return self.sinks + self.recent
 
+    def fit(self, model: CausalLM, prompt: int, new: int) -> SinksAndRecent:
+        return self
+
     def init(self, cache: Any) -> tuple[()]:
         return ()
+
+    def budget_of(self, state: tuple[()]) -> int:
+        return self.slots
 
     def observe(self, state, cache, sown, path, count) -> tuple[()]:
         return ()

@@ -387,6 +387,12 @@ class HeavyHitters:
 
     observes = True
 
+    def fit(self, model, prompt, new):
+        return self
+
+    def budget_of(self, state):
+        return self.slots
+
     def init(self, cache):
         layers, batch, slots, heads, _ = cache.keys.shape
         return jnp.zeros((layers, batch, heads, slots))
