@@ -25,10 +25,12 @@ REASONS = {
     "e": "it decodes the codes that others generate",
     "f": "it classifies images: it does not generate",
     "g": "weights in the layout of others are neither read nor written here",
+    "h": "a way to decode the models of other rows: it has no parameters",
 }
 """The reasons why a system cannot be used for something."""
 
 _NO_GROWTH: dict[Column, str] = {"grow": "b"}
+_NO_PARAMETERS: dict[Column, str] = dict.fromkeys(("train", "evaluate", "grow", "shard", "import", "export"), "h")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -364,6 +366,17 @@ SYSTEMS: tuple[System, ...] = (
         cannot=_NO_GROWTH,
         formats=("peft",),
         page=LM,
+    ),
+    System(
+        name="awrs",
+        title="AWRS",
+        does="constrained texts of the right distribution, with a few tokens checked instead of the vocabulary",
+        paper="https://arxiv.org/abs/2504.05410",
+        modules=("decoding/awrs.py", "decoding/constraints.py"),
+        configs=("decoding/awrs_study.py",),
+        checked="the authors' code, exact enumeration",
+        cannot=_NO_PARAMETERS,
+        page="configs/decoding/awrs.md",
     ),
 )
 

@@ -77,6 +77,7 @@ EVIDENCE = {
         "generate, cached": "lm/test_word_pooled.py::test_cached_generation_is_recomputation",
         "formats": ("word_pooled", "word_pooled, plain"),
     },
+    "awrs": {"generate, cached": "decoding/test_awrs.py::test_evidence_is_unbiased"},
     "byte2word": {
         "task": "byte2word",
         "formats": ("byte2word",),
@@ -124,7 +125,9 @@ each = pytest.mark.parametrize("row", SYSTEMS, ids=lambda row: row.name)
 @each
 def test_every_tick_has_its_evidence_and_every_gap_its_reason(row):
     evidence = evidence_of(row)
-    assert (task := evidence.pop("task")) in TASKS, f"no test file has TASKS[{task!r}], nor has EVIDENCE another name"
+    if not set(BY_TASK) <= set(row.cannot):
+        task = evidence.pop("task")
+        assert task in TASKS, f"no test file has TASKS[{task!r}], nor has EVIDENCE another name"
     if cases := evidence.pop("formats", ()):
         assert {FORMAT_CASES[case]().format for case in cases} == set(row.formats)
         evidence |= dict.fromkeys(("import", "export"), "interop/test_formats.py::test_there_and_back_by_the_verb")

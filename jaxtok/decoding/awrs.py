@@ -384,7 +384,7 @@ class Particles:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """The static part of SMC: one step draws a token for every particle, weighs it, and resamples. See `sample`."""
+    """The static part of SMC: one step draws a token for every particle, weighs it, and resamples."""
 
     model: TokenModel
     """It also has `take(state, rows)`, the state with these rows; as `CachedTokens` has."""
@@ -585,7 +585,7 @@ class Sampled:
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
 
-def sample(
+def sample_texts(
     model: CausalLM,
     params: Params,
     prompts: Sequence[Sequence[int]],

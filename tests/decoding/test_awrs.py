@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from causal_lms import LLAMA, noisy_params
 
-from jaxtok.decoding.awrs import AWRS, PRESETS, SMC, RandomNoise, Sampler, resample, sample
+from jaxtok.decoding.awrs import AWRS, PRESETS, SMC, RandomNoise, Sampler, resample, sample_texts
 from jaxtok.decoding.constraints import Function, Visited, Vocabulary
 from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.llama import LlamaConfig
@@ -462,7 +462,7 @@ def test_evidence_is_unbiased(tiny):
             return 0.0 if not ends_well(text, True) else math.exp(judge.function(text, True) if judge else 0)
 
         texts = exact(model, params, prompt, longest, weight)
-        found = sample(
+        found = sample_texts(
             model,
             params,
             [prompt] * runs,
@@ -481,7 +481,7 @@ def test_evidence_is_unbiased(tiny):
         assert sum(abs(each[text] - texts[text]) for text in texts) < 0.35 * z, name
         if name == "awrs":
             ours = each
-    local = sample(
+    local = sample_texts(
         model,
         params,
         [prompt] * runs * 4,
@@ -505,7 +505,7 @@ def test_evidence_is_unbiased(tiny):
 def test_a_proposal_equal_to_the_model_changes_nothing(tiny):
     model, params, vocabulary = tiny
     call = functools.partial(
-        sample,
+        sample_texts,
         model,
         params,
         [[2, 0, 1], [3]],
@@ -523,7 +523,7 @@ def test_a_proposal_equal_to_the_model_changes_nothing(tiny):
 def test_bad_input(tiny):
     model, params, vocabulary = tiny
     call = functools.partial(
-        sample, model, params, vocabulary=vocabulary, max_tokens=4, rng=jax.random.key(0), options=PRESETS["awrs"]
+        sample_texts, model, params, vocabulary=vocabulary, max_tokens=4, rng=jax.random.key(0), options=PRESETS["awrs"]
     )
     with pytest.raises(ValueError, match="must be True or False"):
         call([[1]], Function(lambda text, complete: 0.5))
@@ -538,7 +538,7 @@ def test_bad_input(tiny):
     with pytest.raises(ValueError, match="exceed the model's max_length"):
         call([[1] * 22], Function(ends_well))
     with pytest.raises(ValueError, match="NaN"):
-        sample(
+        sample_texts(
             model,
             jax.tree.map(lambda x: x * jnp.nan, params),
             [[1]],
