@@ -30,6 +30,7 @@ REASONS = {
 """The reasons why a system cannot be used for something."""
 
 _NO_GROWTH: dict[Column, str] = {"grow": "b"}
+_NO_PARAMETERS: dict[Column, str] = dict.fromkeys(("train", "evaluate", "grow", "shard", "import", "export"), "h")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -374,7 +375,7 @@ SYSTEMS: tuple[System, ...] = (
         modules=("decoding/token_recycling.py", "decoding/union.py"),
         configs=("decoding/drafting_study.py",),
         checked="the authors' decoding loop",
-        cannot={**_NO_GROWTH, "train": "h", "evaluate": "h", "shard": "h", "import": "h", "export": "h"},
+        cannot=_NO_PARAMETERS,
         page="configs/decoding/token_recycling.md",
     ),
     System(
@@ -385,8 +386,19 @@ SYSTEMS: tuple[System, ...] = (
         modules=("decoding/aded.py", "decoding/trigram_table.py"),
         configs=("decoding/aded_study.py",),
         checked="the authors' drafter and independent NumPy",
-        cannot={**_NO_GROWTH, "train": "h", "evaluate": "h", "shard": "h", "import": "h", "export": "h"},
+        cannot=_NO_PARAMETERS,
         page="configs/decoding/aded.md",
+    ),
+    System(
+        name="awrs",
+        title="AWRS",
+        does="constrained texts of the right distribution, with a few tokens checked instead of the vocabulary",
+        paper="https://arxiv.org/abs/2504.05410",
+        modules=("decoding/awrs.py", "decoding/constraints.py"),
+        configs=("decoding/awrs_study.py",),
+        checked="the authors' code, exact enumeration",
+        cannot=_NO_PARAMETERS,
+        page="configs/decoding/awrs.md",
     ),
 )
 

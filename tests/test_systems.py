@@ -77,6 +77,7 @@ EVIDENCE = {
         "generate, cached": "lm/test_word_pooled.py::test_cached_generation_is_recomputation",
         "formats": ("word_pooled", "word_pooled, plain"),
     },
+    "awrs": {"generate, cached": "decoding/test_awrs.py::test_evidence_is_unbiased"},
     "byte2word": {
         "task": "byte2word",
         "formats": ("byte2word",),

@@ -1,6 +1,8 @@
 """Generation, token by token, from a CausalLM and from other models: one engine and the parts it is combined with."""
 
 from jaxtok.decoding.aded import ADED, ADEDState
+from jaxtok.decoding.awrs import AWRS, PRESETS, SMC, sample_texts
+from jaxtok.decoding.constraints import Constrained, Function, Grammar, Vocabulary, constrain, constraint
 from jaxtok.decoding.draft_model import DraftModel
 from jaxtok.decoding.engine import CachedTokens, Engine, Generation, Piece, State, generate
 from jaxtok.decoding.eviction import Eviction, Scorer
@@ -16,15 +18,21 @@ from jaxtok.decoding.union import Union
 
 __all__ = [
     "ADED",
+    "AWRS",
+    "PRESETS",
+    "SMC",
     "ADEDState",
     "CachedTokens",
     "Chooser",
+    "Constrained",
     "DraftModel",
     "Drafter",
     "Engine",
     "Eviction",
     "Evictor",
+    "Function",
     "Generation",
+    "Grammar",
     "Keyformer",
     "Piece",
     "PromptLookup",
@@ -38,7 +46,11 @@ __all__ = [
     "TreeTemplate",
     "Union",
     "Verified",
+    "Vocabulary",
+    "constrain",
+    "constraint",
     "generate",
     "parse_evictor",
     "sample",
+    "sample_texts",
 ]

@@ -121,6 +121,14 @@ class CachedTokens:
         logits, cache, _ = self.read(params, tokens[:, None], state, positions[:, None])
         return logits[:, 0], cache, live
 
+    def take(self, state: Any, rows: Int[Array, " rows"]) -> Any:
+        """The state with these rows of the batch, some of them perhaps several times."""
+        one, two = (jax.tree.leaves(jax.eval_shape(lambda n=n: self.model.init_cache(n, 1))) for n in (1, 2))
+        axes = [next((i for i in range(a.ndim) if a.shape[i] != b.shape[i]), None) for a, b in zip(one, two)]
+        leaves, structure = jax.tree.flatten(state)
+        taken = [x if axis is None else jnp.take(x, rows, axis) for x, axis in zip(leaves, axes, strict=True)]
+        return structure.unflatten(taken)
+
     def keep(
         self,
         params: Params,
@@ -525,17 +533,14 @@ def generate(
     if unknown := [token for token in stop_tokens if not 0 <= token < vocab]:
         raise ValueError(f"stop_tokens has {unknown[0]}; ids are 0 to {vocab - 1}.")
     rng = sampling_key(rng, chooser)
-    lengths = _check_prompts(prompts, vocab)
+    lengths = check_prompts(prompts, vocab)
     if max(lengths) + max_new_tokens > max_length:
         raise ValueError(
             f"a prompt of {max(lengths)} tokens and max_new_tokens = {max_new_tokens} exceed the model's max_length = "
             f"{max_length}; shorten one of them."
         )
-    longest = max(lengths)
-    tokens = np.zeros((len(prompts), min(-(-longest // _BUCKET) * _BUCKET, max_length)), np.int32)
-    read = max(8, 1 << (longest - 1).bit_length())  # less than a bucket for short prompts
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    tokens = pad_prompts(prompts, max_length)
+    read = max(8, 1 << (max(lengths) - 1).bit_length())  # less than a bucket for short prompts
     num_ids = None if num_ids == vocab else num_ids
     params = jax.device_put(params)  # once, not with every piece
     evictor = None if evictor is None else evictor.fit(model, tokens.shape[1], max_new_tokens)
@@ -557,8 +562,20 @@ def generate(
     return Generation(*new_tokens(state), jax.device_get(state.steps).tolist(), state.replace(model=None))
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> list[int]:
-    """The prompts' lengths."""
+def pad_prompts(prompts: Sequence[Sequence[int]], max_length: int) -> Int[np.ndarray, "batch prompt"]:
+    """The prompts, padded to a length that those of similar lengths share, so that they share a compiled function."""
+    tokens = np.zeros((len(prompts), min(-(-max(map(len, prompts)) // _BUCKET) * _BUCKET, max_length)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> list[int]:
+    """The prompts' lengths.
+
+    Raises:
+      ValueError: there is none, or one is empty or has an unknown id.
+    """
     if not len(prompts):
         raise ValueError("there is no prompt; give at least one.")
     for number, prompt in enumerate(prompts):
