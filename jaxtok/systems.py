@@ -25,10 +25,12 @@ REASONS = {
     "e": "it decodes the codes that others generate",
     "f": "it classifies images: it does not generate",
     "g": "weights in the layout of others are neither read nor written here",
+    "h": "a way to decode the models of other rows: it has no parameters",
 }
 """The reasons why a system cannot be used for something."""
 
 _NO_GROWTH: dict[Column, str] = {"grow": "b"}
+_NO_PARAMETERS: dict[Column, str] = dict.fromkeys(("train", "evaluate", "grow", "shard", "import", "export"), "h")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class System:
 
 LM = "configs/lm/README.md"
 VISION = "configs/vision/README.md"
+DECODING = "configs/decoding/README.md"
 
 SYSTEMS: tuple[System, ...] = (
     System(
@@ -364,6 +367,22 @@ SYSTEMS: tuple[System, ...] = (
         cannot=_NO_GROWTH,
         formats=("peft",),
         page=LM,
+    ),
+    System(
+        name="byte_exact",
+        title="Exact bytes",
+        does="a model of tokens becomes the same model of bytes: prompts end anywhere, vocabularies mix",
+        paper="https://arxiv.org/abs/2410.09303",
+        modules=(
+            "decoding/byte_exact.py",
+            "decoding/byte_model.py",
+            "decoding/byte_vocabulary.py",
+            "decoding/byte_validity.py",
+        ),
+        configs=("decoding/byte_exact_study.py",),
+        checked="the authors' code, float64 numpy",
+        cannot=_NO_PARAMETERS,
+        page=DECODING,
     ),
 )
 

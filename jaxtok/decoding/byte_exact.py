@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxtok.decoding.byte_vocabulary import POLICIES, Exact, Plan, Policy, Vocabulary
+from jaxtok.decoding.byte_vocabulary import POLICIES, Exact, Plan, Policy, Trie, Vocabulary
 from jaxtok.nn.cache import EMPTY
 from jaxtok.protocols import CausalLM, Params
 
@@ -98,7 +98,7 @@ class ExactBytes:
     without it (the paper); none: it counts, though sequences that are not valid are lost when a byte completes them;
     prompt: truncate before the end of the prompt, none from there on (the official code's fast mode)."""
     slots: int = 0
-    """The most open sequences of a text; 0: as many as the longest token has bytes, and at most 32."""
+    """The most open sequences of a text; 0: two for each byte of the longest token, and at most 32."""
     completes: int = 4
     """The most sequences that a byte completes."""
 
@@ -115,7 +115,7 @@ class ExactBytes:
 
     @property
     def _slots(self) -> int:
-        return self.slots or min(self.vocabulary.longest + 1, 32)
+        return self.slots or min(2 * self.vocabulary.longest + 2, 32)
 
     @property
     def ids(self) -> int:
@@ -214,7 +214,7 @@ class ExactBytes:
         """The state after another byte of the rows that are live; other symbols leave a row as it is."""
         fresh = live & (symbols >= 0) & (symbols < 256)
         rows, room = jnp.arange(len(symbols)), state.text.shape[1]
-        text = state.text.at[rows, jnp.where(fresh, state.length, room)].set(symbols, mode="drop")
+        text = state.text.at[rows, jnp.where(fresh, state.length, room)].set(symbols.astype(jnp.int32), mode="drop")
         return self._covered(params, state.replace(text=text, length=state.length + fresh), fresh)
 
     def _covered(self, params: Params, state: ByteState, fresh: Bool[Array, " batch"]) -> ByteState:
@@ -226,14 +226,15 @@ class ExactBytes:
             return self._read(params, state, Plan(*(x[:, n] for x in plan[:5]), *plan[5:]), n < count)
 
         state = jax.lax.fori_loop(0, count.max(), read, state)
-        slots, node = jnp.arange(self._slots), plan.node
-        trie = self.vocabulary.trie
-        at_end = state.mass[jnp.arange(len(fresh))[:, None], slots, jnp.maximum(node, 0)]
-        covers = jnp.where(node > 0, state.weight + at_end, jnp.where(node == 0, state.weight, -jnp.inf))
-        shift = jax.nn.logsumexp(covers, -1)
-        shift = jnp.where(jnp.isfinite(shift) & fresh, shift, 0)
-        state = state.replace(weight=state.weight - shift[:, None], node=node, logprob=state.logprob + shift)
-        symbols = _next_symbols(state, plan.ends, trie, self.vocabulary.specials)
+        state = state.replace(node=plan.node)
+        values = _next_masses(state, plan.ends, self.vocabulary.trie, self.vocabulary.specials)
+        # A cover's last token is longer than the node's string, or the sequence spells the text exactly.
+        longer = jax.nn.logsumexp(values[..., :256], -1)
+        covers = jnp.where(state.node == 0, state.weight, longer)
+        total = jnp.where(fresh, jax.nn.logsumexp(covers, -1), 0)
+        shift = jnp.where(jnp.isfinite(total), total, 0)
+        state = state.replace(weight=state.weight - shift[:, None], logprob=state.logprob + total)
+        symbols = jax.nn.logsumexp(values, 1) - shift[:, None]
         total = jax.nn.logsumexp(symbols, -1)
         following = symbols - jnp.where(jnp.isfinite(total), total, 0)[:, None]
         return state.replace(next=following, next_mass=state.logprob + total)
@@ -352,10 +353,10 @@ def _node_masses(row: Float[Array, "batch vocab"], trie: Trie) -> Float[Array, "
     return jax.vmap(of)(row)
 
 
-def _next_symbols(
+def _next_masses(
     state: ByteState, ends: Bool[Array, "batch slots"], trie: Trie, specials: Sequence[int]
-) -> Float[Array, "batch symbols"]:
-    """The log masses of the next symbols: the 256 bytes, then the special tokens."""
+) -> Float[Array, "batch slots symbols"]:
+    """The log masses of the next symbols after each open sequence: of the 256 bytes, then of the special tokens."""
     batch, slots = state.node.shape
     rows, node = jnp.arange(batch)[:, None, None], jnp.maximum(state.node, 0)
     child = jnp.arange(256)
@@ -367,7 +368,7 @@ def _next_symbols(
     spread = spread.at[rows, jnp.arange(slots)[:, None], symbol].set(values, mode="drop")
     special = state.mass[..., trie.nodes + jnp.asarray(specials, jnp.int32)] + state.weight[..., None]
     special = jnp.where(ends[..., None], special, -jnp.inf)
-    return jax.nn.logsumexp(jnp.concatenate([spread, special], -1), 1)
+    return jnp.concatenate([spread, special], -1)
 
 
 def _longer(node: Int[Array, "batch slots"], trie: Trie, vocab: int) -> Bool[Array, "batch slots vocab"]:

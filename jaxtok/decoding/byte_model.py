@@ -171,7 +171,7 @@ class ByteModel:
         return tuple(m.prefill(p, texts, c, new=new, inside=contexts is not None) for m, p, c in parts)
 
     def next_bytes(self, prompts: Sequence[str | bytes]) -> Float[np.ndarray, "batch symbols"]:
-        """The log probabilities, in nats, of the 256 bytes and the special tokens (`ByteMixture.roles`) after prompts."""
+        """The log probabilities, in nats, of the 256 bytes and the special tokens (`ByteMixture.roles`)."""
         return np.asarray(self.mixture.combined(self.prefill(prompts)))
 
     def score(
@@ -257,7 +257,7 @@ class ByteModel:
         unspell = self.mixture.members[0].vocabulary.unspell
         texts, numbers = [b""] * len(prompts), [[] for _ in prompts]
         with value_errors():
-            for piece, begun in engine.stream(self.params, begun, 16 if on_bytes else None):  # noqa: B020
+            for piece, _ in engine.stream(self.params, begun, 16 if on_bytes else None):
                 for row, (tokens, values) in enumerate(zip(piece.tokens, piece.logprobs)):
                     new = bytes(token for token in tokens if token < 256)
                     texts[row] += new

@@ -102,12 +102,13 @@ class Reencode:
     Args:
       tokenizer: its `encode_bare`, or else its `encode`, gives the tokens of a text with nothing written before it.
       looks_ahead: whether a sequence is also valid if it begins the encoding of its bytes with one more character.
+      without: bytes that no text has: in the domain of pieces, the character that spells a space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, looks_ahead: bool = False):
+    def __init__(self, tokenizer: Tokenizer, looks_ahead: bool = False, without: bytes = b""):
         self._encode = getattr(tokenizer, "encode_bare", tokenizer.encode)
         self._strings = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
-        self._looks_ahead = looks_ahead
+        self._looks_ahead, self._without = looks_ahead, without
         self._utf8 = max(map(len, self._strings)) > 1
         self._inside = np.zeros((256, 256), bool)  # which pairs of bytes some token has inside
         for text in self._strings:
@@ -146,8 +147,10 @@ class Reencode:
         text = b"".join(self._strings[i] for i in tail)
         mask = np.zeros(len(self._strings), bool)
         for token, more in enumerate(self._strings):
-            if more and (not self._utf8 or _begins_utf8(text + more)):
-                mask[token] = self._begins((*tail, token), text + more)
+            whole = text + more
+            if not more or (self._utf8 and not _begins_utf8(whole)) or (self._without and self._without in whole):
+                continue
+            mask[token] = self._begins((*tail, token), whole)
         complete = not self._utf8 or not incomplete(text)
         return mask, complete and self.encode(text) == list(tail)
 
@@ -168,12 +171,25 @@ class Merges:
     left spine of b before both of them are merged into something else: r < c(u) and r <= c(w), where c is the rank of
     the merge that consumes a node, infinite for a and b themselves (of equal pairs, the leftmost is merged first).
     A sequence is canonical if all its neighbours are such pairs, and each token is the encoding of its own bytes.
+
+    Args:
+      strings: the bytes of each token; empty for those that merging never gives.
+      merges: the pairs that are merged.
+      ranks: which go first; default: in their order.
+      characters: whether merging begins with characters, not with bytes.
     """
 
-    def __init__(self, strings: Sequence[bytes], merges: Sequence[tuple[bytes, bytes]]):
+    def __init__(
+        self,
+        strings: Sequence[bytes],
+        merges: Sequence[tuple[bytes, bytes]],
+        ranks: Sequence[int] | None = None,
+        characters: bool = False,
+    ):
+        self._characters = characters
         self.ids = {text: i for i, text in reversed([*enumerate(strings)]) if text}
         rank = {}
-        for number, (left, right) in enumerate(merges):
+        for number, (left, right) in zip(range(len(merges)) if ranks is None else ranks, merges, strict=True):
             ids = (self.ids.get(left), self.ids.get(right), self.ids.get(left + right))
             if None not in ids:
                 rank.setdefault(ids[:2], (number, ids[2]))
@@ -204,9 +220,12 @@ class Merges:
         self.after = Remembered(self._after, count)
         self.before = Remembered(self._before, count)
 
+    def _parts(self, text: bytes) -> list[bytes]:
+        return [*map(str.encode, text.decode())] if self._characters else [bytes([byte]) for byte in text]
+
     def _tree(self, text: bytes) -> tuple | None:
         """The merges by which a token comes about, as nodes (token, left, right, rank); None if others win."""
-        parts = [(self.ids.get(text[i : i + 1]), None, None, None) for i in range(len(text))]
+        parts = [(self.ids.get(part), None, None, None) for part in self._parts(text)]
         if any(part[0] is None for part in parts):
             return None
         while len(parts) > 1:
@@ -225,7 +244,7 @@ class Merges:
           ValueError: a byte has no token.
         """
         try:
-            ids = [self.ids[text[i : i + 1]] for i in range(len(text))]
+            ids = [self.ids[part] for part in self._parts(text)]
         except KeyError as error:
             raise ValueError(f"the vocabulary has no token for the byte {error.args[0]!r}.") from None
         while len(ids) > 1:
@@ -276,6 +295,53 @@ class BytePairs:
 
     def follow(self, tail: Tail) -> tuple[np.ndarray, bool]:
         return self.merges.after(tail[-1]) if tail else self.merges.alone, True
+
+
+class PiecePairs(Reencode):
+    """SentencePiece's byte pair encoding of characters, with pieces of single bytes for characters that are no pieces.
+
+    It gives what `Reencode` gives, without encoding again: pieces are neighbours as `Merges` leaves them, and nothing
+    merges with bytes. A byte below 128 may come where its character is no piece, another where it can begin one,
+    and inside a character only what does not complete one that is a piece.
+
+    Args:
+      tokenizer: has `piece_merges` and `token_id`.
+    """
+
+    def __init__(self, tokenizer: Any, without: bytes = b""):
+        super().__init__(tokenizer, without=without)
+        ids = [tokenizer.token_id(f"<0x{byte:02X}>") for byte in range(256)]
+        self._byte_ids = {byte: i for byte, i in enumerate(ids) if i is not None}
+        self._single = set(self._byte_ids.values())
+        strings = [b"" if i in self._single else text for i, text in enumerate(self._strings)]
+        self.merges = Merges(strings, *tokenizer.piece_merges, characters=True)
+        leads = [*range(0xC2, 0xF5)]
+        self._begin = [
+            i for byte, i in self._byte_ids.items() if byte in leads or (byte < 128 and self._kept(bytes([byte])))
+        ]
+
+    def _kept(self, char: bytes) -> bool:
+        """Whether a character is encoded as its bytes."""
+        return char != self._without and self.encode(char) == [self._byte_ids.get(byte) for byte in char]
+
+    def tail(self, tail: Tail, token: int) -> Tail:
+        if token not in self._single:
+            return (token,)
+        begun = [i for i in tail if i in self._single]
+        open_ = incomplete(b"".join(self._strings[i] for i in [*begun, token]))
+        return (*begun, token) if open_ else ()
+
+    def _follow(self, tail: Tail) -> tuple[np.ndarray, bool]:
+        if not tail or tail[-1] not in self._single:
+            mask = self.merges.after(tail[-1]).copy() if tail else self.merges.alone.copy()
+            mask[self._begin] = True
+            return mask, True
+        mask, begun = np.zeros(len(self._strings), bool), b"".join(self._strings[i] for i in tail)
+        for byte in range(0x80, 0xC0):
+            text = begun + bytes([byte])
+            if byte in self._byte_ids and _begins_utf8(text) and (incomplete(text) or self._kept(text)):
+                mask[self._byte_ids[byte]] = True
+        return mask, False
 
 
 class CutBytePairs:
@@ -335,7 +401,7 @@ class CutBytePairs:
         try:
             whole = text[: len(text) - incomplete(text)].decode()
         except ValueError as error:
-            raise ValueError(f"the bytes {text[:40]!r} are not UTF-8 ({error}); this tokenizer needs that.") from None
+            raise ValueError(f"the text is not UTF-8 ({error}); this tokenizer needs that.") from None
         return len(whole[: max((cut for cut in self.cuts(whole) if cut <= len(whole) - _AFTER), default=0)].encode())
 
     def tail(self, tail: Tail, token: int) -> Tail:
@@ -512,8 +578,8 @@ def _starts(lengths: Sequence[float]) -> list[float]:
     return [0, *itertools.accumulate(lengths)][: len(lengths)]
 
 
-def rule_of(tokenizer: Any, validity: str = "") -> Rule:
-    """The rule of a tokenizer; see `jaxtok.decoding.byte_vocabulary.vocabulary_of`.
+def rule_of(tokenizer: Any, validity: str = "", without: bytes = b"") -> Rule:
+    """The rule of a tokenizer; see `jaxtok.decoding.byte_vocabulary.vocabulary_of` and `Reencode`.
 
     Raises:
       ValueError: the validity is unknown.
@@ -524,4 +590,6 @@ def rule_of(tokenizer: Any, validity: str = "") -> Rule:
     looks_ahead = validity == "prefix" or (validity == "" and cuts is not None)
     if getattr(tokenizer, "byte_pairs", False):
         return BytePairs(tokenizer) if cuts is None else CutBytePairs(tokenizer, looks_ahead)
-    return Reencode(tokenizer, looks_ahead)
+    if not looks_ahead and getattr(tokenizer, "piece_merges", None) is not None:
+        return PiecePairs(tokenizer, without)
+    return Reencode(tokenizer, looks_ahead, without)

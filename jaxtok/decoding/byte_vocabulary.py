@@ -164,6 +164,8 @@ class Vocabulary:
     tokenizer: Tokenizer
     rule: Rule
     """Which token sequences are valid."""
+    strings: list[bytes]
+    """The bytes of each token, in this domain."""
     trie: Trie
     specials: tuple[int, ...]
     """The ids of the symbols from 256 on."""
@@ -176,11 +178,6 @@ class Vocabulary:
     spell: Callable[[bytes], bytes]
     """Maps the bytes of a text to those of this domain."""
     unspell: Callable[[bytes], bytes]
-
-    @functools.cached_property
-    def strings(self) -> list[bytes]:
-        """The bytes of each token, in this domain."""
-        return [self.spell(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)]
 
     @property
     def symbols(self) -> int:
@@ -271,7 +268,7 @@ class Vocabulary:
                 allowed = self.rule.follow(open_.tail)[0] if open_.follow is None else open_.follow
                 if allowed[token]:
                     complete.append((open_, token))
-        free = sorted(set(range(slots)) - {open_.slot for open_, _ in still})
+        free = sorted(set(range(slots)) - {open_.slot for open_, _ in before.open})  # the parents' rows are read yet
         if len(free) < len(complete):
             raise ValueError(
                 f"more than {slots} token sequences are open after {text[-40:]!r}; give more slots than that."
@@ -365,7 +362,7 @@ def vocabulary_of(
     if domain not in ("text", "piece"):
         raise ValueError(f"domain is {domain!r}; it must be text or piece.")
     _check_lossless(tokenizer)
-    rule = rule_of(tokenizer, validity)
+    rule = rule_of(tokenizer, validity, SPACE if domain == "piece" else b"")
 
     def spell(text: bytes) -> bytes:
         return text.replace(b" ", SPACE) if domain == "piece" else text
@@ -374,12 +371,17 @@ def vocabulary_of(
         return text.replace(SPACE, b" ") if domain == "piece" else text
 
     strings = [spell(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+    if domain == "piece":  # the piece of the byte 0x20 is not that of a space
+        for i in {i for i, text in enumerate(strings) if text == SPACE} - set(rule.encode(b" ")):
+            strings[i] = b" "
     trie = Trie.of(strings)
     specials, roles = _specials(strings, tokenizer.special)
     begins = set(trie.symbol[1 : 1 + trie.count[0]].tolist())
     # Bytes that no valid UTF-8 has are not missed.
     lacking = bytes(b for b in range(256) if b not in begins and b not in (0xC0, 0xC1, *range(0xF5, 0x100)))
-    return Vocabulary(tokenizer, rule, trie, specials, roles, spell(_prefix(tokenizer)), lacking, spell, unspell)
+    return Vocabulary(
+        tokenizer, rule, strings, trie, specials, roles, spell(_prefix(tokenizer)), lacking, spell, unspell
+    )
 
 
 def _specials(strings: list[bytes], special: Special) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -117,6 +117,13 @@ class HuggingFaceTokenizer(LosslessTokenizer):
         return '"ByteLevel"' in json.dumps(steps) and bool(self._merges) and not any(model.get(key) for key in odd)
 
     @functools.cached_property
+    def piece_merges(self) -> tuple[list[tuple[bytes, bytes]], None] | None:
+        """The merges of characters where bytes stand for characters that are no tokens (Llama 2); None for others."""
+        model = read_tokenizer_json(self._args[0])["model"]
+        fallback = model.get("byte_fallback") and not model.get("ignore_merges")
+        return (self.merges(), None) if fallback and self._merges and self.cuts is None else None
+
+    @functools.cached_property
     def whole_parts(self) -> bool:
         """Whether a part of a text that is a token stays one, whatever its merges are."""
         return bool(read_tokenizer_json(self._args[0])["model"].get("ignore_merges"))
@@ -180,6 +187,8 @@ def _uncut(step: dict[str, Any]) -> bool:
     """Whether a pre-tokenizer leaves a text whole."""
     if step["type"] == "Sequence":
         return all(map(_uncut, step["pretokenizers"]))
+    if step["type"] == "Metaspace":
+        return not step.get("split", True)
     return step["type"] == "ByteLevel" and not step.get("use_regex", True)
 
 
