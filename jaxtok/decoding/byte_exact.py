@@ -36,7 +36,7 @@ from jaxtok.protocols import CausalLM, Params
 NOTHING = -1
 """A symbol that stands for no byte: a row stays as it is."""
 
-_BUCKET = 32  # prompts are padded to a multiple of it, so that those of similar length share a compiled function
+_BUCKET = 64  # prompts are padded to a multiple of it, so that those of similar length share a compiled function
 
 
 @flax.struct.dataclass
@@ -162,7 +162,7 @@ class ExactBytes:
         lengths = np.array([*map(len, chains)], np.int32)
         chain = _padded(chains, min(-(-int(lengths.max()) // _BUCKET) * _BUCKET, longest))
         counts = np.array([*map(len, rests)], np.int32)
-        rest = _padded(rests, -(-max(int(counts.max()), 1) // _BUCKET) * _BUCKET)
+        rest = _padded(rests, -(-max(int(counts.max()), 1) // 32) * 32)
         with value_errors():
             return self._prefill(params, chain, lengths, rest, counts, new=new)
 

@@ -123,8 +123,9 @@ class ByteCuts:
         cuts = self._cuts()
         done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         exact = ByteModel.of(model, slots=self.slots)
-        for start in range(len(done), len(cuts), self.batch):
-            part = cuts[start : start + self.batch]
+        for number, part in enumerate(cuts):
+            if number < len({row["batch"] for row in done}):
+                continue
             prompts, following = [text for text, _, _ in part], [byte for _, byte, _ in part]
             times = [time.perf_counter()]
             plain, healed = plain_and_healed(model, self.begin, prompts, following)
@@ -140,15 +141,18 @@ class ByteCuts:
                     bits = {name: float(-value / math.log(2)) for name, value in values.items()}
                     cost = {"rows": int(rows[n]) - 1, "bytes": int(length[n])}
                     seconds = {"baseline_s": float(spent[0]), "exact_s": float(spent[1])}
-                    lines.write(json.dumps({**bits, "inside": bool(inside), **cost, **seconds}) + "\n")
-            print(f"{start + len(part)} of {len(cuts)} cuts", flush=True)
+                    lines.write(json.dumps({**bits, "batch": number, "inside": bool(inside), **cost, **seconds}) + "\n")
+            print(f"{number + 1} of {len(cuts)} batches", flush=True)
         table = self.table([json.loads(line) for line in file.read_text().splitlines()])
         (folder / "table.md").write_text(table)
         print(table)
         return True
 
-    def _cuts(self) -> list[tuple[bytes, int, bool]]:
-        """The prompt before each cut, the byte after it, and whether the cut is inside a token; by length."""
+    def _cuts(self) -> list[list[tuple[bytes, int, bool]]]:
+        """Batches of the prompt before each cut, the byte after it, and whether the cut is inside a token.
+
+        Prompts of a batch have about the same length; the batches are in a random order.
+        """
         rng = np.random.default_rng(self.seed)
         tokenizer = open_model(self.model).tokenizer
         found = []
@@ -156,7 +160,9 @@ class ByteCuts:
             ends = np.cumsum([len(tokenizer.token_bytes(i)) for i in tokenizer.encode(text)])
             for cut in rng.integers(1, len(text), self.cuts):
                 found.append((text[:cut], text[cut], cut not in ends))
-        return sorted(found, key=lambda cut: len(cut[0]))
+        found = sorted(found, key=lambda cut: len(cut[0]))
+        batches = [found[start : start + self.batch] for start in range(0, len(found), self.batch)]
+        return [batches[i] for i in rng.permutation(len(batches))]
 
     def table(self, rows: Sequence[dict[str, Any]]) -> str:
         """Mean bits of the true next byte, with standard errors."""
