@@ -206,10 +206,8 @@ def test_chains(golden):
         member = exact(model, tokenizer)
         state = member.prefill(params, prompts, begin, new=0)
         np.testing.assert_allclose(np.exp(state.next[:, letters]), golden["out/byte_conditional"], atol=1e-9)
-        assert (
-            np.abs(golden["out/token_level"] - golden["out/byte_conditional"]).max() > 0.3
-        )  # what it would be without
         if golden.config["kind"] != "regex":
+            assert np.abs(golden["out/token_level"] - golden["out/byte_conditional"]).max() > 0.3  # without covers
             counts = [len(covers_of(member.vocabulary, text, member)) for text in prompts]
             whole = [member.vocabulary.anchored(text)[0] == [] for text in prompts]
             np.testing.assert_array_equal(np.array(counts)[whole], golden["mid/n_covers"][whole])
