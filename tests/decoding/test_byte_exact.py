@@ -28,6 +28,7 @@ from jaxtok.decoding.byte_validity import LOOKAHEAD, CutBytePairs, Merges, Piece
 from jaxtok.decoding.byte_vocabulary import vocabulary_of
 from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.llama import LlamaConfig
+from jaxtok.studies.byte_exact import ByteCuts
 from jaxtok.tokenizers import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "byte_exact"
@@ -504,3 +505,17 @@ def test_incomplete_characters():
     assert [incomplete("a日".encode()[:end]) for end in range(5)] == [0, 0, 1, 2, 0]
     assert set("a1 \n\t'") <= set(LOOKAHEAD)
     assert ExactBytes is not None
+
+
+@pytest.mark.slow
+def test_cuts_of_a_real_model(tmp_path):
+    """SmolLM2 on HumanEval's prompts: exact bytes need fewer bits than token healing, and that than the plain prompt."""
+    study = ByteCuts(begin=(0,), prompts=16, cuts=2, workdir=str(tmp_path))
+    assert study.run()
+    rows = [json.loads(line) for line in (tmp_path / "cuts.jsonl").read_text().splitlines()]
+    assert len(rows) == 32
+    plain, healed, exact_bytes = (np.mean([row[how] for row in rows]) for how in ("plain", "healed", "exact"))
+    assert exact_bytes < healed < plain
+    assert sum(row["rows"] for row in rows) <= 1.05 * sum(row["bytes"] for row in rows)
+    done = (tmp_path / "cuts.jsonl").read_text()
+    assert study.run() and (tmp_path / "cuts.jsonl").read_text() == done  # it goes on where it was stopped
