@@ -509,7 +509,7 @@ def test_incomplete_characters():
 
 @pytest.mark.slow
 def test_cuts_of_a_real_model(tmp_path):
-    """SmolLM2 on HumanEval's prompts: exact bytes need fewer bits than token healing, and that than the plain prompt."""
+    """SmolLM2 on HumanEval's prompts: exact bytes need fewer bits than token healing, and that than the plain way."""
     study = ByteCuts(begin=(0,), prompts=16, cuts=2, workdir=str(tmp_path))
     assert study.run()
     rows = [json.loads(line) for line in (tmp_path / "cuts.jsonl").read_text().splitlines()]
