@@ -64,7 +64,6 @@ class System:
 
 LM = "configs/lm/README.md"
 VISION = "configs/vision/README.md"
-DECODING = "configs/decoding/README.md"
 
 SYSTEMS: tuple[System, ...] = (
     System(
@@ -379,10 +378,10 @@ SYSTEMS: tuple[System, ...] = (
             "decoding/byte_vocabulary.py",
             "decoding/byte_validity.py",
         ),
-        configs=("decoding/byte_exact_study.py",),
+        configs=("decoding/byte_exact_study.py", "decoding/byte_lm.py", "decoding/byte_ensemble_study.py"),
         checked="the authors' code, float64 numpy",
         cannot=_NO_PARAMETERS,
-        page=DECODING,
+        page="configs/decoding/byte_exact.md",
     ),
 )
 
