@@ -164,7 +164,12 @@ class ExactBytes:
         counts = np.array([*map(len, rests)], np.int32)
         rest = _padded(rests, -(-max(int(counts.max()), 1) // 32) * 32)
         with value_errors():
-            return self._prefill(params, chain, lengths, rest, counts, new=new)
+            state = self._prefill(params, chain, lengths, rest, counts, new=new)
+            impossible = np.flatnonzero(np.isneginf(state.logprob))
+        if len(impossible):
+            text = prompts[impossible[0]]
+            raise ValueError(f"no tokens of the vocabulary cover prompt {impossible[0]}, which ends in {text[-20:]!r}.")
+        return state
 
     @functools.partial(jax.jit, static_argnames=("self", "new"))
     def _prefill(self, params, chain, lengths, rest, counts, *, new: int) -> ByteState:

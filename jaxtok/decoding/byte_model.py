@@ -305,9 +305,7 @@ class ByteModel:
         ids, extra = [], []
         for row, text in enumerate(_bytes(prompts)):
             chain, rest = vocabulary.anchored(text, inside=contexts is not None)
-            open_ = next((open_ for open_, _ in member.open(state, row) if open_.slot == slots[row]), None)
-            if open_ is None or not np.isfinite(state.logprob[row]):
-                raise ValueError(f"no tokens of the model's vocabulary cover prompt {row}, {text[-20:]!r}.")
+            open_ = next(open_ for open_, _ in member.open(state, row) if open_.slot == slots[row])
             cover = [*open_.tokens, *([int(tokens[row])] if tokens[row] >= 0 else [])]
             ids.append([*before[row], *chain, *cover])
             extra.append(b"".join(vocabulary.strings[i] for i in cover)[len(rest) :])

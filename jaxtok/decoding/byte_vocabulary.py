@@ -203,10 +203,19 @@ class Vocabulary:
         Args:
           text: of the tokenizer's own domain.
           inside: whether tokens come before it (a context), so that nothing is written before the text.
+
+        Raises:
+          ValueError: the text is not UTF-8, and the tokenizer needs that, or its tokens do not spell it.
         """
         whole = (b"" if inside else self.unspell(self.prefix)) + text
         cut = self.rule.anchor(whole)
-        return self.rule.encode(whole[:cut]), self.spell(whole[cut:])
+        tokens = self.rule.encode(whole[:cut])
+        if b"".join(self.strings[i] for i in tokens) != self.spell(whole[:cut]):
+            raise ValueError(
+                f"the tokens of {text[:40]!r} do not spell it; remove what the vocabulary lacks (such as control "
+                "characters)."
+            )
+        return tokens, self.spell(whole[cut:])
 
     # Covers.
 

@@ -486,6 +486,8 @@ def test_bytes_without_tokens():
     assert np.isneginf(model.next_bytes(["ab"])[0, ord("d")])
     with pytest.raises(ValueError, match="a character is missing"):
         model.score(["abd"])
+    with pytest.raises(ValueError, match="no tokens of the vocabulary cover prompt 1, which ends in b'ad'"):
+        model.next_bytes(["ab", "ad"])
     with pytest.raises(ValueError, match="more than 1 token sequences are open after b'b'; give more slots"):
         ByteModel.of(opened(FirstOrder(Config(4)), jnp.asarray(table), toy), slots=1).next_bytes(["ab"])
 
