@@ -400,6 +400,22 @@ SYSTEMS: tuple[System, ...] = (
         cannot=_NO_PARAMETERS,
         page="configs/decoding/awrs.md",
     ),
+    System(
+        name="byte_exact",
+        title="Exact bytes",
+        does="a model of tokens becomes the same model of bytes: prompts end anywhere, vocabularies mix",
+        paper="https://arxiv.org/abs/2410.09303",
+        modules=(
+            "decoding/byte_exact.py",
+            "decoding/byte_model.py",
+            "decoding/byte_vocabulary.py",
+            "decoding/byte_validity.py",
+        ),
+        configs=("decoding/byte_exact_study.py", "decoding/byte_lm.py", "decoding/byte_ensemble_study.py"),
+        checked="the authors' code, float64 numpy",
+        cannot=_NO_PARAMETERS,
+        page="configs/decoding/byte_exact.md",
+    ),
 )
 
 

@@ -110,6 +110,7 @@ EVIDENCE = {
     },
     "token_recycling": {"generate, cached": "decoding/test_drafters.py::test_drafts_change_nothing"},
     "aded": {"generate, cached": "decoding/test_aded.py::test_drafts_change_nothing"},
+    "byte_exact": {"generate, cached": "decoding/test_byte_exact.py::test_completing_takes_drafts_and_streams"},
 }
 """For each system: its entry in `TASKS`; for other columns, an entry of `CAUSAL_LMS` or a test; and its cases in
 tests/interop/test_formats.py, which are imported and exported by the verb that a user types. A system that is not here
@@ -176,8 +177,8 @@ def test_names_are_unique_and_everything_belongs_to_a_row():
 
 def test_patterns_find_systems_configs_and_sizes():
     found = find("*BYTE*")
-    assert [row.name for row in found.systems] == ["byte2word"]
-    assert {"byte2word_base", "word_pooled_ebyte"} <= {entry.name for entry in found.configs}
+    assert [row.name for row in found.systems] == ["byte2word", "byte_exact"]
+    assert {"byte2word_base", "byte_exact_study", "word_pooled_ebyte"} <= {entry.name for entry in found.configs}
     assert found.published == ("word-pooled-ebyte", "byte2word-base")
     assert not find("nothing") and len(find().configs) == len(configs())
     with pytest.raises(ValueError, match=r"there is no system 'tokenfromer'; did you mean tokenformer\?"):

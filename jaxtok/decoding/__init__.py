@@ -2,6 +2,7 @@
 
 from jaxtok.decoding.aded import ADED, ADEDState
 from jaxtok.decoding.awrs import AWRS, PRESETS, SMC, sample_texts
+from jaxtok.decoding.byte_model import ByteMixture, ByteModel, Gap
 from jaxtok.decoding.constraints import Constrained, Function, Grammar, Vocabulary, constrain, constraint
 from jaxtok.decoding.draft_model import DraftModel
 from jaxtok.decoding.engine import CachedTokens, Engine, Generation, Piece, State, generate
@@ -22,6 +23,8 @@ __all__ = [
     "PRESETS",
     "SMC",
     "ADEDState",
+    "ByteMixture",
+    "ByteModel",
     "CachedTokens",
     "Chooser",
     "Constrained",
@@ -31,6 +34,7 @@ __all__ = [
     "Eviction",
     "Evictor",
     "Function",
+    "Gap",
     "Generation",
     "Grammar",
     "Keyformer",

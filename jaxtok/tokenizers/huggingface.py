@@ -107,6 +107,35 @@ class HuggingFaceTokenizer(LosslessTokenizer):
         pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in self._merges)
         return [(self._spell(first), self._spell(second)) for first, second in pairs]
 
+    @functools.cached_property
+    def byte_pairs(self) -> bool:
+        """Whether this is byte-level byte pair encoding: parts of a text are merged from their bytes by `merges`."""
+        config = read_tokenizer_json(self._args[0])
+        steps = [config.get(key) for key in ("normalizer", "pre_tokenizer")]
+        model = config["model"]
+        odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+        return '"ByteLevel"' in json.dumps(steps) and bool(self._merges) and not any(model.get(key) for key in odd)
+
+    @functools.cached_property
+    def piece_merges(self) -> tuple[list[tuple[bytes, bytes]], None] | None:
+        """The merges of characters where bytes stand for characters that are no tokens (Llama 2); None for others."""
+        model = read_tokenizer_json(self._args[0])["model"]
+        fallback = model.get("byte_fallback") and not model.get("ignore_merges")
+        return (self.merges(), None) if fallback and self._merges and self.cuts is None else None
+
+    @functools.cached_property
+    def whole_parts(self) -> bool:
+        """Whether a part of a text that is a token stays one, whatever its merges are."""
+        return bool(read_tokenizer_json(self._args[0])["model"].get("ignore_merges"))
+
+    @functools.cached_property
+    def cuts(self) -> Callable[[str], list[int]] | None:
+        """Maps a text to the places at which it is cut before it is merged; None: it is not cut."""
+        before = self._tokenizer.pre_tokenizer
+        if before is None or _uncut(json.loads(self._tokenizer.to_str())["pre_tokenizer"]):
+            return None
+        return lambda text: [start for _, (start, _) in before.pre_tokenize_str(text) if start]
+
     def encode_chat(self, text: str) -> list[int]:
         """The ids of a text in which the names of special tokens stand for these, as the library gives them."""
         return self._published.encode(text, add_special_tokens=False).ids
@@ -152,6 +181,15 @@ def _without_prefix(step: Any) -> Any:
         return None
     off = {"add_prefix_space": False, "prepend_scheme": "never"}
     return {key: off[key] if key in off else _without_prefix(value) for key, value in step.items()}
+
+
+def _uncut(step: dict[str, Any]) -> bool:
+    """Whether a pre-tokenizer leaves a text whole."""
+    if step["type"] == "Sequence":
+        return all(map(_uncut, step["pretokenizers"]))
+    if step["type"] == "Metaspace":
+        return not step.get("split", True)
+    return step["type"] == "ByteLevel" and not step.get("use_regex", True)
 
 
 def _speller(config: dict[str, Any]) -> Callable[[str], bytes]:

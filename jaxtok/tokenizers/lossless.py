@@ -85,7 +85,15 @@ class LosslessTokenizer:
             return []
         if self.as_published:
             return self._encode_as_published(data.decode(errors="replace"))
-        runs = _INVALID.split((self._prefix + data).decode(errors="surrogateescape"))
+        return self.encode_bare(self._prefix + data)
+
+    def encode_bare(self, data: bytes) -> list[int]:
+        """The ids of bytes that follow other tokens: nothing is written before them.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        runs = _INVALID.split(data.decode(errors="surrogateescape"))
         ids = self._encode_run(runs[0])
         for invalid, run in zip(runs[1::2], runs[2::2]):
             ids += self._encode_bytes(invalid) + self._encode_run(run)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Iterable, Iterator
@@ -87,6 +88,27 @@ class SentencePieceTokenizer(LosslessTokenizer):
 
     def __reduce__(self):
         return type(self), self._args
+
+    @functools.cached_property
+    def piece_merges(self) -> tuple[list[tuple[bytes, bytes]], list[int]] | None:
+        """All pairs of pieces that byte pair encoding merges, with their ranks; None for models of other types."""
+        model = ModelProto()
+        model.ParseFromString(self._processor.serialized_model_proto())
+        kind = ModelProto.SentencePiece
+        if model.trainer_spec.model_type != model.trainer_spec.BPE or self.as_published:
+            return None
+        if any(piece.type == kind.USER_DEFINED for piece in model.pieces):
+            return None
+        normal = {piece.piece: piece.score for piece in model.pieces if piece.type == kind.NORMAL}
+        scores = sorted(set(normal.values()), reverse=True)
+        ranks = {score: rank for rank, score in enumerate(scores)}
+        pairs, order = [], []
+        for piece, score in normal.items():
+            for cut in range(1, len(piece)):
+                if piece[:cut] in normal and piece[cut:] in normal:
+                    pairs.append(tuple(part.replace("▁", " ").encode() for part in (piece[:cut], piece[cut:])))
+                    order.append(ranks[score])
+        return pairs, order
 
     def encode_chat(self, text: str) -> list[int]:
         """The ids of a text in which the names of special tokens stand for these, each part between as a text."""

