@@ -5,6 +5,7 @@ from jaxtok.decoding.prompt_lookup import PromptLookup
 from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Verified
 from jaxtok.decoding.sampling import Sampling, sample
 from jaxtok.decoding.sinks import SinksAndRecent
+from jaxtok.decoding.skipdecode import Schedule, SkipDecode
 
 __all__ = [
     "CachedTokens",
@@ -16,7 +17,9 @@ __all__ = [
     "Piece",
     "PromptLookup",
     "Sampling",
+    "Schedule",
     "SinksAndRecent",
+    "SkipDecode",
     "State",
     "TokenModel",
     "Verified",

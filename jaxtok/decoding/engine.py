@@ -114,11 +114,10 @@ class CachedTokens:
         return *out, sown["intermediates"]
 
     def step(self, params: Params, tokens, state, live):
-        if self.rewindable:
-            logits, cache, _ = self.read(params, tokens[:, None], state)
-            return logits[:, 0], cache.truncate(jnp.where(live, cache.length, state.length)), live
         positions = jnp.where(live, state.next_position, -1)  # -1 is padding, which leaves no trace
         logits, cache, _ = self.read(params, tokens[:, None], state, positions[:, None])
+        if self.rewindable:
+            cache = cache.truncate(jnp.where(live, cache.length, state.length))
         return logits[:, 0], cache, live
 
     def keep(
@@ -270,6 +269,8 @@ class Engine:
         lengths = lengths.astype(jnp.int32)
         room = min(longest + new, model.config.max_length) + self.nodes - 1
         cache = model.init_cache(batch, room if self.evictor is None else longest)
+        if hasattr(model, "prompted"):  # a model whose layers depend on where the prompt ends
+            cache = model.prompted(cache, lengths, new)
         numbers = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
         # The logits are not used, so the compiler drops the head; the first step reads the last token.
         _, cache, sown = self.model.read(
