@@ -13,7 +13,7 @@ from jaxtok.data.text import TextData
 from jaxtok.decoding.skipdecode import Schedule
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
-from jaxtok.studies.skipdecode import ByPosition, Layers, SkipStudy, Speed
+from jaxtok.studies.skipdecode import ByPosition, Layers, SkipStudy
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.transfer.skipdecode import SkipDecoding, SkipLayers
@@ -57,18 +57,16 @@ config = SkipStudy(
         base("base of 4 layers", SHALLOW),
         tuned("4 layers", 4, 4, SHALLOW),
     ),
-    measures=(Layers(), ByPosition(), Speed()),
+    measures=(Layers(), ByPosition()),
     columns=(
         "layers",
         "layer_speedup",
         "flop_speedup",
         "untuned",
         "loss",
+        "first",
         "quarter_1",
         "quarter_4",
-        "speedup_1",
-        "speedup_8",
-        "speedup_32",
     ),
     curve="loss",
     test_batches=24,

@@ -77,28 +77,40 @@ class Layers:
         if not isinstance(task, SkipDecoding):
             return {}
         schedule, count = task.schedule, task.model.num_layers
-        flops = {n: step_flops(task, n) for n in {*schedule.generated()[:-1].tolist(), count}}
-        mean = np.mean([flops[n] for n in schedule.generated()[:-1].tolist()])
+        budgets = schedule.generated()[:-1]
+        least, most = budgets.min().item(), step_flops(task, count)
+        each = (most - step_flops(task, least)) / max(count - least, 1)  # FLOPs are a + c n (a test)
+        mean = most - each * (count - budgets.mean())
         return {
             "warmup": schedule.warmup,
             "n_max": schedule.max_layers,
             "n_min": schedule.min_layers,
             "layers": schedule.mean_layers(),
             "layer_speedup": count / schedule.mean_layers(),
-            "flop_speedup": float(flops[count] / mean),
+            "flop_speedup": float(most / mean),
         }
 
 
 def step_flops(task: SkipDecoding, budget: int, batch: int = 1) -> float:
     """The compiled FLOPs of a step of one token in each row with so many layers, embedding, attention over the planned
     length and head included. The layers are unrolled, as the compiler counts the body of a loop once."""
-    schedule = task.schedule
-    warmup = min(schedule.warmup, budget)
-    flat = dataclasses.replace(schedule, max_layers=budget, min_layers=budget, custom=(), warmup=warmup)
-    model = dataclasses.replace(task.with_model(unroll=task.model.num_layers), schedule=flat).module()
-    tokens = jnp.zeros((batch, 1), jnp.int32)
+    schedule, count = task.schedule, task.model.num_layers
+    flat = Schedule(
+        max_layers=budget,
+        min_layers=budget,
+        warmup=1 if budget == count else min(schedule.warmup, budget),
+        prompt=schedule.prompt,
+        length=schedule.length,
+        skip="lower" if budget == count else schedule.skip,
+    )
+    return _step_flops(dataclasses.replace(task.with_model(unroll=count), schedule=flat), batch)
+
+
+@functools.lru_cache
+def _step_flops(task: SkipDecoding, batch: int) -> float:
+    model, tokens = task.module(), jnp.zeros((batch, 1), jnp.int32)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), tokens))
-    cache = jax.eval_shape(lambda: model.init_cache(batch, schedule.length))
+    cache = jax.eval_shape(lambda: model.init_cache(batch, task.schedule.length))
     step = jax.jit(lambda params, tokens, cache: model.apply({"params": params}, tokens, cache=cache))
     return step.lower(params, tokens, cache).compile().cost_analysis()["flops"]
 
