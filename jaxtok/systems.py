@@ -276,6 +276,18 @@ SYSTEMS: tuple[System, ...] = (
         page=LM,
     ),
     System(
+        name="opt",
+        title="OPT",
+        does="an ordinary decoder that other systems change",
+        paper="https://arxiv.org/abs/2205.01068",
+        modules=("lm/opt.py", "lm/decoder.py"),
+        checked="`transformers`",
+        cannot=_NO_GROWTH,
+        formats=("huggingface",),
+        published=("opt-125m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b"),
+        page=LM,
+    ),
+    System(
         name="llama",
         title="Llama 2 and 3, Mistral, Qwen2, Gemma",
         does="ordinary decoders that other systems change",
@@ -415,6 +427,17 @@ SYSTEMS: tuple[System, ...] = (
         checked="the authors' code, float64 numpy",
         cannot=_NO_PARAMETERS,
         page="configs/decoding/byte_exact.md",
+    ),
+    System(
+        name="skipdecode",
+        title="SkipDecode",
+        does="later tokens run fewer layers: a budget for each position, the same for all rows",
+        paper="https://arxiv.org/abs/2307.02628",
+        modules=("decoding/skipdecode.py", "transfer/skipdecode.py"),
+        configs=("decoding/skipdecode.py", "decoding/skipdecode_study.py"),
+        checked="`transformers`' OPT under the schedule (no code was released)",
+        cannot={**_NO_GROWTH, "import": "c", "export": "c"},
+        page="configs/decoding/skipdecode.md",
     ),
 )
 

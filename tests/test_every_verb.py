@@ -32,6 +32,7 @@ FROM_TASKS = {"vit": "tokenformer_vit", "lexinvariant": "semi_lexinvariant"}  # 
 
 FROM_FORMATS = {
     "gpt2": "gpt2",
+    "opt": "opt",
     "llama": "llama, a tokenizer.json",
     "electra": "electra, variables",
     "hat_released": "hat",

@@ -44,6 +44,11 @@ EVIDENCE = {
         "generate, cached": "gpt2",
         "formats": ("gpt2",),
     },
+    "opt": {
+        "task": "opt",
+        "generate, cached": "opt",
+        "formats": ("opt",),
+    },
     "llama": {
         "task": "llama",
         "generate, cached": "llama",

@@ -13,6 +13,7 @@ from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Ver
 from jaxtok.decoding.sampling import Sampling, sample
 from jaxtok.decoding.scorers import parse_evictor
 from jaxtok.decoding.sinks import SinksAndRecent
+from jaxtok.decoding.skipdecode import Schedule, SkipDecode
 from jaxtok.decoding.suffix_automaton import SuffixAutomaton
 from jaxtok.decoding.token_recycling import TokenRecycling, TreeTemplate
 from jaxtok.decoding.union import Union
@@ -41,8 +42,10 @@ __all__ = [
     "Piece",
     "PromptLookup",
     "Sampling",
+    "Schedule",
     "Scorer",
     "SinksAndRecent",
+    "SkipDecode",
     "State",
     "SuffixAutomaton",
     "TokenModel",

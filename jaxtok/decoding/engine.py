@@ -114,11 +114,10 @@ class CachedTokens:
         return *out, sown["intermediates"]
 
     def step(self, params: Params, tokens, state, live):
-        if self.rewindable:
-            logits, cache, _ = self.read(params, tokens[:, None], state)
-            return logits[:, 0], cache.truncate(jnp.where(live, cache.length, state.length)), live
         positions = jnp.where(live, state.next_position, -1)  # -1 is padding, which leaves no trace
         logits, cache, _ = self.read(params, tokens[:, None], state, positions[:, None])
+        if self.rewindable:
+            cache = cache.truncate(jnp.where(live, cache.length, state.length))
         return logits[:, 0], cache, live
 
     def take(self, state: Any, rows: Int[Array, " rows"]) -> Any:
@@ -281,6 +280,8 @@ class Engine:
         lengths = lengths.astype(jnp.int32)
         room = min(longest + new, model.config.max_length) + self.nodes - 1
         cache = model.init_cache(batch, room if self.evictor is None else longest)
+        if hasattr(model, "prompted"):  # a model whose layers depend on where the prompt ends
+            cache = model.prompted(cache, lengths, new)
         prompts = tokens[:, :read]
         numbers = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
         # The logits are not used unless a drafter does, so the compiler drops the head; a step reads the last token.

@@ -1,4 +1,4 @@
-"""Hugging Face folders: the decoders GPT-2, Llama 2 and 3, Mistral, Qwen2 and Gemma; and functions for all kinds.
+"""Hugging Face folders: the decoders GPT-2, OPT, Llama 2 and 3, Mistral, Qwen2 and Gemma; and functions for all kinds.
 
 Encoders are in `jaxtok.interop.encoders` and `jaxtok.interop.electra`, T5 and its kin in `jaxtok.interop.t5`. No code
 of a folder is run, and PyTorch is needed for .bin files only.
@@ -33,12 +33,13 @@ from jaxtok.lm.electra import ElectraConfig
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
+from jaxtok.lm.opt import OPTConfig
 from jaxtok.lm.t5 import T5Config
 from jaxtok.model import Model
 from jaxtok.nn.rotary import RopeScaling
 from jaxtok.protocols import Params
 
-KINDS = ("gpt2", "llama", "mistral", "qwen2", "gemma")
+KINDS = ("gpt2", "llama", "mistral", "qwen2", "gemma", "opt")
 HEAD = "lm_head.weight"
 
 
@@ -61,6 +62,23 @@ def decoder_sources(config: DecoderConfig) -> dict[Place, Source]:
             found[*block, "norm_attention", leaf] = Source(f"{h}ln_1.{theirs}")
             found[*block, "norm_ffn", leaf] = Source(f"{h}ln_2.{theirs}")
             found["final_norm", leaf] = Source(f"transformer.ln_f.{theirs}")
+    elif isinstance(config, OPTConfig):
+        h = "model.decoder.layers.{layer}."
+        found = {
+            ("embedding",): Source("model.decoder.embed_tokens.weight", also=also),
+            # its first two rows are those of padding
+            ("positions",): Source("model.decoder.embed_positions.weight", axis=0, before=2),
+        }
+        sites = {("attention", g): f"self_attn.{g[0]}_proj" for g in ("query", "key", "value")}
+        sites |= {("attention", "output"): "self_attn.out_proj", ("ffn", "up"): "fc1", ("ffn", "down"): "fc2"}
+        for path, theirs in sites.items():
+            found[*block, *path, "kernel"] = Source(f"{h}{theirs}.weight", transpose=True)
+            if config.use_bias:
+                found[*block, *path, "bias"] = Source(f"{h}{theirs}.bias")
+        for leaf, theirs in {"scale": "weight", "bias": "bias"}.items():
+            found[*block, "norm_attention", leaf] = Source(f"{h}self_attn_layer_norm.{theirs}")
+            found[*block, "norm_ffn", leaf] = Source(f"{h}final_layer_norm.{theirs}")
+            found["final_norm", leaf] = Source(f"model.decoder.final_layer_norm.{theirs}")
     else:
         h = "model.layers.{layer}."
         found = {
@@ -104,7 +122,7 @@ def read_config(options: Options, tied: bool | None = None) -> DecoderConfig:
         value = options.get(name)
         return default if value is None else value
 
-    tie = get("tie_word_embeddings", kind in ("gpt2", "gemma")) if tied is None else tied
+    tie = get("tie_word_embeddings", kind in ("gpt2", "opt", "gemma")) if tied is None else tied
     common = {"tie_embeddings": tie, "param_dtype": stored_dtype(options)}
     common["init_std"] = float(get("initializer_range", 0.02))
     if kind == "gpt2":
@@ -121,6 +139,27 @@ def read_config(options: Options, tied: bool | None = None) -> DecoderConfig:
             scale_scores=get("scale_attn_weights", True),
             scale_by_layer=get("scale_attn_by_inverse_layer_idx", False),
             **common,
+        )
+    if kind == "opt":
+        width = get("hidden_size", 768)
+        for name, only in {
+            "do_layer_norm_before": True,
+            "word_embed_proj_dim": width,
+            "_remove_final_layer_norm": False,
+            "layer_norm_elementwise_affine": True,
+        }.items():
+            if get(name, only) != only:
+                raise ValueError(f"{name} is {options[name]}; it must be {only} (OPT-350M has another architecture).")
+        return OPTConfig(
+            num_layers=get("num_hidden_layers", 12),
+            d_model=width,
+            num_heads=get("num_attention_heads", 12),
+            mlp_dim=get("ffn_dim", 3072),
+            vocab_size=get("vocab_size", 50272),
+            max_length=get("max_position_embeddings", 2048),
+            activation=activation_from(get("activation_function", "relu")),
+            use_bias=get("enable_bias", True),
+            **common | {"init_std": float(get("init_std", 0.02))},
         )
     if get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(f"partial_rotary_factor is {options['partial_rotary_factor']}; it must be 1.")
@@ -224,8 +263,8 @@ def decoder_json(config: DecoderConfig) -> dict[str, Any]:
     Raises:
       ValueError: Hugging Face does not have this model.
     """
-    if not isinstance(config, GPT2Config | LlamaConfig):
-        raise ValueError(f"the model is a {type(config).__name__}; it must be of the kind of GPT-2 or Llama.")
+    if not isinstance(config, GPT2Config | OPTConfig | LlamaConfig):
+        raise ValueError(f"the model is a {type(config).__name__}; it must be of the kind of GPT-2, OPT or Llama.")
     common = {
         "vocab_size": config.vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
@@ -245,6 +284,21 @@ def decoder_json(config: DecoderConfig) -> dict[str, Any]:
             "layer_norm_epsilon": config.norm_eps or 1e-5,
             "scale_attn_weights": config.scale_scores,
             "scale_attn_by_inverse_layer_idx": config.scale_by_layer,
+        }
+    if isinstance(config, OPTConfig):
+        return common | {
+            "architectures": ["OPTForCausalLM"],
+            "model_type": "opt",
+            "num_hidden_layers": config.num_layers,
+            "hidden_size": config.d_model,
+            "word_embed_proj_dim": config.d_model,
+            "num_attention_heads": config.num_heads,
+            "ffn_dim": config.mlp_dim,
+            "max_position_embeddings": config.max_length,
+            "activation_function": activation_to(config.activation),
+            "enable_bias": config.use_bias,
+            "do_layer_norm_before": True,
+            "init_std": config.init_std,
         }
     kind = (
         "gemma"
@@ -343,7 +397,7 @@ def facts(model: Model) -> dict[str, bool]:
 
 def owns(task: Any) -> bool:
     """Whether the task is just a language model of these kinds (a lexinvariant one is more than its body)."""
-    return type(task) is LanguageModeling and isinstance(task.model, GPT2Config | LlamaConfig)
+    return type(task) is LanguageModeling and isinstance(task.model, GPT2Config | OPTConfig | LlamaConfig)
 
 
 def decoder_params(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> Params:
@@ -354,7 +408,7 @@ def decoder_params(config: DecoderConfig, tensors: Mapping[str, np.ndarray]) -> 
 
 DECODERS = FolderFormat(
     name="huggingface",
-    holds="GPT-2, Llama, Mistral, Qwen2 and Gemma",
+    holds="GPT-2, OPT, Llama, Mistral, Qwen2 and Gemma",
     owns=owns,
     has=lambda options: options.get("model_type") in KINDS,
     config_from=config_from,

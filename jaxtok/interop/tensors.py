@@ -48,6 +48,8 @@ class Source:
     """The axis of theirs along which parts are joined."""
     padding: int = 0
     """The number of unused entries after ours along that axis: left out when read, 0 when written."""
+    before: int = 0
+    """The number of unused entries before ours along that axis."""
     ones: int = 0
     """The number of leading axes of size 1 that theirs has and ours lacks; negative: that ours has and theirs lacks."""
     first: int = 0
@@ -102,8 +104,8 @@ def _tensors(table: Table, shapes: Shapes) -> dict[str, list[_Piece]]:
 
 def _joined_shape(pieces: list[_Piece]) -> tuple[int, ...]:
     shape, source = list(pieces[0].shape), pieces[0].source
-    if len(pieces) > 1 or source.padding:
-        shape[source.axis] = sum(piece.shape[source.axis] for piece in pieces) + source.padding
+    if len(pieces) > 1 or source.padding or source.before:
+        shape[source.axis] = sum(piece.shape[source.axis] for piece in pieces) + source.padding + source.before
     return tuple(shape)
 
 
@@ -145,10 +147,10 @@ def read_params(
         if _without_ones(array.shape) != _without_ones(wanted):
             problems.append(f"{held} has shape {tuple(array.shape)} instead of {wanted}")
             continue
-        array, start = array.reshape(wanted), 0
+        array, start = array.reshape(wanted), source.before
         for piece in pieces:
             part = array
-            if len(pieces) > 1 or source.padding:
+            if len(pieces) > 1 or source.padding or source.before:
                 stop = start + piece.shape[source.axis]
                 part = np.moveaxis(np.moveaxis(array, source.axis, 0)[start:stop], 0, source.axis)
                 start = stop
@@ -192,10 +194,11 @@ def write_params(table: Table, params: Params) -> dict[str, np.ndarray]:
     for name, pieces in _tensors(table, {place: leaf.shape for place, leaf in flat.items()}).items():
         source = pieces[0].source
         arrays = [p.source.theirs(flat[p.place] if p.index is None else flat[p.place][p.index]) for p in pieces]
-        if source.padding:
-            shape = list(arrays[0].shape)
-            shape[source.axis] = source.padding
-            arrays.append(np.zeros(shape, arrays[0].dtype))
+        for unused, at in ((source.padding, len(arrays)), (source.before, 0)):
+            if unused:
+                shape = list(arrays[0].shape)
+                shape[source.axis] = unused
+                arrays.insert(at, np.zeros(shape, arrays[0].dtype))
         array = np.concatenate(arrays, source.axis) if len(arrays) > 1 else arrays[0]
         found[name] = np.ascontiguousarray(array).reshape(array.shape)  # the reshape keeps scalars
     return found

@@ -29,6 +29,8 @@ class KVCache:
     length: Int[Array, " batch"]
     context: tuple[Array, Array] | None = None
     """The keys and values of what cross-attention looks at, in the same layout; None: there is none (yet)."""
+    prompts: Int[Array, " batch"] | None = None
+    """The lengths of the rows' prompts, for a model that depends on them; None: nobody has asked."""
 
     rewindable: ClassVar[bool] = True
 

@@ -334,7 +334,7 @@ class Stack(nn.Module):
         if self.is_initializing():
             first, end = 0, cfg.num_layers
         elif first == end:
-            return x, cache
+            return x, entered(x, positions, cache, first)[1]
         scan = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},

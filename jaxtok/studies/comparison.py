@@ -90,7 +90,7 @@ class Comparison:
 
     def _run_arm(self, arm: Experiment, seed: int) -> dict[str, Any] | None:
         experiment = self.experiment(arm, seed)
-        result = train_once(experiment)
+        result = self._train(arm, seed)
         if result.interrupted:
             return None
         data = dataclasses.replace(experiment.data, eval_limit=self.test_batches)
@@ -109,6 +109,9 @@ class Comparison:
             "validation": result.metrics,
             "test": {name: float(value) for name, value in numbers.items()},
         }
+
+    def _train(self, arm: Experiment, seed: int) -> Result:
+        return train_once(self.experiment(arm, seed))
 
     def _show(self, results: dict[str, Any], folder: Path, console: rich.console.Console) -> None:
         rows = self.summarize(results)

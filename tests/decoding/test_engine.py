@@ -27,7 +27,7 @@ from jaxtok.decoding.engine import ancestors
 from jaxtok.decoding.protocols import keep_slots
 from jaxtok.lm.lexinvariant import Lexinvariant
 
-LIKE_ANOTHER = ("gpt2", "mistral", "semi_lexinvariant", "transformer", "word_pooled_plain")
+LIKE_ANOTHER = ("gpt2", "mistral", "opt", "semi_lexinvariant", "transformer", "word_pooled_plain")
 """Models that decode through the same code as another one; tests/lm/test_causal_lm.py tests the caches of all."""
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [8]]
@@ -36,16 +36,17 @@ KEY = jax.random.key(0)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def next_token(model, params, tokens, length, num_ids):
-    logits = model.apply({"params": params}, tokens)[0][0, length - 1]
+def next_token(model, params, tokens, length, num_ids, **options):
+    logits = model.apply({"params": params}, tokens, **options)[0][0, length - 1]
     return jnp.where(jnp.arange(logits.shape[0]) < num_ids, logits, -jnp.inf).argmax()
 
 
 def greedy_without_cache(model, params, prompt, new, num_ids=1000):
     tokens = np.zeros((1, model.config.max_length), np.int32)
     tokens[0, : len(prompt)] = prompt
+    options = {"prompts": np.array([len(prompt)])} if hasattr(model, "prompted") else {}
     for length in range(len(prompt), len(prompt) + new):
-        tokens[0, length] = next_token(model, params, tokens, length, num_ids)
+        tokens[0, length] = next_token(model, params, tokens, length, num_ids, **options)
     return tokens[0, len(prompt) : len(prompt) + new].tolist()
 
 
@@ -319,15 +320,16 @@ def test_log_probabilities_are_those_of_a_full_pass(alike_rows_lm):
     model, params = alike_rows_lm
     found = run(model, params, **SAMPLED)
     texts = texts_of(PROMPTS, found.tokens)[:, : model.config.max_length]
-    full = jax.nn.log_softmax(full_pass(model, params, texts))
+    options = {"prompts": np.array([len(prompt) for prompt in PROMPTS])} if hasattr(model, "prompted") else {}
+    full = jax.nn.log_softmax(full_pass(model, params, texts, **options))
     for row, (prompt, new) in enumerate(zip(PROMPTS, found.tokens)):
         expected = [full[row, len(prompt) + n - 1, token] for n, token in enumerate(new)]
         np.testing.assert_allclose(found.logprobs[row], expected, atol=1e-5)
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def full_pass(model, params, tokens):
-    return model.apply({"params": params}, tokens)[0]
+def full_pass(model, params, tokens, **options):
+    return model.apply({"params": params}, tokens, **options)[0]
 
 
 # Eviction.

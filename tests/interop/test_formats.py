@@ -39,6 +39,7 @@ from jaxtok.lm.lexinvariant import LexinvariantModeling
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.lm.mrt5 import MrT5Config, MrT5Training
+from jaxtok.lm.opt import OPTConfig
 from jaxtok.lm.t5 import SequenceToSequence, T5Config
 from jaxtok.lm.text_classification import TextClassification
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
@@ -152,6 +153,7 @@ LM_SIZES = {**SIZES, "vocab_size": 400, "max_length": 32}
 HUB_SIZES = {**LM_SIZES, "head_size": 8, "mlp_bias": False}
 CASES: dict[str, Callable[[], Case]] = {
     "gpt2": lambda: language_model("huggingface", GPT2Config(**LM_SIZES, norm_eps=1e-5)),
+    "opt": lambda: language_model("huggingface", OPTConfig(**LM_SIZES)),
     "llama, a tokenizer.json": lambda: language_model(
         "huggingface",
         LlamaConfig(**HUB_SIZES, num_kv_heads=1),
@@ -850,6 +852,7 @@ def test_a_folder_that_would_be_read_as_another_model_is_not_written(tmp_path, c
         ("mistral", "full_layers"): (0,),
         ("mistral", "use_bias"): True,
         ("gpt2", "window"): 5,
+        ("opt", "norm_eps"): 1e-3,
     }
     for number, ((name, field), value) in enumerate(cases.items()):
         case = CASES[name]()

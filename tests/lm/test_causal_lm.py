@@ -68,7 +68,7 @@ EXCEPTIONS = {
 """The reason why a test is not run, by model and test."""
 
 
-LIKE_ANOTHER = ("mistral", "semi_lexinvariant", "transformer", "word_pooled_plain")
+LIKE_ANOTHER = ("mistral", "opt", "semi_lexinvariant", "transformer", "word_pooled_plain")
 """Models with the layers of another one (Llama; lexinvariant; GPT-2); they run with --slow."""
 
 
