@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Verified
+from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, SelfDrafter, TokenModel, Verified
 from jaxtok.decoding.sampling import Sampling, row_keys, sampling_key, token_keys
 from jaxtok.protocols import CausalLM, Params
 
@@ -113,6 +113,20 @@ class CachedTokens:
         out, sown = self.model.apply({"params": params}, tokens, mutable=["intermediates"], **options)
         return *out, sown["intermediates"]
 
+    def resume(
+        self,
+        params: Params,
+        hidden: Float[Array, "batch new d_model"],
+        cache: Any,
+        positions: Int[Array, "batch new"],
+        first: int,
+    ) -> tuple[Float[Array, "batch new vocab"], Any]:
+        """What `read` gives, from the states of the newest tokens of the cache after its first layers."""
+        layers = (first, self.model.config.num_layers)
+        options: dict[str, Any] = {"layers": layers, "cache": cache, "positions": positions, "method": "hidden"}
+        hidden, cache = self.model.apply({"params": params}, hidden, **options)
+        return self.model.apply({"params": params}, hidden, method="head"), cache
+
     def step(self, params: Params, tokens, state, live):
         if self.rewindable:
             logits, cache, _ = self.read(params, tokens[:, None], state)
@@ -175,7 +189,7 @@ class Engine:
     model: TokenModel
     """The model; a CausalLM is given as `CachedTokens`."""
     chooser: Chooser = Sampling()
-    drafter: Drafter | None = None
+    drafter: Drafter | SelfDrafter | None = None
     """Only for `CachedTokens`."""
     evictor: Evictor | None = None
     """Only for `CachedTokens`."""
@@ -194,6 +208,13 @@ class Engine:
                     f"{name} is {given}; it {must}, as tokens cannot be taken out of the cache of "
                     f"{type(self.model.model).__name__}."
                 )
+        if self._drafts_itself and (not self.model.rewindable or self._sow):
+            what = f"the evictor {self.evictor}, which observes all layers" if self._sow else f"the model {self.model}"
+            raise ValueError(f"drafter is {self.drafter}, which runs some layers itself; it does not go with {what}.")
+
+    @property
+    def _drafts_itself(self) -> bool:
+        return hasattr(self.drafter, "draft")
 
     @property
     def nodes(self) -> int:
@@ -304,6 +325,12 @@ class Engine:
             most = jnp.minimum(most, self.evictor.slots + self.evictor.every - state.model.length)
         if self.drafter is None:
             tokens, parents = newest[:, None], jnp.full((batch, 1), -1, jnp.int32)
+        elif self._drafts_itself:
+            positions = jnp.minimum(last[:, None] + jnp.arange(self.nodes), self.model.model.config.max_length - 1)
+            tokens, hidden, model = self.drafter.draft(
+                self.model.model, params, state.drafter, newest, state.model, positions
+            )
+            parents = jnp.broadcast_to(jnp.arange(-1, self.nodes - 1), tokens.shape)
         else:
             tokens, parents = self.drafter.propose(state.drafter, state.text, state.length)
             tokens, parents = tokens.at[:, 0].set(newest).astype(jnp.int32), parents.at[:, 0].set(-1)
@@ -311,6 +338,9 @@ class Engine:
         if self.drafter is None and self.evictor is None:
             logits, model, ready = self.model.step(params, newest, state.model, state.live)
             logits = logits[:, None]
+        elif self._drafts_itself:
+            logits, model = self.model.resume(params, hidden, model, positions, self.drafter.layers)
+            ready = state.live
         else:
             seen = None if chain else ancestors(parents)
             depth = jnp.arange(self.nodes) if chain else seen.sum(-1) - 1
@@ -463,7 +493,7 @@ def generate(
     *,
     max_new_tokens: int,
     chooser: Chooser = Sampling(),
-    drafter: Drafter | None = None,
+    drafter: Drafter | SelfDrafter | None = None,
     evictor: Evictor | None = None,
     rng: jax.Array | None = None,
     stop_tokens: Collection[int] = (),
@@ -519,22 +549,14 @@ def generate(
     if unknown := [token for token in stop_tokens if not 0 <= token < vocab]:
         raise ValueError(f"stop_tokens has {unknown[0]}; ids are 0 to {vocab - 1}.")
     rng = sampling_key(rng, chooser)
-    lengths = _check_prompts(prompts, vocab)
-    if max(lengths) + max_new_tokens > max_length:
-        raise ValueError(
-            f"a prompt of {max(lengths)} tokens and max_new_tokens = {max_new_tokens} exceed the model's max_length = "
-            f"{max_length}; shorten one of them."
-        )
-    tokens = np.zeros((len(prompts), min(-(-max(lengths) // _BUCKET) * _BUCKET, max_length)), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    tokens, lengths = padded_prompts(prompts, vocab, max_length, max_new_tokens)
     num_ids = None if num_ids == vocab else num_ids
     params = jax.device_put(params)  # once, not with every piece
     engine = Engine(model=CachedTokens(model), chooser=chooser, drafter=drafter, evictor=evictor, num_ids=num_ids)
     state = engine.prefill(
         params,
         tokens,
-        np.array(lengths, np.int32),
+        lengths,
         new=max_new_tokens,
         rng=rng,
         stop=sorted(stop_tokens),
@@ -545,6 +567,26 @@ def generate(
         if on_tokens:
             on_tokens(piece)
     return Generation(*new_tokens(state), jax.device_get(state.steps).tolist(), state.replace(model=None))
+
+
+def padded_prompts(
+    prompts: Sequence[Sequence[int]], vocab: int, max_length: int, max_new_tokens: int
+) -> tuple[Int[np.ndarray, "batch longest"], Int[np.ndarray, " batch"]]:
+    """Prompts as an array, and their lengths.
+
+    Raises:
+      ValueError: there is no prompt, an empty one or one with an unknown id; or the tokens exceed max_length.
+    """
+    lengths = _check_prompts(prompts, vocab)
+    if max(lengths) + max_new_tokens > max_length:
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens and max_new_tokens = {max_new_tokens} exceed the model's max_length = "
+            f"{max_length}; shorten one of them."
+        )
+    tokens = np.zeros((len(prompts), min(-(-max(lengths) // _BUCKET) * _BUCKET, max_length)), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, np.array(lengths, np.int32)
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab: int) -> list[int]:
