@@ -263,8 +263,11 @@ class Model:
                 on_text=report if on_bytes else None,
                 logprobs=logprobs,
             )
-        if not self._is_causal:
+        # A task around a language model says how its parameters decode.
+        decoding = getattr(self.task, "decoding", None)
+        if not self._is_causal and decoding is None:
             raise ValueError(f"{self._subject} does not generate text; give a language model.")
+        module, params, options = decoding(self.params) if decoding else (self.module, self.params, {})
         stops = [tokenizer.encode(text) for text in stop]
         if long := [text for text, tokens in zip(stop, stops) if len(tokens) != 1]:
             raise ValueError(f"stop has {long[0]!r}, which is not a single token; choose texts that are.")
@@ -278,8 +281,8 @@ class Model:
         ids = [self._ids(prompt) for prompt in prompts]
         room = self.task.model.max_length - max(map(len, ids), default=0)
         made = generate(
-            self.module,
-            self.params,
+            module,
+            params,
             ids,
             max_new_tokens=max_new_tokens or max(1, min(200, room)),
             chooser=sampling,
@@ -288,6 +291,7 @@ class Model:
             num_ids=min(tokenizer.vocab_size, self.task.model.vocab_size),
             on_tokens=report_tokens if on_bytes else None,
             chunk=4,
+            **options,
         )
         texts = [bytes_of(row) for row in made.tokens]
         return (texts, made.logprobs) if logprobs else texts

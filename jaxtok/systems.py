@@ -64,6 +64,7 @@ class System:
 
 LM = "configs/lm/README.md"
 VISION = "configs/vision/README.md"
+DECODING = "configs/decoding/README.md"
 
 SYSTEMS: tuple[System, ...] = (
     System(
@@ -367,6 +368,17 @@ SYSTEMS: tuple[System, ...] = (
             "byt5-xxl",
         ),
         page=LM,
+    ),
+    System(
+        name="m2r2",
+        title="M2R2",
+        does="a second, faster residual stream drafts tokens from a frozen model's first layers, or leaves it early",
+        paper="https://arxiv.org/abs/2502.02040",
+        modules=("decoding/m2r2.py", "transfer/m2r2.py", "decoding/expert_prefetch.py"),
+        configs=("decoding/m2r2.py", "decoding/m2r2_study.py", "decoding/expert_prefetch_study.py"),
+        checked="float64 PyTorch of a reconstruction (no code was released)",
+        cannot={**_NO_GROWTH, "import": "c", "export": "c"},
+        page=DECODING,
     ),
     System(
         name="lora",

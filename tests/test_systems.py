@@ -54,6 +54,10 @@ EVIDENCE = {
         "generate, cached": "llama",
         "formats": ("llama, a tokenizer.json", "mistral", "qwen2", "gemma"),
     },
+    "m2r2": {
+        "task": "m2r2",
+        "generate, cached": "decoding/test_m2r2.py::test_self_speculation_is_lossless",
+    },
     "bert": {
         "task": "masked_words",
         "formats": ("bert", "roberta, classes"),

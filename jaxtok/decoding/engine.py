@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Verified
+from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, SelfDrafter, TokenModel, Verified
 from jaxtok.decoding.sampling import Sampling, row_keys, sampling_key, token_keys
 from jaxtok.protocols import CausalLM, Params
 
@@ -113,6 +113,20 @@ class CachedTokens:
         out, sown = self.model.apply({"params": params}, tokens, mutable=["intermediates"], **options)
         return *out, sown["intermediates"]
 
+    def resume(
+        self,
+        params: Params,
+        hidden: Float[Array, "batch new d_model"],
+        cache: Any,
+        positions: Int[Array, "batch new"],
+        first: int,
+    ) -> tuple[Float[Array, "batch new vocab"], Any]:
+        """What `read` gives, from the states of the newest tokens of the cache after its first layers."""
+        layers = (first, self.model.config.num_layers)
+        options: dict[str, Any] = {"layers": layers, "cache": cache, "positions": positions, "method": "hidden"}
+        hidden, cache = self.model.apply({"params": params}, hidden, **options)
+        return self.model.apply({"params": params}, hidden, method="head"), cache
+
     def step(self, params: Params, tokens, state, live):
         positions = jnp.where(live, state.next_position, -1)  # -1 is padding, which leaves no trace
         logits, cache, _ = self.read(params, tokens[:, None], state, positions[:, None])
@@ -182,7 +196,7 @@ class Engine:
     model: TokenModel
     """The model; a CausalLM is given as `CachedTokens`."""
     chooser: Chooser = Sampling()
-    drafter: Drafter | None = None
+    drafter: Drafter | SelfDrafter | None = None
     """Only for `CachedTokens`."""
     evictor: Evictor | None = None
     """Only for `CachedTokens`."""
@@ -201,6 +215,13 @@ class Engine:
                     f"{name} is {given}; it {must}, as tokens cannot be taken out of the cache of "
                     f"{type(self.model.model).__name__}."
                 )
+        if self._drafts_itself and (not self.model.rewindable or self._sow):
+            what = f"the evictor {self.evictor}, which observes all layers" if self._sow else f"the model {self.model}"
+            raise ValueError(f"drafter is {self.drafter}, which runs some layers itself; it does not go with {what}.")
+
+    @property
+    def _drafts_itself(self) -> bool:
+        return hasattr(self.drafter, "draft")
 
     @property
     def nodes(self) -> int:
@@ -320,6 +341,12 @@ class Engine:
             most = jnp.minimum(most, room)
         if self.drafter is None:
             tokens, parents = newest[:, None], jnp.full((batch, 1), -1, jnp.int32)
+        elif self._drafts_itself:
+            positions = jnp.minimum(last[:, None] + jnp.arange(self.nodes), self.model.model.config.max_length - 1)
+            tokens, hidden, model = self.drafter.draft(
+                self.model.model, params, state.drafter, newest, state.model, positions
+            )
+            parents = jnp.broadcast_to(jnp.arange(-1, self.nodes - 1), tokens.shape)
         else:
             tokens, parents = self.drafter.propose(state.drafter, state.text, state.length)
             tokens, parents = tokens.at[:, 0].set(newest).astype(jnp.int32), parents.at[:, 0].set(-1)
@@ -327,6 +354,9 @@ class Engine:
         if self.drafter is None and self.evictor is None:
             logits, model, ready = self.model.step(params, newest, state.model, state.live)
             logits = logits[:, None]
+        elif self._drafts_itself:
+            logits, model = self.model.resume(params, hidden, model, positions, self.drafter.layers)
+            ready = state.live
         else:
             seen = None if chain else ancestors(parents)
             depth = jnp.arange(self.nodes) if chain else seen.sum(-1) - 1
@@ -478,7 +508,7 @@ def generate(
     *,
     max_new_tokens: int,
     chooser: Chooser = Sampling(),
-    drafter: Drafter | None = None,
+    drafter: Drafter | SelfDrafter | None = None,
     evictor: Evictor | None = None,
     rng: jax.Array | None = None,
     stop_tokens: Collection[int] = (),
@@ -534,14 +564,8 @@ def generate(
     if unknown := [token for token in stop_tokens if not 0 <= token < vocab]:
         raise ValueError(f"stop_tokens has {unknown[0]}; ids are 0 to {vocab - 1}.")
     rng = sampling_key(rng, chooser)
-    lengths = check_prompts(prompts, vocab)
-    if max(lengths) + max_new_tokens > max_length:
-        raise ValueError(
-            f"a prompt of {max(lengths)} tokens and max_new_tokens = {max_new_tokens} exceed the model's max_length = "
-            f"{max_length}; shorten one of them."
-        )
-    tokens = pad_prompts(prompts, max_length)
-    read = max(8, 1 << (max(lengths) - 1).bit_length())  # less than a bucket for short prompts
+    tokens, lengths = padded_prompts(prompts, vocab, max_length, max_new_tokens)
+    read = max(8, 1 << (int(lengths.max()) - 1).bit_length())  # less than a bucket for short prompts
     num_ids = None if num_ids == vocab else num_ids
     params = jax.device_put(params)  # once, not with every piece
     evictor = None if evictor is None else evictor.fit(model, tokens.shape[1], max_new_tokens)
@@ -549,7 +573,7 @@ def generate(
     state = engine.prefill(
         params,
         tokens,
-        np.array(lengths, np.int32),
+        lengths,
         new=max_new_tokens,
         rng=rng,
         stop=sorted(stop_tokens),
@@ -561,6 +585,23 @@ def generate(
         if on_tokens:
             on_tokens(piece)
     return Generation(*new_tokens(state), jax.device_get(state.steps).tolist(), state.replace(model=None))
+
+
+def padded_prompts(
+    prompts: Sequence[Sequence[int]], vocab: int, max_length: int, max_new_tokens: int
+) -> tuple[Int[np.ndarray, "batch prompt"], Int[np.ndarray, " batch"]]:
+    """The prompts as `pad_prompts` gives them, and their lengths.
+
+    Raises:
+      ValueError: as `check_prompts`; or the tokens exceed max_length.
+    """
+    lengths = check_prompts(prompts, vocab)
+    if max(lengths) + max_new_tokens > max_length:
+        raise ValueError(
+            f"a prompt of {max(lengths)} tokens and max_new_tokens = {max_new_tokens} exceed the model's max_length = "
+            f"{max_length}; shorten one of them."
+        )
+    return pad_prompts(prompts, max_length), np.array(lengths, np.int32)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], max_length: int) -> Int[np.ndarray, "batch prompt"]:

@@ -117,6 +117,40 @@ class Drafter(Protocol):
         ...
 
 
+class SelfDrafter(Protocol):
+    """A `Drafter` that runs the model's own first layers, so that the engine verifies a draft by the others alone.
+
+    It has `init` and `observe` as a `Drafter` has them, and `draft` in place of `propose`. Its drafts are chains.
+    """
+
+    nodes: int
+    """The number of tokens of a chain, the row's newest one included."""
+    chain: bool
+    """True."""
+    layers: int
+    """How many layers `draft` runs, at least 1 and not all."""
+
+    def draft(
+        self,
+        model: CausalLM,
+        params: Params,
+        state: Any,
+        newest: Int[Array, " batch"],
+        cache: Any,
+        positions: Int[Array, "batch nodes"],
+    ) -> tuple[Int[Array, "batch nodes"], Float[Array, "batch nodes d_model"], Any]:
+        """Drafts what follows the newest token of each row, which the cache has not seen.
+
+        Args:
+          positions: those of the chain's tokens.
+
+        Returns:
+          The chain's tokens, the newest one first; their hidden states after the first `layers` layers; and the cache
+          with these tokens appended, as `model.hidden(..., layers=(0, layers))` appends them.
+        """
+        ...
+
+
 class Evictor(Protocol):
     """Decides which slots of the cache stay, so that its size does not grow with the text."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import rich.console
 import rich.table
 
 from jaxtok.configuration import to_json
+from jaxtok.door import open_model
 from jaxtok.training.checkpoints import read_config
 from jaxtok.training.experiment import Experiment
 from jaxtok.training.logs import read_metrics
@@ -30,6 +32,8 @@ class Comparison:
     """The experiments in the order of the table, each with its own name."""
     seeds: tuple[int, ...] = (0,)
     """The seeds with which each arm is trained."""
+    base: Experiment | None = None
+    """A run that is trained first (with each seed), with whose parameters all arms start; None: there is none."""
     measures: tuple[Any, ...] = ()
     """Frozen dataclasses that are called with an arm's task, parameters and data, and return numbers by name; none if
     they do not apply to the arm."""
@@ -85,8 +89,11 @@ class Comparison:
     def _signature(self, arm: Experiment, seed: int) -> str:
         """Returns a text that changes with whatever changes an arm's result."""
         experiment = dataclasses.replace(self.experiment(arm, seed), workdir="")
-        what = json.dumps([to_json(experiment), to_json(self.measures), self.test_batches])
+        what = json.dumps([to_json(experiment), to_json(self.measures), self.test_batches, *self._base_as_json(seed)])
         return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+    def _base_as_json(self, seed: int) -> list[Any]:
+        return [] if self.base is None else [to_json(dataclasses.replace(self.experiment(self.base, seed), workdir=""))]
 
     def _run_arm(self, arm: Experiment, seed: int) -> dict[str, Any] | None:
         experiment = self.experiment(arm, seed)
@@ -111,7 +118,13 @@ class Comparison:
         }
 
     def _train(self, arm: Experiment, seed: int) -> Result:
-        return train_once(self.experiment(arm, seed))
+        start = None
+        if self.base is not None:
+            result = train_once(base := self.experiment(self.base, seed))
+            if result.interrupted:
+                return result
+            start = functools.partial(open_model, base.directory)
+        return train_once(self.experiment(arm, seed), start)
 
     def _show(self, results: dict[str, Any], folder: Path, console: rich.console.Console) -> None:
         rows = self.summarize(results)
@@ -169,8 +182,11 @@ class Comparison:
         return path
 
 
-def train_once(experiment: Experiment) -> Result:
+def train_once(experiment: Experiment, start: Callable[[], Any] | None = None) -> Result:
     """Trains a run, or resumes it, under the schedule of its config.
+
+    Args:
+      start: as in `jaxtok.training.loop.train`.
 
     Raises:
       ValueError: its folder holds a run of another number of steps, which `train` would go on with, under a schedule
@@ -183,7 +199,7 @@ def train_once(experiment: Experiment) -> Result:
                 f"{experiment.directory} holds a run of {there:,} steps, not of {experiment.total_steps:,}; choose "
                 "another --workdir."
             )
-    return train(experiment)
+    return train(experiment, start=start)
 
 
 def key(arm: str, seed: int) -> str:
