@@ -62,6 +62,7 @@ class System:
 
 LM = "configs/lm/README.md"
 VISION = "configs/vision/README.md"
+EXTENSIBLE = "configs/decoding/extensible.md"
 
 SYSTEMS: tuple[System, ...] = (
     System(
@@ -353,6 +354,17 @@ SYSTEMS: tuple[System, ...] = (
             "byt5-xxl",
         ),
         page=LM,
+    ),
+    System(
+        name="extensible",
+        title="Extensible Tokenization",
+        does="k tokens of the past become one input of a frozen language model; k is chosen when they are read",
+        paper="https://arxiv.org/abs/2401.07793",
+        modules=("lm/extensible.py", "transfer/extensible.py"),
+        configs=("decoding/extensible.py", "decoding/extensible_study.py"),
+        checked="`transformers` and the paper's equations (no code was released)",
+        cannot={**_NO_GROWTH, "import": "c", "export": "c"},
+        page=EXTENSIBLE,
     ),
     System(
         name="lora",

@@ -86,6 +86,10 @@ EVIDENCE = {
         "generate, cached": "lexinvariant",
         "grow": "lm/test_lexinvariant.py::test_a_body_of_parameter_tokens_grows",
     },
+    "extensible": {
+        "task": "extensible",
+        "generate, cached": "lm/test_extensible.py::test_generation",
+    },
     "electra": {
         "task": "electra",
         "formats": ("electra, discriminator", "electra, generator", "electra, variables"),
