@@ -49,6 +49,11 @@ EVIDENCE = {
         "generate, cached": "llama",
         "formats": ("llama, a tokenizer.json", "mistral", "qwen2", "gemma"),
     },
+    "mamba": {
+        "task": "mamba",
+        "generate, cached": "mamba",
+        "formats": ("mamba",),
+    },
     "bert": {
         "task": "masked_words",
         "formats": ("bert", "roberta, classes"),

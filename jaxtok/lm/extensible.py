@@ -534,12 +534,16 @@ class Extensible(nn.Module):
             x = x.at[rows, jnp.where(valid, done[:, None] + number, length)].set(y.astype(x.dtype), mode="drop")
             return x, done + take, cache
 
+        def goes_on(done, cache):
+            return (done < count) & (cache.num_ets + cache.num_raw < slots)
+
         x = jnp.zeros((batch, length, self.config.lm.model.d_model), self.config.lm.model.dtype)
         carry = (x, jnp.zeros_like(count), cache)
         if length == 1:
             x, _, cache = body(self, carry)
         else:
-            x, _, cache = nn.while_loop(lambda _, carry: (carry[1] < count).any(), body, self, carry)
+            # Tokens beyond `max_length`, which only drafts have, are lost.
+            x, _, cache = nn.while_loop(lambda _, carry: goes_on(*carry[1:]).any(), body, self, carry)
         return x, cache
 
     def _close(self, last, cache):
