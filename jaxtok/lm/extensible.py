@@ -462,7 +462,8 @@ class Extensible(nn.Module):
 
     def init_cache(self, batch: int, length: int) -> StreamingCache:
         slots, none = self.config.slots, jnp.zeros(batch, jnp.int32)
-        window = self.config.lm.module().init_cache(batch, min(slots, length))
+        lm = self.config.lm.module() if self.scope is None else self.frozen  # no modules are made inside of a call
+        window = lm.init_cache(batch, min(slots, length))
         return StreamingCache(window, jnp.zeros((batch, slots), jnp.int32), none, none, none)
 
     def __call__(
