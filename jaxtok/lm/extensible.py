@@ -804,7 +804,7 @@ class Documents:
 
     >>> saved = save_documents(folder / "documents.safetensors", config, params, {"a": range(10), "b": [3, 1, 4]})
     >>> saved.ets("a", k=4).shape, saved.ets("b", k=2).shape
-    ((3, 8), (2, 8))
+    ((3, 16), (2, 16))
     """
 
     path: Path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import doctest
 import functools
 
 import chex
@@ -15,6 +16,7 @@ from causal_lms import noisy_params
 
 from jaxtok.decoding import PromptLookup, Sampling, SinksAndRecent, generate
 from jaxtok.door import open_model
+from jaxtok.lm import extensible
 from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.extensible import (
     Extensible,
@@ -277,6 +279,12 @@ def test_documents(tmp_path):
         save_documents(tmp_path / "no.safetensors", config, params, {"a": [0, 32]})
     with pytest.raises(FileExistsError):
         save_documents(saved.path, config, params, documents)
+
+
+def test_examples_of_the_docstrings(tmp_path):
+    config, params = model()
+    found = doctest.testmod(extensible, extraglobs={"folder": tmp_path, "config": config, "params": params})
+    assert found.attempted > 2 and found.failed == 0
 
 
 def test_text_after_documents():
