@@ -15,7 +15,7 @@ small = load_config("extensible_small")
 
 config = ExtensibleStudy(
     arms=(dataclasses.replace(small, data=dataclasses.replace(small.data, eval_limit=8)),),
-    measures=(ValueOfContext(raw=(32, 96), scales=(2, 4, 8, 16, 32), sessions=(32, 96, 192)),),
+    measures=(ValueOfContext(raw=(32, 96), scales=(2, 4, 8, 16, 32), sessions=(96,)),),
     columns=(
         "no_context",
         "raw_32",

@@ -728,11 +728,17 @@ def generate_after(
       max_new_tokens: the most new tokens of each row; the rest is as in `jaxtok.decoding.generate`.
 
     Raises:
-      ValueError: the last part is not raw tokens; or parts and new tokens exceed the language model's window.
+      ValueError: the last part is not raw tokens, or has unknown ids; or parts and new tokens exceed the language
+        model's window.
     """
-    last, slots = parts[-1], sum(part.shape[1] for part in parts) if len(parts) else 0
-    if not slots or jnp.ndim(last) != 2 or not last.shape[1]:
+    if not len(parts) or jnp.ndim(parts[-1]) != 2 or not parts[-1].shape[1]:
         raise ValueError("the last part must be raw tokens, at least one in each row.")
+    for part in map(np.asarray, parts):
+        if part.ndim == 2 and part.size and not 0 <= part.min() <= part.max() < config.vocab_size:
+            raise ValueError(
+                f"a part has ids from {part.min()} to {part.max()}; they must be from 0 to {config.vocab_size - 1}."
+            )
+    last, slots = parts[-1], sum(part.shape[1] for part in parts)
     if slots + max_new_tokens > config.slots:
         raise ValueError(
             f"the parts take {slots} slots, and max_new_tokens is {max_new_tokens}; the window has {config.slots}. "

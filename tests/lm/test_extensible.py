@@ -297,6 +297,8 @@ def test_text_after_documents():
     assert logits[:, 6:].argmax(-1).tolist() == made.tokens
     with pytest.raises(ValueError, match="the last part must be raw tokens"):
         generate_after(config, params, [question, ets], max_new_tokens=6, chooser=GREEDY)
+    with pytest.raises(ValueError, match="a part has ids from 32 to 32; they must be from 0 to 31"):
+        generate_after(config, params, [ets, jnp.full((2, 1), 32)], max_new_tokens=6, chooser=GREEDY)
     with pytest.raises(ValueError, match="the parts take 7 slots, and max_new_tokens is 18; the window has 24"):
         generate_after(config, params, [ets, question], max_new_tokens=18, chooser=GREEDY)
 
