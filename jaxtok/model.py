@@ -279,7 +279,7 @@ class Model:
             report([bytes_of(tokens) for tokens in new.tokens])
 
         ids = [self._ids(prompt) for prompt in prompts]
-        room = self.task.model.max_length - max(map(len, ids), default=0)
+        room = self.module.config.max_length - max(map(len, ids), default=0)
         made = generate(
             module,
             params,

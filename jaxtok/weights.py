@@ -162,8 +162,11 @@ def _torch_table(path: Path, which: str) -> Mapping[str, Any]:
     return state[which or tables[0]]
 
 
-def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> Path:
+def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str] | None = None) -> Path:
     """Writes .safetensors, .npz, or a PyTorch file (.pth, .pt, .th or .bin). A failure leaves no file.
+
+    Args:
+      facts: texts by name, for the header of a .safetensors file.
 
     Raises:
       FileExistsError: the file exists already.
@@ -178,7 +181,7 @@ def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray]) -> Path:
     half_done = path.with_name(path.name + ".part")
     try:
         if path.suffix == ".safetensors":
-            safetensors.numpy.save_file(arrays, half_done)
+            safetensors.numpy.save_file(arrays, half_done, metadata=dict(facts) if facts else None)
         elif path.suffix == ".npz":
             with half_done.open("wb") as file:  # given a name, NumPy would add its suffix
                 np.savez(file, **arrays)

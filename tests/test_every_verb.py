@@ -36,7 +36,7 @@ FROM_FORMATS = {
     "llama": "llama, a tokenizer.json",
     "electra": "electra, variables",
     "hat_released": "hat",
-    **{name: name for name in ("tokenformer", "bert", "t5", "mrt5", "word_pooled", "byte2word")},
+    **{name: name for name in ("mamba", "tokenformer", "bert", "t5", "mrt5", "word_pooled", "byte2word")},
 }
 """Rows whose tiny case is one of those with which formats are tested."""
 

@@ -57,6 +57,10 @@ EVIDENCE = {
     "m2r2": {
         "task": "m2r2",
         "generate, cached": "decoding/test_m2r2.py::test_self_speculation_is_lossless",
+    "mamba": {
+        "task": "mamba",
+        "generate, cached": "mamba",
+        "formats": ("mamba",),
     },
     "bert": {
         "task": "masked_words",
@@ -95,6 +99,10 @@ EVIDENCE = {
         "task": "lexinvariant",
         "generate, cached": "lexinvariant",
         "grow": "lm/test_lexinvariant.py::test_a_body_of_parameter_tokens_grows",
+    },
+    "extensible": {
+        "task": "extensible",
+        "generate, cached": "lm/test_extensible.py::test_generation",
     },
     "electra": {
         "task": "electra",

@@ -13,6 +13,7 @@ from jaxtok.interop.folders import read_options
 from jaxtok.interop.gguf import GGUF
 from jaxtok.interop.hat import HAT
 from jaxtok.interop.huggingface import DECODERS
+from jaxtok.interop.mamba import MAMBA
 from jaxtok.interop.peft import PEFT
 from jaxtok.interop.t5 import T5
 from jaxtok.interop.tokenformer import TOKENFORMER
@@ -23,6 +24,7 @@ from jaxtok.weights import SUFFIXES
 
 FORMATS: tuple[Format, ...] = (
     DECODERS,
+    MAMBA,
     ENCODERS,
     T5,
     ELECTRA,

@@ -53,6 +53,10 @@ class DecoderConfig(StackConfig):
         if self.relative_buckets:
             distance_buckets(self.relative_buckets, self.relative_distance)
 
+    def module(self) -> nn.Module:
+        """The language model."""
+        return Decoder(self)
+
     def flops(self, length: int) -> float:
         """Forward FLOPs of one token at a context of `length`: those of the blocks and the head."""
         return self.stack_flops(length) + 2 * self.vocab_size * self.d_model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any, TypeVar
 
 from jaxtok.data.text import TextData
@@ -19,9 +18,10 @@ def fit_text(task: T, data: Any) -> T:
     """
     if not isinstance(data, TextData):
         return task
-    model, ids = task.model, data.loaded_tokenizer.vocab_size
-    if not model.vocab_size:
-        model = dataclasses.replace(model, vocab_size=-(-ids // 128) * 128)
+    ids = data.loaded_tokenizer.vocab_size
+    if not task.model.vocab_size:
+        task = task.with_model(vocab_size=-(-ids // 128) * 128)
+    model = task.model
     tokenizer = data.loaded_tokenizer
     used = {*data.opening_ids, data.end_id} | {i for i in range(model.vocab_size, ids) if tokenizer.token_bytes(i)}
     if beyond := sorted(i for i in used if i >= model.vocab_size):
@@ -35,4 +35,4 @@ def fit_text(task: T, data: Any) -> T:
             f"data.length is {data.length}, more than task.model.max_length = {model.max_length}; "
             "lower the first or raise the second."
         )
-    return task if model is task.model else dataclasses.replace(task, model=model)
+    return task

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 
-from jaxtok.lm.decoder import Decoder, DecoderConfig
 from jaxtok.lm.fitting import fit_text
 from jaxtok.nn.losses import cross_entropy, text_loss, text_metrics, text_sums
 from jaxtok.nn.parameter_attention import TokenCounts, new_token_mask
@@ -16,16 +16,17 @@ from jaxtok.protocols import Batch, Data, Params, Sums, Task
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LanguageModeling(Task):
-    """Trains a decoder on rows of text; see `jaxtok.protocols.Batch`."""
+    """Trains a causal language model on rows of text; see `jaxtok.protocols.Batch`."""
 
     counted = "tokens"
 
-    model: DecoderConfig
+    model: Any
+    """The config of the model, whose `module()` is a `jaxtok.protocols.CausalLM`, such as a `DecoderConfig`."""
     frozen_tokens: TokenCounts = TokenCounts()
     """How many parameter tokens of each projection stay as they are. If any is positive, only the later ones train."""
 
-    def module(self) -> Decoder:
-        return Decoder(self.model)
+    def module(self) -> nn.Module:
+        return self.model.module()
 
     def fit(self, data: Data, train: Any = None) -> LanguageModeling:
         """See `jaxtok.lm.fitting.fit_text`."""

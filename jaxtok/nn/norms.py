@@ -16,6 +16,7 @@ NORMS = {
     "scalenorm": 1e-8,
     "rms": 1e-6,
     "rms_plus_one": 1e-6,
+    "none": 0.0,
 }
 """The kinds of norm, and the default epsilon of each."""
 
@@ -29,6 +30,7 @@ class Norm(nn.Module):
     scalenorm           x / max(|x|, eps) * g, with one number g (GPT-NeoX)
     rms                 x / sqrt(mean(x^2) + eps), rounded, then * scale (Llama, T5)
     rms_plus_one        x / sqrt(mean(x^2) + eps) * (1 + scale) (Gemma)
+    none                x
     """
 
     kind: str = "layernorm"
@@ -47,6 +49,8 @@ class Norm(nn.Module):
         eps = self.eps or NORMS.get(self.kind, 0.0)
         y = x.astype(jnp.float32)
         match self.kind:
+            case "none":
+                pass
             case "layernorm" | "layernorm_nonparam":
                 y = y - y.mean(-1, keepdims=True)
                 y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)

@@ -413,7 +413,7 @@ def _adam(config: OptimizerSettings) -> optax.GradientTransformation:
     return optax.GradientTransformation(adam.init, update)
 
 
-_KEPT = re.compile(r"(^|_)(scale|bias)$")
+_KEPT = re.compile(r"(^|_)(scale|bias)$|^(a_log|skip)$")
 _INPUTS = re.compile(r"(^|_)(embeddings?|positions)(_|$)")
 
 
@@ -445,5 +445,6 @@ def _block(path: Any) -> int | None:
 
 
 def decayed(params: Any) -> Any:
-    """Returns True for the parameters under weight decay: all but scales and biases (bias, head_bias, up_bias, ...)."""
+    """Returns True for the parameters under weight decay: all but scales, biases (bias, head_bias, up_bias, ...), and
+    Mamba's rates and skips."""
     return jax.tree_util.tree_map_with_path(lambda path, _: not _KEPT.search(path[-1].key), params)

@@ -37,6 +37,7 @@ from jaxtok.lm.hat_released import ReleasedConfig
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.lexinvariant import LexinvariantModeling
 from jaxtok.lm.llama import LlamaConfig
+from jaxtok.lm.mamba import MambaConfig
 from jaxtok.lm.masked_words import MaskedWords, Masking
 from jaxtok.lm.mrt5 import MrT5Config, MrT5Training
 from jaxtok.lm.opt import OPTConfig
@@ -174,6 +175,9 @@ CASES: dict[str, Callable[[], Case]] = {
             tie_embeddings=True,
             scale_embeddings=True,
         ),
+    ),
+    "mamba": lambda: language_model(
+        "mamba", MambaConfig(num_layers=2, d_model=16, state_size=4, use_bias=True, vocab_size=400, max_length=32)
     ),
     "tokenformer": lambda: language_model(
         "tokenformer",
