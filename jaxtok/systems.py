@@ -403,7 +403,7 @@ SYSTEMS: tuple[System, ...] = (
         configs=("decoding/extensible.py", "decoding/extensible_study.py"),
         checked="`transformers` and the paper's equations (no code was released)",
         cannot={**_NO_GROWTH, "import": "c", "export": "c"},
-        page=EXTENSIBLE,
+        page="configs/decoding/extensible.md",
     ),
     System(
         name="lora",

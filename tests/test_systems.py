@@ -57,6 +57,7 @@ EVIDENCE = {
     "m2r2": {
         "task": "m2r2",
         "generate, cached": "decoding/test_m2r2.py::test_self_speculation_is_lossless",
+    },
     "mamba": {
         "task": "mamba",
         "generate, cached": "mamba",
