@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
-from jaxtok.decoding import Piece, Sampling, generate
+from jaxtok.decoding import Constrained, Drafter, Evictor, Generation, Piece, Sampling, Vocabulary, generate
+from jaxtok.decoding import constraint as parse
+from jaxtok.decoding.protocols import SelfDrafter
 from jaxtok.protocols import CausalLM, ImageTokenizer, Params, TextGenerator, Tokenizer
 from jaxtok.tokenizers.chat import Message, read_template
 from jaxtok.training.mesh import make_layout
@@ -224,6 +227,11 @@ class Model:
         stop_at_end: bool = True,
         on_bytes: Callable[[int, bytes], None] | None = None,
         logprobs: bool = False,
+        constraint: str = "",
+        drafter: Drafter | SelfDrafter | None = None,
+        drafter_state: Any = None,
+        evictor: Evictor | None = None,
+        on_end: Callable[[Generation], None] | None = None,
     ) -> list[bytes] | tuple[list[bytes], list[list[float]]]:
         """Continues each prompt; returns the exact new bytes.
 
@@ -239,9 +247,14 @@ class Model:
           on_bytes: called with the number of a prompt and its new bytes, every few tokens.
           logprobs: also return, for each prompt, the log probabilities of its new tokens in nats, by the model's own
             distribution (before temperature, top_k and top_p), with that of the token that ended the text if one did.
+          constraint: what the new text must be, as `jaxtok.decoding.constraint` takes it: regex:EXPRESSION,
+            json:SCHEMA or grammar:FILE.
+          drafter, drafter_state, evictor: as of `jaxtok.decoding.generate`; not for models that generate words.
+          on_end: called with the whole generation, in whose state are those of drafter and chooser.
 
         Raises:
-          ValueError: the model generates no text, or a text of `stop` is not a single token.
+          ValueError: the model generates no text, a text of `stop` is not a single token, or as
+            `jaxtok.decoding.generate`.
         """
         tokenizer = self._text_tokenizer()
         sampling, rng = Sampling(temperature=temperature, top_k=top_k, top_p=top_p), jax.random.key(seed)
@@ -253,6 +266,8 @@ class Model:
         if isinstance(self.task, TextGenerator):
             if stop:
                 raise ValueError(f"{self._subject} does not stop at texts; leave out stop.")
+            if constraint or drafter or evictor:
+                raise ValueError(f"{self._subject} generates words; leave out constraint, drafter and evictor.")
             given = [text.encode() if isinstance(text, str) else text for text in prompts]
             return self.task.continue_text(
                 self.params,
@@ -280,19 +295,28 @@ class Model:
 
         ids = [self._ids(prompt) for prompt in prompts]
         room = self.module.config.max_length - max(map(len, ids), default=0)
+        chooser, ends = sampling, self.ends if stop_at_end else ()
+        if constraint:
+            vocabulary = _vocabulary(tokenizer, self.ends)
+            chooser = Constrained(vocabulary=vocabulary, sampling=sampling, constraint=parse(constraint))
+            ends = vocabulary.eos  # with which a complete text ends, whatever stop_at_end says
+        given = {"drafter": drafter, "drafter_state": drafter_state, "evictor": evictor}
+        options |= {name: value for name, value in given.items() if value is not None}
         made = generate(
             module,
             params,
             ids,
             max_new_tokens=max_new_tokens or max(1, min(200, room)),
-            chooser=sampling,
+            chooser=chooser,
             rng=rng,
-            stop_tokens=[*(token for (token,) in stops), *(self.ends if stop_at_end else ())],
+            stop_tokens=[*(token for (token,) in stops), *ends],
             num_ids=min(tokenizer.vocab_size, self.task.model.vocab_size),
             on_tokens=report_tokens if on_bytes else None,
             chunk=4,
             **options,
         )
+        if on_end:
+            on_end(made)
         texts = [bytes_of(row) for row in made.tokens]
         return (texts, made.logprobs) if logprobs else texts
 
@@ -376,6 +400,12 @@ class Model:
     @property
     def _is_causal(self) -> bool:
         return isinstance(self.task.module(), CausalLM) and not isinstance(self.task, TextGenerator)
+
+
+@functools.lru_cache(maxsize=4)
+def _vocabulary(tokenizer: Tokenizer, ends: tuple[int, ...]) -> Vocabulary:
+    """The vocabulary of constraints, one for all calls, as compiled programs belong to it."""
+    return Vocabulary(tokenizer, ends or None)
 
 
 @jax.jit(static_argnums=0)

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
+from jaxtok.decoding import (
+    ADED,
+    ADEDState,
+    Drafter,
+    DraftModel,
+    Generation,
+    PromptLookup,
+    SuffixAutomaton,
+    TokenRecycling,
+    Union,
+    parse_evictor,
+)
+from jaxtok.decoding.byte_model import generate_exact
+from jaxtok.decoding.trigram_table import load_table, tokenizer_digest
 from jaxtok.door import open_model
-from jaxtok.model import Split
+from jaxtok.model import Model, Split
 
 
 def evaluate(
@@ -72,6 +88,10 @@ def generate(
     stop_at_end: bool = True,
     chat: bool = False,
     stream: bool = True,
+    drafter: Annotated[str, arg(metavar="NAME[+NAME ...]")] = "",
+    evict: Annotated[str, arg(metavar="NAME:BUDGET")] = "",
+    constrain: Annotated[str, arg(metavar="KIND:...")] = "",
+    exact_bytes: bool = False,
     adapter: Annotated[Path | None, arg(metavar="FOLDER")] = None,
     ema: bool = False,
 ) -> list[bytes]:
@@ -93,10 +113,21 @@ def generate(
       chat: Whether each prompt is what a user says in a chat, which the model answers; its tokenizer must have a
         template for chats.
       stream: Whether the texts are written to the standard output.
+      drafter: What drafts several tokens at a time, which changes the speed and not the text: prompt_lookup,
+        suffix_automaton, token_recycling, token_recycling:FILE (which is kept in the file from call to call),
+        aded:TABLE, draft_model:MODEL; or several of them, joined by +, in one tree.
+      evict: What keeps the cache small, and how small: NAME:BUDGET, such as keyformer:0.5 (half of the prompt) or
+        h2o:128 (slots). The names are those of jaxtok.decoding.scorers.EVICTORS.
+      constrain: What the new text must be: regex:EXPRESSION, json:SCHEMA (or its file) or grammar:FILE (Lark).
+      exact_bytes: Whether a prompt may end inside a token, with the probabilities that the model gives to its bytes.
       adapter: A PEFT folder of LoRA, whose differences are added to the model.
       ema: Whether the moving average of the parameters is taken, from a run that keeps one (optimizer.ema_decay).
     """
+    evictor = parse_evictor(evict) if evict else None
+    if exact_bytes and (chat or constrain or stop):
+        raise ValueError("exact_bytes is given with chat, constrain or stop; it goes only without them.")
     model = open_model(checkpoint, adapter, ema)
+    drafting, drafter_state, keep = drafter_of(drafter, model) if drafter else (None, None, None)
     prompts = _read_prompts(prompt_file, prompt)
     live = stream and len(prompts) == 1
     shown = [b"" if chat else text.encode() for text in prompts]  # what is written before an answer
@@ -107,23 +138,84 @@ def generate(
         _write(new if begun else shown[row] + new)
         begun = True
 
-    texts = model.generate_bytes(
-        [model.chat_ids(text) for text in prompts] if chat else prompts,
-        max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        stop=stop,
-        stop_at_end=stop_at_end,
-        on_bytes=write if live else None,
-    )
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "seed": seed,
+        "stop_at_end": stop_at_end,
+        "on_bytes": write if live else None,
+        "drafter": drafting,
+        "evictor": evictor,
+    }
+    if exact_bytes:
+        if drafter_state is not None:
+            raise ValueError(f"drafter is {drafter}; with exact_bytes, it must be one without a state of its own.")
+        texts = generate_exact(model, prompts, max_new_tokens or 200, **options)
+    else:
+        texts = model.generate_bytes(
+            [model.chat_ids(text) for text in prompts] if chat else prompts,
+            max_new_tokens,
+            stop=stop,
+            constraint=constrain,
+            drafter_state=drafter_state,
+            on_end=keep,
+            **options,
+        )
     if live:
         _write(b"\n" if begun else shown[0] + b"\n")
     elif stream:
         for number, (before, text) in enumerate(zip(shown, texts)):
             _write(f"--- {number} ---\n".encode() + before + text + b"\n")
     return texts
+
+
+def drafter_of(text: str, model: Model) -> tuple[Drafter, Any, Callable[[Generation], None] | None]:
+    """Returns what --drafter names: the drafter, its first state (None: a new one), and what keeps its last state.
+
+    Raises:
+      ValueError: it names no drafter, or one that needs something else.
+      FileNotFoundError: there is no such file.
+    """
+    drafters, states, keepers = [], [], []
+    for number, part in enumerate(text.split("+")):
+        name, _, place = part.partition(":")
+        state, keep = None, None
+        match name, place:
+            case "prompt_lookup", "":
+                made: Any = PromptLookup(ends=model.ends)
+            case "suffix_automaton", "":
+                made = SuffixAutomaton()
+            case "token_recycling", _:
+                made = TokenRecycling()
+                if place:
+                    about = tokenizer_digest(model.tokenizer)
+                    if Path(place).exists():
+                        state = made.load(place, model.task.model.vocab_size, about)
+                    keep = functools.partial(made.save, place, tokenizer=about)
+            case "aded", _ if place:
+                made, state = ADED(), ADEDState(load_table(place, model.tokenizer))
+            case "draft_model", _ if place:
+                small = open_model(place)
+                made = DraftModel(model=small.module)
+                state = made.first_state(small.params)
+            case _:
+                raise ValueError(
+                    f"drafter is {text!r}, where {part!r} is none of prompt_lookup, suffix_automaton, token_recycling, "
+                    "token_recycling:FILE, aded:TABLE and draft_model:MODEL."
+                )
+        drafters.append(made)
+        states.append(state)
+        if keep:
+            keepers.append((number, keep))
+
+    def keep_all(made: Generation) -> None:
+        for number, keep in keepers:
+            keep(made.state.drafter[number] if len(drafters) > 1 else made.state.drafter)
+
+    if len(drafters) == 1:
+        return drafters[0], states[0], keep_all if keepers else None
+    return Union(tuple(drafters)), tuple(states), keep_all if keepers else None
 
 
 def _read_prompts(file: Path | None, given: tuple[str, ...]) -> tuple[str, ...]:
