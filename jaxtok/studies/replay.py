@@ -24,7 +24,8 @@ import rich.table
 from jaxtyping import Array, Int
 
 from jaxtok.data.corpora import open_corpus
-from jaxtok.decoding import ADED, ADEDState, CachedTokens, Drafter, Engine, Sampling, corpus_table, generate
+from jaxtok.decoding import ADED, ADEDState, CachedTokens, Drafter, Engine, Sampling, generate
+from jaxtok.decoding.trigram_table import corpus_table
 from jaxtok.model import Model
 
 _BATCH = 8
