@@ -129,7 +129,7 @@ class ADED:
     chain = False
 
     def init(self, batch: int, room: int, vocab: int) -> ADEDState:
-        """The state with an empty table; with `shared`, it has room for all bigrams of the texts."""
+        """The state with an empty table; with `shared`, it has room for the bigrams of these texts."""
         return ADEDState(TrigramTable.empty(2 * batch * room if self.shared else 1, self.window))
 
     def begin(

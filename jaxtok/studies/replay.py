@@ -24,7 +24,8 @@ import rich.table
 from jaxtyping import Array, Int
 
 from jaxtok.data.corpora import open_corpus
-from jaxtok.decoding import ADED, ADEDState, CachedTokens, Drafter, Engine, Sampling, corpus_table, generate
+from jaxtok.decoding import ADED, ADEDState, CachedTokens, Drafter, Engine, Sampling, generate
+from jaxtok.decoding.trigram_table import TrigramTable, corpus_table
 from jaxtok.model import Model
 
 _BATCH = 8
@@ -86,10 +87,11 @@ class DraftStudy:
         tables: dict[tuple[str, float], Any] = {}
         for arm in self.arms:
             state = None
-            if isinstance(arm.drafter, ADED) and arm.corpus:
-                key = (arm.corpus, arm.share)
-                if key not in tables:
-                    tables[key] = corpus_table(model.tokenizer, arm.corpus, share=arm.share)
+            if isinstance(arm.drafter, ADED):
+                if (key := (arm.corpus, arm.share)) not in tables:
+                    empty = TrigramTable.empty(2**16, 16)
+                    made = corpus_table(model.tokenizer, arm.corpus, share=arm.share) if arm.corpus else empty
+                    tables[key] = made
                 state = ADEDState(tables[key])
             steps, _ = replay(arm.drafter, requests, texts, state=state, in_turn=arm.in_turn)
             tokens = [len(text) for text in texts]
