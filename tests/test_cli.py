@@ -21,6 +21,7 @@ from jaxtok import __version__
 from jaxtok.cli import FUNCTIONS, VERBS, VISION, main
 from jaxtok.tokenizers import load_tokenizer
 from jaxtok.training.checkpoints import begin
+from jaxtok.verbs.text import generate
 
 CONFIG = """
 from jaxtok.data.text import TextData
@@ -90,6 +91,60 @@ def test_generate_streams_one_and_batches_several(run, capfdbinary):
     capfdbinary.readouterr()
     assert main(["generate", str(run), "--prompt", "a", "twice", "--max-new-tokens", "5", "--temperature", "0"]) == 0
     assert b"--- 1 ---\ntwice" in capfdbinary.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def plain(run):
+    return jaxtok.open(run).generate_bytes(["number 1", "a"], 12, temperature=0.0, stop_at_end=False)
+
+
+@pytest.mark.parametrize(
+    "drafter", ["prompt_lookup", "suffix_automaton", "draft_model:RUN", "token_recycling:KEPT+prompt_lookup"]
+)
+def test_generate_with_drafts_is_the_same_text(run, folder, plain, drafter):
+    text = drafter.replace("RUN", str(run)).replace("KEPT", str(folder / "kept.safetensors"))
+    texts = generate(run, ("number 1", "a"), max_new_tokens=12, temperature=0.0, drafter=text, stop_at_end=False)
+    assert texts == plain
+    if "KEPT" in drafter:  # the second time, from what the first has learned
+        before = (folder / "kept.safetensors").read_bytes()
+        again = generate(run, ("number 1", "a"), max_new_tokens=12, temperature=0.0, drafter=text, stop_at_end=False)
+        assert again == plain and len((folder / "kept.safetensors").read_bytes()) == len(before)
+
+
+def test_generate_from_a_cache_of_few_slots(run, plain):
+    texts = generate(run, ("number 1", "a"), max_new_tokens=12, temperature=0.0, evict="h2o:64", stop_at_end=False)
+    assert texts == plain  # as nothing had to go
+
+
+def test_generate_under_a_constraint(run, capfdbinary):
+    pytest.importorskip("llguidance")
+    texts = generate(run, ("number ", "x"), max_new_tokens=8, constrain="regex:[0-9]{3}", drafter="prompt_lookup")
+    assert all(re.fullmatch(rb"[0-9]{3}", text) for text in texts)
+
+
+def test_generate_exact_bytes(run, plain):
+    texts = generate(run, ("number 1", "a"), max_new_tokens=12, temperature=0.0, exact_bytes=True, stop_at_end=False)
+    assert texts == plain  # as each byte is a token here
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--drafter", "oracle"], "'oracle' is none of prompt_lookup"),
+        (["--drafter", "aded"], "aded:TABLE"),
+        (["--drafter", "draft_model:nowhere"], "nowhere"),
+        (["--evict", "h2o"], "it must be NAME:BUDGET"),
+        (["--evict", "magic:3"], "NAME is one of"),
+        (["--evict", "h2o:0"], "budget is 0"),
+        (["--constrain", "words:x"], "it must be regex:EXPRESSION"),
+        (["--constrain", "json:nowhere.json"], "no file nowhere.json"),
+        (["--exact-bytes", "--stop", "a"], "exact_bytes is given with"),
+    ],
+)
+def test_options_of_generate_that_cannot_be(run, capfd, options, said):
+    assert main(["generate", str(run), "--prompt", "a", *options]) == 1
+    error = " ".join(capfd.readouterr().err.split())
+    assert said in error and "Traceback" not in error
 
 
 def test_grow_and_train_on(run, folder, capsys):
