@@ -215,6 +215,7 @@ class TokenRecycling:
         length: Int[Array, " batch"],
         logits: Float[Array, "batch prompt vocab"],
     ) -> Int[Array, "*batch vocab k"]:
+        self._check(state, text.shape[0], logits.shape[-1])
         if not self.update_from_prompt:
             return state
         prompt = logits.shape[1]
@@ -223,17 +224,18 @@ class TokenRecycling:
     def _write(self, state, tokens: Int[Array, "batch nodes"], logits, read: Bool[Array, "batch nodes"]):
         """M[token] = the k likeliest tokens after each node that was read. Of nodes with the same token, the last one
         counts: that with the highest row, and in it the highest number. So the order of writes does not matter."""
-        vocab = logits.shape[-1]
-        batch = () if self.shared else tokens.shape[:1]
-        if state.shape != (*batch, vocab, self.k):
-            raise ValueError(
-                f"the matrix of successors is of shape {state.shape}; for k = {self.k} and the model's vocabulary of "
-                f"{vocab} it must be {(*batch, vocab, self.k)}: give one that was made with this model."
-            )
         top = jax.lax.top_k(logits, self.k)[1].astype(state.dtype)
         if self.shared:
             return _write_last(state, tokens.reshape(-1), top.reshape(-1, self.k), read.reshape(-1))
         return jax.vmap(_write_last)(state, tokens, top, read)
+
+    def _check(self, state: Array, batch: int, vocab: int) -> None:
+        shape = (vocab, self.k) if self.shared else (batch, vocab, self.k)
+        if state.shape != shape:
+            raise ValueError(
+                f"the matrix of successors is of shape {state.shape}; for k = {self.k} and the model's vocabulary of "
+                f"{vocab} it must be {shape}: give one that was made with this model."
+            )
 
     def save(self, path: str | Path, state: Int[Array, "vocab k"], tokenizer: str = "") -> Path:
         """Writes the matrix to a safetensors file, over an earlier one.

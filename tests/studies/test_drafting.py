@@ -65,7 +65,7 @@ def test_the_table(model):
 def test_answers_hot_and_cold(model):
     """A state goes on from question to question, or does not; the text is the same."""
     drafter = TokenRecycling(template=TreeTemplate.of([(0,), (1,), (0, 0)]), k=2)
-    questions = [Question(1, "qa", (3, 1, 4)), Question(2, "qa", (3, 1, 4))]
+    questions = [Question(1, "qa", (3, 1, 4)), Question(2, "qa", (8,))]
     runs = {
         name: list(answers(model, questions, own, max_new_tokens=10, hot=hot))
         for name, own, hot in (("plain", None, True), ("hot", drafter, True), ("cold", drafter, False))
@@ -73,8 +73,9 @@ def test_answers_hot_and_cold(model):
     texts = {name: [answer.tokens for answer, _ in run] for name, run in runs.items()}
     assert texts["hot"] == texts["cold"] == texts["plain"]
     passes = {name: [answer.passes for answer, _ in run] for name, run in runs.items()}
-    assert passes["plain"] == list(map(len, texts["plain"])) and passes["cold"][0] == passes["cold"][1]
-    assert passes["hot"][0] == passes["cold"][0] and passes["hot"][1] < passes["cold"][1]
+    assert passes["plain"] == list(map(len, texts["plain"])) and passes["hot"][0] == passes["cold"][0]
+    written = {name: int((run[1][1] != 0).any(-1).sum()) for name, run in runs.items() if name != "plain"}
+    assert written["hot"] > written["cold"] > 0
     assert mean_accepted([answer for answer, _ in runs["plain"]]) == 1
     with pytest.raises(ValueError, match=r"question 1 has 3 tokens.*max_length = 80"):
         next(answers(model, questions, None, max_new_tokens=78))
