@@ -367,6 +367,17 @@ SYSTEMS: tuple[System, ...] = (
         page=LM,
     ),
     System(
+        name="token_recycling",
+        title="Token Recycling",
+        does="drafts trees of tokens from the successors that each token last had",
+        paper="https://arxiv.org/abs/2408.08696",
+        modules=("decoding/token_recycling.py", "decoding/union.py"),
+        configs=("decoding/drafting_study.py",),
+        checked="the authors' decoding loop",
+        cannot={**_NO_GROWTH, "train": "h", "evaluate": "h", "shard": "h", "import": "h", "export": "h"},
+        page="configs/decoding/token_recycling.md",
+    ),
+    System(
         name="aded",
         title="ADED",
         does="drafts tokens from a table of trigrams that adapts to the text",

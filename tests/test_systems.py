@@ -107,6 +107,7 @@ EVIDENCE = {
         "task": "elm_masked",
         "formats": ("elm, masked",),
     },
+    "token_recycling": {"generate, cached": "decoding/test_drafters.py::test_drafts_change_nothing"},
     "aded": {"generate, cached": "decoding/test_aded.py::test_drafts_change_nothing"},
 }
 """For each system: its entry in `TASKS`; for other columns, an entry of `CAUSAL_LMS` or a test; and its cases in

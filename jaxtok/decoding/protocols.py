@@ -67,7 +67,7 @@ class Chooser(Protocol):
 
 @flax.struct.dataclass
 class Verified:
-    """The outcome of a draft, for `Drafter.observe`."""
+    """The outcome of a draft, for `Drafter.observe`. In a `Union`, each drafter gets the tree of all of them."""
 
     tokens: Int[Array, "batch nodes"]
     """The tokens as they were proposed; node 0 is the newest token of the row."""

@@ -8,7 +8,18 @@ import pytest
 
 from jaxtok import decoding
 
-MODULES = ("aded", "engine", "prompt_lookup", "sampling", "sinks", "trigram_table")
+MODULES = (
+    "aded",
+    "draft_model",
+    "engine",
+    "prompt_lookup",
+    "sampling",
+    "sinks",
+    "suffix_automaton",
+    "token_recycling",
+    "trigram_table",
+    "union",
+)
 TYPES = {
     "ADEDState",
     "Chooser",
