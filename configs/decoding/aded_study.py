@@ -3,8 +3,7 @@
     jaxtok study aded_study --questions SPEC_BENCH/question.jsonl     48 questions, through the chat template
     jaxtok study aded_corpus_study                                    24 held-out documents of Python's library
 
-The model's texts take MINUTES on two cores, and are kept; drafters are then replayed on them. Expect what
-configs/decoding/README.md has as tables.
+The model's texts take most of the time, and are kept; drafters are then replayed on them.
 """
 
 from jaxtok.decoding import ADED, PromptLookup

@@ -370,11 +370,11 @@ def test_in_bfloat16_the_text_is_that_of_passes_of_the_same_width(llama, options
 def test_a_row_adapts_alone(llama):
     """With tables of their own, rows draft as they do alone, whatever was asked before; the common table stays."""
     model, params = llama
-    table = tables([])["random"]
+    table, prompts = tables([])["random"], [[3, 1, 4, 1, 5], PROMPTS[1], [2, 7, 1, 8, 2, 8]]  # padded to one length
     options = {"drafter": SMALL}
-    together = run(model, params, drafter_state=ADEDState(table), **options)
+    together = run(model, params, prompts, drafter_state=ADEDState(table), **options)
     state, alone = ADEDState(table), []
-    for prompt in reversed(PROMPTS):
+    for prompt in reversed(prompts):
         found = run(model, params, [prompt], drafter_state=state, **options)
         state = found.state.drafter
         alone[:0] = found.steps
