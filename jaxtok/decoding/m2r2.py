@@ -40,7 +40,7 @@ from jaxtok.nn.attention import visible_slots, visible_tokens
 from jaxtok.nn.cache import KVCache, entered
 from jaxtok.nn.norms import Norm
 from jaxtok.nn.transformer import Block, Call, SelfAttention, StackConfig
-from jaxtok.protocols import CausalLM, Params
+from jaxtok.protocols import FROZEN, CausalLM, Params
 
 KINDS = ("accelerated", "head", "lens")
 ROUTERS = ("arla", "linear")
@@ -87,10 +87,11 @@ class M2R2Config:
     def check(self, model: CausalLM) -> None:
         """Raises ValueError if the model cannot be left like this."""
         size = model.config
-        if not isinstance(size, StackConfig) or size.block() is not Block or size.post_norm:
+        ordinary = isinstance(size, StackConfig) and size.block() is Block and size.causal and not size.post_norm
+        if not ordinary or getattr(size, "relative_buckets", 0):
             raise ValueError(
                 f"the model is a {type(model).__name__} with a {type(size).__name__}; M2R2's second stream needs a "
-                "decoder of ordinary pre-norm blocks, whose keys and values it shares."
+                "decoder of ordinary pre-norm blocks without a bias of distances, whose keys and values it shares."
             )
         if self.gates[-1] >= size.num_layers:
             raise ValueError(
@@ -128,7 +129,7 @@ class TwoStreamBlock(Block):
     """A frozen block, under its own parameters, on both streams; the adapters add to the second, p."""
 
     def parts(self):
-        return super().parts() | {"attention": TwoStreamAttention(self.config, name="attention")}
+        return {"attention": TwoStreamAttention(self.config, name="attention"), "ffn": self.ffn}
 
     @nn.compact
     def __call__(self, x, cache, layer, call: Call, adapters: Params):
@@ -211,18 +212,13 @@ def to_gate(
       held: rows that have left the model, and their states, from which their keys and values are made in all layers.
     """
     layers = config.intervals[gate]
-    if config.exits != "accelerated" and held is None:
-        h, cache = _apply(
-            model, params, "hidden", h, layers=layers, positions=positions, segments=segments, cache=cache
-        )
-    else:
-        positions, cache = entered(h, positions, cache, layers[0])
-        call = Call(jnp.broadcast_to(positions, h.shape[:2]), segments)
-        if config.exits == "accelerated":
-            adapters = jax.tree.map(lambda x: x[slice(*layers)], exits["adapters"])
-            (h, p), cache, trail = _two_streams(model.config, params, adapters, h, layers, call, cache, held)
-            return Exit(h, p, trail), cache
-        h, cache, _ = _one_stream(model.config, params, h, layers, call, cache, held)
+    positions, cache = entered(h, positions, cache, layers[0])
+    call = Call(jnp.broadcast_to(positions, h.shape[:2]), segments)
+    if config.exits == "accelerated":
+        adapters = jax.tree.map(lambda x: x[slice(*layers)], exits["adapters"])
+        (h, p), cache, trail = _two_streams(model.config, params, adapters, h, layers, call, cache, held)
+        return Exit(h, p, trail), cache
+    h, cache, _ = _one_stream(model.config, params, h, layers, call, cache, held)
     p = h
     if config.exits == "head":
         own = exits["heads"][f"gate{gate}"]
@@ -245,7 +241,8 @@ def _two_streams(config, params, adapters, h, layers, call, cache, held):
         return ((h, p), cache), p
 
     weights = _layers(params, layers), adapters, jnp.arange(*layers)
-    (streams, cache), trail = jax.lax.scan(jax.checkpoint(layer), ((h, h), cache), weights)
+    layer = jax.checkpoint(layer, prevent_cse=False)
+    (streams, cache), trail = jax.lax.scan(layer, ((h, h), cache), weights, unroll=_unroll(config, layers))
     return streams, cache, trail
 
 
@@ -258,8 +255,13 @@ def _one_stream(config, params, h, layers, call, cache, held):
         h = _held(h, held)
         return (h, cache), h
 
-    (h, cache), trail = jax.lax.scan(layer, (h, cache), (_layers(params, layers), jnp.arange(*layers)))
+    weights = _layers(params, layers), jnp.arange(*layers)
+    (h, cache), trail = jax.lax.scan(layer, (h, cache), weights, unroll=_unroll(config, layers))
     return h, cache, trail
+
+
+def _unroll(config: StackConfig, layers: tuple[int, int]) -> int:
+    return min(config.unroll, layers[1] - layers[0])
 
 
 def _held(h, held):
@@ -509,7 +511,7 @@ class EarlyExit(CachedTokens):
         self.config.check(self.model)
 
     def step(self, params, tokens, state, live):
-        config, model, base, exits = self.config, self.model, params["frozen"], params["exits"]
+        config, model, base, exits = self.config, self.model, params[FROZEN], params["exits"]
         before, size = state.cache.length, model.config
         h = entry(model, base, tokens[:, None], cache=state.cache)
         positions, cache = entered(h, None, state.cache, 0)
@@ -611,7 +613,7 @@ def generate_early_exit(
     tokens, lengths = padded_prompts(prompts, size.vocab_size, size.max_length, max_new_tokens)
     options = {"chooser": chooser, "num_ids": None if num_ids == size.vocab_size else num_ids}
     begun = Engine(model=CachedTokens(model), **options).prefill(
-        params["frozen"], tokens, lengths, new=max_new_tokens, rng=rng, stop=sorted(stop_tokens)
+        params[FROZEN], tokens, lengths, new=max_new_tokens, rng=rng, stop=sorted(stop_tokens)
     )
     counts = jnp.zeros((len(prompts), 1 + len(config.gates)), jnp.int32)
     state = begun.replace(model=Leaving(begun.model, counts))

@@ -32,8 +32,9 @@ class Comparison:
     """The experiments in the order of the table, each with its own name."""
     seeds: tuple[int, ...] = (0,)
     """The seeds with which each arm is trained."""
-    base: Experiment | None = None
-    """A run that is trained first (with each seed), with whose parameters all arms start; None: there is none."""
+    base: Experiment | str | None = None
+    """The model with whose parameters all arms start: a run that is trained first (with each seed), or what
+    `jaxtok.open` takes; None: there is none."""
     measures: tuple[Any, ...] = ()
     """Frozen dataclasses that are called with an arm's task, parameters and data, and return numbers by name; none if
     they do not apply to the arm."""
@@ -93,7 +94,9 @@ class Comparison:
         return hashlib.sha256(what.encode()).hexdigest()[:16]
 
     def _base_as_json(self, seed: int) -> list[Any]:
-        return [] if self.base is None else [to_json(dataclasses.replace(self.experiment(self.base, seed), workdir=""))]
+        if not isinstance(self.base, Experiment):
+            return [] if self.base is None else [self.base]
+        return [to_json(dataclasses.replace(self.experiment(self.base, seed), workdir=""))]
 
     def _run_arm(self, arm: Experiment, seed: int) -> dict[str, Any] | None:
         experiment = self.experiment(arm, seed)
@@ -119,11 +122,13 @@ class Comparison:
 
     def _train(self, arm: Experiment, seed: int) -> Result:
         start = None
-        if self.base is not None:
+        if isinstance(self.base, Experiment):
             result = train_once(base := self.experiment(self.base, seed))
             if result.interrupted:
                 return result
             start = functools.partial(open_model, base.directory)
+        elif self.base is not None:
+            start = functools.partial(open_model, self.base)
         return train_once(self.experiment(arm, seed), start)
 
     def _show(self, results: dict[str, Any], folder: Path, console: rich.console.Console) -> None:

@@ -15,6 +15,7 @@ import scipy.stats
 
 from jaxtok.decoding import PromptLookup, Sampling, generate
 from jaxtok.decoding.m2r2 import (
+    M2R2Config,
     SelfSpeculation,
     forward_two_streams,
     generate_early_exit,
@@ -23,8 +24,13 @@ from jaxtok.decoding.m2r2 import (
     route,
     velocity,
 )
+from jaxtok.door import open_model
 from jaxtok.protocols import FROZEN
 from jaxtok.studies.comparison import Comparison, key
+from jaxtok.training.experiment import Experiment, TrainConfig
+from jaxtok.training.mesh import MeshConfig
+from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.transfer.m2r2 import M2R2, AddExits
 
 GREEDY = Sampling(temperature=0)
 
@@ -67,6 +73,8 @@ class Rounds:
 class Routers:
     """How well a gate's scores tell the tokens at which its exit agrees with the model from the others."""
 
+    batches: int = 8
+
     def __call__(self, task: Any, params: Any, data: Any) -> dict[str, float]:
         """Returns for each gate the area under the ROC curve of the router's score, and of the largest probability."""
         model, config = task.task.module(), task.config
@@ -84,7 +92,7 @@ class Routers:
             return found
 
         parts = []
-        for batch in dataclasses.replace(data, eval_limit=8).eval_batches("test"):
+        for batch in dataclasses.replace(data, eval_limit=self.batches).eval_batches("test"):
             counted = np.asarray(batch["mask"]) > 0
             parts.append([[np.asarray(x)[counted] for x in gate] for gate in scores(params, dict(batch))])
         numbers = {}
@@ -167,6 +175,55 @@ class ExitStudy(Comparison):
         if curves := {name: test for name, test in numbers.items() if "fast_1" in test}:
             plot_velocity(next(iter(curves.values())), folder / "velocity.png")
         return True
+
+
+def study_of(
+    name: str,
+    gates: tuple[int, ...] = (8,),
+    *,
+    kinds: tuple[str, ...] = ("lens", "head", "accelerated"),
+    steps: int = 60,
+    length: int = 64,
+    batch_size: int = 4,
+    corpus: str = "python",
+) -> ExitStudy:
+    """The study on a pretrained model, such as smollm2: `study_of("smollm2").run()`.
+
+    Args:
+      name: what `jaxtok.open` takes.
+      gates, kinds: of the exits.
+      steps, length, batch_size, corpus: how they are trained.
+    """
+    model = open_model(name)
+    data = dataclasses.replace(model.data, corpus=corpus, length=length, batch_size=batch_size, eval_limit=2)
+
+    def arm(kind: str) -> Experiment:
+        config = M2R2Config(gates=gates, rank=16, latent=16, gamma=3, exits=kind)
+        lens = kind == "lens"
+        optimizer = OptimizerConfig(learning_rate=1e-3, min_learning_rate=1e-4, warmup=0.1, weight_decay=0.0)
+        return Experiment(
+            name=kind,
+            task=M2R2(task=model.task, config=config, train="router" if lens else "exits"),
+            data=data,
+            # The lens has nothing to train but its router; one step, as there is no run without one.
+            train=TrainConfig(
+                steps=1 if lens else steps, log_every=5, eval_every=0, checkpoint_every=20, optimizer=optimizer
+            ),
+            mesh=MeshConfig(data=1),
+            start=AddExits(config=config),
+        )
+
+    per_gate = [f"{what}_{end}" for end in gates for what in ("agreement", "kl", "auroc_confidence")]
+    return ExitStudy(
+        base=name,
+        arms=tuple(map(arm, kinds)),
+        measures=(Rounds(prompts=8, length=32, new=32), Routers(batches=2)),
+        columns=(*per_gate, "expected_tokens", "tokens_a_round", "flops_a_token", "same_text", "prompt_lookup"),
+        curve=f"agreement_{gates[0]}",
+        test_batches=8,
+        title=f"Exits of {name}",
+        workdir=f"runs/exits_{Path(name).name}",
+    )
 
 
 def plot_velocity(numbers: dict[str, float], path: Path) -> None:
