@@ -15,6 +15,7 @@ import bisect
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -299,7 +300,7 @@ class Vocabulary:
         self._llguidance: Any = None
         self._sorted = sorted((text, token) for token, text in enumerate(self.tokens) if text)
 
-    @property
+    @functools.cached_property
     def known(self) -> Bool[np.ndarray, " vocab"]:
         """The tokens that stand for bytes, and those that end texts. No constraint allows others."""
         known = np.array([bool(text) for text in self.tokens])
@@ -550,7 +551,7 @@ class Constrained:
     compiled program serves all constraints."""
     mask: bool = True
     """Whether by a mask; otherwise one by one."""
-    block: int = 16
+    block: int = 64
     """The number of tokens of a row that are sent to the host at a time, one by one."""
 
     def __post_init__(self):

@@ -102,7 +102,7 @@ def test_tokens(golden, parity):
         tables = [Listed(row, f"{number} {run}") for run, row in enumerate(accept)]
         phantoms = golden.arrays.get(f"in/{number}_phantoms", np.zeros((runs, 1)))
         estimator = ESTIMATORS.get(case["algorithm"], case["algorithm"])
-        for block in (16, 3) if number in (1, 7) else (16,):
+        for block in (64, 3) if number in (1, 7) else (64,):
             sampler = AWRS(estimator=estimator, block=block, **limits(case))
             with jax.enable_x64(True):
                 noise = Recorded(jnp.asarray(golden[f"in/{number}_uniforms"]), jnp.asarray(phantoms))
@@ -116,7 +116,7 @@ def test_tokens(golden, parity):
             finite = np.isfinite(expected)
             if finite.any():
                 parity(f"{number} log W", drawn.log_weights[finite], expected[finite], 1e-9)
-            if block == 16:  # afterwards, the vocabulary knows them
+            if block == 64:  # afterwards, the vocabulary knows them
                 for table, checked, count in zip(
                     tables, golden[f"out/{number}_checked"], golden[f"out/{number}_n_checks"]
                 ):
