@@ -121,7 +121,7 @@ class AWRS:
     """A row dies when so many were rejected; 0: no limit, and no row dies while anything is allowed."""
     tolerance: float = 0.0
     """A row dies when no more than this probability is left: faster, and biased where Z is smaller."""
-    block: int = 16
+    block: int = 64
     """The number of tokens of a row that are sent to the host at a time. The result does not depend on it."""
 
     def __post_init__(self):

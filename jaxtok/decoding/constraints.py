@@ -11,10 +11,13 @@ rest is renormalised. For whole texts with the right distribution, see `jaxtok.d
 
 from __future__ import annotations
 
+import bisect
 import collections
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -156,36 +159,52 @@ class Grammar:
             "json": matchers.grammar_from_json_schema,
             "grammar": matchers.grammar_from_lark,
         }
-        state = matchers(vocabulary.llguidance, makers[self.kind](self.text), log_level=0)
-        if state.is_error():
-            said = " ".join(line.strip() for line in state.get_error().splitlines() if line.strip())
+        matcher = matchers(vocabulary.llguidance, makers[self.kind](self.text), log_level=0)
+        if matcher.is_error():
+            said = " ".join(line.strip() for line in matcher.get_error().splitlines() if line.strip())
             raise ValueError(f"the constraint {self.kind}:{_short(self.text)} cannot be used: {_short(said, 200)}.")
-        if not state.is_accepting() and not self.mask(state).any():
+        state = _Matched(matcher, vocabulary)
+        if not matcher.is_accepting() and not self.mask(state).any():
             raise ValueError(f"no text satisfies the constraint {self.kind}:{_short(self.text)}.")
         return state
 
-    def allows(self, state: Any, token: int) -> bool:
-        return state.validate_tokens([token]) == 1
+    def allows(self, state: _Matched, token: int) -> bool:
+        return state.matcher.validate_tokens([token]) == 1
 
-    def advance(self, state: Any, token: int) -> Any:
+    def advance(self, state: _Matched, token: int) -> _Matched | None:
         if not self.allows(state, token):
             return None
-        after = state.deep_copy()
+        after = state.matcher.deep_copy()
         after.consume_token(token)
-        return self._checked(after)
+        self._check(after)
+        return _Matched(after, state.vocabulary)
 
-    def score(self, state: Any, complete: bool) -> float:
-        return 0.0 if not complete or state.is_accepting() else -np.inf
+    def score(self, state: _Matched, complete: bool) -> float:
+        return 0.0 if not complete or state.matcher.is_accepting() else -np.inf
 
-    def mask(self, state: Any) -> Bool[np.ndarray, " vocab"]:
-        bits = np.frombuffer(state.compute_bitmask(), np.uint8)
-        self._checked(state)
-        return np.unpackbits(bits, bitorder="little").astype(bool)
+    def mask(self, state: _Matched) -> Bool[np.ndarray, " vocab"]:
+        # Where bytes are forced, the library's mask has only the token with which it would write them itself.
+        if forced := state.matcher.compute_ff_bytes():
+            mask = np.zeros(len(state.vocabulary.tokens), bool)
+            for token in state.vocabulary.along(forced):
+                mask[token] = self.allows(state, token)
+        else:
+            bits = np.frombuffer(state.matcher.compute_bitmask(), np.uint8)
+            mask = np.unpackbits(bits, bitorder="little")[: len(state.vocabulary.tokens)].astype(bool)
+        self._check(state.matcher)
+        return mask
 
-    def _checked(self, state: Any) -> Any:
-        if state.is_error():  # not that the text is wrong: the parser gave up
-            raise ValueError(f"the constraint {self.kind}:{_short(self.text)} fails: {_short(state.get_error(), 200)}.")
-        return state
+    def _check(self, matcher: Any) -> None:
+        if matcher.is_error():  # not that the text is wrong: the parser gave up
+            said = _short(matcher.get_error(), 200)
+            raise ValueError(f"the constraint {self.kind}:{_short(self.text)} fails: {said}.")
+
+
+class _Matched(NamedTuple):
+    """The state of a `Grammar`."""
+
+    matcher: Any
+    vocabulary: Vocabulary
 
 
 def _short(text: str, most: int = 60) -> str:
@@ -279,13 +298,27 @@ class Vocabulary:
         self.failure: Exception | None = None
         self._nodes: collections.OrderedDict[bytes, _Node] = collections.OrderedDict()
         self._llguidance: Any = None
+        self._sorted = sorted((text, token) for token, text in enumerate(self.tokens) if text)
 
-    @property
+    @functools.cached_property
     def known(self) -> Bool[np.ndarray, " vocab"]:
         """The tokens that stand for bytes, and those that end texts. No constraint allows others."""
         known = np.array([bool(text) for text in self.tokens])
         known[list(self.eos)] = True
         return known
+
+    def along(self, text: bytes) -> list[int]:
+        """The tokens with which the text begins, and those that begin with the text."""
+        found = []
+        for length in range(1, len(text) + 1):
+            first = bisect.bisect_left(self._sorted, (text[:length], -1))
+            if first < len(self._sorted) and not self._sorted[first][0].startswith(text[:length]):
+                break  # no token is so long
+            for piece, token in itertools.islice(self._sorted, first, None):
+                if not piece.startswith(text) if length == len(text) else piece != text[:length]:
+                    break
+                found.append(token)
+        return found
 
     @property
     def llguidance(self) -> Any:
@@ -518,7 +551,7 @@ class Constrained:
     compiled program serves all constraints."""
     mask: bool = True
     """Whether by a mask; otherwise one by one."""
-    block: int = 16
+    block: int = 64
     """The number of tokens of a row that are sent to the host at a time, one by one."""
 
     def __post_init__(self):

@@ -21,7 +21,7 @@ from jaxtok.decoding import Sampling, generate
 from jaxtok.decoding.awrs import PRESETS, SMC, Sampled, sample_texts
 from jaxtok.decoding.constraints import Constrained, Function, Grammar, Vocabulary
 from jaxtok.decoding.engine import CachedTokens, Engine
-from jaxtok.door import open as open_model
+from jaxtok.door import open_model
 
 WHEEL = Package(
     archive="bfcl_eval-2026.3.23-py3-none-any.whl",

@@ -163,7 +163,7 @@ def test_constraints_by_a_text(tokenizer, llguidance, tmp_path):
             state = rule.advance(state, token)
         chooser = constrain(text, tokenizer, Sampling(temperature=0))
         logits = jnp.zeros((1, tokenizer.vocab_size + 5))
-        token, _ = chooser.choose(logits, None, chooser.init(1))
+        token, _ = chooser.choose(logits, jax.random.split(jax.random.key(0), 1), chooser.init(1))
         assert vocabulary.tokens[int(token[0])][:1] in (good[0][:1], b"0")
 
 
