@@ -204,7 +204,7 @@ def test_chains(golden):
         begin = [[golden.config["eos"]]] * len(prompts)
         member = exact(model, tokenizer)
         state = member.prefill(params, prompts, begin, new=0)
-        np.testing.assert_allclose(np.exp(state.next[:, letters]), golden["out/byte_conditional"], atol=1e-9)
+        np.testing.assert_allclose(np.exp(state.next[:, letters]), golden["out/byte_conditional"], rtol=0, atol=1e-9)
         if golden.config["kind"] != "regex":
             assert np.abs(golden["out/token_level"] - golden["out/byte_conditional"]).max() > 0.3  # without covers
             counts = [len(covers_of(member.vocabulary, text, member)) for text in prompts]
@@ -217,10 +217,10 @@ def test_chains(golden):
         some = [text for text, there in zip(prompts, covered) if there]
         state = canonical.prefill(params, some, begin[: len(some)], new=0)
         ours = np.exp(np.asarray(state.next[:, letters]))
-        np.testing.assert_allclose(ours / ours.sum(-1, keepdims=True), reference[covered], atol=1e-9)
-        for text in [text for text, there in zip(prompts, covered) if not there]:
-            _, rest = canonical.vocabulary.anchored(text)
-            assert not canonical.vocabulary.covers(rest, 16, "prompt", len(rest)).open
+        np.testing.assert_allclose(ours / ours.sum(-1, keepdims=True), reference[covered], rtol=0, atol=1e-9)
+        for text in [text for text, there in zip(prompts, covered) if not there][::200]:
+            with pytest.raises(ValueError, match="no tokens of the vocabulary cover prompt 0"):
+                canonical.prefill(params, [text], begin[:1], new=0)
 
 
 @pytest.mark.parity("byte_exact/numpy_policies*.npz")
@@ -236,9 +236,9 @@ def test_policies(golden):
             for row, text in enumerate(texts):
                 steps = slice(1, len(text) + 1)
                 ours = np.exp(following[row, steps][:, [*alphabet, 256]])
-                np.testing.assert_allclose(ours, golden[f"out/{policy}_{row}"], atol=1e-9)
+                np.testing.assert_allclose(ours, golden[f"out/{policy}_{row}"], rtol=0, atol=1e-9)
                 both = np.stack([logprob[row, steps], mass[row, steps]], -1)
-                np.testing.assert_allclose(both, golden[f"out/{policy}_logZ_{row}"], atol=1e-9)
+                np.testing.assert_allclose(both, golden[f"out/{policy}_logZ_{row}"], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parity("byte_exact/numpy_bytelevel*.npz", "byte_exact/numpy_regex*.npz")
