@@ -8,4 +8,4 @@ The models of byte_lm have to be trained before. It takes about five minutes on 
 
 from jaxtok.studies.byte_exact import ByteEnsembles
 
-config = ByteEnsembles(models=("smollm2", "runs/byte_lm"), weights=((0.9, 0.1), (0.8, 0.2), (0.5, 0.5)))
+config = ByteEnsembles(models=("smollm2", "runs/byte_lm"), weights=((0.9, 0.1), (0.5, 0.5)), spans=48)

@@ -136,15 +136,11 @@ class ByteModel:
           ValueError: a model is not a causal language model of text, or its tokenizer changes texts.
         """
         members, params, begins = [], [], []
-        vocabularies: dict[int, Any] = {}
         for model in models:
             if model.tokenizer is None or not hasattr(model.module, "init_cache"):
                 raise ValueError(f"{model} is not a causal language model of text; exact bytes need one.")
-            known = id(model.tokenizer)
-            if known not in vocabularies:
-                vocabularies[known] = vocabulary_of(model.tokenizer, domain, validity)
-            member = ExactBytes(model=model.module, vocabulary=vocabularies[known], policy=policy, slots=slots)
-            members.append(member)
+            vocabulary = vocabulary_of(model.tokenizer, domain, validity)
+            members.append(ExactBytes(model=model.module, vocabulary=vocabulary, policy=policy, slots=slots))
             params.append(jax.device_put(model.params))
             begins.append(model.begin or (model.ends or model.tokenizer.special.eos)[:1])
         return cls(ByteMixture(members=tuple(members), weights=tuple(weights)), tuple(params), tuple(begins))

@@ -350,12 +350,13 @@ class Vocabulary:
         return Plan(token, parent, slot, path, follow, node, ends)
 
 
+@functools.lru_cache(8)
 def vocabulary_of(
     tokenizer: Tokenizer,
     domain: Literal["text", "piece"] = "text",
     validity: Literal["", "canonical", "prefix"] = "",
 ) -> Vocabulary:
-    """A tokenizer's vocabulary over bytes.
+    """A tokenizer's vocabulary over bytes; the same object for the same tokenizer, so that nothing is compiled anew.
 
     Args:
       tokenizer: one that keeps all of a text; see `jaxtok.protocols.Tokenizer`.

@@ -240,13 +240,15 @@ def test_scores_are_the_chain_rule_wherever_a_prompt_is_cut():
         scores = model_of_bytes.score([text[cut:] for cut in cuts], [text[:cut] for cut in cuts])
         for cut, score in zip(cuts, scores):
             truth = log_p(arrays, text) - log_p(arrays, text[:cut])
-            np.testing.assert_allclose(score.sum(), truth, atol=1e-9)
+            np.testing.assert_allclose(score.sum(), truth, rtol=0, atol=1e-9)
         (state,) = model_of_bytes.prefill([text[:cut] for cut in cuts])
         for cut in cuts:
             covers = model_of_bytes.mixture.members[0].covers(state, cut)
-            np.testing.assert_allclose(sum(map(math.exp, covers.values())), math.exp(state.logprob[cut]), atol=1e-12)
-        np.testing.assert_allclose(np.exp(state.next).sum(-1), 1, atol=1e-12)
-        np.testing.assert_allclose(state.next_mass, state.logprob, atol=1e-12)
+            np.testing.assert_allclose(
+                sum(map(math.exp, covers.values())), math.exp(state.logprob[cut]), rtol=0, atol=1e-12
+            )
+        np.testing.assert_allclose(np.exp(state.next).sum(-1), 1, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(state.next_mass, state.logprob, rtol=0, atol=1e-12)
 
 
 def test_bytes_as_tokens_are_the_model_itself():
@@ -254,9 +256,9 @@ def test_bytes_as_tokens_are_the_model_itself():
     module, (params,) = model.mixture.members[0].model, model.params
     text = "naïve \xff".encode("latin-1")
     logits = module.apply({"params": params}, jnp.array([[256, *text]]))[0][0]
-    np.testing.assert_allclose(model.next_bytes([text])[0], jax.nn.log_softmax(logits[-1]), atol=1e-5)
-    (state,) = model.prefill([text, text[:2]])
-    np.testing.assert_allclose(state.next[0], jax.nn.log_softmax(logits[-1]), atol=1e-5)
+    following = model.next_bytes([text, text[:2], b"", b"a"])
+    np.testing.assert_allclose(following[0], jax.nn.log_softmax(logits[-1]), atol=1e-5)
+    np.testing.assert_allclose(following[2], jax.nn.log_softmax(logits[0]), atol=1e-5)
 
 
 @functools.cache
@@ -272,9 +274,7 @@ def test_covers_have_the_probabilities_of_the_model_without_a_cache():
     (member,), (params,) = model.mixture.members, model.params
     prompts = [b"import jso", b"", "of  été “".encode()[:-1], b"we'l"]
     (state,) = model.prefill(prompts)
-    alone = [model.prefill([prompt])[0] for prompt in prompts[:2]]
-    for row, single in enumerate(alone):
-        np.testing.assert_allclose(state.next[row], single.next[0], atol=2e-5)
+    np.testing.assert_allclose(state.next[0], model.prefill(prompts[:1])[0].next[0], atol=2e-5)
     for row, prompt in enumerate(prompts):
         chain, _ = member.vocabulary.anchored(prompt)
         covers = sorted(member.covers(state, row).items(), key=lambda item: -item[1])[:6]
@@ -316,7 +316,7 @@ def model_of_single_bytes():
 
 def test_one_model_twice_is_that_model():
     """Ensembles do not depend on the order; weights do what they say."""
-    model, other, prompts = small_model(), model_of_single_bytes(), [b"impor", b"x  "]
+    model, other, prompts = small_model(), model_of_single_bytes(), [b"impor", b"x  ", b"", b"we'"]
     ours, theirs = model.next_bytes(prompts), other.next_bytes(prompts)
     np.testing.assert_allclose(joined(model, model, weights=(3, 1)).next_bytes(prompts), ours, atol=1e-5)
     both, turned = joined(model, other, weights=(3, 1)), joined(other, model, weights=(1, 3))
@@ -324,9 +324,6 @@ def test_one_model_twice_is_that_model():
     np.testing.assert_allclose(both.next_bytes(prompts), turned.next_bytes(prompts), atol=1e-5)
     mean = 0.75 * np.exp(ours[:, :257]) + 0.25 * np.exp(theirs)
     np.testing.assert_allclose(np.exp(both.next_bytes(prompts)), mean, atol=1e-5)
-    texts, logprobs = both.generate(prompts, 3, sampling=GREEDY, logprobs=True)
-    assert texts[0][:1] == bytes([int(mean[0, :256].argmax())]) or mean[0].argmax() == 256
-    np.testing.assert_allclose(logprobs[0][0], np.log(mean[0].max()), atol=1e-5)
 
 
 # Generation.
@@ -381,7 +378,7 @@ def test_covers_and_bytes_have_one_distribution_where_tokens_are_renormalised():
             second = np.exp(after.next[0])
             for other in (*b"abc", 256):
                 name = bytes([letter, other]) if other < 256 else bytes([letter])
-                np.testing.assert_allclose(by_tokens[name], first[letter] * second[other], atol=1e-12)
+                np.testing.assert_allclose(by_tokens[name], first[letter] * second[other], rtol=0, atol=1e-12)
 
 
 def test_completing_takes_drafts_and_streams():
