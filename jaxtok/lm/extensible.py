@@ -460,6 +460,7 @@ class Extensible(nn.Module):
         """The language model's logits."""
         return self.frozen.head(x)
 
+    @nn.nowrap
     def init_cache(self, batch: int, length: int) -> StreamingCache:
         slots, none = self.config.slots, jnp.zeros(batch, jnp.int32)
         lm = self.config.lm.module() if self.scope is None else self.frozen  # no modules are made inside of a call
@@ -791,7 +792,7 @@ def read_documents(
         ids = np.asarray(ids, np.int32).reshape(-1)
         if len(ids) and not 0 <= ids.min() <= ids.max() < config.vocab_size:
             raise ValueError(
-                f"{name} has ids from {ids.min()} to {ids.max()}; they must be 0 to {config.vocab_size - 1}."
+                f"{name} has ids from {ids.min()} to {ids.max()}; they must be from 0 to {config.vocab_size - 1}."
             )
         sessions += [ids[start : start + config.session] for start in range(0, len(ids), config.session)]
     rows = np.zeros((-(-len(sessions) // batch) * batch, max(map(len, sessions), default=1)), np.int32)
