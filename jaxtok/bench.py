@@ -84,7 +84,7 @@ CASES = {
 
 def bench(
     what: tuple[
-        Literal["train", "compile", "decode", "loader", "profile", "deletion", "tokenizer", "generation"], ...
+        Literal["train", "compile", "decode", "loader", "profile", "deletion", "tokenizer", "generation", "peers"], ...
     ] = PARTS,
     models: tuple[Literal["tiny", "small", "grown", "124m"], ...] = ("small", "grown", "124m"),
     output: Annotated[Path | None, arg(metavar="FILE")] = None,
@@ -101,7 +101,8 @@ def bench(
         with the first model's steps; profile shows where the time of each model's step goes. The others do not depend
         on the models: deletion runs the encoder of ByT5-small, and that of MrT5 with 50 and 80 % of 1,024 bytes deleted
         (2.5 GB); tokenizer encodes and decodes images of 256 x 256 with ELM's binary autoencoder of 16 bits; generation
-        draws images with ELM-B, with the key-value cache and without it.
+        draws images with ELM-B, with the key-value cache and without it. peers compares training steps of the models
+        with eager PyTorch, and SmolLM2 with transformers, in float32 (pip install 'jaxtok[transformers]').
       models: The models to measure; small and grown are the quickstart's, and 124m is the published size, on one row of
         512 tokens.
       output: A JSON file into which the rows and the machine's description are also written.
@@ -145,6 +146,9 @@ def bench(
             case "generation":
                 model = published("b", "2-10", dtype=dtype)
                 work.append((part, "elm-b 2-10", functools.partial(image_generation, model, seconds)))
+            case "peers":
+                work += [(part, name, functools.partial(peer_training, CASES[name], seconds)) for name in models]
+                work.append((part, "smollm2", functools.partial(peer_decoding, seconds)))
 
     console = rich.console.Console(quiet=quiet)
     if not console.is_terminal:
@@ -217,6 +221,66 @@ def train(case: Case, seconds: float) -> Iterator[Row]:
             "planned_gigabytes": _planned_memory(step.compiled) / 1e9,
             "peak_gigabytes": _peak_memory()[0] / 1e9,
         }
+
+
+def _peers() -> Any:
+    try:
+        from jaxtok import peers
+    except ImportError as error:
+        raise ValueError(
+            f"what has peers, which needs PyTorch and transformers ({error}); pip install 'jaxtok[transformers]'."
+        ) from error
+    return peers
+
+
+def peer_training(case: Case, seconds: float) -> Iterator[Row]:
+    """Times a training step of TokenFormer and of the Transformer of its size, each in turns with PyTorch's."""
+    peers, tokens = _peers(), case.batch_size * case.length
+    for name, model in {"TokenFormer": case.model, "Transformer": matched_transformer(case.model)}.items():
+        step = TrainStep(model, case.batch_size, case.length)
+        peer = peers.TorchTrainStep(model, jax.device_get(step.state.params), step.batch)
+        samples = measure({"jaxtok": step, "peer": peer}, seconds)
+        yield _compared(f"a step of {name}", "PyTorch", tokens, samples)
+
+
+def peer_decoding(seconds: float, prompt: int = 16, new: int = 64, long: int = 512) -> Iterator[Row]:
+    """Times SmolLM2 in turns with transformers: greedy decoding in a batch of 1 and of 8, and the cache of a long
+    prompt. The last row is the command's first token, a whole process."""
+    peers = _peers()
+    model = peers.Pretrained()
+    for rows in (1, 8):
+        runs = {
+            "jaxtok": functools.partial(model.decode, rows, prompt, new),
+            "peer": functools.partial(model.peer_decode, rows, prompt, new),
+        }
+        yield _compared(f"{new} tokens, batch {rows}", "transformers", rows * new, measure(runs, seconds))
+    runs = {
+        "jaxtok": functools.partial(model.prefill, long),
+        "peer": functools.partial(model.peer_prefill, long),
+    }
+    yield _compared(f"a prompt of {long} tokens", "transformers", long, measure(runs, seconds))
+    peers.first_token()  # from here on, all that it compiles is in the cache
+    first = _median([peers.first_token() for _ in range(3)])
+    yield {
+        "work": "first token of the command",
+        "peer": "",
+        "seconds": first,
+        "tokens_per_second": 1 / first,
+        "peer_tokens_per_second": None,
+        "times_as_fast": None,
+    }
+
+
+def _compared(work: str, peer: str, tokens: int, samples: dict[str, Samples]) -> Row:
+    ours, theirs = samples["jaxtok"].seconds, samples["peer"].seconds
+    return {
+        "work": work,
+        "peer": peer,
+        "seconds": _median(ours),
+        "tokens_per_second": tokens / _median(ours),
+        "peer_tokens_per_second": tokens / _median(theirs),
+        "times_as_fast": _median(theirs / ours),
+    }
 
 
 def compilation(case: Case) -> Iterator[Row]:
@@ -509,6 +573,8 @@ def _median(values: Any) -> float:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
     return str(value)

@@ -1,5 +1,6 @@
 """The benchmark on a tiny model, and the FLOPs of its models against the matrix products that they really make."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -10,6 +11,7 @@ import pytest
 
 from jaxtok.bench import (
     CASES,
+    TrainStep,
     bench,
     deletion,
     image_generation,
@@ -129,3 +131,23 @@ def test_images_are_encoded_and_drawn(monkeypatch):
     (row,) = image_generation(model, seconds=0.01, batches=(2,))
     assert row["times_as_fast"] == pytest.approx(row["positions_per_second"] / row["without_cache"])
     assert row["seconds_an_image"] * row["positions_per_second"] == pytest.approx(4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("system", ["TokenFormer", "Transformer"])
+def test_the_peer_in_pytorch_takes_the_same_steps(system):
+    pytest.importorskip("transformers")
+    from jaxtok.peers import TorchTrainStep
+
+    case = CASES["tiny"]
+    model = case.model if system == "TokenFormer" else matched_transformer(case.model)
+    # GELU and a norm of few scores: large initial values keep the differences in the last digits small.
+    step = TrainStep(dataclasses.replace(model, init_std=0.2), case.batch_size, case.length)
+    peer = TorchTrainStep(model, jax.device_get(step.state.params), step.batch)
+    metrics = step()  # at a learning rate of 0
+    loss = peer.loss()
+    loss.backward()
+    squares = sum(float((p.grad**2).sum()) for p in peer.model.parameters())
+    assert loss.item() == pytest.approx(float(metrics["loss"]), rel=1e-6)
+    assert squares**0.5 == pytest.approx(float(metrics["gradient_norm"]), rel=1e-4)
+    assert peer() > peer()

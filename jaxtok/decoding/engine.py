@@ -28,7 +28,7 @@ from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Ver
 from jaxtok.decoding.sampling import Sampling, row_keys, sampling_key, token_keys
 from jaxtok.protocols import CausalLM, Params
 
-_BUCKET = 64  # prompts are padded to a multiple of this, so that those of similar length share a compiled function
+_BUCKET = 64  # prompts are padded to a multiple of this, so that those of similar length share a compiled loop
 
 
 @flax.struct.dataclass
@@ -252,28 +252,32 @@ class Engine:
         stop: Int[Array, " stops"] | Sequence[int] = (),
         chooser: Any = None,
         drafter: Any = None,
+        read: int | None = None,
     ) -> State:
         """The state before the first step of a CausalLM that continues prompts, which are padded to one length.
 
         All tokens of a prompt except the last go to the cache; the last one is the first that a step reads.
 
         Args:
+          read: the model reads only so many tokens of each row; the rest must be padding. Default: all.
           drafter: the drafter's state, from an earlier generation or made by hand; default: a new one.
           new, rng, stop, chooser: as in `begin`.
         """
         stop = jnp.asarray(stop, jnp.int32)
-        return self._prefill(params, tokens, lengths, sampling_key(rng, self.chooser), stop, chooser, drafter, new=new)
+        rng = sampling_key(rng, self.chooser)
+        return self._prefill(params, tokens, lengths, rng, stop, chooser, drafter, new=new, read=read)
 
-    @functools.partial(jax.jit, static_argnames=("self", "new"))
-    def _prefill(self, params, tokens, lengths, rng, stop, chooser, drafter, *, new) -> State:
+    @functools.partial(jax.jit, static_argnames=("self", "new", "read"))
+    def _prefill(self, params, tokens, lengths, rng, stop, chooser, drafter, *, new, read) -> State:
         model, (batch, longest) = self.model.model, tokens.shape
         lengths = lengths.astype(jnp.int32)
         room = min(longest + new, model.config.max_length) + self.nodes - 1
         cache = model.init_cache(batch, room if self.evictor is None else longest)
-        numbers = jnp.broadcast_to(jnp.arange(longest), tokens.shape)
+        prompts = tokens[:, :read]
+        numbers = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
         # The logits are not used unless a drafter does, so the compiler drops the head; a step reads the last token.
         logits, cache, sown = self.model.read(
-            params, tokens, cache, jnp.where(numbers < lengths[:, None] - 1, numbers, -1), sow=self._sow
+            params, prompts, cache, jnp.where(numbers < lengths[:, None] - 1, numbers, -1), sow=self._sow
         )
         cache, evictor = cache.truncate(lengths - 1) if self.model.rewindable else cache, None
         if self.evictor is not None:
@@ -527,7 +531,9 @@ def generate(
             f"a prompt of {max(lengths)} tokens and max_new_tokens = {max_new_tokens} exceed the model's max_length = "
             f"{max_length}; shorten one of them."
         )
-    tokens = np.zeros((len(prompts), min(-(-max(lengths) // _BUCKET) * _BUCKET, max_length)), np.int32)
+    longest = max(lengths)
+    tokens = np.zeros((len(prompts), min(-(-longest // _BUCKET) * _BUCKET, max_length)), np.int32)
+    read = max(8, 1 << (longest - 1).bit_length())  # less than a bucket for short prompts
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     num_ids = None if num_ids == vocab else num_ids
@@ -542,6 +548,7 @@ def generate(
         stop=sorted(stop_tokens),
         chooser=chooser_state,
         drafter=drafter_state,
+        read=min(read, tokens.shape[1]) if read < _BUCKET else None,
     )
     for piece, state in engine.stream(params, state, chunk if on_tokens else None):  # noqa: B007, B020
         if on_tokens:
