@@ -4,8 +4,7 @@
     jaxtok study m2r2_deep_study
 
 Each trains a small Llama on Python's standard library, freezes it, and trains each kind of exit for 250 steps and its
-router for 100 more; configs/decoding/README.md has the tables. They take minutes on two cores, and go on where they
-were interrupted.
+router for 100 more. A study goes on where it was interrupted.
 
 m2r2_study  4 layers, one gate after 2
 m2r2_deep_study  8 layers, gates after 3 and 5
