@@ -400,24 +400,24 @@ def test_slots_are_dropped_by_layer_and_by_head(causal_lm):
     rest = np.array([slot for slot in range(LENGTH) if slot != 2])
     index = np.broadcast_to(np.arange(LENGTH - 1), (layers, BATCH, heads, LENGTH - 1)).copy()
     count = np.full((layers, BATCH, heads), position)
-    index[1], count[1] = rest, position - 1
+    index[1:], count[1:] = rest, position - 1
     expected, _ = hidden(model, params, apply(model, params, tokens, method="embed"), layers=(0, 1))
     mask = np.tril(np.ones((LENGTH, LENGTH), bool))
     mask[position:, 2] = False
     expected, _ = hidden(model, params, expected, mask=jnp.asarray(mask)[None], layers=(1, layers))
     expected = apply(model, params, expected, method="head")[:, position]
-    for given in ((index[:, :, 0], count[:, :, 0]), (index, count)):  # of the second layer; of all its heads
+    for given in ((index[:, :, 0], count[:, :, 0]), (index, count)):  # of all layers but the first; of all their heads
         kept = cache.gather(*map(jnp.asarray, given))
         np.testing.assert_array_equal(kept.next_position, position)
         logits, after = apply(model, params, tokens[:, position : position + 1], cache=kept)
         assert_close(logits[:, 0], expected)
         np.testing.assert_array_equal(after.next_position, position + 1)
-    # In one head, it is as if only that slot of this head were empty.
-    index[1, :, 1:], count[1, :, 1:] = np.arange(LENGTH - 1), position
+    # In one head of each, it is as if only that slot of this head were empty.
+    index[1:, :, 1:], count[1:, :, 1:] = np.arange(LENGTH - 1), position
     kept = cache.gather(jnp.asarray(index), jnp.asarray(count))
     logits, _ = apply(model, params, tokens[:, position : position + 1], cache=kept)
     positions = np.broadcast_to(cache.positions, (layers, BATCH, LENGTH, heads)).copy()
-    positions[1, :, 2, 0] = -1
+    positions[1:, :, 2, 0] = -1
     hollow = cache.replace(positions=jnp.asarray(positions))
     assert_close(logits, apply(model, params, tokens[:, position : position + 1], cache=hollow)[0])
     if heads > 1:
