@@ -3,7 +3,8 @@
     jaxtok study extensible_study
 
 The text is the documentation of Python's topics; the model is that of extensible_small. Measured are the nats of the
-last 31 bytes of rows of 224. Expect PLACEHOLDER.
+last 31 bytes of rows of 224. Expect that raw bytes help most, that extensible embeddings help less with larger k, but
+also at the k of 16 and 32 that training never saw, and that a tokenizer that has not learned is worth least.
 """
 
 import dataclasses

@@ -121,7 +121,7 @@ def options_of(config: MambaConfig) -> dict[str, Any]:
         "state_size": config.state_size,
         "conv_kernel": config.conv_kernel,
         "expand": int(config.expand) if config.expand == int(config.expand) else config.expand,
-        "time_step_rank": config.rank,
+        "time_step_rank": config.time_step_rank or "auto",
         "use_bias": config.use_bias,
         "use_conv_bias": config.use_conv_bias,
         "time_step_min": config.time_step_min,

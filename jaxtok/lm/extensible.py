@@ -644,10 +644,11 @@ class ExtensibleModeling(Task):
         """
         cfg = self.model
         module = ExtensibleTokenizer(cfg.tokenizer, bare=not cfg.layers, width=cfg.lm.model.d_model)
-        new = functools.partial(module.init, rng, jnp.zeros((1, 1), jnp.int32))
-        if cfg.body is not None:
-            return {FROZEN: lm, TOKENIZER: new()["params"]}
-        names = jax.eval_shape(new)["params"]
+        with nn.logical_axis_rules(()):  # a row of one token cannot be divided
+            new = functools.partial(module.init, rng, jnp.zeros((1, 1), jnp.int32))
+            if cfg.body is not None:
+                return {FROZEN: lm, TOKENIZER: new()["params"]}
+            names = jax.eval_shape(new)["params"]
         if missing := sorted(names.keys() - lm.keys()):
             raise ValueError(
                 f"the language model has no parameters {missing[0]!r} to copy; set body to the sizes of a tokenizer of "

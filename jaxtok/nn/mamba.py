@@ -255,7 +255,8 @@ class Direction(nn.Module):
         self.sow("intermediates", "delta", delta)
         keep = None
         if segments is not None:
-            keep = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+            same = jnp.pad(segments[:, 1:] == segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+            keep = same.astype(f32)
         if real is not None:
             delta = jnp.where(real[..., None], delta, 0)
         x, delta = (constrain(y, "batch", None, "mlp") for y in (x, delta))  # whole rows, even if they are divided
