@@ -408,12 +408,12 @@ def test_trees_are_within_their_bounds():
         table = build_table(corpus, vocab, spare=4, room=ROOM)
 
         @jax.jit
-        def draft(table):
+        def draft(table, bigram):
             uniforms = jax.random.uniform(KEY, (drafter.iterations, drafter.length))
-            search, _ = drafter.search(jnp.array([1, 2]), table.rows, uniforms)
+            search, _ = drafter.search(bigram, table.rows, uniforms)
             return search, *drafter.within_budget(*drafter.harvest(search, table.rows))
 
-        search, paths, real = draft(table)
+        search, paths, real = draft(table, jnp.asarray(corpus[0, :2], jnp.int32))
         tokens, parents = drafter.tree(paths, real)
         assert search.visits[0] == search.visits[search.parent == 0].sum() == drafter.iterations
         assert search.depth[: search.count].max() == 3
