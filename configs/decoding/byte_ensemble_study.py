@@ -3,7 +3,8 @@
     jaxtok study byte_ensemble_study
     jaxtok study byte_ensemble_study --models runs/byte_lm_300 runs/byte_lm_1000 --weights 1,1
 
-The models of byte_lm have to be trained before. It takes about five minutes on two cores.
+The models of byte_lm have to be trained before. Its time is not measured: it was stopped after eight minutes on two
+shared cores.
 """
 
 from jaxtok.studies.byte_exact import ByteEnsembles

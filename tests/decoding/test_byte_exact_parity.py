@@ -218,9 +218,6 @@ def test_chains(golden):
         state = canonical.prefill(params, some, begin[: len(some)], new=0)
         ours = np.exp(np.asarray(state.next[:, letters]))
         np.testing.assert_allclose(ours / ours.sum(-1, keepdims=True), reference[covered], rtol=0, atol=1e-9)
-        for text in [text for text, there in zip(prompts, covered) if not there][::200]:
-            with pytest.raises(ValueError, match="no tokens of the vocabulary cover prompt 0"):
-                canonical.prefill(params, [text], begin[:1], new=0)
 
 
 @pytest.mark.parity("byte_exact/numpy_policies*.npz")
