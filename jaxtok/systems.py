@@ -403,7 +403,7 @@ SYSTEMS: tuple[System, ...] = (
         configs=("decoding/extensible.py", "decoding/extensible_study.py"),
         checked="`transformers` and the paper's equations (no code was released)",
         cannot={**_NO_GROWTH, "import": "c", "export": "c"},
-        page="configs/decoding/extensible.md",
+        page=DECODING,
     ),
     System(
         name="lora",
@@ -425,7 +425,17 @@ SYSTEMS: tuple[System, ...] = (
         configs=("decoding/drafting_study.py",),
         checked="the authors' decoding loop",
         cannot=_NO_PARAMETERS,
-        page="configs/decoding/token_recycling.md",
+        page=DECODING,
+    ),
+    System(
+        name="keyformer",
+        title="Keyformer",
+        does="the cache keeps the newest tokens and those that got the most attention under noise; six other scores",
+        paper="https://arxiv.org/abs/2403.09054",
+        modules=("decoding/keyformer.py", "decoding/eviction.py", "decoding/scorers.py"),
+        checked="the authors' code, float64 numpy",
+        cannot=_NO_PARAMETERS,
+        page=DECODING,
     ),
     System(
         name="aded",
@@ -436,7 +446,7 @@ SYSTEMS: tuple[System, ...] = (
         configs=("decoding/aded_study.py",),
         checked="the authors' drafter and independent NumPy",
         cannot=_NO_PARAMETERS,
-        page="configs/decoding/aded.md",
+        page=DECODING,
     ),
     System(
         name="awrs",
@@ -447,7 +457,7 @@ SYSTEMS: tuple[System, ...] = (
         configs=("decoding/awrs_study.py",),
         checked="the authors' code, exact enumeration",
         cannot=_NO_PARAMETERS,
-        page="configs/decoding/awrs.md",
+        page=DECODING,
     ),
     System(
         name="byte_exact",
@@ -463,7 +473,7 @@ SYSTEMS: tuple[System, ...] = (
         configs=("decoding/byte_exact_study.py", "decoding/byte_lm.py", "decoding/byte_ensemble_study.py"),
         checked="the authors' code, float64 numpy",
         cannot=_NO_PARAMETERS,
-        page="configs/decoding/byte_exact.md",
+        page=DECODING,
     ),
     System(
         name="skipdecode",
@@ -474,7 +484,7 @@ SYSTEMS: tuple[System, ...] = (
         configs=("decoding/skipdecode.py", "decoding/skipdecode_study.py"),
         checked="`transformers`' OPT under the schedule (no code was released)",
         cannot={**_NO_GROWTH, "import": "c", "export": "c"},
-        page="configs/decoding/skipdecode.md",
+        page=DECODING,
     ),
 )
 

@@ -8,21 +8,17 @@ import pytest
 
 from jaxtok import configuration, systems
 from jaxtok.configuration import differences, from_json, load_config, override, to_json
-from jaxtok.studies.comparison import Comparison
-from jaxtok.studies.elm import ElmStudy
-from jaxtok.studies.growth import GrowthStudy
 from jaxtok.training.experiment import Experiment
 
 CONFIGS = systems.configs()
-STUDIES = (GrowthStudy, Comparison, ElmStudy)
 
 
 @pytest.mark.parametrize("entry", CONFIGS.values(), ids=CONFIGS)
 def test_every_config_says_how_to_run_it_and_survives_json(entry):
     config = load_config(entry.name)
-    assert isinstance(config, STUDIES if entry.verb == "study" else Experiment)
+    assert callable(config.run) if entry.verb == "study" else isinstance(config, Experiment)
     assert from_json(to_json(config)) == config
-    assert isinstance(config, STUDIES) or config.name == entry.name
+    assert entry.verb == "study" or config.name == entry.name
     assert entry.about, f"{entry.file} should say in a line of its docstring what {entry.name} is"
     named = "|".join(e.name for e in systems.config_entries(entry.file))
     docstring = ast.get_docstring(ast.parse(entry.file.read_text()), clean=False)

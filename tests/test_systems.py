@@ -127,6 +127,7 @@ EVIDENCE = {
         "formats": ("elm, masked",),
     },
     "token_recycling": {"generate, cached": "decoding/test_drafters.py::test_drafts_change_nothing"},
+    "keyformer": {"generate, cached": "decoding/test_keyformer.py::test_drafts_change_nothing"},
     "aded": {"generate, cached": "decoding/test_aded.py::test_drafts_change_nothing"},
     "byte_exact": {"generate, cached": "decoding/test_byte_exact.py::test_completing_takes_drafts_and_streams"},
 }

@@ -4,6 +4,9 @@
     jaxtok study aded_corpus_study                                    24 held-out documents of Python's library
 
 The model's texts take most of the time, and are kept; drafters are then replayed on them.
+
+aded_study         48 questions of Spec-Bench, with a table of Python's library
+aded_corpus_study  documents of Python's library, with tables of parts of it
 """
 
 from jaxtok.decoding import ADED, PromptLookup

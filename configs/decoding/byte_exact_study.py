@@ -2,7 +2,7 @@
 
     jaxtok study byte_exact_study
 
-It takes about ten minutes on two cores, and goes on where it was stopped. configs/decoding/byte_exact.md has its table.
+It takes about ten minutes on two cores, and goes on where it was stopped. configs/decoding/README.md has its table.
 """
 
 from jaxtok.studies.byte_exact import ByteCuts

@@ -2,8 +2,7 @@
 
     jaxtok study drafting_study --questions SPEC_BENCH/question.jsonl
 
-It takes half an hour on two cores and resumes after each drafter. Expect what configs/decoding/token_recycling.md has
-as a table.
+It resumes after each drafter. The whole table has not been measured yet; configs/decoding/README.md has what was.
 """
 
 from jaxtok.studies.drafting import DraftingStudy

@@ -139,9 +139,9 @@ class M2R2(Task):
         return distilled + self.label_weight * sums["labels"]
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """The loss; for each gate, KL and how often it agrees with the model, by their likeliest tokens, and how often
-        the router (at threshold 1/2) knows; and the tokens of a round that the first gate's agreement would give if
-        tokens were independent."""
+        """Returns loss; for the gate after N layers, kl_N, agreement_N (how often its likeliest token is the model's)
+        and router_right_N (how often the router knows that, at threshold 1/2); expected_tokens (of a round, if the
+        tokens were independent, by the first gate's agreement); and the number of tokens."""
         tokens = sums["tokens"]
         found = {"loss": float(self._loss(sums).sum() / tokens)}
         for gate, end in enumerate(self.config.gates):

@@ -262,7 +262,7 @@ def test_two_stages_of_a_run(tmp_path):
         data=data,
         train=TrainConfig(steps=1, checkpoint_every=10, tensorboard=False),
         mesh=MeshConfig(data=1),
-        stages=(AddExits(config=CONFIG, steps=2), TrainRouter(steps=2)),
+        stages=(AddExits(config=CONFIG, steps=2), TrainRouter(steps=4)),  # its last matrix begins with zeros,
     )
     found = {}
     for stages in range(3):

@@ -479,7 +479,7 @@ def test_the_format_can_be_chosen(tmp_path, capsys):
     assert main(["convert", str(run), str(tmp_path / "b"), "--format", "elm"]) == 1
     assert "format is elm, which cannot hold a ReplacedTokens" in printed_error(capsys)
     assert main(["convert", str(run), str(tmp_path / "b"), "--format", "onnx"]) == 1
-    assert "the format is 'onnx'; it must be one of huggingface, bert" in printed_error(capsys)
+    assert "the format is 'onnx'; it must be one of huggingface, mamba, bert" in printed_error(capsys)
     assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "b")]) == 1
     assert "holds bare tensors; give the config of the model (--config)" in printed_error(capsys)
     assert main(["convert", str(tmp_path / "a"), str(tmp_path / "b"), "--which", "ema"]) == 1
@@ -515,7 +515,7 @@ def printed_error(capsys) -> str:
 def test_what_is_in_no_format(tmp_path, capsys):
     for content, words in {
         None: "does not exist; give a folder or file of a model",
-        "": "is empty, which is in none of the formats here (huggingface: GPT-2, Llama",
+        "": "is empty, which is in none of the formats here (huggingface: GPT-2, OPT, Llama",
         '{"model_type": "rwkv"}': "has the model_type 'rwkv' in its config.json",
         "{": "config.json is not JSON",
         "[1]": "holds a list; it must be a JSON object",

@@ -67,8 +67,9 @@ def test_an_evaluation_adds_up(name, monkeypatch):
     found = case.task.evaluate(params, parts)
     chex.assert_tree_all_finite(found)
     assert all(type(number) is float for number in found.values()) and 0 < found["loss"] < 200
-    documented = re.findall(r"\w+", inspect.getdoc(type(inner(case.task)).metrics))
-    assert found.keys() <= set(documented)
+    own = "metrics" in vars(type(case.task)) and "loss" in (type(case.task).metrics.__doc__ or "")
+    documented = re.findall(r"\w+", inspect.getdoc(type(case.task if own else inner(case.task)).metrics))
+    assert {name if name in documented else re.sub(r"\d+", "N", name) for name in found} <= set(documented)
     assert case.task.evaluate(params, parts) == found  # what is drawn is the same each time
     one, other = (Task.batch_sums(case.task, params, part, jax.random.key(0)) for part in parts)
     chex.assert_tree_all_finite((one, other))
