@@ -17,6 +17,7 @@ from jaxtok.decoding.engine import ancestors
 from jaxtok.interop.huggingface import params_from
 from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.llama import LlamaConfig
+from jaxtok.nn.cache import KVCache
 
 
 @pytest.mark.parity("decoding_bricks/hf_prompt_lookup*.npz")
@@ -92,7 +93,7 @@ def test_tree_walks(golden):
     parents = np.tile(golden.config["tree_parent"], (rows, 1))
     engine = Engine(model=Table(None), chooser=Uniforms(), drafter=Tree(nodes))
     state = engine.begin(
-        None,
+        KVCache.init(1, rows, 1, 1, 1),  # the table does not look at it
         np.zeros((rows, 1), np.int32),
         new=nodes,
         rng=jax.random.key(0),

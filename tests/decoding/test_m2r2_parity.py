@@ -112,6 +112,7 @@ def test_streams_losses_and_gradients(golden, parity):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient["adapters"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parity("m2r2/reconstruction*.npz")
 def test_greedy_text_and_accepted_lengths(golden):
     config, model, base, exits = case(golden)

@@ -314,6 +314,7 @@ def test_text_after_documents():
         generate_after(config, params, [ets, question], max_new_tokens=18, chooser=GREEDY)
 
 
+@pytest.mark.slow
 def test_a_run_trains_freezes_and_is_used(tmp_path):
     """A language model is trained and frozen in one run; then the verbs use it, on texts longer than its window."""
     (tmp_path / "texts").mkdir()

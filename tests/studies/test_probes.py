@@ -17,6 +17,7 @@ from jaxtok.lm.electra import ElectraConfig, ReplacedTokens
 from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.masked_words import Masking
 from jaxtok.lm.text_classification import TextClassification
+from jaxtok.lm.tokenformer import TokenFormerConfig
 from jaxtok.studies.probes import PackageProbe, batched, encoder, linear_probe, rows_of
 from jaxtok.training.loop import train
 from jaxtok.training.mesh import unboxed
@@ -73,7 +74,7 @@ def test_a_probe_of_packages_that_differ(data):
     found = probe(task, params, data)
     assert found["linear_accuracy"] > 0.9 and found["finetuned_accuracy"] > 0.9
     with pytest.raises(ValueError, match="LanguageModeling trains no encoder"):
-        encoder(LanguageModeling(model=None), params)
+        encoder(LanguageModeling(model=TokenFormerConfig()), params)
 
 
 def test_classification_starts_from_an_encoder():
