@@ -342,7 +342,8 @@ class Engine:
         if self.drafter is None:
             tokens, parents = newest[:, None], jnp.full((batch, 1), -1, jnp.int32)
         elif self._drafts_itself:
-            positions = jnp.minimum(last[:, None] + jnp.arange(self.nodes), self.model.model.config.max_length - 1)
+            positions = state.model.next_position[:, None] + jnp.arange(self.nodes)
+            positions = jnp.minimum(positions, self.model.model.config.max_length - 1)
             tokens, hidden, model = self.drafter.draft(
                 self.model.model, params, state.drafter, newest, state.model, positions
             )
