@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from causal_lms import noisy_params
 from collector import collect
+from golden_llamas import llama_config
 
 from jaxtok.decoding import ADED, ADEDState, CachedTokens, Engine, PromptLookup, Sampling, generate
 from jaxtok.decoding.engine import ancestors
@@ -26,7 +27,6 @@ from jaxtok.decoding.trigram_table import (
 )
 from jaxtok.interop.huggingface import params_from
 from jaxtok.lm.decoder import Decoder
-from jaxtok.lm.llama import LlamaConfig
 from jaxtok.studies.replay import Nothing, replay
 from jaxtok.tokenizers import load_tokenizer
 
@@ -241,18 +241,7 @@ class Given:
 @pytest.mark.parity("aded/official_generate*.npz")
 def test_generation_of_the_official_loop(golden, parity):
     """Its trees with its model: logits and accepted tokens; its greedy text with drafts of ours."""
-    size = golden.config["model"]
-    config = LlamaConfig(
-        num_layers=size["num_hidden_layers"],
-        d_model=size["hidden_size"],
-        num_heads=size["num_attention_heads"],
-        num_kv_heads=size["num_key_value_heads"],
-        mlp_dim=size["intermediate_size"],
-        vocab_size=size["vocab_size"],
-        max_length=size["max_position_embeddings"],
-        norm_eps=size["rms_norm_eps"],
-        tie_embeddings=size["tie_word_embeddings"],
-    )
+    config = llama_config(golden)
     model, params = Decoder(config), params_from(config, golden.under("params"))
     prompt, greedy = golden["in/prompt"].tolist(), golden["out/greedy"].tolist()
     table = build_table(golden["in/corpus"], config.vocab_size, spare=16)

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_llamas import llama_config
 
 from jaxtok.decoding import CachedTokens, Engine, PromptLookup
 from jaxtok.decoding.engine import ancestors
 from jaxtok.interop.huggingface import params_from
 from jaxtok.lm.decoder import Decoder
-from jaxtok.lm.llama import LlamaConfig
 from jaxtok.nn.cache import KVCache
 
 
@@ -116,18 +116,7 @@ def test_tree_walks(golden):
 @pytest.mark.parity("decoding_bricks/hf_llama_tree_cache*.npz")
 def test_tree_of_a_llama(golden, parity):
     """Logits and keys of a tree's nodes, and the cache after a path was accepted; two prompts in one batch."""
-    size = golden.config["model"]
-    config = LlamaConfig(
-        num_layers=size["num_hidden_layers"],
-        d_model=size["hidden_size"],
-        num_heads=size["num_attention_heads"],
-        num_kv_heads=size["num_key_value_heads"],
-        mlp_dim=size["intermediate_size"],
-        vocab_size=size["vocab_size"],
-        max_length=size["max_position_embeddings"],
-        norm_eps=size["rms_norm_eps"],
-        tie_embeddings="lm_head.weight" not in golden.under("params"),
-    )
+    config = llama_config(golden)
     params, model = params_from(config, golden.under("params")), CachedTokens(Decoder(config))
     rows = range(len(golden.config["prompt_lens"]))
     lengths = np.array(golden.config["prompt_lens"])

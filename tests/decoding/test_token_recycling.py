@@ -13,13 +13,13 @@ import pytest
 import safetensors.numpy
 from causal_lms import noisy_params
 from collector import collect
+from golden_llamas import llama_config
 
 from jaxtok.decoding import CachedTokens, Engine, Sampling, TokenRecycling, TreeTemplate, Verified, generate
 from jaxtok.decoding.engine import ancestors
 from jaxtok.decoding.token_recycling import AUTHORS_TREE, TEMPLATES
 from jaxtok.interop.huggingface import params_from
 from jaxtok.lm.decoder import Decoder
-from jaxtok.lm.llama import LlamaConfig
 
 GREEDY = Sampling(temperature=0)
 
@@ -50,19 +50,7 @@ def leaves_of(parents: np.ndarray) -> list[list[int]]:
 
 
 def model_of(golden):
-    size = golden.config["model"]
-    config = LlamaConfig(
-        num_layers=size["num_hidden_layers"],
-        d_model=size["hidden_size"],
-        num_heads=size["num_attention_heads"],
-        num_kv_heads=size["num_key_value_heads"],
-        mlp_dim=size["intermediate_size"],
-        vocab_size=size["vocab_size"],
-        max_length=size["max_position_embeddings"],
-        norm_eps=size["rms_norm_eps"],
-        rotary_base=size["rope_theta"],
-        tie_embeddings=size["tie_word_embeddings"],
-    )
+    config = llama_config(golden)
     return Decoder(config), params_from(config, golden.under("params"))
 
 
