@@ -338,7 +338,7 @@ class ByteModel:
         """The prompts and contexts by which `complete` and `generate` fill gaps, whose ends may be inside tokens.
 
         In the order spm, the text before the gap is the prompt. In psm, a sentinel closes it, so the bytes after its
-        last safe boundary are moved behind the middle's sentinel, as the prompt: the middle then begins with them.
+        last safe boundary are moved after the middle's sentinel, as the prompt: the middle then begins with them.
         """
         if len(self.mixture.members) > 1:
             raise ValueError("an ensemble has no common tokens for gaps; give one model.")

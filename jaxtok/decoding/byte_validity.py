@@ -2,7 +2,7 @@
 
 All others have probability 0 in true data (arXiv 2410.09303, section 3). Where a tokenizer merges without cutting the
 text first, and for the greedy longest match, a sequence begins an encoding if and only if it is the encoding of its own
-bytes (it is canonical). Behind a regular expression that looks ahead, as GPT-2's, this is not so: "of  x" is
+bytes (it is canonical). After a regular expression that looks ahead, as GPT-2's, this is not so: "of  x" is
 [of][ ][ x], but "of  " is [of][  ].
 """
 
@@ -345,7 +345,7 @@ class PiecePairs(Reencode):
 
 
 class CutBytePairs:
-    """Byte-level byte pair encoding behind a regular expression that cuts the text into parts.
+    """Byte-level byte pair encoding after a regular expression that cuts the text into parts.
 
     A sequence is valid if, with one more character or none, the text has no cut inside a token, and those neighbours
     that no cut divides are pairs that merging leaves. Where a text is cut depends on the kinds of its characters, so it
