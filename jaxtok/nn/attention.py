@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain
-from jaxtok.kernels.attention import Implementation, Segments, dot_product_attention
+from jaxtok.kernels.attention import Implementation, Segments, dot_product_attention, masked_attention
 from jaxtok.nn.cache import EMPTY, KVCache
 
 
@@ -55,8 +55,7 @@ def attend(
         if window is None:
             return dot_product_attention(q, k, v, causal=causal, segments=segments, implementation=implementation)
         if isinstance(window, int) and causal and q.shape[1] > 2 * window:
-            local = functools.partial(_local_attention, window=window)
-            return jax.checkpoint(local, prevent_cse=False)(q, k, v, segments)
+            return _local_attention(q, k, v, segments, window=window)
     if visible is None:
         slots, own = jnp.arange(k.shape[1]), jnp.arange(q.shape[1])[None, :, None]
         visible = slots <= own if causal else jnp.ones((1, q.shape[1], k.shape[1]), bool)
@@ -66,11 +65,10 @@ def attend(
             of_queries, of_keys = segments if isinstance(segments, tuple) else (segments, segments)
             visible &= of_queries[:, :, None] == of_keys[:, None, :]
         visible = visible[:, None]
-    elif visible.shape[1] not in (1, q.shape[2]):
-        visible = jnp.repeat(visible, q.shape[2] // visible.shape[1], axis=1)
     if plain:
-        attention = functools.partial(jax.nn.dot_product_attention, mask=visible)
-        return jax.checkpoint(attention, prevent_cse=False)(q, k, v)
+        return masked_attention(q, k, v, visible)
+    if visible.shape[1] not in (1, q.shape[2]):
+        visible = jnp.repeat(visible, q.shape[2] // visible.shape[1], axis=1)
     attention = functools.partial(_biased_attention, softmax=softmax or jax.nn.softmax, dropout=dropout)
     return jax.checkpoint(attention, prevent_cse=False)(q, k, v, visible, bias, rng)
 
@@ -136,7 +134,7 @@ def _local_attention(q: Array, k: Array, v: Array, segments: Segments | None, *,
     visible = (distance >= 0) & (distance < window) & ~(first[:, None, None] & (jnp.arange(2 * window) < window))
     if segments is not None:
         visible &= cut(of_queries)[:, :, None] == with_previous(of_keys)[:, None, :]
-    y = jax.nn.dot_product_attention(cut(q), with_previous(k), with_previous(v), mask=visible[:, None])
+    y = masked_attention(cut(q), with_previous(k), with_previous(v), visible[:, None])
     return y.reshape(batch, blocks * window, *q.shape[2:])[:, :length]
 
 
