@@ -234,13 +234,18 @@ def _peers() -> Any:
 
 
 def peer_training(case: Case, seconds: float) -> Iterator[Row]:
-    """Times a training step of TokenFormer and of the Transformer of its size, each in turns with PyTorch's."""
+    """Times a training step of TokenFormer and of the Transformer of its size, and the products of TokenFormer's block,
+    each in turns with PyTorch's."""
     peers, tokens = _peers(), case.batch_size * case.length
     for name, model in {"TokenFormer": case.model, "Transformer": matched_transformer(case.model)}.items():
         step = TrainStep(model, case.batch_size, case.length)
         peer = peers.TorchTrainStep(model, jax.device_get(step.state.params), step.batch)
         samples = measure({"jaxtok": step, "peer": peer}, seconds)
         yield _compared(f"a step of {name}", "PyTorch", tokens, samples)
+    width, counts = case.model.d_model, dataclasses.astuple(case.model.tokens)
+    products = peers.Products(tokens, [pair for n in counts for pair in ((width, n), (n, width))])
+    samples = measure({"jaxtok": products, "peer": products.peer}, seconds)
+    yield _compared("a block's products", "PyTorch", tokens, samples)
 
 
 def peer_decoding(seconds: float, prompt: int = 16, new: int = 64, long: int = 512) -> Iterator[Row]:

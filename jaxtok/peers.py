@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -148,6 +148,30 @@ class TorchTrainStep:
         nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
         self.optimizer.step()
         return loss.item()
+
+
+class Products:
+    """The matrix products of a block's projections alone, forward and backward, in jaxtok and in PyTorch.
+
+    No step can be faster than its products, so their ratio says how much of a step's is XLA's.
+
+    Args:
+      widths: for each matrix, the columns of what it multiplies and its own.
+    """
+
+    def __init__(self, rows: int, widths: Sequence[tuple[int, int]]):
+        draw = np.random.default_rng(0).standard_normal
+        made = [[draw(shape, np.float32) for shape in ((rows, k), (k, n), (rows, n))] for k, n in widths]
+        self.arrays = jax.device_put(made)
+        self.tensors = [[torch.tensor(x), torch.tensor(w.T.copy()), torch.tensor(dy)] for x, w, dy in made]
+        self.compiled = jax.jit(lambda arrays: [(x @ w, dy @ w.T, x.T @ dy) for x, w, dy in arrays])
+
+    def __call__(self) -> Any:
+        return self.compiled(self.arrays)
+
+    @torch.inference_mode()
+    def peer(self) -> Any:
+        return [(F.linear(x, w), dy @ w, dy.T @ x) for x, w, dy in self.tensors]
 
 
 class Pretrained:

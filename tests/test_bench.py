@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxtok.bench import (
@@ -18,6 +19,7 @@ from jaxtok.bench import (
     image_tokenizer,
     matrix_products,
     measure,
+    peer_training,
     random_batch,
 )
 from jaxtok.lm.language_modeling import LanguageModeling
@@ -151,3 +153,16 @@ def test_the_peer_in_pytorch_takes_the_same_steps(system):
     assert loss.item() == pytest.approx(float(metrics["loss"]), rel=1e-6)
     assert squares**0.5 == pytest.approx(float(metrics["gradient_norm"]), rel=1e-4)
     assert peer() > peer()
+
+
+@pytest.mark.torch
+def test_the_products_beside_a_step_are_those_of_its_projections():
+    pytest.importorskip("transformers")
+    from jaxtok.peers import Products
+
+    products = Products(3, [(4, 6), (6, 4)])
+    for (y, dx, dw), theirs in zip(products(), products.peer(), strict=True):
+        for got, right in zip((y, dx, dw.T), theirs, strict=True):
+            np.testing.assert_allclose(got, right, rtol=1e-5)
+    *_, last = peer_training(CASES["tiny"], seconds=0.01)
+    assert last["work"] == "a block's products" and last["times_as_fast"] > 0
