@@ -207,9 +207,12 @@ class MultiHead(nn.Module):
 
     config: StackConfig
 
-    def heads(self, x, group, count, deterministic):
+    def heads(self, x, group, count, deterministic, decoding=False):
         cfg = self.config
         y = cfg.projection(group, count * cfg.head_dim, name=group)(x, deterministic=deterministic)
+        if decoding:
+            # Else XLA carries the reshape over to the weights, and on TPUs copies them out of the stack in each step.
+            y = jax.lax.optimization_barrier(y)
         axis = "heads" if count == cfg.num_heads else "kv_heads"
         y = constrain(y.reshape(*y.shape[:-1], count, cfg.head_dim), axis, "head_dim")
         if cfg.qk_norm and group in ("query", "key"):
@@ -238,8 +241,10 @@ class SelfAttention(MultiHead):
     @nn.compact
     def __call__(self, x, cache: KVCache | None, layer, call: Call):
         cfg, positions, segments = self.config, call.positions, call.segments
-        q = self.heads(x, "query", cfg.num_heads, call.deterministic)
-        k, v = (self.heads(x, group, cfg.kv_heads, call.deterministic) for group in ("key", "value"))
+        q, k, v = (
+            self.heads(x, group, count, call.deterministic, decoding=cache is not None)
+            for group, count in (("query", cfg.num_heads), ("key", cfg.kv_heads), ("value", cfg.kv_heads))
+        )
         q, k = cfg.scored(*cfg.rotate(q, k, positions), layer)
         window = cfg.window_of(layer)
         # Where layers have kept other slots, each has a bias of its own.
