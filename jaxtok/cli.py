@@ -62,6 +62,10 @@ Options of `plan` itself:
   --sweep        tries meshes and remat policies (fifteen compilations for 256 chips), and prints
                  the best first
   --output FILE  also writes the numbers as JSON
+  --decode       plans steps of decoding instead, on one TPU chip: plain, with drafts, with each
+                 evictor. CONFIG may then be a published size, such as llama-2-7b (jaxtok list)
+  --rows N, --prompt N, --new N
+                 the batch to decode, and the tokens that its cache has room for (1, 2048, 128)
 The step is compiled by the TPU compiler (pip install libtpu), or by XLA for GPUs (pip install
 jax-cuda12-plugin); neither needs the devices. For GPUs, the compiler tells memory and collectives,
 but no times.
@@ -182,14 +186,27 @@ def _plan(arguments: list[str]) -> int:
     parser.add_argument("--topology", default="v5e-256")
     parser.add_argument("--sweep", action="store_true")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--decode", action="store_true")
+    for name, default in {"rows": 1, "prompt": 2048, "new": 128}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
     ours, rest = parser.parse_known_args(arguments)
-    experiment = _config(rest, "plan")
-    if experiment is None:
-        print(PLANNING, end="")
-        return 0
-    from jaxtok.plan import plan
+    if ours.decode and rest and rest[0] in systems.find(rest[0]).published:
+        model = jaxtok.published(rest[0])
+    else:
+        experiment = _config(rest, "plan")
+        if experiment is None:
+            print(PLANNING, end="")
+            return 0
+        model = experiment.task.model
+    if ours.decode:
+        from jaxtok.plan_decoding import plan_decoding
 
-    rows = plan(experiment, ours.topology, sweep=ours.sweep, output=ours.output)
+        size = {"rows": ours.rows, "prompt": ours.prompt, "new": ours.new}
+        rows = plan_decoding(model, ours.topology, name=rest[0], output=ours.output, **size)
+    else:
+        from jaxtok.plan import plan
+
+        rows = plan(experiment, ours.topology, sweep=ours.sweep, output=ours.output)
     return 0 if rows[0]["fits"] else 1
 
 

@@ -131,7 +131,7 @@ GPUS = {
 }
 
 
-def _chip(devices: list[Any]) -> Chip:
+def chip_of(devices: list[Any]) -> Chip:
     """Returns what one of these devices is."""
     kind = devices[0].device_kind
     for gpu in GPUS.values():
@@ -270,10 +270,7 @@ def _tpus(topology: str) -> list[Any]:
 
 
 def compile_step(experiment: Experiment, layout: Layout) -> tuple[Any, str]:
-    """Compiles the training step of an experiment's first stage for the layout's devices; returns it and its text.
-
-    For TPUs, the text is what the compiler itself writes: JAX cannot print every program of a newer compiler.
-    """
+    """Compiles the training step of an experiment's first stage for the layout's devices; returns it and its text."""
     task, config, data = experiment.task, experiment.train, experiment.data
     shardings = layout.batch(data.batch_spec())
     batch = {
@@ -282,13 +279,20 @@ def compile_step(experiment: Experiment, layout: Layout) -> tuple[Any, str]:
     }
     with layout.active():
         step = make_train_step(task, config, config.steps, data, layout)
-        lowered = step.lower(abstract_state(task, config, data, layout), batch)
-        if layout.mesh.devices.flat[0].platform != "tpu":
-            compiled = lowered.compile()
-            return compiled, compiled.as_text()
-        with tempfile.TemporaryDirectory() as folder:
-            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
-            return compiled, next(Path(folder).glob("*after_codegen.txt")).read_text()
+        return compile_for(step.lower(abstract_state(task, config, data, layout), batch), layout.mesh.devices.flat[0])
+
+
+def compile_for(lowered: Any, device: Any) -> tuple[Any, str]:
+    """Compiles a lowered function for devices of a kind; returns it and its text.
+
+    For TPUs, the text is what the compiler itself writes: JAX cannot print every program of a newer compiler.
+    """
+    if device.platform != "tpu":
+        compiled = lowered.compile()
+        return compiled, compiled.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        return compiled, next(Path(folder).glob("*after_codegen.txt")).read_text()
 
 
 def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
@@ -297,7 +301,7 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
     Raises:
       ValueError: the mesh does not fit.
     """
-    chip = _chip(devices)
+    chip = chip_of(devices)
     layout = make_layout(experiment.mesh, devices)
     row = _head(experiment, topology, devices)
     start = time.perf_counter()

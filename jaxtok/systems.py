@@ -310,6 +310,7 @@ SYSTEMS: tuple[System, ...] = (
             "qwen2.5-0.5b",
             "qwen2.5-1.5b",
             "qwen2.5-7b",
+            "smollm2-135m",
             "gemma-2b",
         ),
         page=LM,

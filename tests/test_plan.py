@@ -11,8 +11,11 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
+from jaxtok import plan_decoding
+from jaxtok.cli import main
 from jaxtok.data.text import TextData
 from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.tokenformer import TokenFormerConfig, uniform_counts
 from jaxtok.plan import SLICES, advice, part_of, plan, remat_of, topology_devices, variants
 from jaxtok.training.experiment import Experiment
@@ -81,6 +84,36 @@ def test_a_step_that_does_not_fit_says_what_to_change(capsys):
     assert not row["fits"] and row["hbm_gigabytes"] > row["hbm_of_chip_gigabytes"]
     printed = capsys.readouterr().out
     assert "does not fit" in printed and "train.accumulate = 2" in printed
+
+
+@libtpu
+def test_a_decoding_step(tmp_path, capsys, monkeypatch):
+    """What is compiled is the engine's step: drafts make it longer, a smaller cache takes less memory."""
+    monkeypatch.setattr(plan_decoding, "WIDTHS", (8,))
+    monkeypatch.setattr(plan_decoding, "EVICTORS", {"window": None})
+    model = LlamaConfig(num_layers=2, d_model=256, num_heads=2, mlp_dim=512, vocab_size=512, max_length=640)
+    rows = plan_decoding.plan_decoding(model, "v5e:1x1", prompt=512, new=64, output=tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == rows
+    plain, chain, tree, window = rows
+    slot = 2 * 2 * 256 * 2 + 2 * 4  # keys and values of two layers in bfloat16, and a position
+    assert plain["cache_gigabytes"] * 1e9 == pytest.approx(576 * slot, rel=0.01)
+    assert [row["tokens"] for row in rows] == [1, 8, 81, 1]
+    assert 0 < chain["milliseconds"] < tree["milliseconds"] and plain["times_plain"] == 1
+    assert window["cache_gigabytes"] < 0.5 * plain["cache_gigabytes"]
+    assert "Nothing was run" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="at most the model's max_length = 640"):
+        plan_decoding.plan_decoding(model, "v5e:1x1", prompt=640)
+
+
+@libtpu
+def test_decoding_is_planned_by_the_verb(capsys, monkeypatch):
+    monkeypatch.setattr(
+        "jaxtok.plan_decoding.plan_decoding", lambda model, *given, **options: [{"fits": model.num_layers == 32}]
+    )
+    assert main(["plan", "llama-2-7b", "--decode"]) == 0 and main(["plan", "tokenformer_small", "--decode"]) == 1
+    monkeypatch.undo()
+    assert main(["plan", "mrt5_small", "--decode"]) == 1
+    assert "decoding is planned for decoders" in capsys.readouterr().err
 
 
 @pytest.mark.slow

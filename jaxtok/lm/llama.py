@@ -54,6 +54,13 @@ PUBLISHED = {
     "qwen2.5-0.5b": _sized(_QWEN25, 24, 896, 14, 2, 4864, tie_embeddings=True),
     "qwen2.5-1.5b": _sized(_QWEN25, 28, 1536, 12, 2, 8960, tie_embeddings=True),
     "qwen2.5-7b": _sized(_QWEN25, 28, 3584, 28, 4, 18944, vocab_size=152064),
+    "smollm2-135m": dataclasses.replace(
+        _sized(LlamaConfig(), 30, 576, 9, 3, 1536),
+        vocab_size=49152,
+        max_length=8192,
+        rotary_base=1e5,
+        tie_embeddings=True,
+    ),
     "gemma-2b": LlamaConfig(
         num_layers=18,
         d_model=2048,
