@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from jaxtok.decoding import Constrained, Drafter, Evictor, Generation, Piece, Sampling, Vocabulary, generate
 from jaxtok.decoding import constraint as parse
 from jaxtok.decoding.protocols import SelfDrafter
-from jaxtok.protocols import CausalLM, ImageTokenizer, Params, TextGenerator, Tokenizer
+from jaxtok.protocols import CausalLM, ChatTokenizer, ImageTokenizer, Params, TextGenerator, Tokenizer
 from jaxtok.tokenizers.chat import Message, read_template
 from jaxtok.training.mesh import make_layout
 from jaxtok.vision.images import as_float
@@ -208,7 +208,7 @@ class Model:
           ValueError: there is no template, or it refuses the messages.
         """
         tokenizer, place = self._text_tokenizer(), Path(self.data.tokenizer)
-        if not self._is_causal or not hasattr(tokenizer, "encode_chat"):
+        if isinstance(self.task, TextGenerator) or not isinstance(tokenizer, ChatTokenizer):
             raise ValueError(f"{self._subject} has no chat template; give a language model whose tokenizer has one.")
         template = read_template(place if place.is_dir() else place.parent)
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
@@ -278,11 +278,9 @@ class Model:
                 on_text=report if on_bytes else None,
                 logprobs=logprobs,
             )
-        # A task around a language model says how its parameters decode.
-        decoding = getattr(self.task, "decoding", None)
-        if not self._is_causal and decoding is None:
+        module, params, options = self.task.decoding(self.params)
+        if not isinstance(module, CausalLM):
             raise ValueError(f"{self._subject} does not generate text; give a language model.")
-        module, params, options = decoding(self.params) if decoding else (self.module, self.params, {})
         stops = [tokenizer.encode(text) for text in stop]
         if long := [text for text, tokens in zip(stop, stops) if len(tokens) != 1]:
             raise ValueError(f"stop has {long[0]!r}, which is not a single token; choose texts that are.")
@@ -294,7 +292,7 @@ class Model:
             report([bytes_of(tokens) for tokens in new.tokens])
 
         ids = [self._ids(prompt) for prompt in prompts]
-        room = self.module.config.max_length - max(map(len, ids), default=0)
+        room = module.config.max_length - max(map(len, ids), default=0)
         chooser, ends = sampling, self.ends if stop_at_end else ()
         if constraint:
             vocabulary = _vocabulary(tokenizer, self.ends)

@@ -93,6 +93,13 @@ class Tokenizer(Protocol):
         ...
 
 
+@runtime_checkable
+class ChatTokenizer(Protocol):
+    """A `Tokenizer` that reads the texts of chat templates, in which special tokens are written by their names."""
+
+    def encode_chat(self, text: str) -> list[int]: ...
+
+
 class Cache(Protocol):
     """What a causal model keeps of earlier tokens: a pytree of static shapes, in which each row has its own length.
 
@@ -251,6 +258,13 @@ class Task(abc.ABC):
         None (the default): there is no such module, as the parameters are those of several, or of a wrapper.
         """
         return None
+
+    def decoding(self, params: Params) -> tuple[Any, Params, dict[str, Any]]:
+        """Returns how the model generates: a `CausalLM`, its parameters, and options of `jaxtok.decoding.generate`.
+
+        Default: the module with the task's parameters, and no options. A task around a language model has its own.
+        """
+        return self.module(), params, {}
 
     def with_model(self, **fields: Any) -> Task:
         """Returns the task with some fields of its model replaced."""

@@ -10,6 +10,11 @@ A test file adds its systems to the contract tests by defining, next to its own 
     IMAGE_GENERATORS = {name: function}                a model that draws codes of images, with four classes
     DATASETS = {name: function}                        data; the function gets a file of texts and an empty folder
     SURGERIES = {name: function}                       a surgery with a task, as a tiny.Operation
+    EVIDENCE = {system: {column: where}}               what shows a tick of the catalogue's grid, for test_systems.py:
+                                                       `task`, an entry of TASKS, for training, evaluation and meshes;
+                                                       `formats`, cases of interop/test_formats.py, for import and
+                                                       export; for another column, an entry of CAUSAL_LMS or a test.
+                                                       A system that is not here has the entries of its own name
 
 as a literal dictionary at the top level of the file.
 """

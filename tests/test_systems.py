@@ -25,120 +25,16 @@ BY_TASK = ("train", "evaluate", "shard")
 """Each entry of `TASKS` is trained on one device and on every mesh (tests/training/test_mesh.py) and evaluated
 (tests/training/test_tasks.py)."""
 
-EVIDENCE = {
-    "tokenformer": {
-        "task": "tokenformer",
-        "generate, cached": "tokenformer",
-        "grow": "training/test_mesh.py::test_growth_happens_where_the_parameters_are",
-        "formats": ("tokenformer",),
-    },
-    "vit": {"task": "tokenformer_vit", "grow": "vision/test_vit.py::test_growth_of_the_task"},
-    "lora": {
-        "task": "lora",
-        "generate, cached": "training/test_lora_task.py::test_an_adapted_run_is_the_model_with_its_adapter",
-        "import": "interop/test_peft.py::test_folders",
-        "export": "interop/test_peft.py::test_trained_here_then_written_is_the_same",
-    },
-    "gpt2": {
-        "task": "gpt2",
-        "generate, cached": "gpt2",
-        "formats": ("gpt2",),
-    },
-    "opt": {
-        "task": "opt",
-        "generate, cached": "opt",
-        "formats": ("opt",),
-    },
-    "llama": {
-        "task": "llama",
-        "generate, cached": "llama",
-        "formats": ("llama, a tokenizer.json", "mistral", "qwen2", "gemma"),
-    },
-    "m2r2": {
-        "task": "m2r2",
-        "generate, cached": "decoding/test_m2r2.py::test_self_speculation_is_lossless",
-    },
-    "mamba": {
-        "task": "mamba",
-        "generate, cached": "mamba",
-        "formats": ("mamba",),
-    },
-    "bert": {
-        "task": "masked_words",
-        "formats": ("bert", "roberta, classes"),
-    },
-    "t5": {
-        "task": "t5",
-        "generate, cached": "lm/test_t5_parity.py::test_generation",
-        "formats": ("t5",),
-    },
-    "mrt5": {
-        "task": "mrt5",
-        "generate, cached": "lm/test_mrt5.py::test_evaluation_and_generation",
-        "formats": ("mrt5",),
-    },
-    "hat": {
-        "task": "hat",
-        "generate, cached": "lm/test_hat.py::test_generation_is_what_a_full_pass_says",
-    },
-    "hat_released": {
-        "task": "hat_released",
-        "generate, cached": "lm/test_hat.py::test_released_generation_is_what_a_full_pass_says",
-        "formats": ("hat",),
-    },
-    "word_pooled": {
-        "task": "word_pooled",
-        "generate, cached": "lm/test_word_pooled.py::test_cached_generation_is_recomputation",
-        "formats": ("word_pooled", "word_pooled, plain"),
-    },
-    "awrs": {"generate, cached": "decoding/test_awrs.py::test_evidence_is_unbiased"},
-    "byte2word": {
-        "task": "byte2word",
-        "formats": ("byte2word",),
-    },
-    "lexinvariant": {
-        "task": "lexinvariant",
-        "generate, cached": "lexinvariant",
-        "grow": "lm/test_lexinvariant.py::test_a_body_of_parameter_tokens_grows",
-    },
-    "extensible": {
-        "task": "extensible",
-        "generate, cached": "lm/test_extensible.py::test_generation",
-    },
-    "electra": {
-        "task": "electra",
-        "formats": ("electra, discriminator", "electra, generator", "electra, variables"),
-    },
-    "vqgan": {
-        "task": "vqgan",
-        "formats": ("vqgan",),
-    },
-    "bae": {
-        "task": "bae",
-        "formats": ("bae",),
-    },
-    "elm": {
-        "task": "elm",
-        "generate, cached": "vision/test_elm.py::test_cached_is_recomputed",
-        "formats": ("elm",),
-    },
-    "elm_masked": {
-        "task": "elm_masked",
-        "formats": ("elm, masked",),
-    },
-    "token_recycling": {"generate, cached": "decoding/test_drafters.py::test_drafts_change_nothing"},
-    "keyformer": {"generate, cached": "decoding/test_keyformer.py::test_drafts_change_nothing"},
-    "aded": {"generate, cached": "decoding/test_aded.py::test_drafts_change_nothing"},
-    "byte_exact": {"generate, cached": "decoding/test_byte_exact.py::test_completing_takes_drafts_and_streams"},
-}
-"""For each system: its entry in `TASKS`; for other columns, an entry of `CAUSAL_LMS` or a test; and its cases in
-tests/interop/test_formats.py, which are imported and exported by the verb that a user types. A system that is not here
-has the entries of its own name."""
+EVIDENCE = collect("EVIDENCE")
+"""What a system's test file says beyond its name, or where another name than the system's is meant (collector.py)."""
 
 
 def evidence_of(row) -> dict:
-    own = {"task": row.name} | ({"generate, cached": row.name} if row.name in CAUSAL_LMS else {})
-    return dict(EVIDENCE.get(row.name, own))
+    """By default, the entries of the system's own name."""
+    entries = {"task": TASKS, "generate, cached": CAUSAL_LMS}
+    own = {column: row.name for column, known in entries.items() if row.name in known}
+    own |= {"formats": (row.name,)} if row.name in FORMAT_CASES and row.formats else {}
+    return own | EVIDENCE.get(row.name, {})
 
 
 each = pytest.mark.parametrize("row", SYSTEMS, ids=lambda row: row.name)

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtok.decoding.protocols import Verified
+from jaxtok.decoding.protocols import Drafter, Verified
 from jaxtok.decoding.trigram_table import TrigramTable
 
 Rows = Callable[[Int[Array, "*queries 2"]], tuple[Int[Array, "*queries width"], Float[Array, "*queries width"]]]
@@ -66,7 +66,7 @@ class Search:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ADED:
+class ADED(Drafter):
     """A `jaxtok.decoding.protocols.Drafter` whose state is a table of trigrams.
 
     Each row adapts the table for itself: its drafts then depend on nothing but the table and its own text, and not on

@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.decoding.byte_exact import NOTHING, ByteState, ExactBytes, value_errors
 from jaxtok.decoding.byte_vocabulary import Policy, vocabulary_of
-from jaxtok.decoding.engine import Engine, generate
-from jaxtok.decoding.protocols import Drafter, Evictor
+from jaxtok.decoding.engine import Engine, Generation, generate
+from jaxtok.decoding.protocols import Drafter, Evictor, SelfDrafter
 from jaxtok.decoding.sampling import Sampling, row_keys, sampling_key
 from jaxtok.protocols import Params
 
@@ -93,7 +93,11 @@ class ByteMixture:
 
 @dataclasses.dataclass(frozen=True)
 class Gap:
-    """The special tokens of a model that fills gaps (fill in the middle)."""
+    """The special tokens of a model that fills gaps (fill in the middle).
+
+    >>> Gap(prefix=3, suffix=1, middle=2).order
+    'psm'
+    """
 
     prefix: int
     suffix: int
@@ -272,8 +276,10 @@ class ByteModel:
         rng: jax.Array | None = None,
         contexts: Sequence[Sequence[int]] | None = None,
         stop_at_end: bool = True,
-        drafter: Drafter | None = None,
+        drafter: Drafter | SelfDrafter | None = None,
+        drafter_state: Any = None,
         evictor: Evictor | None = None,
+        on_end: Callable[[Generation], None] | None = None,
         on_bytes: Callable[[int, bytes], None] | None = None,
     ) -> list[bytes]:
         """Continues prompts token by token: draws a cover of each prompt with its probability, and goes on after it.
@@ -285,6 +291,7 @@ class ByteModel:
         Args:
           sampling: how each later token is chosen. At temperature 0 the likeliest cover is taken.
           contexts: the tokens before each prompt, which goes on after them; default: what begins every text.
+          on_end: called with the generation of the tokens after the covers, in whose state is the drafter's.
           on_bytes: called with the number of a prompt and its new bytes, every few tokens.
 
         Raises:
@@ -323,6 +330,7 @@ class ByteModel:
             max_new_tokens=max_new_tokens,
             chooser=sampling,
             drafter=drafter,
+            drafter_state=drafter_state,
             evictor=evictor,
             rng=token_key,
             stop_tokens=vocabulary.specials if stop_at_end else (),
@@ -330,6 +338,8 @@ class ByteModel:
             on_tokens=report if on_bytes else None,
             chunk=4,
         )
+        if on_end:
+            on_end(made)
         return [vocabulary.unspell(text) + spelled(row) for text, row in zip(extra, made.tokens)]
 
     def gap_prompts(

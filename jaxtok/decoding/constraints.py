@@ -126,7 +126,12 @@ class Function:
 
 @dataclasses.dataclass(frozen=True)
 class Grammar:
-    """A constraint in a language of `llguidance` (an extra): a regular expression, a JSON schema or a Lark grammar."""
+    """A constraint in a language of `llguidance` (an extra): a regular expression, a JSON schema or a Lark grammar.
+
+    >>> from jaxtok.tokenizers.bytes import ByteTokenizer
+    >>> [Vocabulary(ByteTokenizer()).follow(Grammar("regex", "(ab)+"), list(text)) for text in (b"abab", b"aba")]
+    [0.0, -inf]
+    """
 
     kind: str
     """regex, json or grammar."""
@@ -542,6 +547,14 @@ class Constrained:
     It finds the token either by a mask over the vocabulary, or by checking tokens one by one in the order in which
     sampling would draw them without replacement. With the same key, both choose the same token, unless `sampling` has
     top_k or top_p, which need the mask.
+
+    >>> from jaxtok.tokenizers.bytes import ByteTokenizer
+    >>> vowels = Function(lambda text, complete: set(text) <= set(b"aeiou"))
+    >>> vocabulary = Vocabulary(ByteTokenizer())
+    >>> chooser = Constrained(vocabulary=vocabulary, sampling=Sampling(temperature=0), constraint=vowels)
+    >>> token, state = chooser.choose(jnp.arange(256.0)[None], jax.random.split(jax.random.key(0), 1), chooser.init(1))
+    >>> bytes(token.tolist())
+    b'u'
     """
 
     vocabulary: Vocabulary
@@ -622,6 +635,12 @@ def _warn(some: np.ndarray) -> None:
 
 def constrain(text: str, tokenizer: Tokenizer, sampling: Sampling = Sampling()) -> Constrained:
     """The chooser for the constraint that a text names; see `constraint`. The generation must stop at `vocabulary.eos`.
+
+    >>> from jaxtok.tokenizers.bytes import ByteTokenizer
+    >>> chooser = constrain("regex:[0-9]+", ByteTokenizer(), Sampling(temperature=0))
+    >>> token, _ = chooser.choose(jnp.arange(257.0)[None], jax.random.split(jax.random.key(0), 1), chooser.init(1))
+    >>> bytes(token.tolist())
+    b'9'
 
     Raises:
       ValueError: the text names no constraint, or nothing satisfies it.

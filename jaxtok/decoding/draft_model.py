@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxtok.decoding.engine import CachedTokens
-from jaxtok.decoding.protocols import Verified
+from jaxtok.decoding.protocols import Drafter, Verified
 from jaxtok.protocols import CausalLM, Params
 
 
@@ -29,7 +29,7 @@ class DraftModelState:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftModel:
+class DraftModel(Drafter):
     """A `jaxtok.decoding.protocols.Drafter`. `generate` takes its `first_state(params)` as `drafter_state`.
 
     In a round it reads `tokens` tokens one by one, and then, in one pass, the tokens that were accepted; only these

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, SelfDrafter, TokenModel, Verified
+from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, Prompted, SelfDrafter, TokenModel, Verified
 from jaxtok.decoding.sampling import Sampling, row_keys, sampling_key, token_keys
 from jaxtok.protocols import CausalLM, Params
 
@@ -215,13 +215,9 @@ class Engine:
                     f"{name} is {given}; it {must}, as tokens cannot be taken out of the cache of "
                     f"{type(self.model.model).__name__}."
                 )
-        if self._drafts_itself and (not self.model.rewindable or self._sow):
+        if isinstance(self.drafter, SelfDrafter) and (not self.model.rewindable or self._sow):
             what = f"the evictor {self.evictor}, which observes all layers" if self._sow else f"the model {self.model}"
             raise ValueError(f"drafter is {self.drafter}, which runs some layers itself; it does not go with {what}.")
-
-    @property
-    def _drafts_itself(self) -> bool:
-        return hasattr(self.drafter, "draft")
 
     @property
     def nodes(self) -> int:
@@ -301,7 +297,7 @@ class Engine:
         lengths = lengths.astype(jnp.int32)
         room = min(longest + new, model.config.max_length) + self.nodes - 1
         cache = model.init_cache(batch, room if self.evictor is None else longest)
-        if hasattr(model, "prompted"):  # a model whose layers depend on where the prompt ends
+        if isinstance(model, Prompted):
             cache = model.prompted(cache, lengths, new)
         prompts = tokens[:, :read]
         numbers = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
@@ -317,9 +313,9 @@ class Engine:
             rows = cache.length > self.evictor.budget_of(evictor)
             cache, evictor = self.evictor.evict(evictor, cache, rows, self._slots())
         state = self.begin(cache, tokens, new=new, lengths=lengths, rng=rng, stop=stop, chooser=chooser)
-        if self.drafter is not None and drafter is None:
-            drafter = self.drafter.init(batch, state.text.shape[1], model.config.vocab_size)
-        if hasattr(self.drafter, "begin"):
+        if self.drafter is not None:
+            if drafter is None:
+                drafter = self.drafter.init(batch, state.text.shape[1], model.config.vocab_size)
             drafter = self.drafter.begin(drafter, state.text, state.length, logits)
         return state.replace(drafter=drafter, evictor=evictor)
 
@@ -341,7 +337,7 @@ class Engine:
             most = jnp.minimum(most, room)
         if self.drafter is None:
             tokens, parents = newest[:, None], jnp.full((batch, 1), -1, jnp.int32)
-        elif self._drafts_itself:
+        elif isinstance(self.drafter, SelfDrafter):
             positions = state.model.next_position[:, None] + jnp.arange(self.nodes)
             positions = jnp.minimum(positions, self.model.model.config.max_length - 1)
             tokens, hidden, model = self.drafter.draft(
@@ -355,7 +351,7 @@ class Engine:
         if self.drafter is None and self.evictor is None:
             logits, model, ready = self.model.step(params, newest, state.model, state.live)
             logits = logits[:, None]
-        elif self._drafts_itself:
+        elif isinstance(self.drafter, SelfDrafter):
             logits, model = self.model.resume(params, hidden, model, positions, self.drafter.layers)
             ready = state.live
         else:

@@ -103,6 +103,13 @@ class Eviction:
 
     The first `sinks` tokens and the last `recent` ones stay in any case. Among equal scores, the older token stays.
     What was evicted never returns.
+
+    >>> from jaxtok.decoding import Keyformer
+    >>> from jaxtok.lm.decoder import Decoder
+    >>> from jaxtok.lm.llama import LlamaConfig
+    >>> evictor = Eviction(scorer=Keyformer(), budget=0.5, sinks=4)  # half of each prompt
+    >>> evictor.fit(Decoder(LlamaConfig()), prompt=100, new=20).slots
+    50
     """
 
     scorer: Scorer

@@ -34,6 +34,10 @@ class Keyformer(Scorer):
 
     The noise of a query is a function of the seed, the layer and the number of its token, so that drafts and other rows
     do not change it.
+
+    >>> scorer = Keyformer(tau_end=3.0).fit(new=100)
+    >>> scorer.tau(jnp.array([0, 50, 200])).tolist()
+    [1.0, 2.0, 3.0]
     """
 
     tau_init: float = 1.0

@@ -34,7 +34,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.decoding.engine import CachedTokens, Engine, Piece, new_tokens, padded_prompts
-from jaxtok.decoding.protocols import Chooser, Verified
+from jaxtok.decoding.protocols import Chooser, SelfDrafter
 from jaxtok.decoding.sampling import Sampling
 from jaxtok.nn.attention import visible_slots, visible_tokens
 from jaxtok.nn.cache import KVCache, entered
@@ -425,16 +425,14 @@ def check_exits(config: M2R2Config, model: CausalLM, exits: Params) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SelfSpeculation:
-    """A `jaxtok.decoding.protocols.SelfDrafter`: the first exit drafts, the layers after it verify. It is lossless.
+class SelfSpeculation(SelfDrafter):
+    """The first exit drafts, the layers after it verify. It is lossless.
 
     Its state is the parameters of the exits (`init_exits`), which `generate` takes as `drafter_state`; the logit lens
     needs none.
     """
 
     config: M2R2Config = M2R2Config()
-
-    chain = True
 
     @property
     def nodes(self) -> int:
@@ -473,9 +471,6 @@ class SelfSpeculation:
         h, cache = _apply(model, params, "hidden", embedded, layers=(0, self.layers), **options)
         tokens = jnp.concatenate([tokens.T, last[:, None]], 1)
         return tokens, jnp.concatenate([jnp.moveaxis(hidden, 0, 1), h], 1), cache
-
-    def observe(self, state: Params, verified: Verified) -> Params:
-        return state
 
 
 # Early exit

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxtok.decoding.protocols import Verified
+from jaxtok.decoding.protocols import Drafter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PromptLookup:
-    """A `jaxtok.decoding.protocols.Drafter` without a state: it needs only the text.
+class PromptLookup(Drafter):
+    """A drafter without a state: it needs only the text.
 
     >>> import jax.numpy as jnp
     >>> text = jnp.array([[5, 6, 7, 8, 9, 6, 7, 0, 0, 0]])
@@ -49,9 +49,6 @@ class PromptLookup:
     def nodes(self) -> int:
         return 1 + self.tokens
 
-    def init(self, batch: int, room: int, vocab: int) -> tuple[()]:
-        return ()
-
     def propose(
         self, state: tuple[()], text: Int[Array, "batch room"], length: Int[Array, " batch"]
     ) -> tuple[Int[Array, "batch nodes"], Int[Array, "batch nodes"]]:
@@ -75,6 +72,3 @@ class PromptLookup:
         tokens = jnp.concatenate([text[None, length - 1], draft])
         parents = jnp.where(jnp.concatenate([jnp.array([False]), some]), jnp.arange(-1, self.tokens), -1)
         return tokens, parents
-
-    def observe(self, state: tuple[()], verified: Verified) -> tuple[()]:
-        return ()

@@ -7,7 +7,8 @@ text), nodes (of a draft), parts (of a token that has several, such as sub-codes
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import abc
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax.numpy as jnp
@@ -41,6 +42,15 @@ class TokenModel(Protocol):
         ...
 
 
+@runtime_checkable
+class Prompted(Protocol):
+    """A `CausalLM` whose layers depend on where a row's prompt ends."""
+
+    def prompted(self, cache: Any, prompts: Int[Array, " batch"], new: int = 0) -> Any:
+        """The cache of rows whose prompts have these lengths; `new` tokens are to follow them."""
+        ...
+
+
 class Chooser(Protocol):
     """Maps logits and its own state to tokens: `jaxtok.decoding.Sampling`, a constraint, or a recorded text."""
 
@@ -67,7 +77,7 @@ class Chooser(Protocol):
 
 @flax.struct.dataclass
 class Verified:
-    """The outcome of a draft, for `Drafter.observe`. In a `Union`, each drafter gets the tree of all of them."""
+    """The outcome of a draft, for `Drafts.observe`. In a `Union`, each drafter gets the tree of all of them."""
 
     tokens: Int[Array, "batch nodes"]
     """The tokens as they were proposed; node 0 is the newest token of the row."""
@@ -84,16 +94,11 @@ class Verified:
     """Whether a row goes on, so that it will get another draft."""
 
 
-class Drafter(Protocol):
-    """Proposes a tree of tokens that may follow; the model then verifies all of them in one step.
+class Drafts(abc.ABC):
+    """What a `Drafter` and a `SelfDrafter` have in common. By default, there is no state.
 
     Drafts change the speed and never the output, whatever is proposed (`jaxtok.decoding.engine`). An auxiliary model's
     parameters, a table of successors and the like are in the state, which can be kept for the next generation.
-
-    A drafter may also have `begin(state, text, length, logits)`, which gives the state at the beginning of a generation
-    from a new one, or from one that was kept. text [batch, room] and length [batch] are the prompts, as in `propose`;
-    logits [batch, prompt, vocab] are the model's own after each token of a prompt except its last one (the others mean
-    nothing). The model's head runs on the prompt only if they are used.
     """
 
     nodes: int
@@ -102,34 +107,55 @@ class Drafter(Protocol):
     """Whether the parent of each node is always the one before it (or none), for models that take no trees."""
 
     def init(self, batch: int, room: int, vocab: int) -> Any:
-        """The drafter's state before the first step, for texts of at most `room` tokens, prompts included."""
-        ...
+        """A new state, for texts of at most `room` tokens, prompts included."""
+        return ()
 
+    def begin(
+        self,
+        state: Any,
+        text: Int[Array, "batch room"],
+        length: Int[Array, " batch"],
+        logits: Float[Array, "batch prompt vocab"],
+    ) -> Any:
+        """The state at the beginning of a generation, from a new one, or from one that was kept.
+
+        Args:
+          text, length: the prompts, as in `propose`.
+          logits: the model's own after each token of a prompt except its last one (the others mean nothing). Its head
+            runs on the prompt only if they are used.
+        """
+        return state
+
+    def observe(self, state: Any, verified: Verified) -> Any:
+        """The state after a step."""
+        return state
+
+
+class Drafter(Drafts):
+    """Proposes a tree of tokens that may follow; the model then verifies all of them in one step.
+
+    A drafter is a frozen dataclass with this base.
+    """
+
+    @abc.abstractmethod
     def propose(
         self, state: Any, text: Int[Array, "batch room"], length: Int[Array, " batch"]
     ) -> tuple[Int[Array, "batch nodes"], Int[Array, "batch nodes"]]:
         """The tree's tokens, and the number of each node's parent, which is lower than the node's own; -1: the node is
         absent. The entries of node 0, the root, are not read: it is the newest token of the row, text[length - 1]."""
-        ...
-
-    def observe(self, state: Any, verified: Verified) -> Any:
-        """The drafter's state after a step."""
-        ...
 
 
-class SelfDrafter(Protocol):
-    """A `Drafter` that runs the model's own first layers, so that the engine verifies a draft by the others alone.
+class SelfDrafter(Drafts):
+    """Runs the model's own first layers, so that the engine verifies a draft by the others alone.
 
-    It has `init` and `observe` as a `Drafter` has them, and `draft` in place of `propose`. Its drafts are chains.
+    Its drafts are chains of `nodes` tokens, the row's newest one included.
     """
 
-    nodes: int
-    """The number of tokens of a chain, the row's newest one included."""
-    chain: bool
-    """True."""
+    chain = True
     layers: int
     """How many layers `draft` runs, at least 1 and not all."""
 
+    @abc.abstractmethod
     def draft(
         self,
         model: CausalLM,
@@ -148,7 +174,6 @@ class SelfDrafter(Protocol):
           The chain's tokens, the newest one first; their hidden states after the first `layers` layers; and the cache
           with these tokens appended, as `model.hidden(..., layers=(0, layers))` appends them.
         """
-        ...
 
 
 class Evictor(Protocol):

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxtok.decoding.protocols import Verified
+from jaxtok.decoding.protocols import Drafter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SuffixAutomaton:
-    """A `jaxtok.decoding.protocols.Drafter` without a state: it needs only the text.
+class SuffixAutomaton(Drafter):
+    """A drafter without a state: it needs only the text.
 
     >>> import jax.numpy as jnp
     >>> text = jnp.array([[5, 6, 7, 8, 9, 6, 7, 0], [1, 2, 2, 0, 0, 0, 0, 0], [1, 2, 3, 0, 0, 0, 0, 0]])
@@ -44,9 +44,6 @@ class SuffixAutomaton:
     def nodes(self) -> int:
         return 1 + self.tokens
 
-    def init(self, batch: int, room: int, vocab: int) -> tuple[()]:
-        return ()
-
     def propose(
         self, state: tuple[()], text: Int[Array, "batch room"], length: Int[Array, " batch"]
     ) -> tuple[Int[Array, "batch nodes"], Int[Array, "batch nodes"]]:
@@ -57,9 +54,6 @@ class SuffixAutomaton:
         copied = last + jnp.arange(self.tokens) % jnp.maximum(length - last, 1)
         tokens = jnp.concatenate([text[rows, length - 1], text[rows, copied]], 1)
         return tokens, jnp.where(best > 0, jnp.arange(-1, self.tokens), -1)
-
-    def observe(self, state: tuple[()], verified: Verified) -> tuple[()]:
-        return ()
 
 
 def suffix_matches(text: Int[Array, "batch room"], length: Int[Array, "batch 1"]) -> Int[Array, "batch room"]:

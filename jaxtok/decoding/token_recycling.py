@@ -24,7 +24,7 @@ import numpy as np
 import safetensors.numpy
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtok.decoding.protocols import Verified
+from jaxtok.decoding.protocols import Drafter, Verified
 from jaxtok.weights import open_safetensors
 
 NodePath = tuple[int, ...]
@@ -151,7 +151,7 @@ KIND = "token_recycling"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TokenRecycling:
+class TokenRecycling(Drafter):
     """A `jaxtok.decoding.protocols.Drafter` whose state is the adjacency matrix M.
 
     The state of an earlier generation, `Generation.state.drafter`, is a hot start: give it as `drafter_state`. By

@@ -16,7 +16,7 @@ from jaxtok.decoding.protocols import Drafter, Verified
 
 
 @dataclasses.dataclass(frozen=True)
-class Union:
+class Union(Drafter):
     """A `jaxtok.decoding.protocols.Drafter`, whose state is the tuple of the drafters' states.
 
     A state of None in the tuple is made anew, as that of a drafter which begins cold beside one with a state of its
@@ -40,7 +40,7 @@ class Union:
     def __post_init__(self):
         if not self.drafters:
             raise ValueError("drafters is empty; a union has at least one.")
-        if other := [drafter for drafter in self.drafters if not hasattr(drafter, "propose")]:
+        if other := [drafter for drafter in self.drafters if not isinstance(drafter, Drafter)]:
             raise ValueError(
                 f"drafters has {other[0]}, which proposes no tree from the text; leave it out of the union."
             )
@@ -67,7 +67,7 @@ class Union:
         states = []
         for drafter, own in zip(self.drafters, state):
             own = drafter.init(*text.shape, logits.shape[-1]) if own is None else own
-            states.append(drafter.begin(own, text, length, logits) if hasattr(drafter, "begin") else own)
+            states.append(drafter.begin(own, text, length, logits))
         return tuple(states)
 
     def propose(

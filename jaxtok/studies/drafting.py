@@ -98,7 +98,7 @@ class Answer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Counted:
+class Counted(Drafter):
     """A drafter whose state also counts how often each node was accepted, for `TreeTemplate.prune`."""
 
     inner: Drafter

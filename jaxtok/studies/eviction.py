@@ -24,8 +24,7 @@ import tyro
 from jaxtyping import Array, Float, Int
 from tyro.conf import Positional, arg
 
-from jaxtok.decoding import Evictor, Sampling, generate, parse_evictor
-from jaxtok.decoding.protocols import Verified
+from jaxtok.decoding import Drafter, Evictor, Sampling, generate, parse_evictor
 from jaxtok.door import open_model
 from jaxtok.protocols import CausalLM, Params
 
@@ -45,7 +44,7 @@ EVERY = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Drafter):
     """A text that is known: as a `Chooser` it takes the text's tokens, as a `Drafter` it proposes all of them.
 
     So the engine reads a text as it generates one, several tokens at a time. The state is the text [batch, new], and,
@@ -67,9 +66,6 @@ class Given:
         tokens = jnp.take_along_axis(known, jnp.clip(index, 0, known.shape[1] - 1), 1)
         parents = jnp.broadcast_to(jnp.arange(-1, self.nodes - 1), tokens.shape)
         return tokens, jnp.where(index < known.shape[1], parents, -1)
-
-    def observe(self, state: Any, verified: Verified) -> Any:
-        return state
 
 
 def losses(

@@ -211,20 +211,14 @@ class DraftStudy:
 
 
 @dataclasses.dataclass(frozen=True)
-class Nothing:
+class Nothing(Drafter):
     """A drafter that proposes nothing, but makes the model read `nodes` tokens a step, as another one does."""
 
     nodes: int
     chain = False
 
-    def init(self, batch: int, room: int, vocab: int) -> tuple[()]:
-        return ()
-
     def propose(self, state, text, length):
         return jnp.zeros((len(text), self.nodes), jnp.int32), jnp.full((len(text), self.nodes), -1, jnp.int32)
-
-    def observe(self, state, verified) -> tuple[()]:
-        return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,8 +296,7 @@ def _replayed(
     begun = begun.replace(limit=lengths + ends)
     if drafter is None:
         drafter = engine.drafter.init(batch, begun.text.shape[1], 0)
-    if hasattr(engine.drafter, "begin"):
-        drafter = engine.drafter.begin(drafter, begun.text, begun.length, jnp.zeros((*prompts.shape, 1)))
+    drafter = engine.drafter.begin(drafter, begun.text, begun.length, jnp.zeros((*prompts.shape, 1)))
     step = functools.partial(engine.step, None)
     state = jax.lax.while_loop(lambda state: state.live.any(), step, begun.replace(drafter=drafter))
     return state.steps, state.drafter

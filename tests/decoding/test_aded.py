@@ -13,7 +13,7 @@ from causal_lms import noisy_params
 from collector import collect
 from golden_llamas import llama_config
 
-from jaxtok.decoding import ADED, ADEDState, CachedTokens, Engine, PromptLookup, Sampling, generate
+from jaxtok.decoding import ADED, ADEDState, CachedTokens, Drafter, Engine, PromptLookup, Sampling, generate
 from jaxtok.decoding.engine import ancestors
 from jaxtok.decoding.trigram_table import (
     TrigramTable,
@@ -29,6 +29,8 @@ from jaxtok.interop.huggingface import params_from
 from jaxtok.lm.decoder import Decoder
 from jaxtok.studies.replay import Nothing, replay
 from jaxtok.tokenizers import load_tokenizer
+
+EVIDENCE = {"aded": {"generate, cached": "decoding/test_aded.py::test_drafts_change_nothing"}}
 
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [8]]
@@ -225,7 +227,7 @@ def test_drafts_of_the_official_drafter(golden):
 
 
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(Drafter):
     """A tree that is given as the state."""
 
     nodes: int

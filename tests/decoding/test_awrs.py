@@ -19,6 +19,8 @@ from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.protocols import Special
 
+EVIDENCE = {"awrs": {"generate, cached": "decoding/test_awrs.py::test_evidence_is_unbiased"}}
+
 ESTIMATORS = {"improper": "local", "proper": "auto"}
 
 

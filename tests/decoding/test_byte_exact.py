@@ -31,6 +31,8 @@ from jaxtok.lm.llama import LlamaConfig
 from jaxtok.studies.byte_exact import ByteCuts
 from jaxtok.tokenizers import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
 
+EVIDENCE = {"byte_exact": {"generate, cached": "decoding/test_byte_exact.py::test_completing_takes_drafts_and_streams"}}
+
 GOLDENS = Path(__file__).parents[1] / "goldens" / "byte_exact"
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -18,6 +18,7 @@ from recurrent import Recurrent, RecurrentConfig
 from test_engine import Told
 
 from jaxtok.decoding import (
+    Drafter,
     DraftModel,
     PromptLookup,
     Sampling,
@@ -50,7 +51,7 @@ class HalfGreedy(Sampling):
 
 
 @dataclasses.dataclass(frozen=True)
-class Switched:
+class Switched(Drafter):
     """A drafter that can be switched off in its state: plain decoding in the same program, at the tree's width."""
 
     inner: Any
@@ -66,7 +67,7 @@ class Switched:
     def begin(self, state, text, length, logits):
         on, own = state
         own = self.inner.init(*text.shape, logits.shape[-1]) if own is None else own
-        return on, self.inner.begin(own, text, length, logits) if hasattr(self.inner, "begin") else own
+        return on, self.inner.begin(own, text, length, logits)
 
     def propose(self, state, text, length):
         tokens, parents = self.inner.propose(state[1], text, length)

@@ -3,30 +3,13 @@
 import doctest
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 
 from jaxtok import decoding
 
-MODULES = (
-    "aded",
-    "awrs",
-    "byte_exact",
-    "byte_validity",
-    "byte_vocabulary",
-    "constraints",
-    "draft_model",
-    "engine",
-    "prompt_lookup",
-    "sampling",
-    "scorers",
-    "sinks",
-    "skipdecode",
-    "suffix_automaton",
-    "token_recycling",
-    "trigram_table",
-    "union",
-)
+MODULES = [file.stem for file in sorted(Path(decoding.__file__).parent.glob("*.py")) if ">>>" in file.read_text()]
 TYPES = {
     "ADEDState",
     "Chooser",
@@ -41,10 +24,8 @@ TYPES = {
     "Scorer",
 }
 SHOWN_ELSEWHERE = {
-    **dict.fromkeys(("Eviction", "Keyformer"), "parse_evictor"),
-    **dict.fromkeys(("Constrained", "Grammar", "constrain"), "Vocabulary"),
     **dict.fromkeys(("AWRS", "PRESETS", "SMC", "sample_texts"), "configs/decoding/README.md"),
-    **dict.fromkeys(("ByteMixture", "ByteModel", "Gap"), "configs/decoding/README.md"),
+    **dict.fromkeys(("ByteMixture", "ByteModel"), "configs/decoding/README.md"),
 }
 """What has no example of its own, and where it is shown."""
 

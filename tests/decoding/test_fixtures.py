@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from golden_llamas import llama_config
 
-from jaxtok.decoding import CachedTokens, Engine, PromptLookup
+from jaxtok.decoding import CachedTokens, Drafter, Engine, PromptLookup
 from jaxtok.decoding.engine import ancestors
 from jaxtok.interop.huggingface import params_from
 from jaxtok.lm.decoder import Decoder
@@ -58,7 +58,7 @@ class Uniforms:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tree:
+class Tree(Drafter):
     nodes: int
 
     chain = False

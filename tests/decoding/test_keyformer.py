@@ -21,6 +21,8 @@ from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.nn.cache import KVCache
 
+EVIDENCE = {"keyformer": {"generate, cached": "decoding/test_keyformer.py::test_drafts_change_nothing"}}
+
 TEXTS = {name: f"{name}:6,every=2" for name in EVICTORS} | {
     "streaming": "streaming:6,sinks=2,every=2",
     "snapkv": "snapkv:6,window=3,recent=3,pool=3,every=2",

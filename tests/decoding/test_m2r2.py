@@ -53,6 +53,8 @@ def case() -> tiny.Case:
 
 TASKS = {"m2r2": case}
 
+EVIDENCE = {"m2r2": {"generate, cached": "decoding/test_m2r2.py::test_self_speculation_is_lossless"}}
+
 
 def operation() -> tiny.Operation:
     there = case()

@@ -21,6 +21,8 @@ from jaxtok.decoding.token_recycling import AUTHORS_TREE, TEMPLATES
 from jaxtok.interop.huggingface import params_from
 from jaxtok.lm.decoder import Decoder
 
+EVIDENCE = {"token_recycling": {"generate, cached": "decoding/test_drafters.py::test_drafts_change_nothing"}}
+
 GREEDY = Sampling(temperature=0)
 
 

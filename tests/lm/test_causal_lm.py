@@ -157,10 +157,10 @@ def test_a_token_changes_nothing_before_it(causal_lm):
 def test_parts_compose_to_the_whole(causal_lm):
     model, params = causal_lm
     tokens = some_tokens(model)
-    embedded = model.apply({"params": params}, tokens, method="embed")
-    hidden, _ = model.apply({"params": params}, embedded, method="hidden")
-    assert embedded.shape[:2] == hidden.shape[:2] == (BATCH, LENGTH)
-    assert_close(model.apply({"params": params}, hidden, method="head"), apply(model, params, tokens)[0])
+    embedded = apply(model, params, tokens, method="embed")
+    states, _ = hidden(model, params, embedded)
+    assert embedded.shape[:2] == states.shape[:2] == (BATCH, LENGTH)
+    assert_close(apply(model, params, states, method="head"), apply(model, params, tokens)[0])
 
 
 def test_layer_ranges_compose(causal_lm):

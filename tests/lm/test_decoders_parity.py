@@ -25,6 +25,8 @@ TASKS = {
     "llama": lambda: tiny.text(LlamaConfig(**tiny.SIZES, num_kv_heads=2, mlp_dim=32, window=9)),
 }
 
+EVIDENCE = {"llama": {"formats": ("llama, a tokenizer.json", "mistral", "qwen2", "gemma")}}
+
 CAUSAL_LMS = {
     "gpt2": lambda: Decoder(GPT2Config(**causal_lms.SIZES | {"rotary_fraction": 0.0}, mlp_dim=24)),
     "llama": lambda: Decoder(LlamaConfig(**causal_lms.LLAMA, num_kv_heads=2, mlp_dim=24)),

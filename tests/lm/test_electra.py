@@ -54,6 +54,8 @@ TASKS = {
     ),
 }
 
+EVIDENCE = {"electra": {"formats": ("electra, discriminator", "electra, generator", "electra, variables")}}
+
 MODEL = ElectraConfig(
     vocab_size=40, num_layers=2, d_model=16, num_heads=2, mlp_dim=24, embedding_size=8, max_positions=20
 )

@@ -31,6 +31,8 @@ TASKS = {
     )
 }
 
+EVIDENCE = {"bert": {"task": "masked_words", "formats": ("bert", "roberta, classes")}}
+
 FIXTURES = [f"llama_gpt2_bricks/{kind}*.npz" for kind in ("bert", "roberta", "xlmr")]
 
 

@@ -55,6 +55,8 @@ def case() -> tiny.Case:
 
 TASKS = {"extensible": case}
 
+EVIDENCE = {"extensible": {"generate, cached": "lm/test_extensible.py::test_generation"}}
+
 
 def operation() -> tiny.Operation:
     there = case()

@@ -81,6 +81,14 @@ def released_case() -> Case:
 
 TASKS = {"hat": paper_case, "hat_released": released_case}
 
+EVIDENCE = {
+    "hat": {"generate, cached": "lm/test_hat.py::test_generation_is_what_a_full_pass_says"},
+    "hat_released": {
+        "generate, cached": "lm/test_hat.py::test_released_generation_is_what_a_full_pass_says",
+        "formats": ("hat",),
+    },
+}
+
 
 def of_bytes():
     char = LlamaStack(num_layers=1, d_model=16, num_heads=2, mlp_dim=24)

@@ -42,6 +42,8 @@ TASKS = {
     "semi_lexinvariant": lambda: case(TOKENFORMER, random_symbols=0.5, block=24),
 }
 
+EVIDENCE = {"lexinvariant": {"grow": "lm/test_lexinvariant.py::test_a_body_of_parameter_tokens_grows"}}
+
 CAUSAL_LMS = {
     "lexinvariant": lambda: Lexinvariant(
         LexinvariantConfig(**causal_lms.SIZES | causal_lms.TIED | {"rotary_fraction": 0.0})

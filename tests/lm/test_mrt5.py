@@ -61,6 +61,8 @@ TINY = MrT5Training(
 )
 TASKS = {"mrt5": lambda: tiny.pairs(TINY)}
 
+EVIDENCE = {"mrt5": {"generate, cached": "lm/test_mrt5.py::test_evaluation_and_generation"}}
+
 
 def operation() -> tiny.Operation:
     to = dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, vocab_size=0))  # the T5's

@@ -21,6 +21,8 @@ TASKS = {
     )
 }
 
+EVIDENCE = {"t5": {"generate, cached": "lm/test_t5_parity.py::test_generation"}}
+
 
 def generator():
     model = byt5(16, 24, 1, 1, 2)

@@ -26,6 +26,8 @@ TASKS = {
     "transformer": lambda: tiny.text(matched_transformer(tiny.TOKENFORMER)),
 }
 
+EVIDENCE = {"tokenformer": {"grow": "training/test_mesh.py::test_growth_happens_where_the_parameters_are"}}
+
 CAUSAL_LMS = {
     "tokenformer": lambda: Decoder(
         TokenFormerConfig(**causal_lms.SIZES, tokens=uniform_counts(attention=12, ffn=20, output=9))

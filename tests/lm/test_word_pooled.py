@@ -74,6 +74,13 @@ def case() -> Case:
 
 TASKS = {"word_pooled": case}
 
+EVIDENCE = {
+    "word_pooled": {
+        "generate, cached": "lm/test_word_pooled.py::test_cached_generation_is_recomputation",
+        "formats": ("word_pooled", "word_pooled, plain"),
+    }
+}
+
 CAUSAL_LMS = {
     "word_pooled_plain": lambda: Decoder(PlainConfig(**causal_lms.SIZES | {"rotary_fraction": 0.0}, mlp_dim=64))
 }

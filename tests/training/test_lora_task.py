@@ -37,6 +37,14 @@ def case() -> tiny.Case:
 
 TASKS = {"lora": case}
 
+EVIDENCE = {
+    "lora": {
+        "generate, cached": "training/test_lora_task.py::test_an_adapted_run_is_the_model_with_its_adapter",
+        "import": "interop/test_peft.py::test_folders",
+        "export": "interop/test_peft.py::test_trained_here_then_written_is_the_same",
+    }
+}
+
 
 def operation() -> tiny.Operation:
     """Adds an adapter to every projection and a table; a task that has one already is refused."""

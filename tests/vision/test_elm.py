@@ -56,6 +56,11 @@ TASKS = {
     "elm_masked": lambda: case(MaskedElmModeling(model=MaskedElmConfig(**TINY, sub_codes=2), rounds=4), drawn=True),
 }
 
+EVIDENCE = {
+    "elm": {"generate, cached": "vision/test_elm.py::test_cached_is_recomputed"},
+    "elm_masked": {"formats": ("elm, masked",)},
+}
+
 IMAGE_GENERATORS = {
     "elm": lambda: ElmModeling(model=CONFIG),
     "elm_masked": lambda: MaskedElmModeling(model=MASKED),

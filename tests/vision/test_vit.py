@@ -34,6 +34,8 @@ def case() -> Case:
 
 TASKS = {"tokenformer_vit": case}
 
+EVIDENCE = {"vit": {"task": "tokenformer_vit", "grow": "vision/test_vit.py::test_growth_of_the_task"}}
+
 SMALL = {"num_layers": 2, "d_model": 32, "num_heads": 2, "image_size": 8, "patch_size": 4, "num_classes": 10}
 TOKENFORMER = TokenFormerViTConfig(**SMALL, tokens=TokenCounts(query=20, key=24, value=28, output=36, ffn=48))
 LINEAR = LinearViTConfig(**SMALL, mlp_dim=64)
