@@ -146,11 +146,11 @@ def generate(
         "stop_at_end": stop_at_end,
         "on_bytes": write if live else None,
         "drafter": drafting,
+        "drafter_state": drafter_state,
         "evictor": evictor,
+        "on_end": keep,
     }
     if exact_bytes:
-        if drafter_state is not None:
-            raise ValueError(f"drafter is {drafter}; with exact_bytes, it must be one without a state of its own.")
         texts = generate_exact(model, prompts, max_new_tokens or 200, **options)
     else:
         texts = model.generate_bytes(
@@ -158,8 +158,6 @@ def generate(
             max_new_tokens,
             stop=stop,
             constraint=constrain,
-            drafter_state=drafter_state,
-            on_end=keep,
             **options,
         )
     if live:
