@@ -1,12 +1,12 @@
 """Ensembles of language models with different tokenizers, byte by byte: bits a byte of held-out Python.
 
+    jaxtok train byte_lm --train.steps 6000
     jaxtok study byte_ensemble_study
-    jaxtok study byte_ensemble_study --models runs/byte_lm_300 runs/byte_lm_1000 --weights 1,1
+    jaxtok study byte_ensemble_study --models runs/byte_lm_300 runs/byte_lm_1000
 
-The models of byte_lm have to be trained before. Its time is not measured: it was stopped after eight minutes on two
-shared cores.
+It goes on where it was stopped. configs/decoding/README.md has its table and its time.
 """
 
 from jaxtok.studies.byte_exact import ByteEnsembles
 
-config = ByteEnsembles(models=("smollm2", "runs/byte_lm"), weights=((0.9, 0.1), (0.5, 0.5)), spans=48)
+config = ByteEnsembles(models=("smollm2", "runs/byte_lm"))

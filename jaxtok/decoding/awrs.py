@@ -277,7 +277,7 @@ def _suffix_logsumexp(x: Float[Array, "batch block"]) -> Float[Array, "batch blo
     return jax.lax.cumlogsumexp(x - top, axis=1, reverse=True) + top
 
 
-METHODS = ("multinomial", "stratified", "systematic", "residual")
+RESAMPLING = ("multinomial", "stratified", "systematic", "residual")
 
 
 def resample(
@@ -334,8 +334,8 @@ class SMC:
             raise ValueError(f"ess_threshold is {self.ess_threshold}; it must be from 0 to 1.")
         if self.constrain not in ("awrs", "mask", "critic", "none"):
             raise ValueError(f"constrain is {self.constrain!r}; it must be awrs, mask, critic or none.")
-        if self.resampling not in METHODS:
-            raise ValueError(f"resampling is {self.resampling!r}; it must be one of {', '.join(METHODS)}.")
+        if self.resampling not in RESAMPLING:
+            raise ValueError(f"resampling is {self.resampling!r}; it must be one of {', '.join(RESAMPLING)}.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; it must be positive.")
         if self.constrain == "awrs" and self.awrs.estimator == "local" and self.ess_threshold:

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxtok.decoding.byte_vocabulary import POLICIES, Exact, Plan, Policy, Trie, Vocabulary
+from jaxtok.decoding.byte_vocabulary import POLICIES, ByteVocabulary, Exact, Plan, Policy, Trie
 from jaxtok.nn.cache import EMPTY
 from jaxtok.protocols import CausalLM, Params
 
@@ -41,7 +41,7 @@ _BUCKET = 64  # prompts are padded to a multiple of it, so that those of similar
 
 @flax.struct.dataclass
 class ByteState:
-    """What is known of the texts of a batch. A row's anchor is a place in its prompt; see `Vocabulary.anchored`."""
+    """What is known of the texts of a batch. A row's anchor is a place in its prompt; see `ByteVocabulary.anchored`."""
 
     cache: Any
     root: Int[Array, " batch"]
@@ -91,7 +91,7 @@ class ExactBytes:
     """
 
     model: CausalLM
-    vocabulary: Vocabulary
+    vocabulary: ByteVocabulary
     policy: Policy = "truncate"
     """What becomes of the mass that the model gives to invalid next tokens. truncate: it is left out, and the vector of
     next symbols is normalised (the official code); truncate_renormalize: each token's distribution is normalised
@@ -144,7 +144,8 @@ class ExactBytes:
             it writes before a text (SentencePiece's space).
 
         Raises:
-          ValueError: a context is empty, a prompt is not what the tokenizer can represent, or too long for the model.
+          ValueError: a context is empty, a prompt is not what the tokenizer can represent, or too long for the model,
+            or the logits are NaN.
         """
         chains, rests = [], []
         for number, (text, context) in enumerate(zip(prompts, contexts, strict=True)):
@@ -165,8 +166,9 @@ class ExactBytes:
         rest = _padded(rests, -(-max(int(counts.max()), 1) // 32) * 32)
         with value_errors():
             state = self._prefill(params, chain, lengths, rest, counts, new=new)
-            impossible = np.flatnonzero(np.isneginf(state.logprob))
-        if len(impossible):
+            logprob = np.asarray(state.logprob)
+        check_numbers(np.asarray(state.next))
+        if len(impossible := np.flatnonzero(np.isneginf(logprob))):
             text = prompts[impossible[0]]
             raise ValueError(f"no tokens of the vocabulary cover prompt {impossible[0]}, which ends in {text[-20:]!r}.")
         return state
@@ -245,7 +247,7 @@ class ExactBytes:
         return state.replace(next=following, next_mass=state.logprob + total)
 
     def _plan(self, state: ByteState) -> Plan:
-        """See `Vocabulary.plan`, which is a function of the bytes since the anchor."""
+        """See `ByteVocabulary.plan`, which is a function of the bytes since the anchor."""
         batch, entries = len(state.length), _entries(state.text.shape[1])
         shape, new = jax.ShapeDtypeStruct, self.completes
         result = Plan(
@@ -345,17 +347,15 @@ def _entries(room: int) -> int:
 
 
 def _node_masses(row: Float[Array, "batch vocab"], trie: Trie) -> Float[Array, "batch nodes"]:
-    """The log of the summed probabilities of the tokens that begin with each node's bytes."""
-    token_of, node_of, count = jnp.asarray(trie.token_of), jnp.asarray(trie.node_of), trie.nodes
+    """The log of the summed probabilities of the tokens that begin with each node's bytes.
 
-    def of(row):
-        values = row[token_of]
-        most = jax.ops.segment_max(values, node_of, count, indices_are_sorted=True)
-        most = jnp.where(jnp.isfinite(most), most, 0)
-        share = jnp.exp(values - most[node_of])
-        return most + jnp.log(jax.ops.segment_sum(share, node_of, count, indices_are_sorted=True))
-
-    return jax.vmap(of)(row)
+    In float32, a token that is exp(87) times less likely than the likeliest one counts as impossible.
+    """
+    most = row.max(-1, keepdims=True)
+    most = jnp.where(jnp.isfinite(most), most, 0)
+    share = jnp.exp(row - most)[:, jnp.asarray(trie.token_of)]
+    total = functools.partial(jax.ops.segment_sum, num_segments=trie.nodes, indices_are_sorted=True)
+    return most + jnp.log(jax.vmap(total, (0, None))(share, jnp.asarray(trie.node_of)))
 
 
 def _next_masses(
@@ -391,6 +391,12 @@ def _padded(rows: Sequence[Sequence[int]], length: int) -> Int[np.ndarray, "batc
     for row, values in zip(array, rows):
         row[: len(values)] = list(values)
     return array
+
+
+def check_numbers(values: np.ndarray) -> None:
+    """Raises a ValueError if some are not numbers."""
+    if np.isnan(values).any():
+        raise ValueError("the logits are not numbers (NaN); check the parameters.")
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtok.decoding.byte_exact import NOTHING, ByteState, ExactBytes, value_errors
+from jaxtok.decoding.byte_exact import NOTHING, ByteState, ExactBytes, check_numbers, value_errors
 from jaxtok.decoding.byte_vocabulary import Policy, vocabulary_of
 from jaxtok.decoding.engine import Engine, Generation, generate
 from jaxtok.decoding.protocols import Drafter, Evictor, SelfDrafter
@@ -60,15 +60,25 @@ class ByteMixture:
         named = (role for role in first.roles if role in ("unk", "bos", "eos"))
         return tuple(role for role in named if all(role in other.roles for other in others))
 
-    def combined(self, states: Sequence[ByteState]) -> Float[Array, "batch symbols"]:
-        """The log probabilities of the next symbol."""
-        weights, parts = self.weights or (1.0,) * len(self.members), []
-        for member, state, weight in zip(self.members, states, weights):
+    @functools.cached_property
+    def log_weights(self) -> Float[np.ndarray, " members"]:
+        """The logarithms of the weights, which sum to 1."""
+        weights = np.array(self.weights or (1.0,) * len(self.members))
+        return np.log(weights / weights.sum())
+
+    def parts(self, states: Sequence[ByteState]) -> Float[Array, "members batch symbols"]:
+        """The log probabilities of the next symbol by each member, among the symbols that all have."""
+        found = []
+        for member, state in zip(self.members, states):
             index = [*range(256), *(256 + member.vocabulary.roles.index(role) for role in self.roles)]
             chosen = state.next[:, jnp.array(index)]
             total = jax.nn.logsumexp(chosen, -1, keepdims=True)
-            parts.append(chosen - jnp.where(jnp.isfinite(total), total, 0) + math.log(weight / sum(weights)))
-        return parts[0] if len(parts) == 1 else jax.nn.logsumexp(jnp.stack(parts), 0)
+            found.append(chosen - jnp.where(jnp.isfinite(total), total, 0))
+        return jnp.stack(found)
+
+    def combined(self, states: Sequence[ByteState]) -> Float[Array, "batch symbols"]:
+        """The log probabilities of the next symbol."""
+        return jax.nn.logsumexp(self.parts(states) + self.log_weights[:, None, None], 0)
 
     def step(self, params: Sequence[Params], tokens: Int[Array, " batch"], state: Any, live: Bool[Array, " batch"]):
         """See `jaxtok.decoding.TokenModel`."""
@@ -78,16 +88,16 @@ class ByteMixture:
     @functools.partial(jax.jit, static_argnames="self")
     def read(
         self, params: Sequence[Params], state: Any, text: Int[Array, "batch length"], lengths: Int[Array, " batch"]
-    ) -> tuple[Float[Array, "batch length"], Any]:
-        """The log probability of each byte of the texts that follow, and the state after them."""
+    ) -> tuple[Float[Array, "members batch length"], Any]:
+        """Each member's log probability of each byte of the texts that follow, and the state after them."""
 
         def body(n, carry):
             found, states = carry
             byte = text[:, n]
-            found = found.at[:, n].set(jnp.take_along_axis(self.combined(states), byte[:, None], 1)[:, 0])
+            found = found.at[..., n].set(jnp.take_along_axis(self.parts(states), byte[None, :, None], 2)[..., 0])
             return found, self.step(params, byte, states, n < lengths)[1]
 
-        found = jnp.zeros(text.shape, state[0].next.dtype)
+        found = jnp.zeros((len(self.members), *text.shape), state[0].next.dtype)
         return jax.lax.fori_loop(0, lengths.max(), body, (found, tuple(state)))
 
 
@@ -185,6 +195,20 @@ class ByteModel:
         Raises:
           ValueError: a byte has probability 0, a text is longer than a model's context, or as `prefill`.
         """
+        weights, spell = self.mixture.log_weights[:, None], self.mixture.members[0].vocabulary.spell
+        result = [np.logaddexp.reduce(values + weights) for values in self.member_scores(texts, prompts)]
+        for number, (values, text) in enumerate(zip(result, _bytes(texts))):
+            if len(bad := np.flatnonzero(~np.isfinite(values))):
+                raise ValueError(
+                    f"byte {bad[0]} of text {number}, {spell(text)[bad[0] : bad[0] + 1]!r}, has probability 0: no "
+                    "valid token of a model's vocabulary spells it there."
+                )
+        return result
+
+    def member_scores(
+        self, texts: Sequence[str | bytes], prompts: Sequence[str | bytes] | None = None
+    ) -> list[Float[np.ndarray, "members bytes"]]:
+        """As `score`, by each model of an ensemble; the ensemble's scores for any weights follow from them."""
         scored, before = _bytes(texts), _bytes([b""] * len(texts) if prompts is None else prompts)
         if len(scored) != len(before):
             raise ValueError(f"there are {len(scored)} texts and {len(before)} prompts; give one for each.")
@@ -193,22 +217,15 @@ class ByteModel:
                 count = len(begin) + len(member.vocabulary.tokenizer.encode(start + text))
                 if count > (most := member.model.config.max_length):
                     raise ValueError(f"text {number} has {count} tokens; the model's max_length is {most}.")
-        spell = self.mixture.members[0].vocabulary.spell
-        rows = [spell(text) for text in scored]
+        rows = [self.mixture.members[0].vocabulary.spell(text) for text in scored]
         length = -(-max(map(len, rows)) // _BUCKET) * _BUCKET or _BUCKET
         array = np.stack([np.frombuffer(row.ljust(length, b"\0"), np.uint8) for row in rows]).astype(np.int32)
         lengths = np.array([*map(len, rows)], np.int32)
         state = self.prefill(before, new=length)
         with value_errors():
             found = np.asarray(self.mixture.read(self.params, state, array, lengths)[0])
-        result = [values[:count] for values, count in zip(found, lengths)]
-        for number, (values, row) in enumerate(zip(result, rows)):
-            if len(bad := np.flatnonzero(~np.isfinite(values))):
-                raise ValueError(
-                    f"byte {bad[0]} of text {number}, {row[bad[0] : bad[0] + 1]!r}, has probability 0: no valid token "
-                    "of a model's vocabulary spells it there."
-                )
-        return result
+        check_numbers(found)
+        return [found[:, number, :count] for number, count in enumerate(lengths)]
 
     def bits_per_byte(self, texts: Sequence[str | bytes], prompts: Sequence[str | bytes] | None = None) -> float:
         """The mean bits of a byte of the texts; comparable across vocabularies."""
@@ -279,20 +296,21 @@ class ByteModel:
         drafter: Drafter | SelfDrafter | None = None,
         drafter_state: Any = None,
         evictor: Evictor | None = None,
-        on_end: Callable[[Generation], None] | None = None,
         on_bytes: Callable[[int, bytes], None] | None = None,
+        on_end: Callable[[Generation], None] | None = None,
     ) -> list[bytes]:
         """Continues prompts token by token: draws a cover of each prompt with its probability, and goes on after it.
 
         The texts have the distribution of those drawn byte by byte, if the model gives no mass to invalid tokens or
         the policy is truncate_renormalize (then, here, only for the cover: later tokens are the model's own). Drafts
-        and evictors are those of `jaxtok.decoding.generate`.
+        and evictors are those of `jaxtok.decoding.generate`: the model is a target for drafts as it is without covers.
 
         Args:
           sampling: how each later token is chosen. At temperature 0 the likeliest cover is taken.
           contexts: the tokens before each prompt, which goes on after them; default: what begins every text.
-          on_end: called with the generation of the tokens after the covers, in whose state is the drafter's.
+          drafter, drafter_state, evictor: as of `jaxtok.decoding.generate`.
           on_bytes: called with the number of a prompt and its new bytes, every few tokens.
+          on_end: called with the generation of the tokens after the covers, in whose state is the drafter's.
 
         Raises:
           ValueError: this is an ensemble, which has no tokens; or as `prefill` and `jaxtok.decoding.generate`.

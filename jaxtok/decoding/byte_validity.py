@@ -421,13 +421,16 @@ class CutBytePairs:
             for token in self._inner:
                 mask[token] = self.valid((*tail, token))
             return mask, False
-        # Where the neighbours in the tail must be divided by a cut, and where there must be none.
         decoded = text.decode()
-        whole = all(self._strings[i][0] & 0xC0 != 0x80 and _complete(self._strings[i]) for i in tail)
+        whole = all(_begins_utf8(each := self._strings[i]) and not incomplete(each) for i in tail)
         parts = [shape(self._strings[i].decode()) for i in tail] if whole else [decoded]
         context = "".join(parts)
-        places = _starts([len(part) for part in parts] if whole else self._lengths(tail))
-        must, never = self._divided(tail, places, len(context))
+        lengths = [len(part) for part in parts] if whole else self._lengths(tail)
+        bounds = list(itertools.accumulate(lengths))[:-1]
+        # Where merging would not leave the neighbours, a cut must be; none may be where there is no boundary.
+        neighbours = zip(bounds, itertools.pairwise(tail))
+        must = frozenset(place for place, (a, b) in neighbours if not self.merges.after(a)[b])
+        never = frozenset(range(1, len(context))) - set(bounds)
         flags, canonical = self._judged(context, must, never)
         pair = self.merges.after(tail[-1]) if tail else None
         of = self._variant_shape
@@ -448,14 +451,6 @@ class CutBytePairs:
             seen += self._strings[token]
             lengths.append(_characters(seen) - before)
         return lengths
-
-    def _divided(self, tail: Tail, places: Sequence[float], length: int) -> tuple[frozenset, frozenset]:
-        """The places where a cut must be, as merging would not leave these neighbours, and where none may be."""
-        bounds = set(places[1:])
-        must = frozenset(
-            place for place, (a, b) in zip(places[1:], itertools.pairwise(tail)) if not self.merges.after(a)[b]
-        )
-        return must, frozenset(set(range(1, length)) - bounds)
 
     def _judge(self, context: str, must: frozenset, never: frozenset) -> tuple[dict[str, tuple], bool]:
         """For each next character ("": none), and each shape of a token: whether a token of this shape may follow the
@@ -564,18 +559,10 @@ def _characters_from(begun: bytes) -> list[str]:
     return _characters_by_bytes().get(begun, [])
 
 
-def _complete(text: bytes) -> bool:
-    return _begins_utf8(text) and not incomplete(text)
-
-
 def _characters(text: bytes) -> float:
     """How many characters a text has; one that is not complete is half of one."""
     open_ = incomplete(text)
     return len(text[: len(text) - open_].decode()) + (0.5 if open_ else 0)
-
-
-def _starts(lengths: Sequence[float]) -> list[float]:
-    return [0, *itertools.accumulate(lengths)][: len(lengths)]
 
 
 def rule_of(tokenizer: Any, validity: str = "", without: bytes = b"") -> Rule:

@@ -137,7 +137,7 @@ class Covers:
 
 
 class Plan(NamedTuple):
-    """What a step of the model has to know about the texts of a batch; see `Vocabulary.plan`."""
+    """What a step of the model has to know about the texts of a batch; see `ByteVocabulary.plan`."""
 
     token: Int[np.ndarray, "batch new"]
     """The tokens to read, -1 where there are no more."""
@@ -155,7 +155,7 @@ class Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Vocabulary:
+class ByteVocabulary:
     """A tokenizer's tokens as symbols: the 256 bytes, then its special tokens.
 
     Two are equal only if they are the same object, so that functions are compiled once for each.
@@ -182,11 +182,6 @@ class Vocabulary:
     @property
     def symbols(self) -> int:
         return 256 + len(self.specials)
-
-    @functools.cached_property
-    def ends(self) -> tuple[int, ...]:
-        """The symbols that end a text."""
-        return tuple(256 + self.specials.index(token) for token in self.tokenizer.special.eos)
 
     @functools.cached_property
     def longest(self) -> int:
@@ -355,7 +350,7 @@ def vocabulary_of(
     tokenizer: Tokenizer,
     domain: Literal["text", "piece"] = "text",
     validity: Literal["", "canonical", "prefix"] = "",
-) -> Vocabulary:
+) -> ByteVocabulary:
     """A tokenizer's vocabulary over bytes; the same object for the same tokenizer, so that nothing is compiled anew.
 
     Args:
@@ -389,7 +384,7 @@ def vocabulary_of(
     begins = set(trie.symbol[1 : 1 + trie.count[0]].tolist())
     # Bytes that no valid UTF-8 has are not missed.
     lacking = bytes(b for b in range(256) if b not in begins and b not in (0xC0, 0xC1, *range(0xF5, 0x100)))
-    return Vocabulary(
+    return ByteVocabulary(
         tokenizer, rule, strings, trie, specials, roles, spell(_prefix(tokenizer)), lacking, spell, unspell
     )
 

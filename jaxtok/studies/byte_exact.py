@@ -90,6 +90,41 @@ def _last_two(
     return jax.nn.log_softmax(logits.astype(jnp.float32))
 
 
+def beams(model: Model, prompts: Sequence[bytes], widths: Sequence[int]) -> list[tuple[np.ndarray, list[float]]]:
+    """The log probabilities of the next byte after each prompt by the beams of `genlm-bytes`, and the seconds of each.
+
+    Raises:
+      ImportError: it is not installed.
+    """
+    import asyncio
+
+    import torch
+    from genlm.backend import load_model_by_name
+    from genlm.bytes import BeamParams, ByteBeamState
+
+    llm = load_model_by_name(str(model.path), "hf", {"hf_opts": {"torch_dtype": torch.float32}})
+    llm.tokenizer.bos_token = llm.tokenizer.decode(list(model.begin))
+
+    async def follow(start: ByteBeamState, prompt: bytes) -> np.ndarray:
+        return (await (await start.prefill(prompt)).logp_next()).ps[:256]
+
+    async def run() -> list[tuple[np.ndarray, list[float]]]:
+        found = []
+        for width in widths:
+            start = await ByteBeamState.initial(llm, BeamParams(K=width))
+            rows, seconds = [], []
+            for prompt in prompts:
+                llm.clear_cache()
+                began = time.perf_counter()
+                rows.append(await follow(start, prompt))
+                seconds.append(time.perf_counter() - began)
+            await start.cleanup()
+            found.append((np.array(rows), seconds))
+        return found
+
+    return asyncio.run(run())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByteCuts:
     """A study: prompts of code are cut at random bytes, and the next byte is predicted in three ways.
@@ -106,6 +141,10 @@ class ByteCuts:
     """The cuts of each prompt."""
     batch: int = 16
     slots: int = 16
+    peer: int = 8
+    """How many of the cuts are compared with `genlm-bytes`, if that is installed."""
+    peer_bytes: int = 48
+    """The bytes before each of these cuts."""
     seed: int = 0
     workdir: str = "runs/byte_exact"
 
@@ -146,9 +185,35 @@ class ByteCuts:
                     lines.write(json.dumps({**bits, "batch": number, "inside": bool(inside), **cost, **seconds}) + "\n")
             print(f"{number + 1} of {len(cuts)} batches", flush=True)
         table = self.table([json.loads(line) for line in file.read_text().splitlines()])
+        table += self._beside_beams(model, exact, cuts, folder / "peer.md")
         (folder / "table.md").write_text(table)
         print(table)
         return True
+
+    def _beside_beams(self, model: Model, exact: ByteModel, cuts: Sequence[Sequence[Any]], file: Path) -> str:
+        """The table of `genlm-bytes`: its beam of 5, and one of 40 as what a sum over all token sequences gives."""
+        if not self.peer or file.is_file():
+            return file.read_text() if file.is_file() else ""
+        some = [cut for part in cuts for cut in part if len(cut[0]) >= self.peer_bytes][: self.peer]
+        prompts, following = [text[-self.peer_bytes :] for text, _, _ in some], [byte for _, byte, _ in some]
+        try:
+            (five, theirs), (all_, _) = beams(model, prompts, (5, 40))
+        except ImportError:
+            return "\ngenlm-bytes is not installed (pip install genlm-bytes==0.2.0): not compared\n"
+        exact.next_bytes(prompts[:1])
+        ours, rows = [], []
+        for prompt in prompts:
+            began = time.perf_counter()
+            rows.append(exact.next_bytes([prompt])[0, :256])
+            ours.append(time.perf_counter() - began)
+        lines = ["| next byte by | bits of the true one | from a beam of 40 | s a prompt |", "|---|---|---|---|"]
+        for name, found, seconds in (("jaxtok", np.array(rows), ours), ("beam of 5", five, theirs)):
+            bits = -found[np.arange(len(some)), following].mean() / math.log(2)
+            far = np.abs(np.exp(found) - np.exp(all_)).sum(1).mean() / 2
+            lines.append(f"| {name} | {bits:.3f} | {far:.4f} | {np.median(seconds):.2f} |")
+        shown = "The third column is the total variation distance between the distributions of the next byte."
+        file.write_text("\n".join(["", *lines, "", f"{len(some)} prompts of {self.peer_bytes} bytes. {shown}", ""]))
+        return file.read_text()
 
     def _cuts(self) -> list[list[tuple[bytes, int, bool]]]:
         """Batches of the prompt before each cut, the byte after it, and whether the cut is inside a token.
@@ -198,17 +263,34 @@ class ByteCuts:
         )
 
 
+def best_weights(scores: Float[np.ndarray, "members bytes"]) -> Float[np.ndarray, " members"]:
+    """The weights of the mixture that gives the bytes the highest probability, by expectation maximisation.
+
+    >>> best_weights(np.log([[0.9, 0.9, 0.1], [0.1, 0.1, 0.9]])).round(2).tolist()
+    [0.71, 0.29]
+    """
+    weights = np.full(len(scores), 1 / len(scores))
+    for _ in range(500):  # of a concave function
+        joint = scores + np.log(weights)[:, None]
+        weights = np.exp(joint - np.logaddexp.reduce(joint)).mean(1)
+    return weights
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByteEnsembles:
-    """A study: bits a byte of held-out text, of models alone and of their ensembles."""
+    """A study: bits a byte of held-out text, of models alone and of their ensembles.
+
+    The weights of the ensemble are chosen on the validation split, and everything is measured on the test split. Scores
+    are saved after each batch, so that a run that was stopped goes on.
+    """
 
     models: tuple[str, ...] = ("smollm2",)
     """What `jaxtok.open` takes: runs, folders, names."""
-    weights: tuple[tuple[float, ...], ...] = ()
-    """The weights of the ensembles; (): equal ones."""
     corpus: str = "python"
-    split: str = "test"
-    spans: int = 64
+    spans: int = 48
+    """The spans of the test split."""
+    tuning: int = 16
+    """The spans of the validation split."""
     context: int = 128
     """The bytes before each span."""
     length: int = 64
@@ -218,37 +300,47 @@ class ByteEnsembles:
     seed: int = 0
     workdir: str = "runs/byte_ensemble"
 
+    def __post_init__(self):
+        for field in ("spans", "tuning", "length", "batch"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
+        if len(self.models) < 2:
+            raise ValueError(f"models is {self.models}; an ensemble needs at least two.")
+
     def run(self) -> bool:
         """Prints the table, and writes it to `table.md`."""
-        models = [open_model(name) for name in self.models]
-        prompts, texts = self._spans()
-        weightings = self.weights or ((1.0,) * len(models),)
-        scored = {
-            name: self._score(ByteModel.of(m, slots=self.slots), prompts, texts) for name, m in zip(self.models, models)
-        }
-        best = min(scored.values(), key=np.mean)
-        lines = ["| model | bits a byte | less than the best alone |", "|---|---|---|"]
-        for name, bits in scored.items():
-            lines.append(f"| {name} | {bits.mean():.4f} | |")
-        for weights in weightings:
-            bits = self._score(ByteModel.of(*models, weights=weights, slots=self.slots), prompts, texts)
-            less = best - bits
-            error = less.std() / math.sqrt(len(less))
-            name = ":".join(f"{weight:g}" for weight in weights)
-            lines.append(f"| ensemble {name} | {bits.mean():.4f} | {less.mean():.4f} ± {error:.4f} |")
-        table = "\n".join([*lines, "", f"{len(texts)} spans of {self.length} bytes of {self.corpus}, {self.split}", ""])
         folder = Path(self.workdir)
         folder.mkdir(parents=True, exist_ok=True)
+        model = ByteModel.of(*map(open_model, self.models), slots=self.slots)
+        tuning = self._scores(model, "validation", self.tuning, folder)
+        scores = self._scores(model, "test", self.spans, folder)
+        table = self.table(scores, best_weights(np.concatenate(tuning, 1)))
         (folder / "table.md").write_text(table)
         print(table)
         return True
 
-    def _spans(self) -> tuple[list[bytes], list[bytes]]:
-        """Contexts and spans of the held-out documents, of whole characters of ASCII, at random places."""
+    def table(self, scores: Sequence[Float[np.ndarray, "members bytes"]], chosen: Float[np.ndarray, " members"]) -> str:
+        """Mean bits a byte of the models and of their mixtures, with standard errors over the spans."""
+        alone = -np.array([each.mean(1) for each in scores]).T / math.log(2)
+        best = alone[alone.mean(1).argmin()]
+        lines = ["| model | bits a byte | less than the best alone |", "|---|---|---|"]
+        lines += [f"| {name} | {bits.mean():.4f} | |" for name, bits in zip(self.models, alone)]
+        equal = np.full(len(chosen), 1 / len(chosen))
+        for name, weights in (("equal weights", equal), ("weights chosen on validation", chosen)):
+            mixed = [np.logaddexp.reduce(each + np.log(weights)[:, None]).mean() for each in scores]
+            bits = -np.array(mixed) / math.log(2)
+            less, shown = best - bits, ":".join(f"{weight:.3f}" for weight in weights)
+            error = less.std() / math.sqrt(len(less))
+            lines.append(f"| ensemble {shown}, {name} | {bits.mean():.4f} | {less.mean():.4f} ± {error:.4f} |")
+        spans = f"{len(scores)} spans of {self.length} bytes of {self.corpus}, test, after {self.context} bytes"
+        return "\n".join([*lines, "", spans, ""])
+
+    def _spans(self, split: str, count: int) -> tuple[list[bytes], list[bytes]]:
+        """Contexts and spans of a split's documents, of whole characters of ASCII, at random places."""
         rng = np.random.default_rng(self.seed)
-        documents = open_corpus(self.corpus, self.split)
+        documents = open_corpus(self.corpus, split)
         prompts, texts = [], []
-        while len(texts) < self.spans:
+        while len(texts) < count:
             document = documents[int(rng.integers(len(documents)))]
             raw = document.encode() if isinstance(document, str) else document
             if len(raw) <= self.context + self.length:
@@ -260,9 +352,15 @@ class ByteEnsembles:
                 texts.append(span[self.context :])
         return prompts, texts
 
-    def _score(self, model: ByteModel, prompts: list[bytes], texts: list[bytes]) -> Float[np.ndarray, " spans"]:
-        bits = []
-        for start in range(0, len(texts), self.batch):
-            part = slice(start, start + self.batch)
-            bits += [-score.mean() / math.log(2) for score in model.score(texts[part], prompts[part])]
-        return np.array(bits)
+    def _scores(self, model: ByteModel, split: str, count: int, folder: Path) -> list[Float[np.ndarray, "members _"]]:
+        """Each model's log probabilities of the bytes of each span."""
+        prompts, texts = self._spans(split, count)
+        found: list[Float[np.ndarray, "members _"]] = []
+        for number, start in enumerate(range(0, count, self.batch)):
+            file, part = folder / f"{split}{number}.npy", slice(start, start + self.batch)
+            if not file.is_file():
+                began = time.perf_counter()
+                np.save(file, model.member_scores(texts[part], prompts[part]))
+                print(f"{file.stem}: {time.perf_counter() - began:.0f} s", flush=True)
+            found += list(np.load(file))
+        return found

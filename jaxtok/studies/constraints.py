@@ -8,6 +8,7 @@ import json
 import tempfile
 import time
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from jaxtok.cache import cache_folder, whole
 from jaxtok.data.packages import PIP, PIP_HINT, Package, check, download
 from jaxtok.decoding import Sampling, generate
 from jaxtok.decoding.awrs import PRESETS, SMC, Sampled, sample_texts
-from jaxtok.decoding.constraints import Constrained, Function, Grammar, Vocabulary
+from jaxtok.decoding.constraints import Constrained, Constraint, Function, Grammar, Vocabulary
 from jaxtok.decoding.engine import CachedTokens, Engine
 from jaxtok.door import open_model
 
@@ -86,17 +87,20 @@ def is_valid(text: bytes, schema: dict[str, Any]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Slow:
-    """A constraint whose checks take longer."""
+    """A constraint whose checks take longer, and whose masks are made by checks."""
 
     rule: Grammar
     seconds: float
-    masks: ClassVar[bool] = False
+    made: list[int] = dataclasses.field(default_factory=lambda: [0], compare=False)
+    """How many checks were made."""
+    masks: ClassVar[bool] = True
 
     @property
     def name(self) -> str:
-        return f"{self.rule.name} {self.seconds}"
+        return f"{self.rule.name} {self.seconds} {id(self.made)}"
 
     def _wait(self) -> None:
+        self.made[0] += 1
         if self.seconds:
             time.sleep(self.seconds)
 
@@ -113,6 +117,9 @@ class Slow:
     def score(self, state, complete):
         self._wait()
         return self.rule.score(state, complete)
+
+    def mask(self, state):
+        return np.array([self.allows(state, token) for token in range(len(state.vocabulary.tokens))])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,26 +138,31 @@ class Given:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Constraints:
-    """A study in three parts: the methods, what they cost if a check takes longer, and generation with callbacks.
+    """A study in four parts: the methods, what they cost if a check takes longer, generation with callbacks, and
+    `genlm-control` on the same constraint.
 
     What was measured is saved, so that a run that was stopped goes on.
     """
 
     model: str = "smollm2"
     questions: int = 4
+    seeds: int = 4
+    """The runs of each question by each method."""
     max_tokens: int = 40
     """The most tokens of an answer."""
     methods: tuple[str, ...] = tuple(PRESETS)
-    delays: tuple[float, ...] = (0.0, 1e-2)
+    delays: tuple[float, ...] = (0.0, 1e-3, 1e-2)
     """What a check is made to take in addition, in seconds; (): that part is left out."""
     batches: tuple[int, ...] = (4,)
     """The rows of generation with callbacks; (): that part is left out."""
+    peer: bool = True
+    """Whether AWRS is compared with `genlm-control`, if that is installed."""
     workdir: str = "runs/constraints"
 
     def __post_init__(self):
         if unknown := set(self.methods) - set(PRESETS):
             raise ValueError(f"methods has {min(unknown)!r}; it must be of {', '.join(PRESETS)}.")
-        for field in ("questions", "max_tokens"):
+        for field in ("questions", "seeds", "max_tokens"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be at least 1.")
 
@@ -160,96 +172,71 @@ class Constraints:
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "results.json"
         results = json.loads(file.read_text()) if file.exists() else {}
-        todo = {f"method {name}": functools.partial(self._method, name) for name in self.methods}
-        for name in ("awrs", "twisted", "mask") if self.delays else ():
-            for delay in self.delays if name != "mask" else (0.0,):
-                todo[f"cost {name} {delay:g}"] = functools.partial(self._cost, name, delay)
+        todo: dict[str, Callable[[_Opened], Any]] = {}
+        costs = [(name, delay) for name in ("awrs", "twisted") for delay in self.delays]
+        for name, delay in [*costs, ("mask", 0.0), ("mask by checks", 0.0)] if self.delays else ():
+            todo[f"cost {name} {delay:g}"] = functools.partial(self._cost, name, delay)
         todo |= {f"callbacks {batch}": functools.partial(self._callbacks, batch) for batch in self.batches}
+        if self.peer:
+            todo["peer"] = _peer
+        for name in self.methods:
+            for seed in range(self.seeds):
+                todo[f"method {name} {seed}"] = functools.partial(self._method, name, seed)
         opened = None
         for name, measure in todo.items():
             if name not in results:
-                opened = opened or _Opened(self.model, self.questions)
+                opened = opened or _Opened(self.model, self.questions, self.max_tokens)
                 results[name] = measure(opened)
                 file.write_text(json.dumps(results, indent=1))
                 print(name, json.dumps(results[name]), flush=True)
-        lines = []
-        for part in ("method", "cost", "callbacks"):
-            rows = [row for name in todo if name.startswith(part) for row in results[name]]
-            if rows:
-                lines += [f"| {' | '.join(rows[0])} |", f"| {' | '.join(['---'] * len(rows[0]))} |"]
-                lines += [f"| {' | '.join(map(str, row.values()))} |" for row in rows] + [""]
-        (folder / "results.md").write_text("\n".join(lines))
-        print("\n".join(lines))
+        runs = {name: [results[f"method {name} {seed}"] for seed in range(self.seeds)] for name in self.methods}
+        tables = [[_summary(name, each) for name, each in runs.items()], _evidence(runs)]
+        for part in ("cost", "callbacks", "peer"):
+            tables.append([row for name in todo if name.startswith(part) for row in results[name]])
+        text = "\n".join(_table(rows) for rows in tables if rows)
+        (folder / "results.md").write_text(text)
+        print(text)
         if self.delays:
-            self._plot([row for name in todo if name.startswith("cost") for row in results[name]], folder / "costs.png")
+            _plot(tables[2], folder / "costs.png")
         return True
 
-    def _method(self, name: str, opened: _Opened) -> list[dict[str, Any]]:
-        options, count = PRESETS[name], self.questions
-        found, seconds = opened.sample(options, opened.grammars, self.max_tokens)
-        alive = valid = tokens = 0
-        for number, one in enumerate(found):
+    def _method(self, name: str, seed: int, opened: _Opened) -> dict[str, Any]:
+        """One run of each question: log evidence, and the counts of all of them."""
+        found, seconds = opened.sample(PRESETS[name], opened.grammars, seed)
+        valid = []
+        for one, (_, schema) in zip(found, opened.questions):
             for text, weight in zip(one.tokens, one.log_weights):
-                tokens += len(text)
                 if weight > -np.inf:
-                    alive += 1
                     plain = opened.model.tokenizer.decode(t for t in text if t not in opened.vocabulary.eos)
-                    valid += is_valid(plain, opened.questions[number % count][1])
-        steps = max(len(text) for one in found[count:] for text in one.tokens)
-        row = {
-            "method": name,
-            "particles": options.particles,
-            "with weight": f"{alive / (options.particles * len(found)):.2f}",
-            "of these valid": f"{valid} of {alive}",
-            "effective": f"{np.mean([one.effective for one in found]):.2f}",
-            "checks a token": f"{sum(one.checks for one in found) / tokens:.2f}",
-            "s a step": f"{seconds / steps:.3f}",
-            "log p of each question, two runs": "; ".join(
-                f"{one.log_evidence:.1f}, {two.log_evidence:.1f}" for one, two in zip(found, found[count:])
-            ),
+                    valid.append(is_valid(plain, schema))
+        return {
+            "log_evidence": [one.log_evidence for one in found],
+            "effective": [one.effective for one in found],
+            "weighted": len(valid),
+            "valid": sum(valid),
+            "checks": sum(one.checks for one in found),
+            "tokens": sum(len(text) for one in found for text in one.tokens),
+            "steps": max(len(text) for one in found for text in one.tokens),
+            "seconds": seconds,
         }
-        return [row]
 
     def _cost(self, name: str, delay: float, opened: _Opened) -> list[dict[str, Any]]:
-        options = dataclasses.replace(PRESETS[name], particles=5)
-        rules = opened.grammars if name == "mask" else [Slow(rule, delay) for rule in opened.grammars]
-        found, seconds = opened.sample(options, rules, self.max_tokens)
-        new = found[self.questions :]
-        tokens = sum(len(text) for one in new for text in one.tokens)
-        share = np.mean([one.effective for one in new]) / options.particles
-        row = {
-            "method": name,
-            "added to a check, s": delay,
-            "checks a token": round(sum(one.checks for one in new) / tokens, 2),
-            "ms a particle and token": round(1e3 * seconds / tokens, 2),
-            "the same a share of effective particles": round(1e3 * seconds / tokens / share, 2) if share else "none",
-        }
-        return [row]
-
-    def _plot(self, rows: list[dict[str, Any]], file: Path) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(figsize=(6, 4))
-        grid = np.logspace(-7, -1, 100)
-        base = next(row["ms a particle and token"] for row in rows if row["method"] == "mask")
-        for name in ("awrs", "twisted"):
-            own = [row for row in rows if row["method"] == name]
-            delay, ms = (np.array([row[key] for row in own]) for key in list(own[0])[1:4:2])
-            # Linear in the delay; the two ends are measured.
-            (line,) = axes.plot(grid, ms[0] + (ms[-1] - ms[0]) / max(delay[-1], 1e-9) * grid, label=name)
-            axes.plot(np.maximum(delay, grid[0]), ms, "o", color=line.get_color())
-        axes.axhline(base, color="black", label="whole masks by llguidance, whose cost is fixed")
-        vocab = 49152
-        axes.plot(grid, base + 1e3 * vocab * grid, "--", label=f"whole masks by {vocab} checks (computed)")
-        axes.set(xscale="log", yscale="log", xlabel="seconds a check", ylabel="ms a particle and token")
-        axes.set_ylim(base / 3, 1e5)
-        axes.legend(fontsize=7)
-        figure.tight_layout()
-        figure.savefig(file, dpi=110)
-        plt.close(figure)
+        options = dataclasses.replace(PRESETS[name.split()[0]], particles=5)
+        grammars = opened.grammars[:2]
+        rules = grammars if name == "mask" else [Slow(rule, delay) for rule in grammars]
+        found, seconds = opened.sample(options, rules, seed=1)
+        checks = "one mask" if name == "mask" else sum(rule.made[0] for rule in rules)
+        tokens = sum(len(text) for one in found for text in one.tokens)
+        share = np.mean([one.effective for one in found]) / options.particles
+        return [
+            {
+                "method": name,
+                "added to a check, s": delay,
+                "checks a token": checks if name == "mask" else round(checks / tokens, 2),
+                "ms a particle and token": round(1e3 * seconds / tokens, 2),
+                "the same, an effective particle": round(1e3 * seconds / tokens / share, 2) if share else "none lives",
+            }
+        ]
 
     def _callbacks(self, batch: int, opened: _Opened) -> list[dict[str, Any]]:
         model, params, vocabulary, new = opened.model.module, opened.params, opened.vocabulary, self.max_tokens
@@ -298,11 +285,87 @@ class Constraints:
         return rows
 
 
+def _summary(name: str, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    total = {key: sum(run[key] for run in runs) for key in ("weighted", "valid", "checks", "tokens")}
+    particles = PRESETS[name].particles
+    rows = particles * sum(len(run["effective"]) for run in runs)
+    return {
+        "method": name,
+        "particles": particles,
+        "with weight": f"{total['weighted'] / rows:.2f}",
+        "of these valid": f"{total['valid']} of {total['weighted']}",
+        "effective": f"{np.mean([run['effective'] for run in runs]):.2f}",
+        "checks a token": f"{total['checks'] / total['tokens']:.2f}",
+        "s a step": f"{np.median([run['seconds'] / run['steps'] for run in runs]):.3f}",
+    }
+
+
+def _evidence(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The log of the mean evidence of each question, and its standard error (that of the mean, over the mean)."""
+    rows = []
+    shown = {name: each for name, each in runs.items() if name not in ("model", "local")}
+    for number in range(max((len(each[0]["effective"]) for each in shown.values()), default=0)):
+        row: dict[str, Any] = {"log p of question": number + 1}
+        for name, each in shown.items():
+            logs = np.array([run["log_evidence"][number] for run in each])
+            if np.isneginf(logs).all():
+                row[name] = "all died"
+                continue
+            share = np.exp(logs - logs.max())
+            error = share.std(ddof=1) / share.mean() / np.sqrt(len(logs)) if len(logs) > 1 else np.nan
+            row[name] = f"{logs.max() + np.log(share.mean()):.1f} ± {error:.1f}"
+        rows.append(row)
+    return rows
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "".join(f"| {' | '.join(map(str, line))} |\n" for line in lines)
+
+
+def _plot(rows: list[dict[str, Any]], file: Path) -> None:
+    """The time of a token of an effective particle, by what a check costs."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    key = "the same, an effective particle"
+    figure, axes = plt.subplots(figsize=(6.4, 4.2))
+    grid = np.logspace(-7, -1, 200)
+    base, by_checks = (next(row for row in rows if row["method"] == name) for name in ("mask", "mask by checks"))
+    for name in ("awrs", "twisted"):
+        own = [row for row in rows if row["method"] == name and row[key] != "none lives"]
+        if not own:
+            continue
+        delay, ms = (np.array([row[column] for row in own]) for column in ("added to a check, s", key))
+        # Linear in the cost of a check; the points are measured.
+        slope, start = np.polyfit(delay, ms, 1, w=1 / ms) if len(own) > 1 else (0, ms[0])
+        (line,) = axes.plot(grid, start + slope * grid, label=f"{name}, check by check")
+        axes.plot(np.maximum(delay, grid[0]), ms, "o", color=line.get_color())
+    axes.axhline(base[key], color="black", label="whole masks by llguidance (where there are some)")
+    slope = 1e3 * by_checks["checks a token"] * by_checks[key] / by_checks["ms a particle and token"]
+    (line,) = axes.plot(grid, by_checks[key] + slope * grid, "--", label="whole masks by checks (line computed)")
+    axes.plot(grid[0], by_checks[key], "o", color=line.get_color())
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="seconds a check, beyond llguidance's own",
+        ylabel="ms a token of an effective particle",
+    )
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
 class _Opened:
     """The model with its vocabulary, the prompts and their grammars."""
 
-    def __init__(self, name: str, count: int):
+    def __init__(self, name: str, count: int, max_tokens: int):
         self.model = open_model(name)
+        self.max_tokens = max_tokens
         self.vocabulary = Vocabulary(self.model.tokenizer)
         self.params = jax.device_put(self.model.params)
         self.questions = calls(count)
@@ -310,19 +373,96 @@ class _Opened:
         # Without white space where JSON needs none: a small model may write it for ever.
         rules = [json.dumps(schema | {"x-guidance": {"whitespace_flexible": False}}) for _, schema in self.questions]
         self.grammars = [Grammar("json", rule) for rule in rules]
+        self._compiled: set[Any] = set()
 
-    def sample(self, options: SMC, rules: list[Any], max_tokens: int) -> tuple[list[Sampled], float]:
-        """What each prompt gets with two seeds, and the seconds for the second one, without compiling."""
+    def sample(self, options: SMC, rules: Sequence[Constraint], seed: int) -> tuple[list[Sampled], float]:
+        """What the first prompts get, one for each rule, and the seconds that it takes, without compiling."""
         call = functools.partial(
             sample_texts,
             self.model.module,
             self.params,
-            self.prompts,
-            rules,
+            self.prompts[: len(rules)],
             vocabulary=self.vocabulary,
-            max_tokens=max_tokens,
+            max_tokens=self.max_tokens,
             options=options,
         )
-        found = call(rng=jax.random.key(0))
+        if (what := (options, len(rules))) not in self._compiled:
+            nothing = Function(lambda text, complete: not text and not complete)  # all particles die at once
+            call(nothing, rng=jax.random.key(0))
+            self._compiled.add(what)
         began = time.perf_counter()
-        return found + call(rng=jax.random.key(1)), time.perf_counter() - began
+        return call(rules, rng=jax.random.key(seed)), time.perf_counter() - began
+
+
+PEER_PROMPT = "Once upon a time there was a house, and"
+PEER_EXPRESSION = rb"( [a-z]{2,12}){12,24}\."
+
+
+def _peer(opened: _Opened, particles: int = 10, max_tokens: int = 30) -> list[dict[str, Any]]:
+    """AWRS beside that of `genlm-control`, with one prompt, and one regular expression that Python checks."""
+    try:
+        import torch
+        from genlm.control import AWRS, Potential, PromptedLLM
+    except ImportError:
+        return [{"AWRS of": "genlm-control is not installed (pip install genlm-control==0.4.1): not compared"}]
+    import asyncio
+
+    import regex
+
+    pattern = regex.compile(PEER_EXPRESSION)
+
+    def fits(text: bytes, complete: bool) -> bool:
+        made[0] += 1
+        return pattern.fullmatch(text, partial=not complete) is not None
+
+    class Fits(Potential):
+        async def complete(self, context):
+            return 0.0 if fits(bytes(context), True) else -np.inf
+
+        async def prefix(self, context):
+            return 0.0 if fits(bytes(context), False) else -np.inf
+
+    made, ids = [0], opened.model.tokenizer.encode(PEER_PROMPT)
+    llm = PromptedLLM.from_name(str(opened.model.path), backend="hf", hf_opts={"torch_dtype": torch.float32})
+    llm.prompt_ids = ids
+    sampler = AWRS(llm, Fits(list(range(256))).coerce(llm, f=b"".join))
+
+    def theirs(seed: int) -> tuple[int, float]:
+        torch.manual_seed(seed)
+        llm.model.clear_cache()
+        llm.model.cache_kv(ids)
+        done = asyncio.run(sampler.smc(n_particles=particles, ess_threshold=0.5, max_tokens=max_tokens))
+        return sum(map(len, done.contexts)), done.log_ml
+
+    def ours(seed: int) -> tuple[int, float]:
+        (done,) = sample_texts(
+            opened.model.module,
+            opened.params,
+            [ids],
+            Function(fits),
+            vocabulary=opened.vocabulary,
+            max_tokens=max_tokens,
+            rng=jax.random.key(seed),
+            options=dataclasses.replace(PRESETS["awrs"], particles=particles, resampling="multinomial"),
+        )
+        return sum(map(len, done.tokens)), done.log_evidence
+
+    rows = []
+    for name, way in {"jaxtok": ours, "genlm-control": theirs}.items():
+        way(0)
+        times, checks, logs = [], [], []
+        for seed in range(1, 6):
+            made[0], began = 0, time.perf_counter()
+            tokens, log_evidence = way(seed)
+            times.append(1e3 * (time.perf_counter() - began) / tokens)
+            checks.append(made[0] / tokens)
+            logs.append(log_evidence)
+        rows.append(
+            {
+                "AWRS of": name,
+                "ms a particle and token": f"{np.median(times):.1f} ({min(times):.1f} to {max(times):.1f})",
+                "calls of the check a token": f"{np.mean(checks):.2f}",
+                "log p of five runs": ", ".join(f"{value:.1f}" for value in logs),
+            }
+        )
+    return rows

@@ -21,14 +21,14 @@ from causal_lms import noisy_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxtok.decoding import PromptLookup, Sampling
+from jaxtok.decoding import Generation, PromptLookup, Sampling, TokenRecycling, TreeTemplate
 from jaxtok.decoding.byte_exact import ExactBytes
 from jaxtok.decoding.byte_model import ByteMixture, ByteModel, Gap, generate_exact
 from jaxtok.decoding.byte_validity import LOOKAHEAD, CutBytePairs, Merges, PiecePairs, Reencode, incomplete
 from jaxtok.decoding.byte_vocabulary import vocabulary_of
 from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.llama import LlamaConfig
-from jaxtok.studies.byte_exact import ByteCuts
+from jaxtok.studies.byte_exact import ByteCuts, ByteEnsembles, best_weights
 from jaxtok.tokenizers import ByteTokenizer, HuggingFaceTokenizer, SentencePieceTokenizer
 
 EVIDENCE = {"byte_exact": {"generate, cached": "decoding/test_byte_exact.py::test_completing_takes_drafts_and_streams"}}
@@ -326,6 +326,27 @@ def test_one_model_twice_is_that_model():
     np.testing.assert_allclose(both.next_bytes(prompts), turned.next_bytes(prompts), atol=1e-5)
     mean = 0.75 * np.exp(ours[:, :257]) + 0.25 * np.exp(theirs)
     np.testing.assert_allclose(np.exp(both.next_bytes(prompts)), mean, atol=1e-5)
+    text = b"we'l"
+    (score,) = both.score([text])
+    fresh = both.next_bytes([text[:end] for end in range(len(text))])
+    np.testing.assert_allclose(score, fresh[np.arange(len(text)), list(text)], atol=1e-4)
+
+
+def test_weights_of_an_ensemble():
+    """No other weights give the bytes a higher probability."""
+    scores = np.log(np.random.default_rng(0).dirichlet([0.3] * 5, (3, 200))[..., 0])
+    weights = best_weights(scores)
+    assert abs(weights.sum() - 1) < 1e-9
+
+    def mean(weights):
+        return np.log(weights @ np.exp(scores)).mean()
+
+    others = np.random.default_rng(1).dirichlet(np.ones(3), 500)
+    assert mean(weights) >= max(map(mean, others)) > mean(np.full(3, 1 / 3))
+    with pytest.raises(ValueError, match="an ensemble needs at least two"):
+        ByteEnsembles(models=("smollm2",))
+    with pytest.raises(ValueError, match="spans is 0"):
+        ByteEnsembles(models=("smollm2", "runs/byte_lm"), spans=0)
 
 
 # Generation.
@@ -395,6 +416,14 @@ def test_completing_takes_drafts_and_streams():
         on_bytes=lambda row, new: pieces[row].append(new),
     )
     assert drafted == plain == [b"".join(new) for new in pieces]
+    ended: list[Generation] = []
+    recycling = TokenRecycling(template=TreeTemplate.chain(3))
+    assert model.complete(prompts, 12, sampling=GREEDY, drafter=recycling, on_end=ended.append) == plain
+    hot = ended[0].state.drafter
+    assert (
+        model.complete(prompts, 12, sampling=GREEDY, drafter=recycling, drafter_state=hot, on_end=ended.append) == plain
+    )
+    assert max(ended[1].steps) < max(ended[0].steps)
     (member,), (params,) = model.mixture.members, model.params
     source = opened(member.model, params, member.vocabulary.tokenizer)
     assert generate_exact(source, prompts, 12, temperature=0) == plain
@@ -416,7 +445,11 @@ def test_gaps():
         assert contexts[0].count(gap.middle) == 1
         (state,) = model.prefill(prompts, contexts=[contexts])
         assert abs(np.exp(state.next[0]).sum() - 1) < 1e-5
-        assert len(model.fill([b"import jso"], [b"\nx = 1"], gap, 4, sampling=GREEDY)) == 1
+        (middle,) = model.fill([b"import jso"], [b"\nx = 1"], gap, 4, sampling=GREEDY)
+        drafter = PromptLookup(tokens=3)
+        assert middle and [middle] == model.fill(
+            [b"import jso"], [b"\nx = 1"], gap, 4, sampling=GREEDY, drafter=drafter
+        )
     with pytest.raises(ValueError, match="order is 'mps'"):
         Gap(1, 2, 3, order="mps")
 
@@ -472,6 +505,9 @@ def test_bad_input():
         model.generate(["a"], 2)
     with pytest.raises(ValueError, match="2 prompts"):
         model.score(["a"], ["b", "c"])
+    broken = dataclasses.replace(model, params=(jax.tree.map(lambda x: x * jnp.nan, model.params[0]),))
+    with pytest.raises(ValueError, match="NaN"):
+        broken.next_bytes(["a"])
     with pytest.raises(ValueError, match="an ensemble has no tokens"):
         ByteModel.of(source, source).complete(["a"], 2, sampling=GREEDY)
 
