@@ -30,6 +30,7 @@ import rich.table
 from jax.experimental.compilation_cache import compilation_cache
 from tyro.conf import arg
 
+from jaxtok.bench_decoding import decoding, plot
 from jaxtok.data.text import TextData
 from jaxtok.decoding import Sampling, generate
 from jaxtok.lm.decoder import DecoderConfig
@@ -84,7 +85,19 @@ CASES = {
 
 def bench(
     what: tuple[
-        Literal["train", "compile", "decode", "loader", "profile", "deletion", "tokenizer", "generation", "peers"], ...
+        Literal[
+            "train",
+            "compile",
+            "decode",
+            "loader",
+            "profile",
+            "deletion",
+            "tokenizer",
+            "generation",
+            "decoding",
+            "peers",
+        ],
+        ...,
     ] = PARTS,
     models: tuple[Literal["tiny", "small", "grown", "124m"], ...] = ("small", "grown", "124m"),
     output: Annotated[Path | None, arg(metavar="FILE")] = None,
@@ -101,8 +114,10 @@ def bench(
         with the first model's steps; profile shows where the time of each model's step goes. The others do not depend
         on the models: deletion runs the encoder of ByT5-small, and that of MrT5 with 50 and 80 % of 1,024 bytes deleted
         (2.5 GB); tokenizer encodes and decodes images of 256 x 256 with ELM's binary autoencoder of 16 bits; generation
-        draws images with ELM-B, with the key-value cache and without it. peers compares training steps of the models
-        with eager PyTorch, and SmolLM2 with transformers, in float32 (pip install 'jaxtok[transformers]').
+        draws images with ELM-B, with the key-value cache and without it. decoding generates with SmolLM2, with each
+        drafter and with evictors; with --output, it also draws a plot beside that file. peers compares training steps
+        of the models with eager PyTorch, and SmolLM2 with transformers, in float32 (pip install
+        'jaxtok[transformers]').
       models: The models to measure; small and grown are the quickstart's, and 124m is the published size, on one row of
         512 tokens.
       output: A JSON file into which the rows and the machine's description are also written.
@@ -146,6 +161,9 @@ def bench(
             case "generation":
                 model = published("b", "2-10", dtype=dtype)
                 work.append((part, "elm-b 2-10", functools.partial(image_generation, model, seconds)))
+            case "decoding":
+                times = functools.partial(measure, seconds=seconds)
+                work.append((part, "smollm2", functools.partial(decoding, times)))
             case "peers":
                 work += [(part, name, functools.partial(peer_training, CASES[name], seconds)) for name in models]
                 work.append((part, "smollm2", functools.partial(peer_decoding, seconds)))
@@ -167,6 +185,8 @@ def bench(
     console.print(", ".join(f"{name.replace('_', ' ')}: {_text(value)}" for name, value in description.items()))
     if output:
         output.write_text(json.dumps({"machine": description, "rows": rows}, indent=2) + "\n")
+        if drawn := [row for row in rows if row["part"] == "decoding"]:
+            plot(drawn, output.with_suffix(".png"))
     return rows
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxtok import bench_decoding
 from jaxtok.bench import (
     CASES,
     TrainStep,
@@ -22,9 +23,14 @@ from jaxtok.bench import (
     peer_training,
     random_batch,
 )
+from jaxtok.bench_decoding import METHODS
+from jaxtok.lm.decoder import Decoder
+from jaxtok.lm.decoder import init_params as init_decoder
 from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.llama import LlamaConfig
 from jaxtok.lm.mrt5 import MrT5Config
 from jaxtok.lm.transformer import matched_transformer
+from jaxtok.model import Model
 from jaxtok.training.peak import matmul_rate
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig
@@ -133,6 +139,30 @@ def test_images_are_encoded_and_drawn(monkeypatch):
     (row,) = image_generation(model, seconds=0.01, batches=(2,))
     assert row["times_as_fast"] == pytest.approx(row["positions_per_second"] / row["without_cache"])
     assert row["seconds_an_image"] * row["positions_per_second"] == pytest.approx(4)
+
+
+def test_methods_of_decoding(tmp_path, monkeypatch):
+    """A small model that repeats itself: what is counted, and the plot."""
+    monkeypatch.setattr("jaxtok.bench.matmul_rate", lambda seconds: 1e9)
+    config = LlamaConfig(num_layers=1, d_model=8, num_heads=2, mlp_dim=8, vocab_size=32, max_length=128)
+    params = init_decoder(Decoder(config), jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    params = jax.tree.map(jnp.zeros_like, params)  # whatever comes before, the next token is 0
+    model = Model(LanguageModeling(model=config), params, None)
+    monkeypatch.setattr(bench_decoding, "open_model", lambda name: model)
+    monkeypatch.setattr(bench_decoding, "prompts_of", lambda model, count: [[5, 0, 0, 0, 0, 0, 0, 0]] * count)
+    names = ("plain", "prompt lookup, 8 tokens", "streaming:0.5")
+    methods = {name: METHODS[name] for name in names}
+    times = functools.partial(measure, seconds=0.01)
+    rows = list(bench_decoding.decoding(times, batches=(1, 2), new=16, methods=methods))
+    assert [(row["batch"], row["method"]) for row in rows] == [(n, name) for n in (1, 2) for name in names]
+    for plain, drafted, evicted in (rows[:3], rows[3:]):
+        assert plain["mean_accepted"] == plain["times_plain"] == 1 and plain["drafting_of_time"] == 0
+        read = drafted["gigaflops_a_token"] / plain["gigaflops_a_token"]
+        assert drafted["mean_accepted"] > 1 and read == pytest.approx(8 / drafted["mean_accepted"])
+        assert drafted["drafting_of_time"] > 0 and {row["equal_tokens"] for row in rows} == {1}
+        assert evicted["cache_megabytes"] < 0.5 * plain["cache_megabytes"]
+    file = bench_decoding.plot(rows, tmp_path / "plot.png")
+    assert file.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.torch
