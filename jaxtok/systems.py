@@ -643,22 +643,21 @@ def find(pattern: str = "*") -> Listing:
     )
 
 
-# README's tables.
+# The tables of the pages.
 
 
 def systems_table() -> str:
     """Returns README's table of the systems."""
-    rows = [["system", "what it does to tokens", "code", "config", "checked against"], ["---"] * 5]
+    rows = [["system", "what it does to tokens", "code", "checked against"], ["---"] * 4]
     for row in SYSTEMS:
         title = f"[{row.title}]({row.paper})" if row.paper else row.title
         code = f"[`{row.modules[0]}`](jaxtok/{row.modules[0]})"
-        config = f"[`{Path(row.configs[0]).stem}`](configs/{row.configs[0]})" if row.configs else ""
-        rows.append([title, row.does, code, config, row.checked])
+        rows.append([title, row.does, code, row.checked])
     return _markdown(rows)
 
 
 def grid() -> str:
-    """Returns README's grid of systems and what can be done with them, with the reasons for its gaps."""
+    """Returns the grid of systems and what can be done with them, with the reasons for its gaps."""
     rows = [["model", *COLUMNS], ["---"] + [":-:"] * len(COLUMNS)]
     rows += [[row.title, *(row.cannot.get(column, "✓") for column in COLUMNS)] for row in SYSTEMS]
     used = {letter for row in SYSTEMS for letter in row.cannot.values()}
@@ -670,17 +669,26 @@ def _markdown(rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def with_tables(readme: str) -> str:
-    """Returns README.md's text with the table and the grid written between their marks."""
-    for mark, text in (("systems", systems_table()), ("grid", grid())):
+TABLES = {"README.md": {"systems": systems_table}, "configs/README.md": {"grid": grid}}
+"""The tables that are written into pages, each between marks of its name."""
+
+
+def with_tables(page: str, text: str) -> str:
+    """Returns a page's text with its tables written between their marks.
+
+    Args:
+      page: one of `TABLES`.
+    """
+    for mark, table in TABLES[page].items():
         begin, end = f"<!-- {mark} -->", f"<!-- /{mark} -->"
-        if readme.count(begin) != 1 or readme.count(end) != 1:
-            raise ValueError(f"README.md must have {begin} and {end} exactly once each.")
-        before, _, rest = readme.partition(begin)
-        readme = f"{before}{begin}\n{text}{end}{rest.partition(end)[2]}"
-    return readme
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"{page} must have {begin} and {end} exactly once each.")
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n{table()}{end}{rest.partition(end)[2]}"
+    return text
 
 
 if __name__ == "__main__":  # python -m jaxtok.systems writes them
-    README = Path(__file__).parent.parent / "README.md"
-    README.write_text(with_tables(README.read_text()))
+    for page in TABLES:
+        file = Path(__file__).parent.parent / page
+        file.write_text(with_tables(page, file.read_text()))

@@ -1,4 +1,4 @@
-"""The catalogue: nothing in it is missing or untrue, and README's table and grid come from it.
+"""The catalogue: nothing in it is missing or untrue, and the pages' tables come from it.
 
 Each tick of the grid has its evidence here: a task that the contract tests train, or a test.
 """
@@ -13,7 +13,7 @@ from collector import collect
 
 import jaxtok
 from jaxtok.interop.formats import FORMATS
-from jaxtok.systems import COLUMNS, REASONS, SYSTEMS, configs, configs_folder, find, system, with_tables
+from jaxtok.systems import COLUMNS, REASONS, SYSTEMS, TABLES, configs, configs_folder, find, system, with_tables
 
 TASKS, CAUSAL_LMS = collect("TASKS"), collect("CAUSAL_LMS")
 TESTS = Path(__file__).parent
@@ -100,9 +100,10 @@ def test_patterns_find_systems_configs_and_sizes():
         system("tokenfromer")
 
 
-def test_the_readme_has_the_table_and_the_grid():
-    readme = (ROOT / "README.md").read_text()
-    assert with_tables(readme) == readme, "write them with: python -m jaxtok.systems"
+@pytest.mark.parametrize("page", TABLES)
+def test_pages_have_their_tables(page):
+    text = (ROOT / page).read_text()
+    assert with_tables(page, text) == text, "write them with: python -m jaxtok.systems"
 
 
 def test_each_system_has_a_section_with_all_parts():
