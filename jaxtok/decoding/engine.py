@@ -215,6 +215,11 @@ class Engine:
                     f"{name} is {given}; it {must}, as tokens cannot be taken out of the cache of "
                     f"{type(self.model.model).__name__}."
                 )
+        if self.drafter is not None and self.nodes > self.model.model.config.max_length:
+            raise ValueError(
+                f"the drafter proposes {self.nodes} tokens, and the model's max_length is "
+                f"{self.model.model.config.max_length}; choose a smaller tree."
+            )
         if isinstance(self.drafter, SelfDrafter) and (not self.model.rewindable or self._sow):
             what = f"the evictor {self.evictor}, which observes all layers" if self._sow else f"the model {self.model}"
             raise ValueError(f"drafter is {self.drafter}, which runs some layers itself; it does not go with {what}.")
