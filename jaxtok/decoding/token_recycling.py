@@ -109,7 +109,7 @@ class TreeTemplate:
         """The `size` nodes that were accepted most often, the root included; of equals, the lower ones.
 
         Args:
-          counts: how often each node was accepted, the root first, as `jaxtok.studies.drafting.Counted` counts. A node
+          counts: how often each node was accepted, the root first, as `jaxtok.decoding.width.Counted` counts. A node
             counts no more than its parent, so that what is left is closed under prefixes.
         """
         if len(counts) != self.nodes:
