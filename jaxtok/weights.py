@@ -162,20 +162,26 @@ def _torch_table(path: Path, which: str) -> Mapping[str, Any]:
     return state[which or tables[0]]
 
 
-def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray], facts: Mapping[str, str] | None = None) -> Path:
-    """Writes .safetensors, .npz, or a PyTorch file (.pth, .pt, .th or .bin). A failure leaves no file.
+def write_weights(
+    path: str | Path,
+    tensors: Mapping[str, np.ndarray],
+    facts: Mapping[str, str] | None = None,
+    replace: bool = False,
+) -> Path:
+    """Writes .safetensors, .npz, or a PyTorch file (.pth, .pt, .th or .bin). A failure leaves no new file.
 
     Args:
       facts: texts by name, for the header of a .safetensors file.
+      replace: whether an earlier file is replaced; it stays if the writing fails.
 
     Raises:
-      FileExistsError: the file exists already.
+      FileExistsError: the file exists already, and is not to be replaced.
       ValueError: the name has another ending.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} must end in {', '.join(SUFFIXES)}.")
-    if path.exists():
+    if path.exists() and not replace:
         raise FileExistsError(f"{path} exists already; choose another name (nothing was written).")
     arrays = {name: np.ascontiguousarray(array).reshape(np.shape(array)) for name, array in tensors.items()}
     half_done = path.with_name(path.name + ".part")
@@ -188,7 +194,7 @@ def write_weights(path: str | Path, tensors: Mapping[str, np.ndarray], facts: Ma
         else:
             torch = torch_for(f"writing {path.name}")
             torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, half_done)
-        half_done.rename(path)
+        half_done.replace(path)
     finally:
         half_done.unlink(missing_ok=True)
     return path

@@ -10,15 +10,13 @@ aded_corpus_study  documents of Python's library, with tables of parts of it
 """
 
 from jaxtok.decoding import ADED, PromptLookup
-from jaxtok.studies.replay import Arm, DraftStudy
+from jaxtok.studies.drafting import Arm, DraftStudy
 
 
 def questions() -> DraftStudy:
     """Chat: the table of Python's library is of another domain."""
     return DraftStudy(
         questions="question.jsonl",
-        categories=("translation", "summarization", "qa", "math_reasoning", "rag"),
-        others="mt_bench",
         arms=(
             Arm(name="prompt lookup", drafter=PromptLookup()),
             Arm(name="ADED", drafter=ADED(), corpus="python"),

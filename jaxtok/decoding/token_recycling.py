@@ -21,11 +21,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.decoding.protocols import Drafter, Verified
-from jaxtok.weights import open_safetensors
+from jaxtok.weights import open_safetensors, write_weights
 
 NodePath = tuple[int, ...]
 """A node of a template: the ranks on the way from the root to it. The root is ()."""
@@ -110,7 +109,7 @@ class TreeTemplate:
         """The `size` nodes that were accepted most often, the root included; of equals, the lower ones.
 
         Args:
-          counts: how often each node was accepted, the root first, as `jaxtok.studies.drafting.Counted` counts. A node
+          counts: how often each node was accepted, the root first, as `jaxtok.decoding.width.Counted` counts. A node
             counts no more than its parent, so that what is left is closed under prefixes.
         """
         if len(counts) != self.nodes:
@@ -238,22 +237,21 @@ class TokenRecycling(Drafter):
             )
 
     def save(self, path: str | Path, state: Int[Array, "vocab k"], tokenizer: str = "") -> Path:
-        """Writes the matrix to a safetensors file, over an earlier one.
+        """Writes the matrix to a safetensors file, in place of an earlier one.
 
         Args:
           tokenizer: something by which the tokenizer is known again, such as its name; `load` compares it.
 
         Raises:
-          ValueError: each row has a matrix of its own, which says nothing about other prompts.
+          ValueError: each row has a matrix of its own, which says nothing about other prompts; or the name does not end
+            in .safetensors.
         """
         if state.ndim != 2:
             raise ValueError("each row has a matrix of its own; only a shared one can be saved.")
-        path = Path(path)
-        metadata = {"kind": KIND, "vocab_size": str(state.shape[0]), "k": str(state.shape[1]), "tokenizer": tokenizer}
-        whole = path.with_name(path.name + ".part")
-        safetensors.numpy.save_file({"adjacency": np.asarray(state, np.int32)}, whole, metadata)
-        whole.replace(path)
-        return path
+        if Path(path).suffix != ".safetensors":
+            raise ValueError(f"{path} must end in .safetensors.")
+        facts = {"kind": KIND, "vocab_size": str(state.shape[0]), "k": str(state.shape[1]), "tokenizer": tokenizer}
+        return write_weights(path, {"adjacency": np.asarray(state, np.int32)}, facts, replace=True)
 
     def load(self, path: str | Path, vocab: int, tokenizer: str = "") -> Int[Array, "vocab k"]:
         """The matrix in a file that `save` wrote, for a model of `vocab` tokens.

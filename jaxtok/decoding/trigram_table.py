@@ -27,10 +27,10 @@ import numpy as np
 import rich.console
 import rich.progress
 import safetensors
-import safetensors.numpy
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.protocols import Tokenizer
+from jaxtok.weights import write_weights
 
 PROBES = 32
 """A row is at most so many slots, minus one, after the slot of its hash."""
@@ -341,20 +341,12 @@ def save_table(path: str | Path, table: TrigramTable, tokenizer: Tokenizer) -> P
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors.")
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; choose another name (nothing was written).")
     if lost := int(table.refused):
         tell(f"{lost} trigrams were not added to the table, as it was full; make it with more room.")
     keys, successors, scores = used_rows(table)
     arrays = {"keys": keys, "successors": successors, "scores": scores}
-    metadata = {"vocab_size": str(tokenizer.vocab_size), "tokenizer": tokenizer_digest(tokenizer)}
-    half_done = path.with_name(path.name + ".part")
-    try:
-        safetensors.numpy.save_file(arrays, half_done, metadata=metadata | {"format": "trigrams"})
-        half_done.rename(path)
-    finally:
-        half_done.unlink(missing_ok=True)
-    return path
+    facts = {"vocab_size": str(tokenizer.vocab_size), "tokenizer": tokenizer_digest(tokenizer), "format": "trigrams"}
+    return write_weights(path, arrays, facts)
 
 
 def load_table(path: str | Path, tokenizer: Tokenizer, *, room: int = 0) -> TrigramTable:

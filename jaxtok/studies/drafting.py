@@ -1,245 +1,321 @@
 """How many tokens a pass of the model gives with each drafter, on the questions of Spec-Bench (arXiv 2401.07851).
 
 The number is the mean of accepted tokens: new tokens over passes that gave some, the model's own token of each pass
-included, so that plain decoding has 1. Passes over the prompt do not count. Means are over all passes of all prompts of
-a category (micro averages), as in Spec-Bench.
+included, so that plain decoding has 1. Passes over the prompt do not count. Means are over all passes of all requests
+of a category (micro averages), as in Spec-Bench.
+
+The model's greedy texts are generated once. Drafters that look at the text only are replayed on them
+(`jaxtok.studies.replay`); those that look at logits run with the model, one request after the other.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import rich.box
 import rich.console
+import rich.table
 
-from jaxtok.decoding import (
-    CachedTokens,
-    Drafter,
-    Engine,
-    PromptLookup,
-    Sampling,
-    SuffixAutomaton,
-    TokenRecycling,
-    Union,
-    Verified,
-)
-from jaxtok.decoding.engine import new_tokens
-from jaxtok.door import open_model
+from jaxtok.data.corpora import open_corpus
+from jaxtok.decoding import ADED, ADEDState, CachedTokens, Drafter, Engine, Sampling, Union, generate
+from jaxtok.decoding.engine import new_tokens as tokens_of
+from jaxtok.decoding.trigram_table import TrigramTable, corpus_table
 from jaxtok.model import Model
-
-Row = dict[str, Any]
+from jaxtok.studies.replay import Nothing, replay
 
 TASKS = ("translation", "summarization", "qa", "math_reasoning", "rag")
 """Spec-Bench's categories beside those of MT-bench."""
 
-METHODS: dict[str, Drafter | None] = {
-    "plain": None,
-    "prompt_lookup": PromptLookup(),
-    "suffix_automaton": SuffixAutomaton(),
-    "token_recycling": TokenRecycling(),
-    "union": Union((SuffixAutomaton(), TokenRecycling())),
-}
-"""What is compared, by name."""
+_BATCH = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A prompt, as ids, and its category."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A drafter, and how it is measured."""
 
-    number: int
-    category: str
-    ids: tuple[int, ...]
+    name: str
+    drafter: Drafter
+    corpus: str = ""
+    """What ADED's table is made from (see `jaxtok.data.corpora.open_corpus`); empty: an empty table."""
+    share: float = 1.0
+    """The share of the corpus's training documents."""
+    in_turn: bool = False
+    """Whether the requests come one after the other, and each begins with the state that the one before it left."""
+    with_model: bool = False
+    """Whether the model runs, which a drafter that looks at logits needs. Otherwise, its texts are replayed."""
 
 
-def spec_bench(model: Model, path: Path, per_category: int = 20) -> list[Question]:
-    """The first questions of each category of Spec-Bench's question.jsonl, as first turns of a chat.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DraftStudy:
+    """Compares drafters on the greedy text of a model.
 
-    The eight small categories are those of MT-bench, which counts as one.
-
-    Raises:
-      FileNotFoundError: there is no such file.
-      ValueError: per_category is below 1.
+    If it is run again, it resumes with the texts that it has, and with what the arms have done with the model.
     """
-    if per_category < 1:
-        raise ValueError(f"per_category is {per_category}; it must be at least 1.")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; give Spec-Bench's question.jsonl.")
-    rows: dict[str, list[Row]] = {}
-    for line in Path(path).read_text().splitlines():
-        row = json.loads(line)
-        rows.setdefault(row["category"] if row["category"] in TASKS else "mt_bench", []).append(row)
-    # MT-bench has ten questions of each kind in a row, so of a few there should be one of each.
-    return [
-        Question(row["question_id"], category, tuple(model.chat_ids(row["turns"][0])))
-        for category, group in rows.items()
-        for row in (group[:: max(1, len(group) // per_category)] if category == "mt_bench" else group)[:per_category]
-    ]
+
+    arms: tuple[Arm, ...]
+    only: tuple[str, ...] = ()
+    """The names of the arms that are run; empty: all."""
+    questions: str = ""
+    """A JSON-lines file with `category` and `turns`, as Spec-Bench's; the first turn is asked in the chat template."""
+    categories: tuple[str, ...] = TASKS
+    """The categories that are asked from, each a column of the table; further ones are `others`. Empty: all of them."""
+    others: str = "mt_bench"
+    """The name of what the further categories are together; empty: they are left out."""
+    corpus: str = ""
+    """A corpus whose held-out documents are continued, in place of questions."""
+    each: int = 8
+    """The requests of each category, evenly from all that it has."""
+    prompt_tokens: int = 64
+    """The tokens of a document that are given."""
+    new_tokens: int = 128
+    checked: int = 0
+    """The requests that each replayed arm generates again with the model, as a batch."""
+    model: str = "smollm2"
+    workdir: str = "runs/drafts"
+
+    def __post_init__(self):
+        if bool(self.questions) == bool(self.corpus):
+            raise ValueError("one of questions and corpus must be given, and not both.")
+        names = [arm.name for arm in self.arms]
+        if unknown := [name for name in self.only if name not in names]:
+            raise ValueError(f"there is no drafter {unknown[0]!r}; choose from {', '.join(names)}.")
+
+    def run(self) -> bool:
+        """Generates, replays, and writes texts.json, steps.json, results.json, results.md and requests.png.
+
+        Raises:
+          ValueError: the folder has the texts of other requests.
+        """
+        from jaxtok.door import open_model
+
+        folder, console = Path(self.workdir), rich.console.Console()
+        folder.mkdir(parents=True, exist_ok=True)
+        model = open_model(self.model)
+        prompts = self.prompts(model)
+        asked = json.dumps([self.model, self.new_tokens, prompts])
+        kept = folder / "texts.json"
+        texts = json.loads(kept.read_text()) if kept.exists() else {"asked": asked}
+        if texts["asked"] != asked:
+            raise ValueError(f"{folder} has the texts of other requests; choose another workdir.")
+        texts = self._texts(model, prompts, texts, kept, console)
+        groups = list(dict.fromkeys(group for group, _ in prompts))
+        requests = [prompt for _, prompt in prompts]
+        results: dict[str, Any] = {}
+        tables: dict[tuple[str, float], Any] = {}
+        for arm in self.arms:
+            if self.only and arm.name not in self.only:
+                continue
+            state = first_state(arm, model, tables)
+            if arm.with_model:
+                made = self._run(model, arm, state, requests, folder / "steps.json", console)
+                tokens, steps = [len(text) for text, _ in made], [count for _, count in made]
+                results[arm.name] = {"same": sum(text == plain for (text, _), plain in zip(made, texts))}
+            else:
+                tokens = [len(text) for text in texts]
+                steps, _ = replay(arm.drafter, requests, texts, state=state, in_turn=arm.in_turn)
+                results[arm.name] = {}
+                if self.checked and not arm.in_turn:
+                    results[arm.name]["checked"] = self._check(model, arm, state, requests, texts, steps)
+            for group in ["all", *groups]:
+                mine = [n for n, (name, _) in enumerate(prompts) if group in ("all", name)]
+                results[arm.name][group] = sum(tokens[n] for n in mine) / sum(steps[n] for n in mine)
+            results[arm.name]["nodes"] = arm.drafter.nodes
+            results[arm.name]["requests"] = [count / number for count, number in zip(tokens, steps)]
+            console.print(f"{arm.name}: {results[arm.name]['all']:.3f}", soft_wrap=True)
+            (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+        self._show(results, groups, folder, console)
+        return True
+
+    def prompts(self, model: Model) -> list[tuple[str, list[int]]]:
+        """The group and the ids of each request.
+
+        Raises:
+          FileNotFoundError: there is no such file.
+          ValueError: there are none.
+        """
+        found: dict[str, list[list[int]]] = {}
+        if self.corpus:
+            documents = (model.ids(document).tolist() for document in open_corpus(self.corpus, "validation"))
+            long = [ids[: self.prompt_tokens] for ids in documents if len(ids) >= self.prompt_tokens]
+            found[self.corpus] = long
+        else:
+            if not Path(self.questions).is_file():
+                raise FileNotFoundError(f"{self.questions} does not exist; give Spec-Bench's question.jsonl.")
+            for line in Path(self.questions).read_text().splitlines():
+                question = json.loads(line)
+                group = question["category"]
+                if self.categories and group not in self.categories:
+                    group = self.others
+                if group:
+                    found.setdefault(group, []).append(question["turns"][0])
+        # One of each category after the other, as requests of different kinds come together.
+        chosen = [
+            (group, all_of_it[number])
+            for numbers in zip(
+                *(np.linspace(0, len(of), self.each, endpoint=False, dtype=int) for of in found.values())
+            )
+            for (group, all_of_it), number in zip(found.items(), numbers)
+        ]
+        longest = model.task.model.max_length - self.new_tokens
+        ids = [(group, prompt if self.corpus else model.chat_ids(prompt)) for group, prompt in chosen]
+        fits = [(group, prompt) for group, prompt in ids if len(prompt) <= longest]
+        if not fits:
+            raise ValueError("there is no request that fits into the model's context; give other questions.")
+        return fits
+
+    def _generate(self, model: Model, requests, **options):
+        return generate(
+            model.module,
+            model.params,
+            requests,
+            max_new_tokens=self.new_tokens,
+            chooser=Sampling(temperature=0),
+            stop_tokens=model.ends,
+            num_ids=min(model.tokenizer.vocab_size, model.task.model.vocab_size),
+            **options,
+        )
+
+    def _texts(self, model: Model, prompts, done: dict[str, Any], file: Path, console: rich.console.Console):
+        """The model's greedy text after each prompt; a file keeps those that are done."""
+        requests = {json.dumps(prompt): prompt for _, prompt in prompts}
+        todo = sorted((prompt for key, prompt in requests.items() if key not in done), key=len)
+        for first in range(0, len(todo), _BATCH):
+            batch = todo[first : first + _BATCH]
+            for prompt, text in zip(batch, self._generate(model, batch).tokens):
+                done[json.dumps(prompt)] = text
+            file.write_text(json.dumps(done))
+            console.print(f"generated {first + len(batch)} of {len(todo)} texts", soft_wrap=True)
+        return [done[json.dumps(prompt)] for _, prompt in prompts]
+
+    def _run(self, model: Model, arm: Arm, state: Any, requests, file: Path, console) -> list[tuple[list[int], int]]:
+        """The text and the steps of each request with the model; files keep them, and the state of an arm in turn."""
+        done = json.loads(file.read_text()) if file.exists() else {}
+        found = done.setdefault(repr(arm), [])
+        last = file.with_name(f"{arm.name}.npz")
+        if found and arm.in_turn and len(found) < len(requests):
+            empty = jax.eval_shape(lambda: arm.drafter.init(1, 1, model.task.model.vocab_size))
+            with np.load(last) as leaves:
+                state = jax.tree.unflatten(jax.tree.structure(empty), list(leaves.values()))
+        options = {"new_tokens": self.new_tokens, "state": state, "in_turn": arm.in_turn}
+        for text, steps, after in answers(model, requests[len(found) :], arm.drafter, **options):
+            found.append((text, steps))
+            if arm.in_turn:
+                np.savez(last, *jax.tree.leaves(_kept(after)))
+            file.write_text(json.dumps(done))
+            mean = sum(len(text) for text, _ in found) / sum(steps for _, steps in found)
+            console.print(f"{arm.name}: {len(found)} of {len(requests)}, {mean:.3f}", soft_wrap=True)
+        return [(text, steps) for text, steps in found]
+
+    def _check(self, model: Model, arm: Arm, state: Any, requests, texts, steps) -> dict[str, int]:
+        """Which of some texts, evenly from all, and of their steps, are the same with the model in the loop."""
+        some = np.linspace(0, len(requests), self.checked, endpoint=False, dtype=int).tolist()
+        asked = [requests[n] for n in some]
+        found = self._generate(model, asked, drafter=arm.drafter, drafter_state=state)
+        # Plain decoding in passes of the same width, so that rounding is the same.
+        wide = self._generate(model, asked, drafter=Nothing(nodes=arm.drafter.nodes))
+        return {
+            "requests": len(some),
+            "same text as plain decoding at this width": sum(a == b for a, b in zip(found.tokens, wide.tokens)),
+            "same text as plain decoding": sum(a == texts[n] for a, n in zip(found.tokens, some)),
+            "same number of steps": sum(a == steps[n] for a, n in zip(found.steps, some)),
+        }
+
+    def _show(self, results, groups: Sequence[str], folder: Path, console: rich.console.Console) -> None:
+        table = rich.table.Table(box=rich.box.MARKDOWN, title=f"mean accepted tokens, {self.new_tokens} new tokens")
+        columns = ["all", *groups] if len(groups) > 1 else ["all"]
+        for name in ["drafter", *columns, "first third", "last third", "nodes", "read a token", "checked"]:
+            table.add_column(name, overflow="fold")
+        for name, row in results.items():
+            third = max(1, len(row["requests"]) // 3)
+            ends = [float(np.mean(row["requests"][part])) for part in (slice(third), slice(-third, None))]
+            told = f"{row['same']} of {len(row['requests'])}" if "same" in row else ""
+            if checked := row.get("checked"):
+                told = "/".join(map(str, list(checked.values())[1:])) + f" of {checked['requests']}"
+            means = (f"{x:.2f}" for x in [*(row[column] for column in columns), *ends])
+            table.add_row(name, *means, str(row["nodes"]), f"{row['nodes'] / row['all']:.1f}", told)
+        console.print(table)
+        with (folder / "results.md").open("w") as file:
+            rich.console.Console(file=file, width=240).print(table)
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(figsize=(7, 4))
+        for name, row in results.items():
+            served = np.arange(1, 1 + len(row["requests"]))
+            axes.plot(served, np.cumsum(row["requests"]) / served, label=name)
+        axes.set(xlabel="requests served", ylabel="mean accepted tokens so far")
+        axes.legend(fontsize=7)
+        figure.savefig(folder / "requests.png", dpi=120, bbox_inches="tight")
+        plt.close(figure)
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a method made of a question."""
+def first_state(arm: Arm, model: Model, tables: dict[tuple[str, float], TrigramTable]) -> Any:
+    """The state that an arm's drafter begins with; None: a new one.
 
-    question: int
-    category: str
-    tokens: list[int]
-    passes: int
-    nodes: int
-    """The tokens that a pass read."""
-    seconds: float
-    """The time of the passes, without the prompt's; with compilation where a shape is new."""
+    Args:
+      tables: those of the corpora that were read before; a new one is added.
+    """
 
+    def of(drafter: Drafter) -> Any:
+        if isinstance(drafter, Union):
+            return tuple(map(of, drafter.drafters))
+        if not isinstance(drafter, ADED):
+            return None
+        if (key := (arm.corpus, arm.share)) not in tables:
+            empty = TrigramTable.empty(2**16, 16)
+            tables[key] = corpus_table(model.tokenizer, arm.corpus, share=arm.share) if arm.corpus else empty
+        return ADEDState(tables[key])
 
-@dataclasses.dataclass(frozen=True)
-class Counted(Drafter):
-    """A drafter whose state also counts how often each node was accepted, for `TreeTemplate.prune`."""
-
-    inner: Drafter
-
-    @property
-    def nodes(self) -> int:
-        return self.inner.nodes
-
-    @property
-    def chain(self) -> bool:
-        return self.inner.chain
-
-    def init(self, batch: int, room: int, vocab: int) -> tuple[Any, jax.Array]:
-        return self.inner.init(batch, room, vocab), jnp.zeros(self.nodes, jnp.int32)
-
-    def propose(self, state, text, length):
-        return self.inner.propose(state[0], text, length)
-
-    def observe(self, state, verified: Verified) -> tuple[Any, jax.Array]:
-        passed = jnp.arange(self.nodes) < verified.count[:, None]
-        nodes = jnp.where(passed, verified.path, self.nodes)
-        return self.inner.observe(state[0], verified), state[1].at[nodes].add(1, mode="drop")
+    return of(arm.drafter)
 
 
 def answers(
     model: Model,
-    questions: Iterable[Question],
+    requests: Sequence[Sequence[int]],
     drafter: Drafter | None,
     *,
-    max_new_tokens: int = 128,
-    hot: bool = True,
+    new_tokens: int = 128,
+    in_turn: bool = True,
     state: Any = None,
-) -> Iterator[tuple[Answer, Any]]:
-    """Answers one question after another, greedily; yields each answer and the drafter's state after it.
+) -> Iterator[tuple[list[int], int, Any]]:
+    """Answers one request after another, greedily; yields each text, its passes, and the drafter's state after it.
 
     Args:
-      hot: whether the drafter's state goes on from question to question. Otherwise each question begins with `state`.
+      in_turn: whether the drafter's state goes on from request to request. Otherwise each begins with `state`.
       state: the drafter's first state; default: a new one.
     """
     engine = Engine(model=CachedTokens(model.module), chooser=Sampling(temperature=0), drafter=drafter)
     engine = dataclasses.replace(engine, num_ids=min(model.tokenizer.vocab_size, model.task.model.vocab_size))
     params, stops = jax.device_put(model.params), sorted(model.ends)
     longest = model.task.model.max_length
-    for question in questions:
-        length = len(question.ids)
-        if length + max_new_tokens > longest:
+    for ids in requests:
+        if len(ids) + new_tokens > longest:
             raise ValueError(
-                f"question {question.number} has {length} tokens, which with max_new_tokens = {max_new_tokens} exceed "
-                f"the model's max_length = {longest}."
+                f"a request has {len(ids)} tokens, which with new_tokens = {new_tokens} exceed the model's max_length "
+                f"= {longest}."
             )
         # Few widths, so that few programs are compiled.
-        tokens = np.zeros((1, min(max(128, 1 << (length - 1).bit_length()), longest)), np.int32)
-        tokens[0, :length] = question.ids
-        decoding = engine.prefill(params, tokens, np.array([length]), new=max_new_tokens, stop=stops, drafter=state)
-        start = time.perf_counter()
-        decoding = jax.block_until_ready(engine.run(params, jax.block_until_ready(decoding)))
-        seconds = time.perf_counter() - start
-        made, passes = new_tokens(decoding).tokens[0], int(decoding.steps[0])
-        yield Answer(question.number, question.category, made, passes, engine.nodes, seconds), decoding.drafter
-        state = decoding.drafter if hot else state
+        tokens = np.zeros((1, min(max(128, 1 << (len(ids) - 1).bit_length()), longest)), np.int32)
+        tokens[0, : len(ids)] = ids
+        decoding = engine.prefill(params, tokens, np.array([len(ids)]), new=new_tokens, stop=stops, drafter=state)
+        decoding = engine.run(params, decoding)
+        (text,) = tokens_of(decoding).tokens
+        yield text, int(decoding.steps[0]), decoding.drafter
+        state = _kept(decoding.drafter) if in_turn else state
 
 
-def mean_accepted(found: Sequence[Answer]) -> float:
-    """The mean number of tokens that a pass gave."""
-    return sum(len(answer.tokens) for answer in found) / sum(answer.passes for answer in found)
+def _kept(state: Any) -> Any:
+    """A drafter's state without what ADED knows of one request only, whose shapes are of its length."""
 
+    def kept(part: Any) -> Any:
+        return ADEDState(part.table) if isinstance(part, ADEDState) else part
 
-def table(model: Model, found: dict[str, Sequence[Answer]]) -> list[Row]:
-    """A row for each method: mean accepted tokens, over all and by category, and the model's work a new token.
-
-    `read_a_token` is how many tokens the model reads for a new one (plain decoding: 1), `gigaflops_a_token` what that
-    costs at a context of 512 tokens, and `as_plain` the share of answers that are equal to those of plain decoding.
-    """
-    rows = []
-    plain = {answer.question: answer.tokens for answer in found.get("plain", ())}
-    for method, own in found.items():
-        if not own:
-            continue
-        categories = dict.fromkeys(answer.category for answer in own)
-        read = own[0].nodes / mean_accepted(own)
-        row = {"method": method, "questions": len(own), "mean_accepted": mean_accepted(own)}
-        row |= {name: mean_accepted([answer for answer in own if answer.category == name]) for name in categories}
-        row |= {"nodes": own[0].nodes, "read_a_token": read}
-        if hasattr(model.task.model, "flops"):
-            row["gigaflops_a_token"] = read * model.task.model.flops(512) / 1e9
-        known = [answer.tokens == plain[answer.question] for answer in own if answer.question in plain]
-        row["as_plain"] = sum(known) / len(known) if known else None
-        rows.append(row)
-    return rows
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DraftingStudy:
-    """Answers questions of Spec-Bench with each method; if it is run again, it resumes with the answers that it has."""
-
-    questions: str = "question.jsonl"
-    """Spec-Bench's file."""
-    per_category: int = 4
-    """The questions of each of six categories."""
-    methods: tuple[str, ...] = (*METHODS, "token_recycling_cold")
-    """Names of `METHODS`. Their states go on from question to question; with _cold, each question has a new one."""
-    new_tokens: int = 128
-    """The most tokens of an answer."""
-    model: str = "smollm2"
-    workdir: str = "runs/drafting"
-
-    def __post_init__(self):
-        if unknown := [name for name in self.methods if name.removesuffix("_cold") not in METHODS]:
-            raise ValueError(f"there is no method {unknown[0]!r}; choose from {', '.join(METHODS)}.")
-
-    def run(self) -> bool:
-        """Writes answers.json, rows.json and table.md."""
-        folder, console = Path(self.workdir), rich.console.Console()
-        folder.mkdir(parents=True, exist_ok=True)
-        model = open_model(self.model)
-        questions = spec_bench(model, Path(self.questions), self.per_category)
-        kept = folder / "answers.json"
-        done = json.loads(kept.read_text()) if kept.exists() else {}
-        asked = json.dumps([self.model, self.new_tokens, [question.number for question in questions]])
-        if done.setdefault("asked", asked) != asked:
-            raise ValueError(f"{folder} has the answers to other questions; choose another workdir.")
-        found: dict[str, list[Answer]] = {}
-        for name in self.methods:
-            if name not in done:
-                drafter, hot = METHODS[name.removesuffix("_cold")], not name.endswith("_cold")
-                run = answers(model, questions, drafter, max_new_tokens=self.new_tokens, hot=hot)
-                done[name] = [dataclasses.asdict(answer) for answer, _ in run]
-                kept.write_text(json.dumps(done))
-            found[name] = [Answer(**answer) for answer in done[name]]
-            console.print(f"{name}: {mean_accepted(found[name]):.3f}", soft_wrap=True)
-        rows = table(model, found)
-        (folder / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
-        shown = markdown(rows)
-        (folder / "table.md").write_text(shown + "\n")
-        console.print(shown, soft_wrap=True, markup=False)
-        return True
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The rows of `table` as a table in Markdown."""
-    lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
-    for row in rows:
-        lines.append(" | ".join(f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values()))
-    return "\n".join(f"| {line} |" for line in lines)
+    return jax.tree.map(kept, state, is_leaf=lambda part: isinstance(part, ADEDState))

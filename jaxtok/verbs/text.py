@@ -114,7 +114,7 @@ def generate(
         template for chats.
       stream: Whether the texts are written to the standard output.
       drafter: What drafts several tokens at a time, which changes the speed and not the text: prompt_lookup,
-        suffix_automaton, token_recycling, token_recycling:FILE (which is kept in the file from call to call),
+        suffix_automaton, token_recycling, token_recycling:FILE.safetensors (which is kept from call to call),
         aded:TABLE, draft_model:MODEL; or several of them, joined by +, in one tree.
       evict: What keeps the cache small, and how small: NAME:BUDGET, such as keyformer:0.5 (half of the prompt) or
         h2o:128 (slots). The names are those of jaxtok.decoding.scorers.EVICTORS.
@@ -184,7 +184,7 @@ def drafter_of(text: str, model: Model) -> tuple[Drafter, Any, Callable[[Generat
                 made: Any = PromptLookup(ends=model.ends)
             case "suffix_automaton", "":
                 made = SuffixAutomaton()
-            case "token_recycling", _:
+            case "token_recycling", _ if not place or place.endswith(".safetensors"):
                 made = TokenRecycling()
                 if place:
                     about = tokenizer_digest(model.tokenizer)
@@ -200,7 +200,7 @@ def drafter_of(text: str, model: Model) -> tuple[Drafter, Any, Callable[[Generat
             case _:
                 raise ValueError(
                     f"drafter is {text!r}, where {part!r} is none of prompt_lookup, suffix_automaton, token_recycling, "
-                    "token_recycling:FILE, aded:TABLE and draft_model:MODEL."
+                    "token_recycling:FILE.safetensors, aded:TABLE and draft_model:MODEL."
                 )
         drafters.append(made)
         states.append(state)

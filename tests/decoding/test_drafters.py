@@ -17,6 +17,7 @@ from collector import collect
 from recurrent import Recurrent, RecurrentConfig
 from test_engine import Told
 
+import jaxtok
 from jaxtok.decoding import (
     Drafter,
     DraftModel,
@@ -30,6 +31,7 @@ from jaxtok.decoding import (
     Verified,
     generate,
 )
+from jaxtok.decoding.token_recycling import TEMPLATES
 from jaxtok.decoding.union import merge
 
 VOCAB, NEW = 32, 14
@@ -177,6 +179,51 @@ def test_drafts_change_nothing(llama, plain, drafters, name):
         assert found.steps == off.steps
     elif name not in ("draft model", "recurrent", "random matrix"):
         assert sum(found.steps) < sum(off.steps)
+
+
+@pytest.mark.parametrize(
+    "name", ["token recycling", *(pytest.param(name, marks=pytest.mark.slow) for name in (*NAMES[1:], *LIKE_ANOTHER))]
+)
+def test_in_bfloat16_as_plain_decoding_of_the_same_width(llama, drafters, name):
+    """Rounding depends on the number of tokens of a pass, so plain decoding reads as many, in the same program."""
+    model, params = llama
+    half = model.clone(config=dataclasses.replace(model.config, dtype="bfloat16")), params
+    drafter, state = drafters[name]
+    found, off = (run(half, Switched(drafter), (on, state)) for on in (True, False))
+    assert found.tokens == off.tokens
+    for ours, theirs in zip(found.logprobs, off.logprobs):
+        np.testing.assert_allclose(ours, theirs, atol=1e-2)
+    if name not in ("draft model", "recurrent", "random matrix", "union of one node"):
+        assert sum(found.steps) < sum(off.steps)
+    narrow = run(half).tokens
+    print(f"{name}: {sum(a == b for a, b in zip(found.tokens, narrow))} of 6 as in passes of one token")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_real_model(dtype):
+    """SmolLM2's greedy text with a union is that of plain decoding at the union's width; in float32, of any width."""
+    smollm2 = jaxtok.open("smollm2")
+    model = smollm2.module.clone(config=dataclasses.replace(smollm2.module.config, dtype=dtype))
+    drafter = Switched(Union((SuffixAutomaton(), TokenRecycling(template=TEMPLATES["11"]))))
+    asked = ["Repeat three times: a cat sat on a mat.", "List ten animals.", "What is 12 times 7?", "Write a poem."]
+    prompts = [smollm2.chat_ids(text) for text in asked]
+    options = {"max_new_tokens": 32, "chooser": Sampling(temperature=0), "stop_tokens": smollm2.ends}
+    found, off = (
+        generate(model, smollm2.params, prompts, drafter=drafter, drafter_state=(on, None), **options)
+        for on in (True, False)
+    )
+    narrow = generate(model, smollm2.params, prompts, **options)
+    same = sum(a == b for a, b in zip(found.tokens, narrow.tokens))
+    apart = [
+        max(abs(a - b) for ours, theirs in zip(found.logprobs, of.logprobs) for a, b in zip(ours, theirs))
+        for of in (off, narrow)
+    ]
+    print(f"{dtype}: {same} of {len(prompts)} texts as in passes of one token; steps {found.steps}, not {off.steps}")
+    print(f"{dtype}: log probabilities at most {apart[0]:.1e} apart at this width, {apart[1]:.1e} from width 1")
+    assert found.tokens == off.tokens and sum(found.steps) < sum(off.steps)
+    if dtype == "float32":
+        assert found.tokens == narrow.tokens and max(apart) < 1e-4
 
 
 @pytest.mark.parametrize("name", ["union", pytest.param("union of all", marks=pytest.mark.slow)])

@@ -252,6 +252,8 @@ def test_a_file_of_something_else_is_refused(tmp_path):
             wrong.load(path, vocab, tokenizer)
     with pytest.raises(ValueError, match="only a shared one"):
         drafter.save(path, jnp.zeros((2, 32, 8), jnp.int32))
+    with pytest.raises(ValueError, match=r"must end in \.safetensors"):
+        drafter.save(tmp_path / "m.npz", jnp.zeros((32, 8), jnp.int32))
     with pytest.raises(FileNotFoundError, match=r"does not exist"):
         drafter.load(tmp_path / "none", 32)
     drafter.save(path, jnp.full((32, 8), 32))

@@ -6,15 +6,18 @@ import json
 import types
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 from causal_lms import noisy_params
 from collector import collect
 
-from jaxtok.decoding import TokenRecycling, TreeTemplate, Verified
-from jaxtok.studies.drafting import Answer, Counted, DraftingStudy, Question, answers, mean_accepted, spec_bench, table
+import jaxtok.door
+from jaxtok.decoding import ADED, PromptLookup, SuffixAutomaton, TokenRecycling, TreeTemplate, Union
+from jaxtok.studies import drafting
+from jaxtok.studies.draft_width import WidthStudy
+from jaxtok.studies.drafting import Arm, DraftStudy, answers
 
 SPEC_BENCH = Path(__file__).parents[3] / "shared/data/spec_bench/question.jsonl"
+RECYCLING = TokenRecycling(template=TreeTemplate.of([(0,), (1,), (0, 0)]), k=2)
 
 
 @pytest.fixture(scope="module")
@@ -31,81 +34,132 @@ def model():
     )
 
 
-def test_questions(model, tmp_path):
-    path = tmp_path / "question.jsonl"
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """Four questions each of two of MT-bench's categories and of another one; the last is too long."""
+    path = tmp_path_factory.mktemp("questions") / "question.jsonl"
     rows = [
-        {"question_id": number, "category": category, "turns": ["a bb " + "c " * number, "more"]}
+        {"category": category, "turns": ["a bb " + "ccc " * (number if number < 11 else 99), "more"]}
         for number, category in enumerate(["writing"] * 4 + ["coding"] * 4 + ["qa"] * 4)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = spec_bench(model, path, per_category=2)
-    assert [(question.number, question.category) for question in found] == [
-        (0, "mt_bench"),
-        (4, "mt_bench"),
-        (8, "qa"),
-        (9, "qa"),
+    return str(path)
+
+
+def test_requests(model, questions, tmp_path):
+    """Evenly from each category, in turns; MT-bench's are one."""
+    study = DraftStudy(arms=(), questions=questions, each=4, new_tokens=8)
+    found = study.prompts(model)
+    assert [(group, len(ids)) for group, ids in found] == [
+        *[("mt_bench", 2), ("qa", 10), ("mt_bench", 4), ("qa", 11)],
+        *[("mt_bench", 6), ("qa", 12), ("mt_bench", 8)],
     ]
-    assert found[1].ids == (1, 2, 1, 1, 1, 1)
-    with pytest.raises(ValueError, match="per_category is 0"):
-        spec_bench(model, path, per_category=0)
+    assert found[2][1] == [1, 2, 3, 3]
     with pytest.raises(FileNotFoundError, match=r"give Spec-Bench's question.jsonl"):
-        spec_bench(model, tmp_path / "none")
+        DraftStudy(arms=(), questions=str(tmp_path / "none")).prompts(model)
 
 
-def test_the_table(model):
-    plain = [Answer(1, "qa", [5, 6, 7], 3, 1, 0.0), Answer(2, "rag", [4] * 5, 5, 1, 0.0)]
-    other = [Answer(1, "qa", [5, 6, 7], 1, 4, 0.0), Answer(2, "rag", [4] * 4 + [3], 3, 4, 0.0)]
-    first, second = table(model, {"plain": plain, "other": other, "none": []})
-    assert first["mean_accepted"] == first["read_a_token"] == first["as_plain"] == 1
-    assert (second["mean_accepted"], second["qa"], second["rag"]) == (2, 3, 5 / 3)
-    assert (second["nodes"], second["read_a_token"], second["as_plain"]) == (4, 2, 0.5)
-    assert second["gigaflops_a_token"] == 2 * first["gigaflops_a_token"]
+def test_a_study(model, questions, tmp_path, monkeypatch):
+    """Replayed arms and those that run with the model; the second run has all of it already, but for new arms."""
+    monkeypatch.setattr(jaxtok.door, "open_model", lambda name: model)
+    union = Union((SuffixAutomaton(tokens=3), RECYCLING, ADED(nodes=5, maker="best_first")))
+    arms = (
+        Arm(name="lookup", drafter=PromptLookup(tokens=3)),
+        Arm(name="cold", drafter=RECYCLING, with_model=True),
+        Arm(name="hot", drafter=RECYCLING, with_model=True, in_turn=True),
+        Arm(name="union", drafter=union, with_model=True, in_turn=True),
+    )
+    options = {"questions": questions, "each": 2, "new_tokens": 10, "workdir": str(tmp_path)}
+    assert DraftStudy(arms=arms[:3], checked=1, **options).run()
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows["lookup"]["checked"] == {"requests": 1} | dict.fromkeys(list(rows["lookup"]["checked"])[1:], 1)
+    assert rows["cold"]["same"] == rows["hot"]["same"] == len(rows["hot"]["requests"]) == 4
+    texts, steps = (json.loads((tmp_path / name).read_text()) for name in ("texts.json", "steps.json"))
+    made = steps[repr(arms[2])]
+    assert rows["hot"]["all"] == sum(len(text) for text, _ in made) / sum(count for _, count in made) > 1
+    assert rows["hot"]["requests"] == [len(text) / count for text, count in made]
+    assert rows["hot"]["qa"] == sum(len(text) for text, _ in made[1::2]) / sum(count for _, count in made[1::2])
+    assert rows["hot"]["nodes"] == 4 and (tmp_path / "requests.png").exists()
+    del steps[repr(arms[1])][1:]  # goes on from here
+    (tmp_path / "steps.json").write_text(json.dumps(steps))
+    monkeypatch.setattr(DraftStudy, "_generate", None)
+    assert DraftStudy(arms=arms, only=("cold", "hot", "union"), **options).run()
+    again = json.loads((tmp_path / "results.json").read_text())
+    assert {name: again[name] for name in ("cold", "hot")} == {name: rows[name] for name in ("cold", "hot")}
+    assert again["union"]["same"] == 4 and json.loads((tmp_path / "texts.json").read_text()) == texts
+    with pytest.raises(ValueError, match="texts of other requests"):
+        DraftStudy(arms=arms, **options | {"new_tokens": 9}).run()
 
 
 def test_answers_hot_and_cold(model):
-    """A state goes on from question to question, or does not; the text is the same."""
-    drafter = TokenRecycling(template=TreeTemplate.of([(0,), (1,), (0, 0)]), k=2)
-    questions = [Question(1, "qa", (3, 1, 4)), Question(2, "qa", (8,))]
+    """A state goes on from request to request, or does not; the text is the same."""
+    requests = [[3, 1, 4], [8]]
     runs = {
-        name: list(answers(model, questions, own, max_new_tokens=10, hot=hot))
-        for name, own, hot in (("plain", None, True), ("hot", drafter, True), ("cold", drafter, False))
+        name: list(answers(model, requests, own, new_tokens=10, in_turn=hot))
+        for name, own, hot in (("plain", None, True), ("hot", RECYCLING, True), ("cold", RECYCLING, False))
     }
-    texts = {name: [answer.tokens for answer, _ in run] for name, run in runs.items()}
+    texts = {name: [text for text, _, _ in run] for name, run in runs.items()}
     assert texts["hot"] == texts["cold"] == texts["plain"]
-    passes = {name: [answer.passes for answer, _ in run] for name, run in runs.items()}
+    passes = {name: [count for _, count, _ in run] for name, run in runs.items()}
     assert passes["plain"] == list(map(len, texts["plain"])) and passes["hot"][0] == passes["cold"][0]
-    written = {name: int((run[1][1] != 0).any(-1).sum()) for name, run in runs.items() if name != "plain"}
+    written = {name: int((run[1][2] != 0).any(-1).sum()) for name, run in runs.items() if name != "plain"}
     assert written["hot"] > written["cold"] > 0
-    assert mean_accepted([answer for answer, _ in runs["plain"]]) == 1
-    with pytest.raises(ValueError, match=r"question 1 has 3 tokens.*max_length = 80"):
-        next(answers(model, questions, None, max_new_tokens=78))
+    with pytest.raises(ValueError, match=r"a request has 3 tokens.*max_length = 80"):
+        next(answers(model, requests, None, new_tokens=78))
 
 
-def test_counted_nodes():
-    drafter = Counted(TokenRecycling(template=TreeTemplate.of([(0,), (1,), (0, 0)]), k=2))
-    state = drafter.init(2, 4, 9)
-    tokens, parents = drafter.propose(state, jnp.zeros((2, 4), jnp.int32), jnp.array([1, 2]))
-    path, count = jnp.array([[0, 1, 3, 0], [0, 2, 0, 0]]), jnp.array([3, 2])
-    _, counts = drafter.observe(state, Verified(tokens, parents, jnp.zeros((2, 4, 9)), path, count, tokens))
-    assert counts.tolist() == [2, 1, 1, 1]
-    assert drafter.nodes == 4 and not drafter.chain
+def test_an_arm_in_turn_goes_on_from_its_last_state(model, questions, tmp_path, monkeypatch):
+    """Stopped after each request, it needs as many steps as in one go."""
+    monkeypatch.setattr(jaxtok.door, "open_model", lambda name: model)
+    union = Union((SuffixAutomaton(tokens=3), RECYCLING, ADED(nodes=5, maker="best_first", shared=True)))
+    arm = Arm(name="union", drafter=union, with_model=True, in_turn=True)
+    options = {"arms": (arm,), "questions": questions, "each": 2, "new_tokens": 10}
+    assert DraftStudy(workdir=str(tmp_path / "whole"), **options).run()
+    made = (tmp_path / "whole" / "steps.json").read_text()
+    real = drafting.answers
+
+    def stopped(model, requests, *rest, **of):
+        yield from real(model, requests[:1], *rest, **of)
+        if len(requests) > 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(drafting, "answers", stopped)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            DraftStudy(workdir=str(tmp_path / "parts"), **options).run()
+    assert DraftStudy(workdir=str(tmp_path / "parts"), **options).run()
+    assert (tmp_path / "parts" / "steps.json").read_text() == made
 
 
-def test_unknown_methods_are_refused():
-    with pytest.raises(ValueError, match="no method 'medusa'; choose from plain"):
-        DraftingStudy(methods=("medusa",))
+def test_speeds_of_batches(model, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(jaxtok.door, "open_model", lambda name: model)
+    options = {"questions": questions, "batches": (2,), "widths": (2,), "new_tokens": 8, "turns": 1}
+    assert WidthStudy(drafter=RECYCLING, workdir=str(tmp_path), **options).run()
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["batch"] == 2 and row["chosen"] in (1, 2, 4) and 1 <= row["mean accepted"] <= 3
+    assert (row["of plain"] == 1) if row["chosen"] == 1 else (row["of plain"] > 0)
+    assert row["plain, tokens/s"] > 0 and row["tokens a step by width"].startswith("1: 1.00 2: ")
+
+
+def test_impossible_studies_are_refused():
+    with pytest.raises(ValueError, match="no drafter 'medusa'; choose from plain"):
+        DraftStudy(arms=(Arm(name="plain", drafter=PromptLookup()),), only=("medusa",), corpus="python")
+    with pytest.raises(ValueError, match="one of questions and corpus"):
+        DraftStudy(arms=())
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SPEC_BENCH.is_file(), reason="needs Spec-Bench's questions")
 def test_a_union_accepts_more_than_its_drafters(tmp_path):
-    """SmolLM2 on one question a category, 64 tokens: the union is the best, and the answers are those of plain."""
-    methods = ("plain", "suffix_automaton", "token_recycling", "union")
-    options = {"questions": str(SPEC_BENCH), "per_category": 1, "new_tokens": 64, "workdir": str(tmp_path)}
-    assert DraftingStudy(methods=methods, **options).run()
-    rows = {row["method"]: row for row in json.loads((tmp_path / "rows.json").read_text())}
-    mean = {name: row["mean_accepted"] for name, row in rows.items()}
-    assert mean["union"] > 1.05 * max(mean["suffix_automaton"], mean["token_recycling"]) > 1.05 * mean["plain"]
-    assert all(row["as_plain"] > 0.8 for row in rows.values())
-    with pytest.raises(ValueError, match="answers to other questions"):
-        DraftingStudy(methods=methods, **options | {"new_tokens": 32}).run()
+    """SmolLM2 on one question a category, 64 tokens: the union is the best, and its answers are those of plain."""
+    hot = {"with_model": True, "in_turn": True}
+    arms = (
+        Arm(name="suffix automaton", drafter=SuffixAutomaton()),
+        Arm(name="recycling", drafter=TokenRecycling(), **hot),
+        Arm(name="union", drafter=Union((SuffixAutomaton(), TokenRecycling()), budget=81), **hot),
+    )
+    options = {"questions": str(SPEC_BENCH), "each": 1, "new_tokens": 64, "workdir": str(tmp_path)}
+    assert DraftStudy(arms=arms, **options).run()
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert rows["union"]["all"] > 1.05 * max(rows["suffix automaton"]["all"], rows["recycling"]["all"])
+    assert min(rows["recycling"]["same"], rows["union"]["same"]) >= 5
