@@ -76,11 +76,15 @@ def kept_indices(
     return np.minimum(k * np.arange(1, count + 1), length) - 1
 
 
-def document_indices(length: int, session: int, k: int) -> Int[np.ndarray, " kept"]:
+def document_indices(
+    length: int, session: int, k: int, how: Literal["strided", "terminal", "random"] = "strided", seed: int = 0
+) -> Int[np.ndarray, " kept"]:
     """Which outputs of a document are kept, which is read in sessions; the last one may be shorter."""
-    starts = range(0, length, session)
-    parts = [start + kept_indices(min(session, length - start), k) for start in starts]
-    return np.concatenate([np.arange(0), *parts])
+    rng, parts = np.random.default_rng(seed), [np.arange(0)]
+    for start in range(0, length, session):
+        size = min(session, length - start)
+        parts.append(start + kept_indices(size, k, how, rng.permutation(size) if how == "random" else ()))
+    return np.concatenate(parts)
 
 
 def smallest_scale(document: int, raw: int, window: int, scales: Iterable[int]) -> int:
@@ -98,24 +102,6 @@ def smallest_scale(document: int, raw: int, window: int, scales: Iterable[int]) 
         f"a document of {document} tokens and {raw} raw ones do not fit a window of {window} slots, even with "
         f"k = {scales[-1]}; shorten one of them."
     )
-
-
-def greedy_groups(chunks: int, chunk: int, per_chunk: int, window: int) -> list[tuple[int, int]]:
-    """The chunks a, ..., b (from 1, both included) that share each call of the language model, for chunks 2 to N: as
-    many as the window holds with the ETs before the last of them (the paper's figure 3).
-
-    Raises:
-      ValueError: the window has no room for a chunk after the ETs of those before it.
-    """
-    groups, first = [], 2
-    while first <= chunks:
-        last = first
-        _check_window(last, chunk, per_chunk, window)
-        while last < chunks and last * per_chunk + (last + 2 - first) * chunk <= window:
-            last += 1
-        groups.append((first, last))
-        first = last + 1
-    return groups
 
 
 class Layout(NamedTuple):
@@ -181,16 +167,24 @@ def check_rows(length: int, k: int, chunk: int, session: int, window: int) -> No
             f"a row has {length} tokens; it must have at least two chunks, of {chunk} tokens each: the first one is "
             "only read, the others are predicted."
         )
-    _check_window(length // chunk, chunk, chunk // k, window)
-
-
-def _check_window(chunks: int, chunk: int, per_chunk: int, window: int) -> None:
-    if (chunks - 1) * per_chunk + chunk > window:
+    chunks, per_chunk = length // chunk, chunk // k
+    if (slots := (chunks - 1) * per_chunk + chunk) > window:
         raise ValueError(
-            f"chunk {chunks} of {chunk} tokens, after {per_chunk} ETs for each chunk before it, takes "
-            f"{(chunks - 1) * per_chunk + chunk} slots, but the window has {window}; shorten rows or chunks, or raise "
-            "k."
+            f"chunk {chunks} of {chunk} tokens, after {per_chunk} ETs for each chunk before it, takes {slots} slots, "
+            f"but the window has {window}; shorten rows or chunks, or raise k."
         )
+
+
+def shared_calls(length: int, k: int, chunk: int, window: int) -> tuple[int, int, int]:
+    """The ETs of a row of `length` tokens, the chunks that share a call of the language model, and the calls.
+
+    All calls have as many chunks as fit the window after the ETs of the last one. (In the paper's figure 3, earlier
+    calls, which see fewer ETs, have more.)
+    """
+    chunks = length // chunk
+    ets = (chunks - 1) * (chunk // k)
+    together = min((window - ets) // chunk, chunks - 1)
+    return ets, together, -(-(chunks - 1) // together)
 
 
 # --- The two models. ---
@@ -391,10 +385,8 @@ class Extensible(nn.Module):
         """
         cfg, (batch, length) = self.config, tokens.shape
         check_rows(length, k, chunk, cfg.session, cfg.slots)
-        chunks, per_chunk = length // chunk, chunk // k
-        ets = (chunks - 1) * per_chunk
-        together = min((cfg.slots - ets) // chunk, chunks - 1)
-        calls = -(-(chunks - 1) // together)
+        ets, together, calls = shared_calls(length, k, chunk, cfg.slots)
+        chunks = length // chunk
         outputs = self.outputs(tokens, segments) if outputs is None else outputs
         vectors = outputs[:, k - 1 :: k][:, :ets]
 
@@ -405,7 +397,7 @@ class Extensible(nn.Module):
         predicted = jnp.roll(targets, 1, axis=1)  # the token that each token is: the target of the one before it
 
         def call(module, carry, numbers):
-            layout = row_layout(numbers, chunk, per_chunk, ets)
+            layout = row_layout(numbers, chunk, chunk // k, ets)
 
             def chosen(x):
                 return cut(x)[:, numbers - 1].reshape(batch, -1)
@@ -428,18 +420,14 @@ class Extensible(nn.Module):
         squares = {"et_square": jnp.mean(jnp.square(vectors.astype(jnp.float32))), "token_square": tokens_squared}
         return nats[:, : length - chunk], jax.lax.stop_gradient(squares)
 
-    def blended(
-        self, parts: Sequence[Int[Array, "batch tokens"] | Float[Array, "batch ets d_model"]]
-    ) -> Float[Array, "batch length d_model"]:
-        """The language model's inputs for raw tokens and ETs in any order."""
-        raw = [self.frozen.embed(part) if jnp.ndim(part) == 2 else part for part in map(jnp.asarray, parts)]
-        return jnp.concatenate([x.astype(self.config.lm.model.dtype) for x in raw], 1)
-
     def read(
         self, parts: Sequence[Int[Array, "batch tokens"] | Float[Array, "batch ets d_model"]], cache: Any = None
     ) -> tuple[Float[Array, "batch length vocab"], Any]:
-        """Logits after each slot of `blended` parts, and the language model's own cache (None if none was given)."""
-        x, cache = self.frozen.hidden(self.blended(parts), cache=cache)
+        """Logits after each raw token and ET of some parts, and the language model's own cache (None if none was
+        given)."""
+        x = [self.frozen.embed(part) if jnp.ndim(part) == 2 else part for part in map(jnp.asarray, parts)]
+        x = jnp.concatenate([part.astype(self.config.lm.model.dtype) for part in x], 1)
+        x, cache = self.frozen.hidden(x, cache=cache)
         return self.frozen.head(x), cache
 
     def embed(self, tokens):
@@ -684,12 +672,10 @@ class ExtensibleModeling(Task):
         """FLOPs of a training step, the mean over `scales`. Gradients of the language model are computed of its
         activations only: twice its forward pass, not three times."""
         cfg, (rows, length) = self.model, batch["tokens"].shape
-        chunks = length // self.chunk
 
         def of_lm(k):
-            ets = (chunks - 1) * self.chunk // k
-            together = min((cfg.slots - ets) // self.chunk, chunks - 1)
-            shape = (rows * -(-(chunks - 1) // together), ets + together * self.chunk)
+            ets, together, calls = shared_calls(length, k, self.chunk, cfg.slots)
+            shape = (rows * calls, ets + together * self.chunk)
             return 2 / 3 * cfg.lm.flops({"tokens": np.broadcast_to(np.int32(0), shape)})
 
         tokenizer = cfg.tokenizer.stack_flops(min(cfg.session, length)) if cfg.layers else 0.0
@@ -834,11 +820,8 @@ class Documents:
         """
         if name not in self.lengths:
             raise ValueError(f"{self.path} has no document {name!r}; it has {', '.join(self.lengths) or 'none'}.")
-        rng, parts, length = np.random.default_rng(seed), [np.arange(0)], self.lengths[name]
-        for start in range(0, length, self.session):
-            size = min(self.session, length - start)
-            parts.append(start + kept_indices(size, k, how, rng.permutation(size) if how == "random" else ()))
-        return get_tensor(open_safetensors(self.path), name, self.path)[np.concatenate(parts)]
+        index = document_indices(self.lengths[name], self.session, k, how, seed)
+        return get_tensor(open_safetensors(self.path), name, self.path)[index]
 
 
 def save_documents(

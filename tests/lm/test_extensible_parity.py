@@ -17,7 +17,6 @@ from jaxtok.lm.extensible import (
     Extensible,
     ExtensibleConfig,
     document_indices,
-    greedy_groups,
     kept_indices,
     row_layout,
     smallest_scale,
@@ -107,6 +106,19 @@ def of_batch(config, params, ids, ks, chunk):
     rows = [loss_at(config, params, row[None], int(k), chunk) for row, k in zip(ids, ks)]
     loss, gradient = jax.tree.map(lambda *x: sum(x) / len(x), *[(value, gradient) for (value, _), gradient in rows])
     return loss, gradient, jnp.concatenate([nats for (_, nats), _ in rows])
+
+
+def greedy_groups(chunks, chunk, per_chunk, window):
+    """The chunks a, ..., b (from 1, both included) of each call in the paper's figure 3: as many as the window holds
+    with the ETs before the last of them."""
+    groups, first = [], 2
+    while first <= chunks:
+        last = first
+        while last < chunks and last * per_chunk + (last + 2 - first) * chunk <= window:
+            last += 1
+        groups.append((first, last))
+        first = last + 1
+    return groups
 
 
 @pytest.mark.parity("extensible/tables.npz")
