@@ -1,16 +1,21 @@
 """What a smaller cache costs a real model: each evictor's loss on a long text, and what it generates.
 
-    python -m jaxtok.studies.eviction smollm2                      # a text of 2,048 tokens with half of the cache
+    python -m jaxtok.studies.eviction smollm2                      # texts of 2,048 tokens with half of the cache
     python -m jaxtok.studies.eviction smollm2 --what generation --fraction 0.25    # 128 new tokens after 1,024
+    python -m jaxtok.studies.eviction smollm2 --every 64 --evictors h2o kvpress-h2o snapkv kvpress-snapkv
 
-For the loss, the text is read as it would be generated: the first half is the prompt, then every token is given, and
-the model's loss on it is measured with the cache as it is at that moment. At no time does the cache hold more than the
+For the loss, a text is read as it would be generated: the first half is the prompt, then every token is given, and the
+model's loss on it is measured with the cache as it is at that moment. At no time does the cache hold more than the
 budget.
+
+Evictors whose names begin with kvpress- are those of NVIDIA's kvpress 0.5.5 (PyTorch) on the same weights. They are
+left out where it is not installed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import time
 from collections import Counter
@@ -42,6 +47,7 @@ EVICTORS = (
     "window",
 )
 EVERY = 16
+KVPRESS = "kvpress-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +100,46 @@ def losses(
     return -np.asarray(found.logprobs)
 
 
+def kvpress_losses(
+    folder: Path, texts: Int[np.ndarray, "batch length"], prompt: int, name: str, slots: int, every: int
+) -> Float[np.ndarray, "batch new"]:
+    """`losses` with a method of kvpress, on the model in a Hugging Face folder. Up to `slots` slots are in use."""
+    import kvpress
+    import torch
+    import transformers
+
+    options = {"snapkv": {"window_size": 32}}.get(name, {})
+    presses = {
+        "h2o": kvpress.ObservedAttentionPress,
+        "snapkv": kvpress.SnapKVPress,
+        "tova": kvpress.TOVAPress,
+        "expected": kvpress.ExpectedAttentionPress,
+        "streaming": kvpress.StreamingLLMPress,
+    }
+    if name not in presses:
+        raise ValueError(f"{KVPRESS}{name} is not known; NAME in {KVPRESS}NAME must be one of {', '.join(presses)}.")
+    attention = "eager" if name == "h2o" else "sdpa"  # the former tells its weights
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=attention
+    )
+    press = kvpress.PrefillDecodingPress(
+        presses[name](compression_ratio=max(1 - (slots - every) / prompt, 0.0), **options),
+        kvpress.DecodingPress(presses[name](**options), compression_interval=every, target_size=slots - every),
+    )
+    rows = []
+    for text in torch.tensor(texts, dtype=torch.long):
+        cache, loss = transformers.DynamicCache(), []
+        with torch.inference_mode(), press(model.eval()):
+            logits = model(text[None, :prompt], past_key_values=cache, logits_to_keep=1).logits
+            for place in range(prompt, len(text)):
+                loss.append(torch.nn.functional.cross_entropy(logits[:, -1], text[None, place]).item())
+                here = {"past_key_values": cache, "position_ids": torch.tensor([[place]])}
+                logits = model(text[None, place : place + 1], **here).logits
+                assert cache.get_seq_length() <= slots
+        rows.append(loss)
+    return np.array(rows)
+
+
 def far_tokens(text: Int[np.ndarray, " length"], prompt: int, window: int) -> np.ndarray:
     """Whether each token after the prompt ends a pair of tokens that the text has before, but not in the last
     `window` tokens: what only a far part of the text can tell."""
@@ -107,16 +153,16 @@ def far_tokens(text: Int[np.ndarray, " length"], prompt: int, window: int) -> np
 
 
 def long_texts(tokenizer: Any, length: int, count: int, file: Path | None) -> Int[np.ndarray, "count length"]:
-    """The first tokens of a file, or of the largest modules of Python's library that begin with a docstring."""
+    """The first tokens of a file, or of Python's own modules and chapters of its documentation, by turns."""
     if file is not None:
         documents = [file.read_text()]
     else:
         import argparse
-        import difflib
         import doctest
-        import typing
+        from pydoc_data.topics import topics
 
-        documents = [Path(module.__file__).read_text() for module in (argparse, doctest, difflib, typing)[:count]]
+        code = [Path(module.__file__).read_text() for module in (argparse, doctest)]
+        documents = [code[0], topics["specialnames"], code[1], topics["compound"]][:count]
     rows = [tokenizer.encode(text)[:length] for text in documents]
     if short := [len(row) for row in rows if len(row) < length]:
         raise ValueError(f"a text has {short[0]} tokens; it must have at least {length}.")
@@ -135,6 +181,7 @@ def eviction(
     evictors: tuple[str, ...] = EVICTORS,
     length: int = 2048,
     fraction: float = 0.5,
+    every: int = EVERY,
     texts: int = 1,
     file: Path | None = None,
     output: Path | None = None,
@@ -147,7 +194,8 @@ def eviction(
       evictors: Names with options, such as h2o,sinks=4.
       length: The tokens of a text.
       fraction: The budget as a part of the length.
-      texts: How many of Python's modules are read.
+      every: The tokens between two evictions.
+      texts: How many of Python's modules and chapters are read, at most 4.
       file: A text file in their place.
       output: A file of JSON lines to which rows are added; evictors that it has are not measured again.
     """
@@ -155,14 +203,21 @@ def eviction(
     module, params, tokenizer = opened.module, jax.device_put(opened.params), opened.tokenizer
     rows = [json.loads(line) for line in output.read_text().splitlines()] if output and output.is_file() else []
     measure = _loss if what == "loss" else _generation
-    given = long_texts(tokenizer, length, texts, file)
+    given, slots = long_texts(tokenizer, length, texts, file), int(fraction * length)
     for name in ("full", *evictors):
-        key = {"evictor": name, "what": what, "length": length, "fraction": fraction, "texts": texts}
+        key = {"evictor": name, "what": what, "length": length, "fraction": fraction, "every": every, "texts": texts}
         if any(key.items() <= row.items() for row in rows):
             continue
+        if name.startswith(KVPRESS) and not (importlib.util.find_spec("kvpress") and what == "loss"):
+            print(f"{name} is left out: it needs kvpress (pip install kvpress==0.5.5), and --what loss.", flush=True)
+            continue
         begin = time.time()
-        evictor = None if name == "full" else with_budget(name, int(fraction * length), EVERY)
-        row = key | measure(module, params, given, evictor, int(fraction * length), tokenizer)
+        if name.startswith(KVPRESS):
+            method = name.removeprefix(KVPRESS)
+            row = key | _of_losses(kvpress_losses(opened.path, given, length // 2, method, slots, every), given, slots)
+        else:
+            evictor = None if name == "full" else with_budget(name, slots, every)
+            row = key | measure(module, params, given, evictor, slots, tokenizer)
         row["seconds"] = round(time.time() - begin, 1)
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -173,10 +228,13 @@ def eviction(
 
 
 def _loss(module, params, texts, evictor, slots, tokenizer) -> dict[str, Any]:
-    prompt = texts.shape[1] // 2
-    loss = losses(module, params, texts, prompt, evictor)
-    far = np.stack([far_tokens(text, prompt, slots) for text in texts])
-    return {"loss": float(loss.mean()), "far_loss": float(loss[far].mean()), "far_tokens": int(far.sum())}
+    return _of_losses(losses(module, params, texts, texts.shape[1] // 2, evictor), texts, slots)
+
+
+def _of_losses(loss, texts, slots) -> dict[str, Any]:
+    far = np.stack([far_tokens(text, texts.shape[1] - loss.shape[1], slots) for text in texts])
+    found = {"loss": float(loss.mean()), "each": [round(float(mean), 4) for mean in loss.mean(1)]}
+    return found | {"far_loss": float(loss[far].mean()), "far_tokens": int(far.sum())}
 
 
 def _generation(module, params, texts, evictor, slots, tokenizer, new: int = 128) -> dict[str, Any]:
