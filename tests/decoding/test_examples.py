@@ -20,7 +20,6 @@ MODULES = (
     "prompt_lookup",
     "sampling",
     "scorers",
-    "sinks",
     "skipdecode",
     "suffix_automaton",
     "token_recycling",
