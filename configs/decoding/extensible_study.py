@@ -3,8 +3,8 @@
     jaxtok study extensible_study
 
 The text is the documentation of Python's topics; the model is that of extensible_small. Measured are the nats of the
-last 31 bytes of rows of 224. Expect that raw bytes help most, that extensible embeddings help less with larger k, but
-also at the k of 16 and 32 that training never saw, and that a tokenizer that has not learned is worth least.
+last 31 bytes of rows of 224. Expect 1.50 without context, 1.39 after raw bytes, 1.42 to 1.44 after extensible
+embeddings at k = 2 to 32 (training never saw 16 and 32), and 1.48 to 1.49 with a tokenizer that has not learned.
 """
 
 import dataclasses

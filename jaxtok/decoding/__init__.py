@@ -12,7 +12,6 @@ from jaxtok.decoding.prompt_lookup import PromptLookup
 from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, TokenModel, Verified
 from jaxtok.decoding.sampling import Sampling, sample
 from jaxtok.decoding.scorers import parse_evictor
-from jaxtok.decoding.sinks import SinksAndRecent
 from jaxtok.decoding.skipdecode import Schedule, SkipDecode
 from jaxtok.decoding.suffix_automaton import SuffixAutomaton
 from jaxtok.decoding.token_recycling import TokenRecycling, TreeTemplate
@@ -44,7 +43,6 @@ __all__ = [
     "Sampling",
     "Schedule",
     "Scorer",
-    "SinksAndRecent",
     "SkipDecode",
     "State",
     "SuffixAutomaton",

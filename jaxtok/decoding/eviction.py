@@ -253,7 +253,11 @@ class Eviction:
         return cache.gather(jnp.minimum(index, cache.slots - 1), count), state.replace(scores=scores)
 
     def _drop(self, state, cache: KVCache, rows):
-        """Evicts token after token, in place, until each chosen row is within its budget."""
+        """Evicts token after token, until each chosen row is within its budget.
+
+        A row's last slot moves to the place of the evicted one. Nothing else moves, so that under `jit` the arrays stay
+        where they are; the order of the slots is then no longer that of the positions.
+        """
         cache = cache.replace(positions=jnp.broadcast_to(cache.positions, cache.keys.shape[:4]))
         layers, batch, _, heads = cache.positions.shape
         of_layers, of_rows, of_heads = jnp.ogrid[:layers, :batch, :heads]
@@ -263,24 +267,31 @@ class Eviction:
 
         def drop_one(carry):
             cache, rank, scores = carry
-            positions, some = _per_head(cache), beyond(cache)
+            positions, some = cache.positions, beyond(cache)
             free = (positions != EMPTY) & ~self._protected(state, cache, positions)
-            lowest = jnp.where(free, rank, jnp.inf).min(-1, keepdims=True)
+            lowest = jnp.where(free, rank, jnp.inf).min(2, keepdims=True)
             # Of equal ones, the newest goes.
-            slot = jnp.where(free & (rank == lowest), positions, EMPTY).argmax(-1)
-            last = jnp.broadcast_to((cache.length - 1)[None, :, None], slot.shape)
-            freed, last = (jnp.where(some[None, :, None], x, cache.slots) for x in (slot, last))
+            freed = jnp.where(free & (rank == lowest), positions, EMPTY).argmax(2)
+            last = jnp.broadcast_to((cache.length - 1)[None, :, None], freed.shape)
+            freed, last = (jnp.where(some[None, :, None], x, cache.slots) for x in (freed, last))
 
-            def moved(x):
-                source = (of_layers, of_rows, of_heads, last)
-                moving = x.at[source].get(mode="clip")
-                return x.at[of_layers, of_rows, of_heads, freed].set(moving, mode="drop").at[source].set(0, mode="drop")
+            def moved(x, empty=0):
+                target, source = ((of_layers, of_rows, slot, of_heads) for slot in (freed, last))
+                x = x.at[target].set(x.at[source].get(mode="clip"), mode="drop")
+                return x.at[source].set(empty, mode="drop")
 
-            return cache.drop(slot, some), moved(rank), None if scores is None else moved(scores)
+            cache = cache.replace(
+                keys=moved(cache.keys),
+                values=moved(cache.values),
+                positions=moved(positions, EMPTY),
+                length=cache.length - some,
+            )
+            return cache, moved(rank), None if scores is None else moved(scores)
 
-        carry = (cache, self._rank(state, cache), state.scores)
+        rank, scores = (None if x is None else jnp.moveaxis(x, 3, 2) for x in (self._rank(state, cache), state.scores))
+        carry = (cache, rank, scores)
         cache, _, scores = jax.lax.while_loop(lambda carry: beyond(carry[0]).any(), drop_one, carry)
-        return cache, state.replace(scores=scores)
+        return cache, state.replace(scores=None if scores is None else jnp.moveaxis(scores, 2, 3))
 
     def _renumbered(self, cache: KVCache) -> KVCache:
         """The cache with positions 0, 1, ... in each head, and keys that are turned to them."""

@@ -11,7 +11,6 @@ import abc
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
-import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxtok.protocols import CausalLM, Params
@@ -221,24 +220,3 @@ class Evictor(Protocol):
         """The cache with `size` slots, of which at most the budget is in use in the chosen rows, and the state that
         belongs to it. In the other rows all slots that are in use stay. See `KVCache.gather`."""
         ...
-
-
-def keep_slots(
-    index: Int[Array, " *leading kept"], rows: Bool[Array, " batch"], length: Int[Array, " batch"], size: int
-) -> tuple[Int[Array, " *leading size"], Int[Array, " batch"]]:
-    """The arguments of `KVCache.gather` that keep the slots `index` in the chosen rows, and all used slots in others.
-
-    Args:
-      index: [batch, kept], [layers, batch, kept] or [layers, batch, heads, kept].
-      length: the number of slots in use in each row.
-      size: the number of slots of the new cache; the last ones are empty.
-
-    Returns:
-      The index with `size` slots, and how many of them hold a token in each row.
-    """
-    kept = index.shape[-1]
-    padded = jnp.pad(index, [(0, 0)] * (index.ndim - 1) + [(0, size - kept)])
-    shape = [1] * index.ndim
-    shape[0 if index.ndim == 2 else 1] = len(rows)
-    index = jnp.where(rows.reshape(shape), padded, jnp.arange(size))
-    return index, jnp.where(rows, kept, length)

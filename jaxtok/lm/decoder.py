@@ -95,7 +95,18 @@ class Backbone(nn.Module):
         cache: KVCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "batch length d_model"], KVCache | None]:
-        """Hidden states after the final norm, from input embeddings; and the cache. See `jaxtok.protocols.CausalLM`."""
+        """Hidden states after the final norm, from input embeddings; and the cache. See `jaxtok.protocols.CausalLM`.
+
+        Args:
+          positions: default: 0, 1, ..., or those after what each row's cache holds.
+          segments: tokens attend within their own segment only; not together with a cache.
+          mask: who sees whom among these tokens; default: each sees those up to itself.
+          layers: only these run; default: all.
+          cache: keys and values of the tokens before, from `init_cache` or an earlier call.
+
+        Raises:
+          ValueError: more tokens than max_length, or segments together with a cache.
+        """
         cfg, (batch, length) = self.config, x.shape[:2]
         check_row(length, cfg.max_length, segments, cache)
         first, end = layer_range(layers, cfg.num_layers)
@@ -116,11 +127,12 @@ class Backbone(nn.Module):
         return self.config.init_cache(batch, length)
 
 
-class Decoder(Backbone):
-    """Tokens to next-token logits; see `jaxtok.protocols.CausalLM`."""
+class TokensToLogits(nn.Module):
+    """The embedding and the head around `hidden`: what causal models share whose tokens have a vector each."""
+
+    config: Any
 
     def setup(self):
-        super().setup()
         cfg = self.config
         if not cfg.vocab_size:
             raise ValueError("vocab_size is 0; it must be the number of rows of the embedding.")
@@ -134,48 +146,40 @@ class Decoder(Backbone):
         self.head_matrix = self.embedding if cfg.tie_embeddings else matrix("head_matrix")
 
     def __call__(
-        self,
-        tokens: Int[Array, "batch length"],
-        *,
-        positions: Int[Array, "#batch length"] | None = None,
-        segments: Int[Array, "batch length"] | None = None,
-        mask: Bool[Array, "#batch length length"] | None = None,
-        cache: KVCache | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "batch length vocab"], KVCache | None]:
-        """Logits of the token after each one (float32), and the cache with these tokens appended.
+        self, tokens: Int[Array, "batch length"], **options: Any
+    ) -> tuple[Float[Array, "batch length vocab"], Any]:
+        """Logits of the token after each one (float32), and the cache with these tokens in it.
 
         Args:
           tokens: ids below vocab_size.
-          positions: default: 0, 1, ..., or those after what each row's cache holds.
-          segments: tokens attend within their own segment only; not together with a cache.
-          mask: who sees whom among these tokens; default: each sees those up to itself.
-          cache: keys and values of the tokens before, from `init_cache` or an earlier call.
-
-        Raises:
-          ValueError: more tokens than max_length, or segments together with a cache.
+          options: see `hidden`.
         """
-        x, cache = self.hidden(
-            self.embed(tokens),
-            positions=positions,
-            segments=segments,
-            mask=mask,
-            cache=cache,
-            deterministic=deterministic,
-        )
+        x, cache = self.hidden(self.embed(tokens), **options)
         return self.head(x), cache
 
     def embed(self, tokens) -> Float[Array, "batch length d_model"]:
         """The input embeddings."""
-        x = jnp.take(self.embedding, tokens, axis=0)
-        if self.config.scale_embeddings:
-            x = x * jnp.asarray(self.config.d_model**0.5, x.dtype)
-        return constrain(x, "d_model")
+        return constrain(jnp.take(self.embedding, tokens, axis=0), "d_model")
 
     def head(self, x) -> Float[Array, "batch length vocab"]:
         """Logits in float32, from hidden states after the final norm."""
         logits = jnp.einsum("bld,vd->blv", x, self.head_matrix, preferred_element_type=jnp.float32)
         return constrain(logits, "vocab")
+
+
+class Decoder(TokensToLogits, Backbone):
+    """Tokens to next-token logits; see `jaxtok.protocols.CausalLM`."""
+
+    config: DecoderConfig
+
+    def setup(self):
+        Backbone.setup(self)
+        super().setup()
+
+    def embed(self, tokens) -> Float[Array, "batch length d_model"]:
+        """The input embeddings."""
+        x = super().embed(tokens)
+        return x * jnp.asarray(self.config.d_model**0.5, x.dtype) if self.config.scale_embeddings else x
 
 
 def init_params(model: nn.Module, rng: jax.Array, *inputs: Any) -> Any:

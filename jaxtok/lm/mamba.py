@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtok.axes import constrain, gather
+from jaxtok.axes import constrain
+from jaxtok.lm.decoder import TokensToLogits
 from jaxtok.nn.cache import check_row, places_of
 from jaxtok.nn.mamba import Mixer, MixerConfig
 from jaxtok.nn.norms import Norm
@@ -58,10 +59,6 @@ class MambaConfig(MixerConfig):
     def flops(self, length: int) -> float:
         """Forward FLOPs of one token, which do not depend on the length of its context."""
         return self.num_layers * self.mixer_flops() + 2 * self.vocab_size * self.d_model
-
-    @property
-    def stream_dtype(self) -> Any:
-        return jnp.float32 if self.residual_in_float32 else jnp.dtype(self.dtype)
 
 
 def _size(num_layers: int, d_model: int) -> MambaConfig:
@@ -123,53 +120,16 @@ class Block(nn.Module):
         return (x, cache), None
 
 
-class Mamba(nn.Module):
+class Mamba(TokensToLogits):
     """Tokens to next-token logits; see `jaxtok.protocols.CausalLM`."""
 
     config: MambaConfig
 
     def setup(self):
         cfg = self.config
-        if not cfg.vocab_size:
-            raise ValueError("vocab_size is 0; it must be the number of rows of the embedding.")
-
-        def matrix(name):
-            init = nn.with_logical_partitioning(nn.initializers.normal(cfg.init_std), ("vocab", "d_model"))
-            value = self.param(name, init, (cfg.vocab_size, cfg.d_model), cfg.param_dtype)
-            return gather(value.astype(cfg.dtype), "vocab", "d_model")
-
-        self.embedding = matrix("embedding")
-        self.head_matrix = self.embedding if cfg.tie_embeddings else matrix("head_matrix")
+        super().setup()
         self.stack = Blocks(cfg)
         self.final_norm = Norm("rms", eps=cfg.norm_eps, dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-
-    def __call__(
-        self,
-        tokens: Int[Array, "batch length"],
-        *,
-        positions: Int[Array, "#batch length"] | None = None,
-        segments: Int[Array, "batch length"] | None = None,
-        mask: Bool[Array, "#batch length length"] | None = None,
-        cache: MambaCache | None = None,
-        deterministic: bool = True,
-    ) -> tuple[Float[Array, "batch length vocab"], MambaCache | None]:
-        """Logits of the token after each one (float32), and the cache with these tokens in it.
-
-        Args:
-          tokens: ids below vocab_size.
-          positions: with a cache, a token at -1 is padding, wherever it is in the row; nothing else in them matters.
-          segments: nothing passes from one to the next; not together with a cache.
-
-        Raises:
-          ValueError: there is a mask, more tokens than max_length, or segments together with a cache.
-        """
-        options = {"positions": positions, "segments": segments, "mask": mask, "cache": cache}
-        x, cache = self.hidden(self.embed(tokens), **options)
-        return self.head(x), cache
-
-    def embed(self, tokens) -> Float[Array, "batch length d_model"]:
-        """The input embeddings."""
-        return constrain(jnp.take(self.embedding, tokens, axis=0).astype(self.config.stream_dtype), "d_model")
 
     def hidden(
         self,
@@ -182,7 +142,15 @@ class Mamba(nn.Module):
         cache: MambaCache | None = None,
         deterministic: bool = True,
     ) -> tuple[Float[Array, "batch length d_model"], MambaCache | None]:
-        """Hidden states after the final norm; see `jaxtok.protocols.CausalLM`."""
+        """Hidden states after the final norm; see `jaxtok.protocols.CausalLM`.
+
+        Args:
+          positions: with a cache, a token at -1 is padding, wherever it is in the row; nothing else in them matters.
+          segments: nothing passes from one to the next; not together with a cache.
+
+        Raises:
+          ValueError: there is a mask, more tokens than max_length, or segments together with a cache.
+        """
         cfg, (batch, length) = self.config, x.shape[:2]
         if mask is not None:
             raise ValueError(
@@ -206,15 +174,11 @@ class Mamba(nn.Module):
                 length=cache.length + length,
                 next_position=jnp.maximum(cache.next_position, positions.max(1).astype(jnp.int32) + 1),
             )
-        x, cache = self.stack(x.astype(cfg.stream_dtype), cache, segments, real, (first, end))
+        stream = jnp.float32 if cfg.residual_in_float32 else cfg.dtype
+        x, cache = self.stack(x.astype(stream), cache, segments, real, (first, end))
         if order is not None:
             x = jnp.take_along_axis(x, jnp.argsort(order, axis=1)[..., None], 1)
         return self.final_norm(x) if end == cfg.num_layers else x, cache
-
-    def head(self, x) -> Float[Array, "batch length vocab"]:
-        """Logits in float32, from hidden states after the final norm."""
-        x = x.astype(self.config.dtype)
-        return constrain(jnp.einsum("bld,vd->blv", x, self.head_matrix, preferred_element_type=jnp.float32), "vocab")
 
     def init_cache(self, batch: int, length: int) -> MambaCache:
         """An empty cache. Its size does not depend on `length`."""

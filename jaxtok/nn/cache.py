@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 EMPTY = -1
 """The position of a slot that holds nothing."""
@@ -123,29 +123,6 @@ class KVCache:
             values=jnp.take_along_axis(self.values, index[..., None], axis=2, mode="clip"),
             positions=jnp.where(jnp.arange(kept)[:, None] < count[:, :, None], positions, EMPTY),
             length=count.max((0, 2)).astype(jnp.int32),
-        )
-
-    def drop(self, slot: Int[Array, "layers batch heads"], rows: Bool[Array, " batch"]) -> KVCache:
-        """Takes one token out of each head of each layer of the chosen rows; the row's last slot moves to its place.
-
-        Nothing else moves, so that under `jit` the arrays stay where they are. The number of slots stays, too, and the
-        order of the slots is no longer that of the positions. Layers and heads have positions of their own.
-        """
-        layers, batch, slots, heads = self.keys.shape[:4]
-        of_layers, of_rows, of_heads = jnp.ogrid[:layers, :batch, :heads]
-        last = jnp.broadcast_to((self.length - 1)[None, :, None], slot.shape)
-        freed, last = (jnp.where(rows[None, :, None], x, slots) for x in (slot, last))  # `slots`: nowhere
-        target, source = ((of_layers, of_rows, x, of_heads) for x in (freed, last))
-
-        def moved(x):
-            return x.at[target].set(x.at[source].get(mode="clip"), mode="drop")
-
-        positions = jnp.broadcast_to(self.positions, self.keys.shape[:4])
-        return self.replace(
-            keys=moved(self.keys),
-            values=moved(self.values),
-            positions=moved(positions).at[source].set(EMPTY, mode="drop"),
-            length=self.length - rows,
         )
 
 

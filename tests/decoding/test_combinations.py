@@ -21,7 +21,6 @@ from jaxtok.decoding import (
     Function,
     PromptLookup,
     Sampling,
-    SinksAndRecent,
     SuffixAutomaton,
     TokenRecycling,
     TreeTemplate,
@@ -115,15 +114,10 @@ EVICTING = {name: f"{name}:6,every=3" for name in EVICTORS} | {
 
 
 def evictor_of(name: str):
-    match name:
-        case "all":
-            return None
-        case "sinks":
-            return SinksAndRecent(sinks=1, recent=5, every=3)
-    return parse_evictor(EVICTING[name])
+    return None if name == "all" else parse_evictor(EVICTING[name])
 
 
-ALL_EVICTORS = ("all", "sinks", *EVICTING)
+ALL_EVICTORS = ("all", *EVICTING)
 
 
 def run(llama, drafter="", evictor="all", prompts=PROMPTS, place=contextlib.nullcontext, **options):
@@ -171,7 +165,7 @@ def test_a_drafter_changes_nothing(llama, plain, drafter, evictor):
     assert expected.steps == lengths and sum(found.steps) < sum(lengths)
 
 
-@pytest.mark.parametrize("evictor", ["sinks", pytest.param("keyformer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("evictor", ["streaming", pytest.param("keyformer", marks=pytest.mark.slow)])
 def test_rows_are_the_same_alone_and_in_a_batch(llama, evictor):
     """Unequal prompts with a drafter, an evictor and a constraint: no bit depends on what the other rows hold, and no
     token on their number. (A product of other shapes may round differently.)"""
@@ -199,7 +193,7 @@ def test_on_a_mesh(llama, plain):
     layout = make_layout(MeshConfig(data=2, fsdp=2, tensor=2))
     boxed = jax.eval_shape(lambda: model.init(KEY, jnp.zeros((1, 1), jnp.int32)))["params"]
     divided = jax.device_put(params, layout.params(boxed))
-    found = run((model, divided), "union", "sinks", place=layout.active)
-    assert found.tokens == plain("sinks").tokens
-    for ours, theirs in zip(found.logprobs, plain("sinks").logprobs):
+    found = run((model, divided), "union", "streaming", place=layout.active)
+    assert found.tokens == plain("streaming").tokens
+    for ours, theirs in zip(found.logprobs, plain("streaming").logprobs):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)

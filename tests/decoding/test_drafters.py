@@ -23,13 +23,13 @@ from jaxtok.decoding import (
     DraftModel,
     PromptLookup,
     Sampling,
-    SinksAndRecent,
     SuffixAutomaton,
     TokenRecycling,
     TreeTemplate,
     Union,
     Verified,
     generate,
+    parse_evictor,
 )
 from jaxtok.decoding.token_recycling import TEMPLATES
 from jaxtok.decoding.union import merge
@@ -229,7 +229,7 @@ def test_a_real_model(dtype):
 @pytest.mark.parametrize("name", ["union", pytest.param("union of all", marks=pytest.mark.slow)])
 def test_with_an_evictor(llama, drafters, name):
     drafter, state = drafters[name]
-    options = {"evictor": SinksAndRecent(sinks=1, recent=5, every=3)}
+    options = {"evictor": parse_evictor("streaming:6,sinks=1,every=3")}
     assert run(llama, drafter, state, **options).tokens == run(llama, **options).tokens
 
 

@@ -15,17 +15,9 @@ from causal_lms import noisy_params
 from collector import collect
 from recurrent import Recurrent, RecurrentConfig
 
-from jaxtok.decoding import (
-    CachedTokens,
-    Drafter,
-    Engine,
-    PromptLookup,
-    Sampling,
-    SinksAndRecent,
-    generate,
-)
+from jaxtok.decoding import CachedTokens, Drafter, Engine, PromptLookup, Sampling, generate, parse_evictor
 from jaxtok.decoding.engine import ancestors
-from jaxtok.decoding.protocols import Prompted, keep_slots
+from jaxtok.decoding.protocols import Prompted
 from jaxtok.lm.lexinvariant import Lexinvariant
 
 LIKE_ANOTHER = ("gpt2", "mistral", "opt", "semi_lexinvariant", "transformer", "word_pooled_plain")
@@ -343,14 +335,14 @@ def test_eviction_that_keeps_everything_changes_nothing(causal_lm):
     if not CachedTokens(model).rewindable:
         pytest.skip("it has no slots to evict, and refuses evictors (tests/lm/test_mamba.py)")
     whole = run(model, params, **SAMPLED)
-    assert_same(run(model, params, evictor=SinksAndRecent(sinks=2, recent=62), **SAMPLED), whole, "")
+    assert_same(run(model, params, evictor=parse_evictor("streaming:64,sinks=2,every=16"), **SAMPLED), whole, "")
 
 
 @pytest.mark.parametrize("every", [1, 3])
 def test_with_eviction_the_cache_is_of_fixed_size(llama, every):
     """Drafts change nothing; they end where slots are evicted."""
     model, params = llama
-    evictor = SinksAndRecent(sinks=1, recent=3, every=every)
+    evictor = parse_evictor(f"streaming:4,sinks=1,every={every}")
     options = SAMPLED | {"evictor": evictor}
     plain = run(model, params, **options)
     assert plain.tokens != greedy(model, params, **SAMPLED)
@@ -358,7 +350,7 @@ def test_with_eviction_the_cache_is_of_fixed_size(llama, every):
     for drafter, state in ((Told(tokens=2), (truth, 0)), (RandomTree(), (truth, KEY))):
         assert_same(run(model, params, drafter=drafter, drafter_state=state, **options), plain, str(drafter))
 
-    engine = Engine(model=CachedTokens(model), chooser=GREEDY, evictor=evictor)
+    engine = Engine(model=CachedTokens(model), chooser=GREEDY, evictor=evictor.fit(model, 64, 14))
     tokens, lengths = np.zeros((3, 64), np.int32), np.array([len(prompt) for prompt in PROMPTS])
     for row, prompt in zip(tokens, PROMPTS):
         row[: len(prompt)] = prompt
@@ -376,7 +368,7 @@ def test_what_the_evicted_model_sees(llama):
     """Attention to the sinks and the window is that of a model that sees only them, at their own positions."""
     model, params = llama
     prompt = [3, 1, 4, 1, 5, 9, 2, 6]
-    found = run(model, params, [prompt], evictor=SinksAndRecent(sinks=1, recent=3, every=1), max_new_tokens=1)
+    found = run(model, params, [prompt], evictor=parse_evictor("streaming:4,sinks=1"), max_new_tokens=1)
     _, cache = model.apply({"params": params}, jnp.array([prompt[:-1]]), cache=model.init_cache(1, 8))
     cache = cache.gather(jnp.array([[0, 4, 5, 6, 7]]), jnp.array([4]))
     logits, _ = model.apply({"params": params}, jnp.array([[6]]), cache=cache, positions=jnp.array([[7]]))
@@ -425,7 +417,9 @@ class HeavyHitters:
         used, old = (number < cache.length[:, None, None] - back for back in (0, self.recent))
         rank = jnp.where(old, state, jnp.where(used, jnp.inf, -jnp.inf))
         index = jnp.sort(jax.lax.top_k(rank, self.slots)[1])
-        index, count = keep_slots(index, rows, cache.length, size)
+        index = jnp.pad(index, [(0, 0)] * 3 + [(0, size - self.slots)])
+        index = jnp.where(rows[:, None, None], index, jnp.arange(size))  # in other rows, all slots in use stay
+        count = jnp.where(rows, self.slots, cache.length)
         return cache.gather(index, count), jnp.take_along_axis(state, index, -1, mode="clip") * (
             jnp.arange(size) < count[:, None, None]
         )
@@ -466,7 +460,7 @@ def test_a_recurrent_model():
     with pytest.raises(ValueError, match=r"must propose chains, as tokens cannot be .* the cache of Recurrent"):
         greedy(model, params, drafter=RandomTree())
     with pytest.raises(ValueError, match="it must be None, as tokens"):
-        greedy(model, params, evictor=SinksAndRecent())
+        greedy(model, params, evictor=parse_evictor("streaming:8"))
 
 
 def test_logits_that_are_no_numbers_are_refused(llama):

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from causal_lms import noisy_params
 
-from jaxtok.decoding import CachedTokens, Engine, Sampling, SinksAndRecent, generate
+from jaxtok.decoding import CachedTokens, Engine, Sampling, generate, parse_evictor
 from jaxtok.decoding.expert_prefetch import predict_experts, recall, simulate_expert_prefetch
 from jaxtok.decoding.m2r2 import (
     EarlyExit,
@@ -164,7 +164,7 @@ def test_good_drafts_are_accepted():
 def test_self_speculation_with_an_evictor_and_at_the_end_of_the_context():
     model, params = model_of()
     drafter, exits = SelfSpeculation(config=CONFIG), noisy_exits()
-    for options in ({"evictor": SinksAndRecent(sinks=1, recent=5)}, {}):
+    for options in ({"evictor": parse_evictor("streaming:6,sinks=1,every=16")}, {}):
         options |= {"max_new_tokens": 26, "chooser": Sampling(temperature=0)}
         plain = generate(model, params, PROMPTS, **options)
         assert generate(model, params, PROMPTS, drafter=drafter, drafter_state=exits, **options).tokens == plain.tokens
@@ -373,10 +373,6 @@ def test_bad_input():
 
 
 def test_evictors_that_observe_are_refused():
-    @dataclasses.dataclass(frozen=True)
-    class Watching(SinksAndRecent):
-        observes = True
-
     model, _ = model_of()
     with pytest.raises(ValueError, match="runs some layers itself"):
-        Engine(model=CachedTokens(model), drafter=SelfSpeculation(), evictor=Watching(sinks=1, recent=5))
+        Engine(model=CachedTokens(model), drafter=SelfSpeculation(), evictor=parse_evictor("h2o:6"))

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxtok.data.text import TextData
-from jaxtok.decoding import PromptLookup, Sampling, SinksAndRecent, generate
+from jaxtok.decoding import PromptLookup, Sampling, generate, parse_evictor
 from jaxtok.decoding.skipdecode import Schedule, SkipDecode, solve_budget
 from jaxtok.interop.huggingface import params_from, params_to
 from jaxtok.lm.decoder import Decoder
@@ -396,9 +396,9 @@ def test_compiled_flops_are_those_of_the_layers_that_run():
 def test_evictors_work_on_it(params):
     model = SkipDecode(Decoder(BODY), SHORT)
     options = {"max_new_tokens": 6, "chooser": GREEDY}
-    roomy = generate(model, params, PROMPTS, evictor=SinksAndRecent(sinks=2, recent=30), **options)
+    roomy = generate(model, params, PROMPTS, evictor=parse_evictor("streaming:32,sinks=2,every=16"), **options)
     assert roomy.tokens == generate(model, params, PROMPTS, **options).tokens
-    tight = generate(model, params, PROMPTS, evictor=SinksAndRecent(sinks=1, recent=4, every=1), **options)
+    tight = generate(model, params, PROMPTS, evictor=parse_evictor("streaming:5,sinks=1"), **options)
     assert all(len(row) == 6 for row in tight.tokens)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from jaxtok.decoding import PromptLookup, Sampling, SinksAndRecent, generate
+from jaxtok.decoding import PromptLookup, Sampling, generate, parse_evictor
 from jaxtok.interop.mamba import config_from
 from jaxtok.lm.decoder import init_params
 from jaxtok.lm.mamba import PUBLISHED, Mamba, MambaConfig
@@ -121,7 +121,7 @@ def test_drafts_and_what_a_state_cannot_do():
     drafted = generate(model, params, prompts, drafter=PromptLookup(), **greedy)
     assert drafted.tokens == plain.tokens
     with pytest.raises(ValueError, match="it must be None, as tokens cannot be taken out of the cache of Mamba"):
-        generate(model, params, prompts, evictor=SinksAndRecent(), **greedy)
+        generate(model, params, prompts, evictor=parse_evictor("streaming:8"), **greedy)
     cache = model.init_cache(1, 4)
     with pytest.raises(ValueError, match="the state of a Mamba cannot be rewound"):
         cache.truncate(jnp.array([1]))
