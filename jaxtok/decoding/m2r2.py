@@ -48,7 +48,12 @@ ROUTERS = ("arla", "linear")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class M2R2Config:
-    """Where a model is left, and by what."""
+    """Where a model is left, and by what.
+
+    >>> config = M2R2Config(gates=(2, 4))
+    >>> config.intervals, config.rates(layers=6)
+    (((0, 2), (2, 4)), (3.0, 2.0))
+    """
 
     gates: tuple[int, ...] = (2,)
     """The exits E_1 < E_2 < ..., each by the number of layers that come before it."""
@@ -430,6 +435,18 @@ class SelfSpeculation(SelfDrafter):
 
     Its state is the parameters of the exits (`init_exits`), which `generate` takes as `drafter_state`; the logit lens
     needs none.
+
+    >>> from jaxtok.decoding import generate
+    >>> from jaxtok.lm.decoder import Decoder, init_params
+    >>> from jaxtok.lm.llama import LlamaConfig
+    >>> model = Decoder(LlamaConfig(num_layers=3, d_model=8, num_heads=2, mlp_dim=8, vocab_size=16, max_length=32))
+    >>> params = init_params(model, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+    >>> options = {"max_new_tokens": 8, "chooser": Sampling(temperature=0)}
+    >>> config = M2R2Config(gates=(1,), rank=2, latent=2)
+    >>> exits = nn.meta.unbox(init_exits(config, model, jax.random.key(1)))
+    >>> fast = generate(model, params, [[3, 1]], drafter=SelfSpeculation(config=config), drafter_state=exits, **options)
+    >>> fast.tokens == generate(model, params, [[3, 1]], **options).tokens
+    True
     """
 
     config: M2R2Config = M2R2Config()
@@ -483,6 +500,7 @@ class Leaving:
     cache: KVCache
     counts: Int[Array, "batch exits"]
     """How many tokens of each row left at each gate; the last entry: how many went through all layers."""
+    threshold: Float[Array, " batch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -494,13 +512,10 @@ class EarlyExit(CachedTokens):
     """
 
     config: M2R2Config
-    threshold: float
     by: Literal["router", "confidence"] = "router"
     """What has to be above the threshold: the router's probability, or that of the exit's likeliest token."""
 
     def __post_init__(self):
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold is {self.threshold}; it must be in [0, 1].")
         if self.by not in ("router", "confidence"):
             raise ValueError(f"by is {self.by!r}; it must be one of router, confidence.")
         self.config.check(self.model)
@@ -512,7 +527,7 @@ class EarlyExit(CachedTokens):
         positions, cache = entered(h, None, state.cache, 0)
         gone, kept = ~live, h
         logits = jnp.zeros((len(tokens), size.vocab_size), jnp.float32)
-        counts = []
+        left = []
         for gate, layers in enumerate(config.intervals):
             # The first interval enters the tokens into the cache, so it starts from the one without them.
             def run(h, cache, kept, logits, gone, gate=gate):
@@ -524,7 +539,7 @@ class EarlyExit(CachedTokens):
                     sure = jax.nn.sigmoid(route(config, exits["router"], exit, gate)[:, 0])
                 else:
                     sure = jax.nn.softmax(found).max(-1)
-                leaves = ~gone & (sure > self.threshold)
+                leaves = ~gone & (sure > state.threshold)
                 kept = jnp.where(leaves[:, None, None], exit.state, kept)
                 return exit.slow, cache, kept, jnp.where(leaves[:, None], found, logits), leaves
 
@@ -534,7 +549,7 @@ class EarlyExit(CachedTokens):
                 h, cache, kept, logits, leaves = jax.lax.cond(
                     gone.all(), self._skip(base, layers, positions), run, h, cache, kept, logits, gone
                 )
-            counts.append(leaves)
+            left.append(leaves)
             gone |= leaves
         layers = (config.gates[-1], size.num_layers)
 
@@ -546,9 +561,10 @@ class EarlyExit(CachedTokens):
 
         skip = self._skip(base, layers, positions)
         _, cache, _, logits, whole = jax.lax.cond(gone.all(), skip, rest, h, cache, kept, logits, gone)
-        counts.append(whole)
+        left.append(whole)
         cache = cache.truncate(jnp.where(live, cache.length, before))
-        return logits, Leaving(cache, state.counts + jnp.stack(counts, 1).astype(jnp.int32)), live
+        counts = state.counts + jnp.stack(left, 1).astype(jnp.int32)
+        return logits, state.replace(cache=cache, counts=counts), live
 
     def _skip(self, base, layers, positions):
         """What replaces layers that no row needs."""
@@ -603,6 +619,8 @@ def generate_early_exit(
     """
     check_exits(config, model, params["exits"])
     size = model.config
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; it must be in [0, 1].")
     if max_new_tokens < 1 or chunk < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens} and chunk is {chunk}; both must be at least 1.")
     tokens, lengths = padded_prompts(prompts, size.vocab_size, size.max_length, max_new_tokens)
@@ -611,8 +629,8 @@ def generate_early_exit(
         params[FROZEN], tokens, lengths, new=max_new_tokens, rng=rng, stop=sorted(stop_tokens)
     )
     counts = jnp.zeros((len(prompts), 1 + len(config.gates)), jnp.int32)
-    state = begun.replace(model=Leaving(begun.model, counts))
-    engine = Engine(model=EarlyExit(model, config, threshold, by), **options)
+    state = begun.replace(model=Leaving(begun.model, counts, jnp.full(len(prompts), threshold, jnp.float32)))
+    engine = Engine(model=EarlyExit(model, config, by), **options)
     for piece, state in engine.stream(params, state, chunk if on_tokens else None):  # noqa: B007, B020
         if on_tokens:
             on_tokens(piece)

@@ -75,9 +75,11 @@ def masked_attention(
     q: Float[Array, "batch length heads head_dim"],
     k: Float[Array, "batch slots kv_heads head_dim"],
     v: Float[Array, "batch slots kv_heads head_dim"],
-    visible: Bool[Array, "#batch #heads length slots"] | None,
+    visible: Bool[Array, "#batch visible_heads length slots"] | None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """softmax(q k^T / sqrt(head_dim)) v over the visible keys, with the softmax in float32.
+
+    The number of heads of `visible` is 1, or that of the keys or of the queries.
 
     The backward pass keeps q, k, v, the result and two numbers for each query and head; it computes the weights again,
     as storing them takes longer than the products (arXiv 2205.14135, appendix B.2). A query that sees no key gets the

@@ -45,28 +45,33 @@ def _prompts(data: Any, count: int, length: int) -> list[list[int]]:
 class Rounds:
     """Self-speculation against plain decoding of the same prompts, greedy and in batches, beside prompt lookup."""
 
-    prompts: int = 16
+    gammas: tuple[int, ...] = (3, 5)
+    prompts: int = 64
     length: int = 32
     new: int = 64
 
     def __call__(self, task: Any, params: Any, data: Any) -> dict[str, float]:
-        """Returns tokens a round; the FLOPs of a round over those of a plain step, and what follows for the FLOPs of a
-        token; the share of rows whose text is that of plain decoding; and tokens a round of prompt lookup."""
-        model, config = task.task.module(), task.config
+        """Returns the share of rows whose text is that of plain decoding, and for each number of drafts the tokens a
+        round, those of prompt lookup, and the FLOPs of a round over those of a plain step, a round and a token."""
+        model = task.task.module()
         prompts = _prompts(data, self.prompts, self.length)
         run = functools.partial(generate, model, params[FROZEN], prompts, max_new_tokens=self.new, chooser=GREEDY)
-        plain, looked = run(), run(drafter=PromptLookup(tokens=config.gamma))
-        found = run(drafter=SelfSpeculation(config=config), drafter_state=params["exits"])
-        context = self.length + self.new
-        tokens = sum(map(len, found.tokens)) / sum(found.steps)
-        cost = round_flops(config, model, context) / model.config.flops(context)
-        return {
-            "tokens_a_round": tokens,
-            "round_over_step": cost,
-            "flops_a_token": cost / tokens,
-            "same_text": float(np.mean([a == b for a, b in zip(found.tokens, plain.tokens, strict=True)])),
-            "prompt_lookup": sum(map(len, looked.tokens)) / sum(looked.steps),
-        }
+        plain, same, numbers = run(), [], {}
+        for gamma in self.gammas:
+            config = dataclasses.replace(task.config, gamma=gamma)
+            found = run(drafter=SelfSpeculation(config=config), drafter_state=params["exits"])
+            looked = run(drafter=PromptLookup(tokens=gamma))
+            context = self.length + self.new
+            tokens, lookup = (sum(map(len, made.tokens)) / sum(made.steps) for made in (found, looked))
+            cost = round_flops(config, model, context) / model.config.flops(context)
+            numbers |= {
+                f"tokens_a_round_{gamma}": tokens,
+                f"prompt_lookup_{gamma}": lookup,
+                f"round_over_step_{gamma}": cost,
+                f"flops_a_token_{gamma}": cost / tokens,
+            }
+            same += [a == b for a, b in zip(found.tokens, plain.tokens, strict=True)]
+        return {"same_text": float(np.mean(same)), **numbers}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,8 +222,8 @@ def study_of(
     return ExitStudy(
         base=name,
         arms=tuple(map(arm, kinds)),
-        measures=(Rounds(prompts=8, length=32, new=32), Routers(batches=2)),
-        columns=(*per_gate, "expected_tokens", "tokens_a_round", "flops_a_token", "same_text", "prompt_lookup"),
+        measures=(Rounds(gammas=(3,), prompts=8, new=32), Routers(batches=2)),
+        columns=(*per_gate, "expected_tokens", "tokens_a_round_3", "flops_a_token_3", "same_text", "prompt_lookup_3"),
         curve=f"agreement_{gates[0]}",
         test_batches=8,
         title=f"Exits of {name}",

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from jaxtok.decoding import CachedTokens, Engine, Sampling, generate, parse_evic
 from jaxtok.decoding.expert_prefetch import predict_experts, recall, simulate_expert_prefetch
 from jaxtok.decoding.m2r2 import (
     EarlyExit,
+    Leaving,
     M2R2Config,
     SelfSpeculation,
     check_exits,
@@ -29,6 +31,7 @@ from jaxtok.decoding.m2r2 import (
     to_gate,
     velocity,
 )
+from jaxtok.door import open_model
 from jaxtok.lm.decoder import Decoder
 from jaxtok.lm.gpt2 import GPT2Config
 from jaxtok.lm.language_modeling import LanguageModeling
@@ -78,10 +81,11 @@ def noisy_exits(config=CONFIG, size=LLAMA, scale=0.3, seed=1):
 
 
 def unboxed(config=CONFIG, size=LLAMA):
-    from flax import linen as nn
-
     return nn.meta.unbox(init_exits(config, Decoder(size), jax.random.key(0)))
 
+
+streams = jax.jit(forward_two_streams, static_argnums=(0, 1))
+at_gate = jax.jit(to_gate, static_argnums=(0, 1, 4))
 
 TOKENS = jax.random.randint(jax.random.key(2), (2, 9), 0, SIZES["vocab_size"])
 PROMPTS = [[3, 1, 4, 1, 5, 9], [7], [2, 6, 5, 3]]
@@ -93,9 +97,9 @@ def test_new_exits_are_the_logit_lens():
     exits = unboxed()
     h = entry(model, params, TOKENS)
     for gate in range(2):
-        exit, _ = to_gate(CONFIG, model, params, exits, gate, h)
+        exit, _ = at_gate(CONFIG, model, params, exits, gate, h)
         np.testing.assert_array_equal(exit.state, exit.slow)
-        lens, _ = to_gate(LENS, model, params, {}, gate, h)
+        lens, _ = at_gate(LENS, model, params, {}, gate, h)
         both = [logits_of(model, params, state) for state in (exit.state, lens.state)]
         chex.assert_trees_all_close(*both, atol=1e-5)
         h = exit.slow
@@ -107,12 +111,12 @@ def test_exits_change_nothing_of_the_model(config):
     model, params = model_of()
     cache = model.init_cache(2, 12)
     plain, plain_cache = model.apply({"params": params}, TOKENS, cache=cache)
-    out, left = forward_two_streams(config, model, params, noisy_exits(config), TOKENS, cache=cache)
+    out, left = streams(config, model, params, noisy_exits(config), TOKENS, cache=cache)
     chex.assert_trees_all_close(model.apply({"params": params}, out.final, method="head"), plain, atol=1e-5)
     chex.assert_trees_all_close(left, plain_cache, atol=1e-5)
-    uncached, _ = forward_two_streams(config, model, params, noisy_exits(config), TOKENS)
+    uncached, _ = streams(config, model, params, noisy_exits(config), TOKENS)
     chex.assert_trees_all_close(uncached, out, atol=1e-5)
-    untouched, same = forward_two_streams(config, model, params, unboxed(config), TOKENS, cache=cache)
+    untouched, same = streams(config, model, params, unboxed(config), TOKENS, cache=cache)
     chex.assert_trees_all_equal((untouched.final, same), (out.final, left))  # bit for bit, whatever the exits are
 
 
@@ -121,8 +125,8 @@ def test_documents_of_a_row_do_not_see_each_other():
     segments = jnp.array([[1] * 5 + [2] * 4] * 2)
     positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 3]] * 2)
     exits = noisy_exits()
-    both, _ = forward_two_streams(CONFIG, model, params, exits, TOKENS, positions=positions, segments=segments)
-    alone, _ = forward_two_streams(CONFIG, model, params, exits, TOKENS[:, 5:])
+    both, _ = streams(CONFIG, model, params, exits, TOKENS, positions=positions, segments=segments)
+    alone, _ = streams(CONFIG, model, params, exits, TOKENS[:, 5:])
     chex.assert_trees_all_close(both.exits[1].state[:, 5:], alone.exits[1].state, atol=1e-5)
 
 
@@ -138,15 +142,15 @@ MODELS = {
 def test_self_speculation_is_lossless(name):
     """Greedy and sampled, for any exits; one row's prompt is one token, and texts end in the middle of a round."""
     model, params = model_of(MODELS[name])
-    for config, exits in ((CONFIG, noisy_exits(CONFIG, MODELS[name])), (LENS, None)):
-        for chooser in (Sampling(temperature=0), Sampling(temperature=1.0)):
-            options = {"max_new_tokens": 11, "chooser": chooser, "rng": jax.random.key(5), "stop_tokens": (9,)}
-            plain = generate(model, params, PROMPTS, **options)
-            found = generate(
-                model, params, PROMPTS, drafter=SelfSpeculation(config=config), drafter_state=exits, **options
-            )
-            assert found.tokens == plain.tokens
-            chex.assert_trees_all_close(found.logprobs, plain.logprobs, atol=1e-5)
+    noisy = noisy_exits(CONFIG, MODELS[name])
+    for config, exits, temperature in ((CONFIG, noisy, 0.0), (CONFIG, noisy, 1.0), (LENS, None, 1.0)):
+        chooser = Sampling(temperature=temperature)
+        options = {"max_new_tokens": 11, "chooser": chooser, "rng": jax.random.key(5), "stop_tokens": (9,)}
+        plain = generate(model, params, PROMPTS, **options)
+        drafter = SelfSpeculation(config=config)
+        found = generate(model, params, PROMPTS, drafter=drafter, drafter_state=exits, **options)
+        assert found.tokens == plain.tokens
+        chex.assert_trees_all_close(found.logprobs, plain.logprobs, atol=1e-5)
 
 
 def test_good_drafts_are_accepted():
@@ -161,13 +165,16 @@ def test_good_drafts_are_accepted():
     assert found.steps == [3, 3, 3]  # 12 tokens in rounds of gamma + 1
 
 
-def test_self_speculation_with_an_evictor_and_at_the_end_of_the_context():
+EVICTORS = [parse_evictor("streaming:6,sinks=1,every=16"), pytest.param(None, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("evictor", EVICTORS, ids=["evictor", "without"])
+def test_self_speculation_at_the_end_of_the_context(evictor):
     model, params = model_of()
+    options = {"max_new_tokens": 26, "chooser": Sampling(temperature=0), "evictor": evictor}
+    plain = generate(model, params, PROMPTS, **options)
     drafter, exits = SelfSpeculation(config=CONFIG), noisy_exits()
-    for options in ({"evictor": parse_evictor("streaming:6,sinks=1,every=16")}, {}):
-        options |= {"max_new_tokens": 26, "chooser": Sampling(temperature=0)}
-        plain = generate(model, params, PROMPTS, **options)
-        assert generate(model, params, PROMPTS, drafter=drafter, drafter_state=exits, **options).tokens == plain.tokens
+    assert generate(model, params, PROMPTS, drafter=drafter, drafter_state=exits, **options).tokens == plain.tokens
 
 
 def test_rows_are_the_same_alone():
@@ -175,7 +182,7 @@ def test_rows_are_the_same_alone():
     options = {"max_new_tokens": 8, "chooser": Sampling(temperature=0)}
     options |= {"drafter": SelfSpeculation(config=CONFIG), "drafter_state": noisy_exits()}
     together = generate(model, params, PROMPTS, **options)
-    assert [generate(model, params, [prompt], **options).tokens[0] for prompt in PROMPTS] == together.tokens
+    assert generate(model, params, PROMPTS[2:], **options).tokens == together.tokens[2:]
 
 
 def flops(function, *arguments) -> float:
@@ -208,9 +215,8 @@ def test_a_round_costs_what_its_rates_say():
         positions = jnp.arange(4)[None]
         return CachedTokens(model).resume(params, hidden, cache, positions, 2)
 
-    with jax.disable_jit(False):
-        found = 3 * flops(draft, params, exits, one, cache) + flops(slow, params, one, cache)
-        found += flops(verify, params, states, cache)
+    found = 3 * flops(draft, params, exits, one, cache) + flops(slow, params, one, cache)
+    found += flops(verify, params, states, cache)
     assert found == pytest.approx(round_flops(config, model, slots), rel=0.1)
 
 
@@ -227,18 +233,16 @@ def test_early_exit():
     assert early.mean_layers == 2 and early.exits.tolist() == [[8, 0, 0]] * 3
     some = run(PROMPTS, threshold=0.1, by="confidence")
     assert 2 <= some.mean_layers <= 4
-    assert [run([prompt], threshold=0.1, by="confidence").tokens[0] for prompt in PROMPTS] == some.tokens
+    assert run(PROMPTS[2:], threshold=0.1, by="confidence").tokens == some.tokens[2:]
 
 
 def test_a_token_that_left_is_seen_in_all_layers():
     """Its keys and values after the gate are those that the frozen projections make of p."""
     model, params = model_of()
     exits = noisy_exits()
-    reader = EarlyExit(model, CONFIG, 0.0)
+    reader = EarlyExit(model, CONFIG)
     cache = model.init_cache(2, 4)
-    from jaxtok.decoding.m2r2 import Leaving
-
-    before = Leaving(cache, jnp.zeros((2, 3), jnp.int32))
+    before = Leaving(cache, jnp.zeros((2, 3), jnp.int32), threshold=jnp.zeros(2))
     live = jnp.array([True, False])
     logits, after, ready = jax.jit(reader.step)({FROZEN: params, "exits": exits}, TOKENS[:, 0], before, live)
     exit, _ = to_gate(CONFIG, model, params, exits, 0, entry(model, params, TOKENS[:, :1]))
@@ -251,6 +255,7 @@ def test_a_token_that_left_is_seen_in_all_layers():
         chex.assert_trees_all_close(after.cache.values[layer, 0, 0].ravel(), value, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_stages_of_a_run(tmp_path):
     """The loop trains a model, then its exits, then the router; what is frozen stays bit for bit."""
     (tmp_path / "texts").mkdir()
@@ -262,24 +267,20 @@ def test_two_stages_of_a_run(tmp_path):
     experiment = Experiment(
         task=base,
         data=data,
-        train=TrainConfig(steps=1, checkpoint_every=10, tensorboard=False),
+        train=TrainConfig(steps=1, checkpoint_every=10, keep_checkpoints=3, tensorboard=False),
         mesh=MeshConfig(data=1),
-        stages=(AddExits(config=CONFIG, steps=2), TrainRouter(steps=4)),  # its last matrix begins with zeros,
+        stages=(AddExits(config=CONFIG, steps=2), TrainRouter(steps=4)),  # its last matrix begins with zeros
+        workdir=str(tmp_path / "run"),
     )
-    found = {}
-    for stages in range(3):
-        folder = str(tmp_path / f"run{stages}")
-        found[stages] = train(
-            dataclasses.replace(experiment, stages=experiment.stages[:stages], workdir=folder), quiet=True
-        )
-    one, two, three = (found[stages].params for stages in range(3))
+    found = train(experiment, quiet=True)
+    one, two, three = (open_model(tmp_path / f"run/checkpoints/{step}").params for step in (1, 3, 7))
     chex.assert_trees_all_equal(one, two[FROZEN], three[FROZEN])
     chex.assert_trees_all_equal(two["exits"]["adapters"], three["exits"]["adapters"])
     new = unboxed(CONFIG, base.model)
     assert any(np.any(two["exits"]["adapters"][name] != new["adapters"][name]) for name in ("attn_up", "mlp_up"))
     moved = jax.tree.map(lambda a, b: np.any(a != b), two["exits"]["router"], three["exits"]["router"])
-    assert all(jax.tree.leaves(moved)) and found[2].task.train == "router"
-    assert {"agreement_2", "kl_3", "router_right_2", "expected_tokens"} <= found[2].metrics.keys()
+    assert all(jax.tree.leaves(moved)) and found.task.train == "router"
+    assert {"agreement_2", "kl_3", "router_right_2", "expected_tokens"} <= found.metrics.keys()
 
 
 def test_parameters_are_as_many_as_the_paper_of_adapters_says():
@@ -357,7 +358,9 @@ def test_bad_input():
         CONFIG.check(Decoder(dataclasses.replace(LLAMA, post_norm=True)))
     for threshold in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match="threshold is"):
-            EarlyExit(model, CONFIG, threshold)
+            generate_early_exit(
+                model, {"exits": noisy_exits()}, PROMPTS, config=CONFIG, threshold=threshold, max_new_tokens=2
+            )
     with pytest.raises(ValueError, match="drafter_state"):
         generate(model, params, [[1]], max_new_tokens=2, chooser=Sampling(temperature=0), drafter=SelfSpeculation())
     with pytest.raises(ValueError, match="adapters/attn_down has the shape"):
