@@ -31,9 +31,9 @@ os.environ.setdefault(
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
 )
 
-import jaxtyping
+import shapes
 
-jaxtyping.install_import_hook("jaxtok", "shapes.check")
+shapes.install()
 
 import jax
 import numpy as np
