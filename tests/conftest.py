@@ -31,9 +31,9 @@ os.environ.setdefault(
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
 )
 
-import shapes
+import jaxtyping
 
-shapes.install()
+jaxtyping.install_import_hook("jaxtok", "shapes.check")
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Checks the shapes and dtypes in signatures while the tests run; `install` is called before jaxtok is imported.
+"""Checks the shapes and dtypes in signatures while the tests run; `jaxtyping.install_import_hook` applies it.
 
 Only arrays are checked, by shape and dtype: a test may pass a NumPy array for a JAX one, and 0 for 0.0. They are
 checked after the call, so that a function can raise its own errors first.
@@ -6,37 +6,14 @@ checked after the call, so that a function can raise its own errors first.
 
 from __future__ import annotations
 
-import functools
 import inspect
-import re
 import types
 import typing
 from collections.abc import Callable
 from typing import Any, Union
 
-import jaxtyping
 from beartype import beartype
 from jaxtyping import AbstractArray
-
-_ARRAY = re.compile(r"\[(jax\.|np\.)?(Array|ndarray), ")
-
-
-def install() -> None:
-    """Has every function of jaxtok checked whose signature has an array.
-
-    jaxtyping would wrap the others, too, and those inside of functions again with each call, which takes long.
-    """
-    jaxtyping.jaxtyped = functools.partial(_wrapped, jaxtyping.jaxtyped)
-    jaxtyping.install_import_hook("jaxtok", "shapes.check")
-
-
-def _wrapped(wrap: Callable, function: Any = None, **options: Any) -> Any:
-    if function is None:
-        return functools.partial(_wrapped, wrap, **options)
-    inner = getattr(function, "fget", None) or getattr(function, "__func__", None) or function
-    hints, known = getattr(inner, "__annotations__", {}).values(), getattr(inner, "__globals__", {})
-    of_arrays = any(_ARRAY.search(f"{hint} {known.get(str(hint).split(' | ')[0])}") for hint in hints)
-    return wrap(function, **options) if of_arrays else function
 
 
 def check(function: Callable) -> Callable:
