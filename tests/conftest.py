@@ -79,8 +79,10 @@ def pytest_generate_tests(metafunc):
         files = [file for pattern in patterns for file in sorted(folder.glob(pattern))]
         metafunc.parametrize("golden", files, ids=[file.stem for file in files], indirect=True)
     if "causal_lm" in metafunc.fixturenames and not hasattr(metafunc.module, "causal_lm"):  # a file may have its own
-        alike = getattr(metafunc.module, "LIKE_ANOTHER", ())
-        names = [pytest.param(name, marks=[pytest.mark.slow] * (name in alike)) for name in collect("CAUSAL_LMS")]
+        test, alike = metafunc.function.__name__, getattr(metafunc.module, "LIKE_ANOTHER", ())
+        only = getattr(metafunc.module, "ONLY", {})
+        slow = {name for name in collect("CAUSAL_LMS") if name in alike or test not in only.get(name, (test,))}
+        names = [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in collect("CAUSAL_LMS")]
         metafunc.parametrize("causal_lm", names, indirect=True, scope="session")
 
 

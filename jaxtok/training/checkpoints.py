@@ -325,10 +325,20 @@ def _disk_error(error: Exception) -> OSError:
 
 def abstract_params(task: Any, data: Any, layout: Layout | None = None) -> Any:
     """Returns the shapes, dtypes and shardings of a task's parameters, without making them; default: on one device."""
-    layout = layout or one_device()
+    spec = tuple((name, array.shape, jnp.dtype(array.dtype)) for name, array in data.batch_spec().items())
+    boxed = _boxed_params(task, spec, jax.sharding.get_abstract_mesh())
+    return with_shardings(unboxed(boxed), (layout or one_device()).params(boxed))
+
+
+@functools.lru_cache(maxsize=64)  # tracing takes long, and a run is opened several times
+def _boxed_params(task: Any, spec: tuple, mesh: Any) -> Any:
+    """The shapes of a task's parameters in their boxes. The active mesh is only a part of the key."""
+
+    def init():
+        return task.init(jax.random.key(0), {name: jnp.zeros(shape, dtype) for name, shape, dtype in spec})
+
     with nn.logical_axis_rules(()):  # so that a mesh that does not divide is reported for a parameter
-        boxed = jax.eval_shape(lambda: task.init(jax.random.key(0), example_batch(data)))
-    return with_shardings(unboxed(boxed), layout.params(boxed))
+        return jax.eval_shape(init)
 
 
 def abstract_opt_state(optimizer: optax.GradientTransformation, params: Any, layout: Layout | None = None) -> Any:

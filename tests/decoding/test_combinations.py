@@ -167,8 +167,8 @@ def test_a_drafter_changes_nothing(llama, plain, drafter, evictor):
 
 @pytest.mark.parametrize("evictor", ["streaming", pytest.param("keyformer", marks=pytest.mark.slow)])
 def test_rows_are_the_same_alone_and_in_a_batch(llama, evictor):
-    """Unequal prompts with a drafter, an evictor and a constraint: no bit depends on what the other rows hold, and no
-    token on their number. (A product of other shapes may round differently.)"""
+    """Unequal prompts with a drafter, an evictor and a constraint: no token depends on the other rows, nor on how many
+    there are. (All rows change the matrix from which drafts come, and another draft is rounded differently.)"""
     chooser = dataclasses.replace(CHOOSER, sampling=Sampling(temperature=0))
 
     def made(prompts, constraints):
@@ -180,7 +180,8 @@ def test_rows_are_the_same_alone_and_in_a_batch(llama, evictor):
     assert others.tokens[0] != together.tokens[0]
     for row in range(4):
         if row in (1, 2):
-            assert (others.tokens[row], others.logprobs[row]) == (together.tokens[row], together.logprobs[row])
+            assert others.tokens[row] == together.tokens[row]
+            np.testing.assert_allclose(others.logprobs[row], together.logprobs[row], atol=1e-5)
         alone = made([prompts[row]], [constraints[row]])
         assert alone.tokens[0] == together.tokens[row]
         np.testing.assert_allclose(alone.logprobs[0], together.logprobs[row], atol=1e-5)

@@ -22,6 +22,8 @@ from jaxtok.lm.lexinvariant import Lexinvariant
 
 LIKE_ANOTHER = ("gpt2", "mistral", "opt", "semi_lexinvariant", "transformer", "word_pooled_plain")
 """Models that decode through the same code as another one; tests/lm/test_causal_lm.py tests the caches of all."""
+ONLY = {"skipdecode": ("test_drafts_change_nothing", "test_log_probabilities_are_those_of_a_full_pass")}
+"""Models whose own file has the other tests; here these run with --slow."""
 GREEDY = Sampling(temperature=0)
 PROMPTS = [[3, 1, 4], [1, 5, 9, 2, 6, 5, 3], [8]]
 NEW = 12
