@@ -3,8 +3,8 @@
     jaxtok study drafting_study --questions SPEC_BENCH/question.jsonl
 
 Eight questions of each of six categories, greedy, 128 new tokens. All trees have at most 81 nodes, as many as that of
-Token Recycling. An arm that runs with the model takes about a quarter of an hour on one core; it resumes after each
-of them, and `--only` chooses some.
+Token Recycling. Arms that run with the model take most of the time; it resumes after each of their questions, and
+`--only` chooses some. It has not been run whole yet; configs/decoding/README.md has what was.
 """
 
 from jaxtok.decoding import ADED, PromptLookup, SuffixAutomaton, TokenRecycling, Union
