@@ -17,6 +17,8 @@ MODULES = (
     "constraints",
     "draft_model",
     "engine",
+    "expert_prefetch",
+    "m2r2",
     "prompt_lookup",
     "sampling",
     "scorers",
