@@ -6,7 +6,7 @@
     jaxtok generate skipdecode --prompt "def " --max-new-tokens 96
 
 Five of eight layers run for the first 64 bytes of a row; then their number falls to 3 while 96 more bytes follow. The
-loss counts these only. (No loss of this config was measured yet; see skipdecode.md.)
+loss counts these only. skipdecode_study has the comparison with other ways to run fewer layers.
 """
 
 from jaxtok.data.text import TextData

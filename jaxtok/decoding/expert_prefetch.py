@@ -59,6 +59,12 @@ def simulate_expert_prefetch(
 
     Raises:
       ValueError: a size or time is impossible, or an id is not that of an expert.
+
+    >>> required = np.zeros((1, 3, 1), int)  # a token, three layers, one expert in each
+    >>> simulate_expert_prefetch(required, capacity=1, t_load=1).total_time
+    6.0
+    >>> simulate_expert_prefetch(required, predicted=required, capacity=1, t_load=1).total_time
+    5.0
     """
     required = np.asarray(required)
     if required.ndim != 3 or (predicted is not None and np.shape(predicted)[:2] != required.shape[:2]):

@@ -1,7 +1,7 @@
 """SkipDecode against early termination, constant skipping and a shallower model (arXiv 2307.02628), at equal layers.
 
-Every arm begins with a trained model of its own depth and is tuned under its own schedule for the same number of steps;
-the full model is tuned, too. The loss counts the tokens after the prompt only.
+The arms begin with one trained model, and each is tuned under its own schedule for the same number of steps, with all
+layers, too. A shallower model is trained and tuned for as many steps. The loss counts only the tokens after the prompt.
 
     python -m jaxtok.studies.skipdecode smollm2
 
@@ -30,15 +30,15 @@ from jaxtok.decoding.skipdecode import Schedule, solve_budget
 from jaxtok.door import open_model
 from jaxtok.lm.decoder import init_params
 from jaxtok.protocols import Params, add_up
-from jaxtok.studies.comparison import Comparison, key
+from jaxtok.studies.comparison import Comparison, key, train_once
 from jaxtok.training.experiment import Experiment
-from jaxtok.training.loop import Result, train
+from jaxtok.training.loop import Result
 from jaxtok.transfer.skipdecode import SkipDecoding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SkipStudy(Comparison):
-    """A comparison whose arms with a `start` begin with the parameters of an earlier arm that has the same model."""
+    """A comparison in which arms without a `start` (a shallower model) are trained from the beginning."""
 
     def run(self) -> bool:
         """Runs the comparison; also writes layers.png: losses against layers, losses by position, and active layers."""
@@ -49,23 +49,16 @@ class SkipStudy(Comparison):
         return True
 
     def _train(self, arm: Experiment, seed: int) -> Result:
-        if arm.start is None:
-            return super()._train(arm, seed)
-        return train(self.experiment(arm, seed), start=functools.partial(open_model, self._base(arm, seed)))
-
-    def _base(self, arm: Experiment, seed: int) -> Path:
-        base = next(a for a in self.arms if a.start is None and a.task.model == arm.task.model)
-        return self.experiment(base, seed).directory
+        return super()._train(arm, seed) if arm.start else train_once(self.experiment(arm, seed))
 
     def _run_arm(self, arm: Experiment, seed: int) -> dict[str, Any] | None:
-        """As of the comparison; an arm under a schedule also has the loss of the base under it, before tuning."""
+        """As of the comparison; an arm that starts with the base also has the base's loss under its schedule."""
         result = super()._run_arm(arm, seed)
-        if result is None or arm.start is None:
-            return result
-        base = open_model(self._base(arm, seed))
-        data = dataclasses.replace(self.experiment(arm, seed).data, eval_limit=self.test_batches)
-        task = arm.task.fit(data)
-        result["test"]["untuned"] = task.evaluate(base.params, data.eval_batches("test"))["loss"]
+        if result is not None and arm.start:
+            base = open_model(self.experiment(self.base, seed).directory)
+            data = dataclasses.replace(self.experiment(arm, seed).data, eval_limit=self.test_batches)
+            task = arm.task.fit(data)
+            result["test"]["untuned"] = task.evaluate(base.params, data.eval_batches("test"))["loss"]
         return result
 
 
@@ -183,31 +176,16 @@ def plot(study: SkipStudy, results: dict[str, Any], path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5))
-    lines: dict[str, list[tuple[float, float, float]]] = {}
-    drawn: Schedule | None = None
-    deepest = max(arm.task.model.num_layers for arm in study.arms)
+    lines: dict[str, list[tuple[float, list[float]]]] = {}
     for arm in study.arms:
-        runs = [results[key(arm.name, seed)]["test"] for seed in study.seeds if key(arm.name, seed) in results]
-        if not runs or "layers" not in runs[0]:
-            continue
-        schedule = arm.task.schedule
-        flat = schedule.max_layers == schedule.min_layers
-        if arm.task.model.num_layers < deepest:
-            kind = "a shallower model"
-        elif schedule.min_layers == deepest:
-            kind = "all layers"
-        elif schedule.skip == "top":
-            kind = "early termination"
-        else:
-            kind = "constant skip" if flat else "SkipDecode"
-        drawn = schedule if drawn is None and kind == "SkipDecode" else drawn
-        loss = [run["loss"] for run in runs]
-        lines.setdefault(kind, []).append((runs[0]["layers"], float(np.mean(loss)), (max(loss) - min(loss)) / 2))
+        runs = [results[key(arm.name, seed)]["test"] for seed in study.seeds]
+        lines.setdefault(arm.name.split(",")[0], []).append((runs[0]["layers"], [run["loss"] for run in runs]))
         quarters = [np.mean([run[f"quarter_{n}"] for run in runs]) for n in range(1, 5)]
         middle.plot(range(1, 5), quarters, marker="o", markersize=3, label=arm.name)
     for kind, points in lines.items():
-        points = sorted(points)
-        left.errorbar(*zip(*[(x, y) for x, y, _ in points]), [e for *_, e in points], marker="o", label=kind)
+        layers, losses = zip(*sorted(points))
+        means = [np.mean(loss) for loss in losses]
+        left.errorbar(layers, means, [(max(loss) - min(loss)) / 2 for loss in losses], marker="o", label=kind)
     left.set_xlabel("mean layers after the prompt")
     left.set_ylabel("nats a token, after tuning")
     middle.set_xlabel("quarter of the continuation")
@@ -215,11 +193,13 @@ def plot(study: SkipStudy, results: dict[str, Any], path: Path) -> Path:
     for axes in (left, middle):
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    if drawn is not None:
-        right.imshow(drawn.active(drawn.length, deepest).T, aspect="auto", origin="lower", cmap="Blues")
-        right.set_xlabel("position")
-        right.set_ylabel("layer")
-        right.set_title("layers that run", fontsize=9)
+    schedules = [arm.task.schedule for arm in study.arms if isinstance(arm.task, SkipDecoding)]
+    drawn = next(s for s in schedules if s.skip == "lower" and s.min_layers < s.max_layers)
+    deepest = study.base.task.model.num_layers
+    right.imshow(drawn.active(drawn.length, deepest).T, aspect="auto", origin="lower", cmap="Blues")
+    right.set_xlabel("position")
+    right.set_ylabel("layer")
+    right.set_title(f"layers that run, {drawn.max_layers} to {drawn.min_layers}", fontsize=9)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
     return path
