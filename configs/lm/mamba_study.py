@@ -2,7 +2,8 @@
 
     jaxtok study mamba_study
 
-Both are the byte models of mamba_small's size: 0.08M parameters, and 2M bytes of text.
+Both are byte models of mamba_small's size: 0.08M parameters, and 2M bytes of text. It takes about ten minutes on a busy
+core. Expect 2.23 bits a byte of the Mamba and 2.36 of the Transformer.
 """
 
 import dataclasses
