@@ -2,7 +2,7 @@
 
     jaxtok study awrs_study
 
-It takes about fifteen minutes on two cores, and goes on where it was stopped. Its page has the tables.
+It goes on where it was stopped, and needs more than half an hour on two cores. Its page has the tables.
 """
 
 from jaxtok.studies.constraints import Constraints

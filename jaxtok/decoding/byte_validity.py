@@ -365,33 +365,27 @@ class CutBytePairs:
         self.cuts = functools.lru_cache(1 << 16)(lambda text: frozenset(tokenizer.cuts(text)))
         self.follow = Remembered(self._follow, len(self._strings))
         self._judged = functools.lru_cache(1 << 12)(self._judge)
-        shapes: dict[tuple[str, int, bool], int] = {}
-        variants: list[tuple[int, int]] = []
         self._inner: list[int] = []  # tokens that begin inside a character
         self._whole = np.zeros(len(self._strings), bool)  # tokens that merging does not give, but only a whole part
         if getattr(tokenizer, "whole_parts", False):
             first = np.array([self.merges.ids.get(text) == i for i, text in enumerate(self._strings)])
             self._whole = first & ~self.merges.alone
-        for token in np.flatnonzero(self.merges.alone | self._whole):
+        texts: list[tuple[int, str, str]] = []  # a token, its whole characters, and one that it begins
+        for token in map(int, np.flatnonzero(self.merges.alone | self._whole)):
             text = self._strings[token]
             if text[0] & 0xC0 == 0x80:
-                self._inner.append(int(token))
+                self._inner.append(token)
             elif _begins_utf8(text):
-                open_ = incomplete(text)
-                head = shape(text[: len(text) - open_].decode())
-                found = [(head, len(head), False)]
-                if open_:  # the character is completed in all ways that do not merge into the token
-                    found = [
-                        (head + char, len(head) + 1, True) for char in self._completions(int(token), text[-open_:])
-                    ]
-                variants += [(int(token), shapes.setdefault(key, len(shapes))) for key in found]
-        self._shapes = list(shapes)
-        self._variant_token, self._variant_shape = np.array(variants, np.int32).reshape(-1, 2).T
+                head = text[: len(text) - incomplete(text)]
+                # The character is completed in all ways that do not merge into the token.
+                more = [""] if head == text else self._completions(token, text[len(head) :])
+                texts += [(token, head.decode(), char) for char in more]
+        self._tables = [_Table(texts, contracted) for contracted in (False, True)]
         alike = defaultdict(list)
         for char in LOOKAHEAD:
             if (first := self.merges.ids.get(char.encode())) is not None:
                 kind = unicodedata.category(char)[0]
-                alike[{"P": ".", "S": "+"}.get(kind, shape(char)) if char not in "'/" else char].append(first)
+                alike[{"P": ".", "S": "+"}.get(kind, shape(char, True)) if char not in "'/" else char].append(first)
         self._next = {char: np.any([*map(self.merges.before, firsts)], 0) for char, firsts in alike.items()}
 
     def encode(self, text: bytes) -> list[int]:
@@ -423,7 +417,12 @@ class CutBytePairs:
             return mask, False
         decoded = text.decode()
         whole = all(_begins_utf8(each := self._strings[i]) and not incomplete(each) for i in tail)
-        parts = [shape(self._strings[i].decode()) for i in tail] if whole else [decoded]
+        parts, read = [decoded], ""
+        if whole:
+            parts = []
+            for i in tail:
+                parts.append(shape(self._strings[i].decode(), contracts(read)))
+                read += self._strings[i].decode()
         context = "".join(parts)
         lengths = [len(part) for part in parts] if whole else self._lengths(tail)
         bounds = list(itertools.accumulate(lengths))[:-1]
@@ -431,16 +430,16 @@ class CutBytePairs:
         neighbours = zip(bounds, itertools.pairwise(tail))
         must = frozenset(place for place, (a, b) in neighbours if not self.merges.after(a)[b])
         never = frozenset(range(1, len(context))) - set(bounds)
-        flags, canonical = self._judged(context, must, never)
-        pair = self.merges.after(tail[-1]) if tail else None
-        of = self._variant_shape
+        table = self._tables[contracts(decoded)]
+        flags, canonical = self._judged(context, must, never, table)
+        pair, tokens, of = self.merges.after(tail[-1]) if tail else None, table.tokens, table.shape_of
         for char, (valid, divided, ended) in flags.items():
             good = valid[of]
             if pair is not None:
-                good = good & (divided[of] | pair[self._variant_token])  # `pair` has only tokens that merging gives
+                good = good & (divided[of] | pair[tokens])  # `pair` has only tokens that merging gives
             if char:
-                good = good & (ended[of] | self._next[char][self._variant_token])
-            mask[self._variant_token[good]] = True
+                good = good & (ended[of] | self._next[char][tokens])
+            mask[tokens[good]] = True
         return mask, canonical
 
     def _lengths(self, tail: Tail) -> list[float]:
@@ -452,7 +451,7 @@ class CutBytePairs:
             lengths.append(_characters(seen) - before)
         return lengths
 
-    def _judge(self, context: str, must: frozenset, never: frozenset) -> tuple[dict[str, tuple], bool]:
+    def _judge(self, context: str, must: frozenset, never: frozenset, table: _Table) -> tuple[dict[str, tuple], bool]:
         """For each next character ("": none), and each shape of a token: whether a token of this shape may follow the
         context, whether a cut divides them, and whether one comes after the token. Also whether the context is whole.
         """
@@ -460,8 +459,8 @@ class CutBytePairs:
         cuts = self.cuts(context)
         canonical = must <= cuts and not never & cuts
         chars = ["", *(self._next if self._looks_ahead else ())]
-        flags = {char: np.zeros((3, len(self._shapes)), bool) for char in chars}
-        for number, (text, inner, open_) in enumerate(self._shapes):
+        flags = {char: np.zeros((3, len(table.shapes)), bool) for char in chars}
+        for number, (text, inner, open_) in enumerate(table.shapes):
             ahead = not open_ and _looks(context[-_AFTER:] + text)
             for char in chars if ahead else [""]:
                 cuts = self.cuts(context + text + char)
@@ -505,16 +504,37 @@ class CutBytePairs:
         return list(found.values())
 
 
-def shape(text: str) -> str:
+class _Table:
+    """The shapes of tokens, with the number of whole characters and whether another one is begun; and whose they are.
+
+    Args:
+      texts: tokens, their whole characters, and a character that completes them or "".
+      contracted: see `shape`.
+    """
+
+    def __init__(self, texts: Sequence[tuple[int, str, str]], contracted: bool):
+        numbers: dict[tuple[str, int, bool], int] = {}
+        found = []
+        for token, text, char in texts:
+            alike = shape(text, contracted)
+            key = (alike + char, len(alike) + len(char), bool(char))
+            found.append((token, numbers.setdefault(key, len(numbers))))
+        self.shapes = list(numbers)
+        self.tokens, self.shape_of = np.array(found, np.int32).reshape(-1, 2).T
+
+
+def shape(text: str, contracted: bool) -> str:
     """The text of a token in which all characters that an expression treats alike are the same, and runs are short.
 
-    The letters of contractions stay where an apostrophe is before them, or may be.
+    The letters of contractions stay after an apostrophe.
 
-    >>> shape(" don't 2 Übermäßig")
-    " aaa't 1 Aaaa"
+    Args:
+      contracted: whether an apostrophe, and then at most such letters, come before the text.
+
+    >>> shape(" don't 2 Übermäßig", False), shape("reset", False), shape("reset", True)
+    (" aaa't 1 Aaaa", 'aaa', 'reset')
     """
     out: list[str] = []
-    contracted = True
     for char in text:
         contracted = contracted and char in _CONTRACTED
         if char.isascii():
@@ -526,6 +546,16 @@ def shape(text: str) -> str:
         if not (alike in "aA" and out[-3:] == [alike] * 3):
             out.append(alike)
     return "".join(out)
+
+
+def contracts(text: str) -> bool:
+    """Whether a text ends in an apostrophe, and then at most letters of contractions.
+
+    >>> contracts("don'"), contracts("we'r"), contracts("r"), contracts("'x")
+    (True, True, False, False)
+    """
+    _, apostrophe, rest = text.rpartition("'")
+    return bool(apostrophe) and _CONTRACTED.issuperset(rest)
 
 
 def _looks(text: str) -> bool:

@@ -330,7 +330,7 @@ class ByteEnsembles:
             mixed = [np.logaddexp.reduce(each + np.log(weights)[:, None]).mean() for each in scores]
             bits = -np.array(mixed) / math.log(2)
             less, shown = best - bits, ":".join(f"{weight:.3f}" for weight in weights)
-            error = less.std() / math.sqrt(len(less))
+            error = less.std(ddof=1) / math.sqrt(len(less))
             lines.append(f"| ensemble {shown}, {name} | {bits.mean():.4f} | {less.mean():.4f} ± {error:.4f} |")
         spans = f"{len(scores)} spans of {self.length} bytes of {self.corpus}, test, after {self.context} bytes"
         return "\n".join([*lines, "", spans, ""])

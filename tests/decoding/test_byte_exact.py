@@ -294,10 +294,11 @@ def test_covers_have_the_probabilities_of_the_model_without_a_cache():
 
 
 def test_steps_equal_a_new_prompt_at_every_byte_and_cost_a_row_a_byte():
-    model, text = small_model(), b"def f(x):  return x's  'y'\n\n  # it'll"
+    model, text = small_model(), b"def f(x):  return x's  'y'\n\n  # it'l"
     (score,) = model.score([text])
     prompts = [text[:end] for end in range(len(text))]
-    fresh = model.next_bytes(prompts)
+    assert len(prompts) % 4 == 0  # in batches of four, as in the other tests, nothing is compiled anew
+    fresh = np.concatenate([model.next_bytes(prompts[start : start + 4]) for start in range(0, len(prompts), 4)])
     np.testing.assert_allclose(score, fresh[np.arange(len(text)), list(text)], atol=1e-4)
     np.testing.assert_allclose(np.exp(fresh).sum(-1), 1, atol=1e-5)
     (state,) = model.prefill([text])
@@ -352,6 +353,7 @@ def test_weights_of_an_ensemble():
 # Generation.
 
 
+@pytest.mark.slow
 def test_completions_have_the_distribution_of_the_chain():
     """2,000 prompts at once, each with a cover of its own; frequencies within four standard errors."""
     with jax.enable_x64(True):
@@ -394,10 +396,10 @@ def test_covers_and_bytes_have_one_distribution_where_tokens_are_renormalised():
         by_tokens: dict[bytes, float] = {}
         for cover, value in member.covers(state, 0).items():
             spread([*chain, *cover], value - total, by_tokens)
-        first = np.exp(state.next[0])
+        first, absorb = np.exp(state.next[0]), jax.jit(member.absorb)
         assert abs(by_tokens[b""] - first[256]) < 1e-12
         for letter in b"abc":
-            after = member.absorb(params, state, jnp.array([letter]), jnp.array([True]))
+            after = absorb(params, state, jnp.array([letter]), jnp.array([True]))
             second = np.exp(after.next[0])
             for other in (*b"abc", 256):
                 name = bytes([letter, other]) if other < 256 else bytes([letter])
@@ -416,14 +418,25 @@ def test_completing_takes_drafts_and_streams():
         on_bytes=lambda row, new: pieces[row].append(new),
     )
     assert drafted == plain == [b"".join(new) for new in pieces]
+
+
+@pytest.mark.slow
+def test_drafters_keep_their_states():
+    model, prompts = small_model(), [b"import jso", b"retur"]
+    plain = model.complete(prompts, 12, sampling=GREEDY)
     ended: list[Generation] = []
     recycling = TokenRecycling(template=TreeTemplate.chain(3))
-    assert model.complete(prompts, 12, sampling=GREEDY, drafter=recycling, on_end=ended.append) == plain
-    hot = ended[0].state.drafter
-    assert (
-        model.complete(prompts, 12, sampling=GREEDY, drafter=recycling, drafter_state=hot, on_end=ended.append) == plain
-    )
+    options = {"sampling": GREEDY, "drafter": recycling, "on_end": ended.append}
+    assert model.complete(prompts, 12, **options) == plain
+    assert model.complete(prompts, 12, drafter_state=ended[0].state.drafter, **options) == plain
     assert max(ended[1].steps) < max(ended[0].steps)
+
+
+@pytest.mark.slow
+def test_generation_byte_by_byte():
+    """Its log probabilities are the scores of its bytes; `generate_exact` is `complete`."""
+    model, prompts = small_model(), [b"import jso", b"retur"]
+    plain = model.complete(prompts, 12, sampling=GREEDY)
     (member,), (params,) = model.mixture.members, model.params
     source = opened(member.model, params, member.vocabulary.tokenizer)
     assert generate_exact(source, prompts, 12, temperature=0) == plain
@@ -464,7 +477,8 @@ def test_text_in_the_domain_of_bytes_with_sentencepiece(tmp_path):
     text = "the 日▁ é"
     (score,) = model.score([text])
     assert np.isfinite(score).all() and len(score) == len(text.encode())
-    assert model.next_bytes(["日".encode()[:1]]).argmax(-1) > 127  # only the rest of a character
+    (state,) = model.prefill(["日".encode()[:1]], new=64)
+    assert state.next.argmax(-1) > 127  # only the rest of a character
     with pytest.raises(ValueError, match="not UTF-8"):
         model.next_bytes([b"\xff"])
 
@@ -507,7 +521,7 @@ def test_bad_input():
         model.score(["a"], ["b", "c"])
     broken = dataclasses.replace(model, params=(jax.tree.map(lambda x: x * jnp.nan, model.params[0]),))
     with pytest.raises(ValueError, match="NaN"):
-        broken.next_bytes(["a"])
+        broken.next_bytes(["a"] * 4)
     with pytest.raises(ValueError, match="an ensemble has no tokens"):
         ByteModel.of(source, source).complete(["a"], 2, sampling=GREEDY)
 

@@ -52,7 +52,12 @@ def test_tables_of_what_was_measured(tmp_path):
     costs |= {("twisted", 0.1): (1, 105, "none lives"), ("mask", 0.0): ("one mask", 12, 13)}
     costs |= {("mask by checks", 0.0): (20000, 30, 31)}
     for (name, delay), (checks, ms, effective) in costs.items():
-        row = {"method": name, "added to a check, s": delay, "checks a token": checks, "ms a particle and token": ms}
+        row = {
+            "method": name,
+            "added to a check, s": delay,
+            "checks a particle and step": checks,
+            "ms a particle and step": ms,
+        }
         results[f"cost {name} {delay:g}"] = [row | {"the same, an effective particle": effective}]
     (tmp_path / "results.json").write_text(json.dumps(results))
     study = Constraints(
