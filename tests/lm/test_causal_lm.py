@@ -258,7 +258,7 @@ def test_bfloat16(causal_lm):
     states = {jnp.dtype("float32")} if hasattr(model.config, "state_size") else set()  # which would drift
     assert kept == {jnp.dtype("bfloat16")} | states
     reference, _ = apply(model, params, tokens)
-    assert 1e-4 < np.abs(logits - reference).max() / np.abs(reference).max() < 0.1
+    assert 1e-4 < np.abs(logits - reference).max() / np.abs(reference).max() < 0.15
 
 
 def filled(model, params, tokens, lengths, slots=LENGTH):
