@@ -211,8 +211,8 @@ class MultiHead(nn.Module):
         cfg = self.config
         y = cfg.projection(group, count * cfg.head_dim, name=group)(x, deterministic=deterministic)
         if decoding:
-            # Else XLA carries the reshape over to the weights, and on TPUs copies them out of the stack in each step.
-            y = jax.lax.optimization_barrier(y)
+            # Else the TPU compiler carries the reshape over to the weights, and copies them out of the stack each step.
+            y = jax.lax.platform_dependent(y, tpu=jax.lax.optimization_barrier, default=lambda y: y)
         axis = "heads" if count == cfg.num_heads else "kv_heads"
         y = constrain(y.reshape(*y.shape[:-1], count, cfg.head_dim), axis, "head_dim")
         if cfg.qk_norm and group in ("query", "key"):

@@ -115,7 +115,7 @@ def test_exits_change_nothing_of_the_model(config):
     chex.assert_trees_all_close(model.apply({"params": params}, out.final, method="head"), plain, atol=1e-5)
     chex.assert_trees_all_close(left, plain_cache, atol=1e-5)
     uncached, _ = streams(config, model, params, noisy_exits(config), TOKENS)
-    chex.assert_trees_all_close(uncached, out, atol=1e-5)
+    chex.assert_trees_all_close(uncached, out, atol=3e-5)
     untouched, same = streams(config, model, params, unboxed(config), TOKENS, cache=cache)
     chex.assert_trees_all_equal((untouched.final, same), (out.final, left))  # bit for bit, whatever the exits are
 
