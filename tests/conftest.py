@@ -30,6 +30,9 @@ os.environ.setdefault(
     else "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
 )
+# With a thread for each of two cores, the eight devices wait for one another for ever in some programs: each collective
+# holds a thread until all devices have come to it.
+os.environ.setdefault("PJRT_NPROC", "32")
 
 import jaxtyping
 

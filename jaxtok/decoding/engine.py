@@ -215,11 +215,6 @@ class Engine:
                     f"{name} is {given}; it {must}, as tokens cannot be taken out of the cache of "
                     f"{type(self.model.model).__name__}."
                 )
-        if self.drafter is not None and self.nodes > self.model.model.config.max_length:
-            raise ValueError(
-                f"the drafter proposes {self.nodes} tokens, and the model's max_length is "
-                f"{self.model.model.config.max_length}; choose a smaller tree."
-            )
         if isinstance(self.drafter, SelfDrafter) and (not self.model.rewindable or self._sow):
             what = f"the evictor {self.evictor}, which observes all layers" if self._sow else f"the model {self.model}"
             raise ValueError(f"drafter is {self.drafter}, which runs some layers itself; it does not go with {what}.")
@@ -299,6 +294,11 @@ class Engine:
     @functools.partial(jax.jit, static_argnames=("self", "new", "read"))
     def _prefill(self, params, tokens, lengths, rng, stop, chooser, drafter, *, new, read) -> State:
         model, (batch, longest) = self.model.model, tokens.shape
+        if self.nodes > model.config.max_length:
+            raise ValueError(
+                f"a draft has {self.nodes} tokens, and the model's max_length is {model.config.max_length}; choose a "
+                "smaller tree."
+            )
         lengths = lengths.astype(jnp.int32)
         room = min(longest + new, model.config.max_length) + self.nodes - 1
         cache = model.init_cache(batch, room if self.evictor is None else longest)

@@ -378,3 +378,9 @@ def test_every_drafter_of_a_union_observes_the_whole_tree():
     )
     top = jax.lax.top_k(logits[0], 2)[1]
     np.testing.assert_array_equal(matrix[tokens[0]], top)
+
+
+def test_a_tree_larger_than_the_context_is_refused():
+    model, params = other_model()
+    with pytest.raises(ValueError, match="a draft has 81 tokens, and the model's max_length is 16; choose a smaller"):
+        generate(model, params, [[3, 1]], max_new_tokens=2, chooser=Sampling(temperature=0), drafter=TokenRecycling())
