@@ -123,7 +123,8 @@ def bench(
       output: A JSON file into which the rows and the machine's description are also written.
       seconds: How long each measurement takes (at least three samples are taken).
       dtype: The dtype of activations; auto is float32 on a CPU, and bfloat16 elsewhere.
-      batch_size: How many rows a training batch has; 0 means as many as each model has here (16, and 1 for 124m).
+      batch_size: How many rows a training batch has; 0 means as many as each model has here (16, and 1 for 124m). For
+        decoding, the prompts of a batch; 0 means 1, and then 8.
       quiet: Whether tables and the progress bar are left out.
     """
     if seconds <= 0 or batch_size < 0 or not what or not models:
@@ -163,7 +164,8 @@ def bench(
                 work.append((part, "elm-b 2-10", functools.partial(image_generation, model, seconds)))
             case "decoding":
                 times = functools.partial(measure, seconds=seconds)
-                work.append((part, "smollm2", functools.partial(decoding, times)))
+                batches = (batch_size,) if batch_size else (1, 8)
+                work.append((part, "smollm2", functools.partial(decoding, times, batches=batches)))
             case "peers":
                 work += [(part, name, functools.partial(peer_training, CASES[name], seconds)) for name in models]
                 work.append((part, "smollm2", functools.partial(peer_decoding, seconds)))
