@@ -77,15 +77,13 @@ def decoding(
     vocab, longest = module.config.vocab_size, module.config.max_length
     for batch in batches:
         tokens, lengths = padded_prompts(prompts_of(model, batch), vocab, longest, new)
-        engines, begun = {}, {}
+        engines, begun, ended = {}, {}, {}
         for method, parts in methods.items():
             if evictor := parts.get("evictor"):
                 parts = parts | {"evictor": evictor.fit(module, tokens.shape[1], new)}
             engines[method] = Engine(model=CachedTokens(module), chooser=Sampling(temperature=0), **parts)
             begun[method] = engines[method].prefill(params, tokens, lengths, new=new)
-        runs = {method: functools.partial(_run, engine, params, begun[method]) for method, engine in engines.items()}
-        ended = {method: run() for method, run in runs.items()}
-        samples = measure(runs)
+        samples = measure({each: functools.partial(_run, each, engines, begun, ended, params) for each in methods})
         texts = {method: new_tokens(state).tokens for method, state in ended.items()}
         context = float(np.mean(lengths)) + new / 2
         for method, engine in engines.items():
@@ -107,9 +105,13 @@ def decoding(
             }
 
 
-def _run(engine: Engine, params: Any, begun: State) -> State:
-    """The last state; the first one stays, as its cache is copied."""
-    return engine.run(params, begun.replace(model=jax.tree.map(jnp.copy, begun.model)))
+def _run(
+    method: str, engines: dict[str, Engine], begun: dict[str, State], ended: dict[str, State], params: Any
+) -> State:
+    """The last state, which `ended` keeps; the first one stays, as its cache is copied."""
+    first = begun[method]
+    ended[method] = engines[method].run(params, first.replace(model=jax.tree.map(jnp.copy, first.model)))
+    return ended[method]
 
 
 def drafting_seconds(drafter: Drafter, state: State, vocab: int) -> float:

@@ -295,6 +295,12 @@ def compile_for(lowered: Any, device: Any) -> tuple[Any, str]:
         return compiled, next(Path(folder).glob("*after_codegen.txt")).read_text()
 
 
+def memory_of(compiled: Any) -> int:
+    """Returns the bytes that a compiled program needs on a device: its arguments, its temporaries and itself."""
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+
+
 def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
     """Returns memory, time and collectives of one training step on each device.
 
@@ -318,7 +324,7 @@ def plan_one(experiment: Experiment, topology: str, devices: list[Any]) -> Row:
     program = read_program(text)
     batch = {name: np.broadcast_to(0, array.shape) for name, array in experiment.data.batch_spec().items()}
     flops = experiment.task.flops(batch) / len(devices)
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    needed = memory_of(compiled)
     row |= {
         "fits": needed <= chip.hbm,
         "hbm_gigabytes": needed / 1e9,

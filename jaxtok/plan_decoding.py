@@ -21,7 +21,7 @@ import rich.table
 from jaxtok.decoding import CachedTokens, Engine, PromptLookup, Sampling, TokenRecycling, parse_evictor
 from jaxtok.decoding.scorers import EVICTORS
 from jaxtok.lm.decoder import DecoderConfig, init_params
-from jaxtok.plan import Row, chip_of, compile_for, topology_devices
+from jaxtok.plan import Row, chip_of, compile_for, memory_of, topology_devices
 from jaxtok.training.compiled import read_program
 
 WIDTHS = (8, 32, 65)
@@ -75,9 +75,7 @@ def plan_decoding(
     found: list[Row] = []
     for work, engine in _engines(module, prompt, new, keep):
         compiled, text, cache = _compiled(engine, rows, prompt, new, device)
-        memory = compiled.memory_analysis()
-        operations = read_program(text).operations
-        needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+        operations, needed = read_program(text).operations, memory_of(compiled)
         found.append(
             {
                 "model": name,

@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxtok.decoding.byte_vocabulary import POLICIES, ByteVocabulary, Exact, Plan, Policy, Trie
+from jaxtok.decoding.engine import check_numbers
 from jaxtok.nn.cache import EMPTY
 from jaxtok.protocols import CausalLM, Params
 
@@ -391,12 +392,6 @@ def _padded(rows: Sequence[Sequence[int]], length: int) -> Int[np.ndarray, "batc
     for row, values in zip(array, rows):
         row[: len(values)] = list(values)
     return array
-
-
-def check_numbers(values: np.ndarray) -> None:
-    """Raises a ValueError if some are not numbers."""
-    if np.isnan(values).any():
-        raise ValueError("the logits are not numbers (NaN); check the parameters.")
 
 
 @contextlib.contextmanager

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxtok.decoding.byte_exact import NOTHING, ByteState, ExactBytes, check_numbers, value_errors
+from jaxtok.decoding.byte_exact import NOTHING, ByteState, ExactBytes, value_errors
 from jaxtok.decoding.byte_vocabulary import Policy, vocabulary_of
-from jaxtok.decoding.engine import Engine, Generation, generate
+from jaxtok.decoding.engine import Engine, Generation, check_numbers, generate
 from jaxtok.decoding.protocols import Drafter, Evictor, SelfDrafter
 from jaxtok.decoding.sampling import Sampling, row_keys, sampling_key
 from jaxtok.protocols import Params

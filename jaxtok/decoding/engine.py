@@ -480,9 +480,15 @@ def new_tokens(state: State, since: Int[np.ndarray, " batch"] | None = None) -> 
     """
     text, logprobs, start, length = jax.device_get((state.text, state.logprobs, state.start, state.length))
     spans = [slice(*span) for span in zip(start if since is None else since, length)]
-    if any(np.isnan(row[span]).any() for row, span in zip(logprobs, spans)):
-        raise ValueError("the logits are not numbers (NaN); check the parameters.")
+    for row, span in zip(logprobs, spans):
+        check_numbers(row[span])
     return Piece(*([row[span].tolist() for row, span in zip(rows, spans)] for rows in (text, logprobs)))
+
+
+def check_numbers(logprobs: np.ndarray) -> None:
+    """Raises a ValueError if log probabilities are NaN."""
+    if np.isnan(logprobs).any():
+        raise ValueError("the logits are not numbers (NaN); check the parameters.")
 
 
 @flax.struct.dataclass
