@@ -225,6 +225,9 @@ class TrainStep:
         self.state, metrics = self.compiled(self.state, self.batch)
         return metrics
 
+    def loss(self, params: Any) -> jax.Array:
+        return self.task.loss(params, self.batch, jax.random.key(0), jnp.zeros((), jnp.int32))[0]
+
 
 def train(case: Case, seconds: float) -> Iterator[Row]:
     """Times a training step of TokenFormer and of the Transformer of its size, in turns."""
@@ -262,11 +265,12 @@ def peer_training(case: Case, seconds: float) -> Iterator[Row]:
     for name, model in {"TokenFormer": case.model, "Transformer": matched_transformer(case.model)}.items():
         step = TrainStep(model, case.batch_size, case.length)
         peer = peers.TorchTrainStep(model, jax.device_get(step.state.params), step.batch)
-        samples = measure({"jaxtok": step, "peer": peer}, seconds)
+        products = products_alone(jax.value_and_grad(step.loss), step.state.params)
+        samples = measure({"jaxtok": step, "peer": peer, "products": products}, seconds)
         yield _compared(f"a step of {name}", "PyTorch", tokens, samples)
     width, counts = case.model.d_model, dataclasses.astuple(case.model.tokens)
     products = peers.Products(tokens, [pair for n in counts for pair in ((width, n), (n, width))])
-    samples = measure({"jaxtok": products, "peer": products.peer}, seconds)
+    samples = measure({"jaxtok": products, "peer": products.peer, "products": products}, seconds)
     yield _compared("a block's products", "PyTorch", tokens, samples)
 
 
@@ -276,14 +280,17 @@ def peer_decoding(seconds: float, prompt: int = 16, new: int = 64, long: int = 5
     peers = _peers()
     model = peers.Pretrained()
     for rows in (1, 8):
+        step = products_alone(*model.decoding_step(rows, prompt))
         runs = {
             "jaxtok": functools.partial(model.decode, rows, prompt, new),
             "peer": functools.partial(model.peer_decode, rows, prompt, new),
+            "products": lambda step=step: [step() for _ in range(new)],
         }
         yield _compared(f"{new} tokens, batch {rows}", "transformers", rows * new, measure(runs, seconds))
     runs = {
         "jaxtok": functools.partial(model.prefill, long),
         "peer": functools.partial(model.peer_prefill, long),
+        "products": products_alone(*model.reading(long)),
     }
     yield _compared(f"a prompt of {long} tokens", "transformers", long, measure(runs, seconds))
     peers.first_token()  # from here on, all that it compiles is in the cache
@@ -295,10 +302,12 @@ def peer_decoding(seconds: float, prompt: int = 16, new: int = 64, long: int = 5
         "tokens_per_second": 1 / first,
         "peer_tokens_per_second": None,
         "times_as_fast": None,
+        "at_most": None,
     }
 
 
 def _compared(work: str, peer: str, tokens: int, samples: dict[str, Samples]) -> Row:
+    """`at_most` is how many times as fast jaxtok's program would be if it made its matrix products and nothing else."""
     ours, theirs = samples["jaxtok"].seconds, samples["peer"].seconds
     return {
         "work": work,
@@ -307,6 +316,7 @@ def _compared(work: str, peer: str, tokens: int, samples: dict[str, Samples]) ->
         "tokens_per_second": tokens / _median(ours),
         "peer_tokens_per_second": tokens / _median(theirs),
         "times_as_fast": _median(theirs / ours),
+        "at_most": _median(theirs / samples["products"].seconds),
     }
 
 
@@ -448,31 +458,24 @@ def loader(case: Case, seconds: float) -> Iterator[Row]:
 def profile(case: Case, seconds: float) -> Iterator[Row]:
     """Times the step's parts alone; their shares tell what bounds it.
 
-    `matrix products` are those of the gradient: each shape is timed by itself on fresh operands, and counted as often
-    as it occurs. No step can be faster than these.
+    `matrix products` are those of the gradient, by themselves. No step can be faster than these.
     """
     step = TrainStep(case.model, case.batch_size, case.length)
-    rng, params = jax.random.key(0), step.state.params
-
-    def loss(params):
-        return step.task.loss(params, step.batch, rng, jnp.zeros((), jnp.int32))[0]
-
-    forward, gradient = jax.jit(loss), jax.jit(jax.value_and_grad(loss))
-    products = matrix_products(jax.value_and_grad(loss), params)
+    forward, gradient = jax.jit(step.loss), jax.jit(jax.value_and_grad(step.loss))
     runs = {
         "step": step,
         "forward": lambda: forward(step.state.params),
         "gradient": lambda: gradient(step.state.params),
+        "matrix products": products_alone(jax.value_and_grad(step.loss), step.state.params),
     }
     samples = measure(runs, seconds)
-    alone = {key: _product_seconds(*key) for key in products}
     times = {name: _median(sample.seconds) for name, sample in samples.items()}
     parts = {
         "forward": times["forward"],
         "backward": times["gradient"] - times["forward"],
         "optimizer": times["step"] - times["gradient"],
         "step": times["step"],
-        "matrix products": sum(count * alone[key] for key, count in products.items()),
+        "matrix products": times["matrix products"],
     }
     for name, value in parts.items():
         yield {"time_of": name, "seconds": value, "share_of_step": value / parts["step"]}
@@ -501,16 +504,18 @@ def matrix_products(function: Callable, *args: Any) -> Counter:
     return counts
 
 
-def _product_seconds(operands: Any, dimension_numbers: Any, calls: int = 8) -> float:
-    """Returns the median of five times so many calls in a row, so that the time between calls does not count."""
-    left, right = (jnp.ones(shape, dtype) for shape, dtype in operands)
-    product = jax.jit(lambda a, b: jax.lax.dot_general(a, b, dimension_numbers))
-    times = []
-    for _ in range(6):  # the first is for warm-up
-        start = time.perf_counter()
-        jax.block_until_ready([product(left, right) for _ in range(calls)])
-        times.append((time.perf_counter() - start) / calls)
-    return _median(times[1:])
+def products_alone(function: Callable, *args: Any) -> Callable[[], Any]:
+    """Makes the matrix products of `function(*args)`, as often as it does, on operands of their own in one program."""
+    counts = matrix_products(function, *args)
+    keys = [key for key, count in counts.items() for _ in range(count)]
+    operands = [tuple(jnp.ones(shape, dtype) for shape, dtype in pair) for pair, _ in keys]
+
+    @jax.jit
+    def make(operands):
+        made = (jax.lax.dot_general(*pair, numbers) for pair, (_, numbers) in zip(operands, keys))
+        return [jax.lax.optimization_barrier(product).ravel()[0] for product in made]
+
+    return lambda: make(operands)
 
 
 @dataclasses.dataclass
@@ -525,7 +530,10 @@ class Samples:
 
 
 def measure(runs: dict[Any, Callable[[], Any]], seconds: float, least: int = 3) -> dict[Any, Samples]:
-    """Times functions in turns, after a call of each for warm-up; a sample is the mean over a fifth of a second."""
+    """Times functions in turns; a sample is the mean over a fifth of a second.
+
+    Each turn begins with a call that is not timed: after another program, large ones need up to a quarter more time.
+    """
     for run in runs.values():
         jax.block_until_ready(run())
     samples: dict[Any, list[tuple[float, float]]] = {name: [] for name in runs}
@@ -534,6 +542,8 @@ def measure(runs: dict[Any, Callable[[], Any]], seconds: float, least: int = 3) 
     while rounds < least or time.perf_counter() < end:
         for name, run in runs.items():
             rate = _rate()
+            if len(runs) > 1:
+                jax.block_until_ready(run())
             start, calls = time.perf_counter(), 0
             while not calls or time.perf_counter() - start < min(0.2, seconds / 10):
                 jax.block_until_ready(run())

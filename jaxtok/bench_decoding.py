@@ -83,7 +83,8 @@ def decoding(
                 parts = parts | {"evictor": evictor.fit(module, tokens.shape[1], new)}
             engines[method] = Engine(model=CachedTokens(module), chooser=Sampling(temperature=0), **parts)
             begun[method] = engines[method].prefill(params, tokens, lengths, new=new)
-        samples = measure({each: functools.partial(_run, each, engines, begun, ended, params) for each in methods})
+        ready = {method: engine.prepared(params) for method, engine in engines.items()}
+        samples = measure({each: functools.partial(_run, each, engines, begun, ended, ready[each]) for each in methods})
         texts = {method: new_tokens(state).tokens for method, state in ended.items()}
         context = float(np.mean(lengths)) + new / 2
         for method, engine in engines.items():

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -193,6 +194,18 @@ class Pretrained:
         ids = torch.tensor(self.prompts[:rows, :prompt])
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         return self.peer.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, prompt:].tolist()
+
+    def decoding_step(self, rows: int, prompt: int) -> tuple[Any, ...]:
+        """A pass over a new token of each row, as a function and its arguments."""
+        cache = self.module.init_cache(rows, prompt + 64)
+        tokens = jnp.zeros((rows, 1), jnp.int32)
+        return lambda params: self.module.apply({"params": params}, tokens, cache=cache), self.params
+
+    def reading(self, length: int) -> tuple[Any, ...]:
+        """A pass over a prompt without the head, as a function and its arguments."""
+        cache = self.module.init_cache(1, length + 1)
+        embedded = jnp.zeros((1, length, self.module.config.d_model))
+        return lambda params: self.module.apply({"params": params}, embedded, cache=cache, method="hidden"), self.params
 
     def prefill(self, length: int) -> jax.Array:
         engine = Engine(model=CachedTokens(self.module), chooser=Sampling(temperature=0))

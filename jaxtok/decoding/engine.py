@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from jaxtok.decoding.protocols import Chooser, Drafter, Evictor, Prompted, SelfDrafter, TokenModel, Verified
 from jaxtok.decoding.sampling import Sampling, row_keys, sampling_key, token_keys
+from jaxtok.nn.transformer import layers_apart
 from jaxtok.protocols import CausalLM, Params
 
 _BUCKET = 64  # prompts are padded to a multiple of this, so that those of similar length share a compiled loop
@@ -440,6 +441,12 @@ class Engine:
             return visit(walk)
         return jax.lax.while_loop(lambda walk: walk.going.any(), visit, walk)
 
+    def prepared(self, params: Params) -> Params:
+        """The parameters as `run` is fastest with: those of a large model on a CPU with its layers apart."""
+        reads_stack = self._sow or isinstance(self.drafter, SelfDrafter)
+        apart = isinstance(self.model, CachedTokens) and not reads_stack
+        return layers_apart(params, self.model.model.config) if apart else params
+
     def run(self, params: Params, state: State, until: int | Int[Array, ""] | None = None) -> State:
         """The state after steps until each row has `until` new tokens (default: all it may have) or has stopped.
 
@@ -463,6 +470,7 @@ class Engine:
         Raises:
           ValueError: the logits are NaN.
         """
+        params = self.prepared(params)
         given, live = jax.device_get((state.length, state.live))
         while live.any():
             until = None if chunk is None else (given - jax.device_get(state.start))[live].min() + chunk

@@ -42,6 +42,7 @@ def continue_texts(
       max_bytes: further bytes are cut off, and so are the tokens that are not needed for the rest.
       on_text: called about every `chunk` tokens.
     """
+    params = engine.prepared(params)
     shown = [read(row, [])[:max_bytes] for row in range(len(state.live))]
     while True:
         tokens, logprobs = new_tokens(state)

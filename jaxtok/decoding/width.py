@@ -198,6 +198,7 @@ def fit_width(
 
 def timed_run(engine: Engine, params: Params, state: State) -> tuple[float, State]:
     """The seconds of `Engine.run`, and the state after it."""
+    params = engine.prepared(params)
     start = time.perf_counter()
     ended = jax.block_until_ready(engine.run(params, state))
     return time.perf_counter() - start, ended

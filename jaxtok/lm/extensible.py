@@ -738,7 +738,7 @@ def generate_after(
         cache = _prefilled(config, params, [*parts[:-1], last[:, :-1]], cache)
     engine = Engine(model=CachedTokens(model), chooser=chooser, num_ids=num_ids)
     state = engine.begin(cache, last, new=max_new_tokens, rng=rng, stop=sorted(stop_tokens))
-    return new_tokens(engine.run(lm, state))
+    return new_tokens(engine.run(engine.prepared(lm), state))
 
 
 @functools.partial(jax.jit, static_argnames="config")

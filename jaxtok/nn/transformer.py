@@ -11,6 +11,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
@@ -20,6 +21,7 @@ from jaxtok.nn.attention import attend, visible_slots, visible_tokens
 from jaxtok.nn.cache import KVCache, entered
 from jaxtok.nn.norms import NORMS, Norm
 from jaxtok.nn.rotary import RopeScaling, apply_rotary, rotary_dim
+from jaxtok.protocols import Params
 
 REMAT_POLICIES = {
     "none": None,
@@ -340,6 +342,12 @@ class Stack(nn.Module):
             first, end = 0, cfg.num_layers
         elif first == end:
             return x, entered(x, positions, cache, first)[1]
+        if self.has_variable("params", "blocks_0"):  # `layers_apart`
+            positions, cache = entered(x, positions, cache, first)
+            call = Call(positions, segments, mask, bias, condition, deterministic)
+            for layer in range(first, end):
+                (x, cache), _ = block(cfg, name=f"blocks_{layer}")((x, cache), jnp.asarray(layer), call)
+            return x, cache
         scan = nn.scan(
             block,
             variable_axes={"params": 0, "intermediates": 0},
@@ -355,6 +363,30 @@ class Stack(nn.Module):
         call = Call(positions, segments, mask, bias, condition, deterministic)
         (x, cache), _ = scan(cfg, name="blocks")((x, cache), jnp.arange(first, end), call)
         return x, cache
+
+
+def layers_apart(params: Params, config: Any, least: int = 2**26) -> Params:
+    """The parameters of a large model on a CPU, with arrays of its own for each layer of its `stack`, without a copy.
+
+    XLA's CPU compiler copies each layer out of the stack before products read it. Where few tokens are read, this takes
+    as long as the products. A `Stack` with these parameters runs its layers one by one, which takes longer to compile.
+
+    Args:
+      config: the model's; its own parameters are returned if it is not a `StackConfig`.
+      least: the bytes from which on a stack is taken apart.
+    """
+    blocks = params["stack"].get("blocks") if isinstance(config, StackConfig) and "stack" in params else None
+    leaves = jax.tree.leaves(blocks)
+    if not leaves or sum(leaf.nbytes for leaf in leaves) < least:
+        return params
+    if any(len(leaf.devices()) > 1 or next(iter(leaf.devices())).platform != "cpu" for leaf in leaves):
+        return params
+    blocks = jax.tree.map(np.asarray, blocks)
+    layers = {
+        f"blocks_{layer}": jax.device_put(jax.tree.map(lambda leaf, layer=layer: leaf[layer], blocks))
+        for layer in range(config.num_layers)
+    }
+    return {**params, "stack": layers}
 
 
 def layer_range(layers: tuple[int, int] | None, count: int) -> tuple[int, int]:

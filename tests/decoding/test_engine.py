@@ -19,6 +19,7 @@ from jaxtok.decoding import CachedTokens, Drafter, Engine, PromptLookup, Samplin
 from jaxtok.decoding.engine import ancestors
 from jaxtok.decoding.protocols import Prompted
 from jaxtok.lm.lexinvariant import Lexinvariant
+from jaxtok.nn.transformer import layers_apart
 
 LIKE_ANOTHER = ("gpt2", "mistral", "opt", "semi_lexinvariant", "transformer", "word_pooled_plain")
 """Models that decode through the same code as another one; tests/lm/test_causal_lm.py tests the caches of all."""
@@ -245,6 +246,36 @@ def test_drafts_change_nothing(causal_lm):
     found = run(model, params, drafter=RandomTree(), drafter_state=state, **SAMPLED)
     assert_same(found, plain, "trees")
     assert sum(found.steps) < 3 * NEW
+
+
+def check_layers_apart(model, params, monkeypatch):
+    plain = run(model, params)
+    taken = []
+
+    def apart(*args):
+        taken.append(layers_apart(*args, least=0))
+        return taken[-1]
+
+    monkeypatch.setattr("jaxtok.decoding.engine.layers_apart", apart)
+    assert_same(run(model, params), plain, "apart")
+    return taken[0]
+
+
+def test_layers_apart_change_nothing(llama, monkeypatch):
+    """A large model's layers on a CPU are arrays of their own, which share the memory of the stack."""
+    model, params = llama
+    found = check_layers_apart(model, params, monkeypatch)["stack"]
+    assert set(found) == {"blocks_0", "blocks_1"}
+    whole = params["stack"]["blocks"]["attention"]["query"]["kernel"]
+    layer = found["blocks_1"]["attention"]["query"]["kernel"]
+    np.testing.assert_array_equal(layer, whole[1])
+    assert layer.unsafe_buffer_pointer() == whole.unsafe_buffer_pointer() + layer.nbytes
+    assert layers_apart(params, model.config) is params
+
+
+@pytest.mark.slow
+def test_layers_apart_change_nothing_in_any_model(causal_lm, monkeypatch):
+    check_layers_apart(*causal_lm, monkeypatch)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.5, top_p=0.9)], ids=["greedy", "sampled"])
