@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -294,25 +295,28 @@ class Model:
         ids = [self._ids(prompt) for prompt in prompts]
         room = module.config.max_length - max(map(len, ids), default=0)
         chooser, ends = sampling, self.ends if stop_at_end else ()
+        errors = contextlib.nullcontext()
         if constraint:
             vocabulary = _vocabulary(tokenizer, self.ends)
+            errors = vocabulary.errors()
             chooser = Constrained(vocabulary=vocabulary, sampling=sampling, constraint=parse(constraint))
             ends = vocabulary.eos  # with which a complete text ends, whatever stop_at_end says
         given = {"drafter": drafter, "drafter_state": drafter_state, "evictor": evictor}
         options |= {name: value for name, value in given.items() if value is not None}
-        made = generate(
-            module,
-            params,
-            ids,
-            max_new_tokens=max_new_tokens or max(1, min(200, room)),
-            chooser=chooser,
-            rng=rng,
-            stop_tokens=[*(token for (token,) in stops), *ends],
-            num_ids=min(tokenizer.vocab_size, self.task.model.vocab_size),
-            on_tokens=report_tokens if on_bytes else None,
-            chunk=4,
-            **options,
-        )
+        with errors:
+            made = generate(
+                module,
+                params,
+                ids,
+                max_new_tokens=max_new_tokens or max(1, min(200, room)),
+                chooser=chooser,
+                rng=rng,
+                stop_tokens=[*(token for (token,) in stops), *ends],
+                num_ids=min(tokenizer.vocab_size, self.task.model.vocab_size),
+                on_tokens=report_tokens if on_bytes else None,
+                chunk=4,
+                **options,
+            )
         if on_end:
             on_end(made)
         texts = [bytes_of(row) for row in made.tokens]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
 from collector import collect
 
@@ -20,6 +21,7 @@ import jaxtok
 from jaxtok import __version__
 from jaxtok.cli import FUNCTIONS, VERBS, VISION, main
 from jaxtok.tokenizers import load_tokenizer
+from jaxtok.tokenizers.bytes import ByteTokenizer
 from jaxtok.training.checkpoints import begin
 from jaxtok.verbs.text import generate
 
@@ -139,12 +141,79 @@ def test_generate_exact_bytes(run, plain):
         (["--constrain", "words:x"], "it must be regex:EXPRESSION"),
         (["--constrain", "json:nowhere.json"], "no file nowhere.json"),
         (["--exact-bytes", "--stop", "a"], "exact_bytes is given with"),
+        (["--exact-bytes", "--constrain", "regex:a"], "exact_bytes is given with"),
+        (["--exact-bytes", "--max-new-tokens", "9", "--prompt", "a" * 200], "a prompt has 200 tokens"),
     ],
 )
 def test_options_of_generate_that_cannot_be(run, capfd, options, said):
-    assert main(["generate", str(run), "--prompt", "a", *options]) == 1
+    refused(capfd, said, str(run), "--prompt", "a", *options)
+
+
+def refused(capfd, said, *arguments):
+    """`jaxtok generate` ends with one sentence, that has `said` in it."""
+    assert main(["generate", *arguments]) == 1
     error = " ".join(capfd.readouterr().err.split())
-    assert said in error and "Traceback" not in error
+    assert said in error and "Traceback" not in error, error
+
+
+@pytest.mark.parametrize(
+    ("constraint", "said"),
+    [
+        ("json:false", "Unsatisfiable schema"),
+        ('json:{"type": "integer", "minimum": 3, "maximum": 2}', "Unsatisfiable schema: minimum (3) is greater"),
+        ('json:{"type": "object", "properties": {"a": false}, "required": ["a"]}', "'a' is unsatisfiable"),
+        ('json:{"$ref": "#/nowhere"}', "Pointer '/nowhere' does not exist"),
+        ('json:{"type": "object"', "the JSON schema is no JSON"),
+        ("json:half.json", "the JSON schema is no JSON"),
+        ("json:list.json", "schema must be an object or boolean"),
+        ("json:bytes", "the file bytes is not UTF-8"),
+        ("regex:", "it must be regex:EXPRESSION"),
+        ("regex:(a", "unclosed group"),
+        (r"regex:[^\s\S]", "no text satisfies the constraint"),
+        ("grammar:nowhere.lark", "no file nowhere.lark"),
+        ("grammar:bytes", "the file bytes is not UTF-8"),
+        ("grammar:names.lark", 'unknown name: "a"'),
+        pytest.param("grammar:endless.lark", "fails: parser error", marks=pytest.mark.slow),  # inside the program
+    ],
+)
+def test_constraints_that_cannot_be(run, capfd, tmp_path, monkeypatch, constraint, said):
+    pytest.importorskip("llguidance")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "half.json").write_text('{"type": ')
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "bytes").write_bytes(b"\xff\x00")
+    (tmp_path / "names.lark").write_text("start: a b\n")
+    (tmp_path / "endless.lark").write_text('start: "a" start\n')
+    refused(capfd, said, str(run), "--prompt", "a", "--max-new-tokens", "6", "--constrain", constraint)
+
+
+def test_prompts_longer_than_the_context(run, capfd):
+    pytest.importorskip("llguidance")
+    for options in (["--constrain", "regex:[0-9]+"], []):
+        refused(capfd, "max_length = 128", str(run), "--prompt", "a" * 200, "--max-new-tokens", "9", *options)
+
+
+class Lower(ByteTokenizer):
+    name = "lower"
+
+    def encode(self, text):
+        return super().encode(text.lower())
+
+
+def test_exact_bytes_need_a_tokenizer_that_keeps_them(run, capfd, monkeypatch):
+    model = dataclasses.replace(jaxtok.open(run), tokenizer=Lower())
+    monkeypatch.setattr("jaxtok.verbs.text.open_model", lambda *_: model)
+    refused(capfd, "the tokenizer lower turns", str(run), "--prompt", "a", "--exact-bytes")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--constrain", "regex:[0-9]+"], ["--exact-bytes"]])
+def test_parameters_that_are_not_numbers(run, capfd, monkeypatch, options):
+    pytest.importorskip("llguidance")
+    model = jaxtok.open(run)
+    model = dataclasses.replace(model, params=jax.tree.map(lambda x: x * jnp.nan, model.params))
+    monkeypatch.setattr("jaxtok.verbs.text.open_model", lambda *_: model)
+    refused(capfd, "not numbers (NaN)", str(run), "--prompt", "a", "--max-new-tokens", "4", *options)
 
 
 def test_grow_and_train_on(run, folder, capsys):

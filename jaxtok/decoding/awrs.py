@@ -180,6 +180,8 @@ class AWRS:
         vocab, rows = logp.shape[1], jnp.arange(len(logp))
         block, most = min(self.block, vocab), self.max_rejects or jnp.inf
         best, ids = jax.lax.top_k(walk.order, min(block + 1, vocab))  # one more, which may be the Y of the last
+        # Without the barrier, the slices below hide from XLA that few are needed, and it sorts the whole vocabulary.
+        best, ids = jax.lax.optimization_barrier((best, ids))
         if block == vocab:
             best, ids = jnp.pad(best, ((0, 0), (0, 1)), constant_values=-jnp.inf), jnp.pad(ids, ((0, 0), (0, 1)))
         exists = best > -jnp.inf

@@ -19,6 +19,7 @@ import functools
 import hashlib
 import itertools
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -201,8 +202,10 @@ class Grammar:
 
     def _check(self, matcher: Any) -> None:
         if matcher.is_error():  # not that the text is wrong: the parser gave up
-            said = _short(matcher.get_error(), 200)
-            raise ValueError(f"the constraint {self.kind}:{_short(self.text)} fails: {said}.")
+            said = matcher.get_error().partition("\n")[0]
+            if said == "NoExtensionBias":  # nothing may follow
+                raise ValueError(f"no text satisfies the constraint {self.kind}:{_short(self.text)}.")
+            raise ValueError(f"the constraint {self.kind}:{_short(self.text)} fails: {_short(said, 200)}.")
 
 
 class _Matched(NamedTuple):
@@ -213,6 +216,7 @@ class _Matched(NamedTuple):
 
 
 def _short(text: str, most: int = 60) -> str:
+    text = " ".join(text.splitlines())
     return text if len(text) <= most else f"{text[:most]}..."
 
 
@@ -225,7 +229,7 @@ def constraint(text: str) -> Constraint:
     'regex'
 
     Raises:
-      ValueError: it is none of these.
+      ValueError: it is none of these, or the file is not text.
       FileNotFoundError: there is no such file.
     """
     kind, _, rest = text.partition(":")
@@ -234,7 +238,10 @@ def constraint(text: str) -> Constraint:
     is_file = kind == "grammar" or (kind == "json" and not rest.lstrip().startswith(("{", "true", "false")))
     if is_file and not Path(rest).is_file():
         raise FileNotFoundError(f"the constraint is {text!r}, but there is no file {rest}.")
-    return Grammar(kind, Path(rest).read_text() if is_file else rest)
+    try:
+        return Grammar(kind, Path(rest).read_text(encoding="utf-8") if is_file else rest)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the constraint is {text!r}, but the file {rest} is not UTF-8 ({error.reason}).") from None
 
 
 @flax.struct.dataclass
@@ -353,12 +360,16 @@ class Vocabulary:
     def errors(self) -> Iterator[None]:
         """Errors of constraints inside a compiled program come out of it as they were raised."""
         self.failure = None
+        log = logging.getLogger("jax._src.callback")  # it would write a traceback of what is raised here anyway
+        before, log.disabled = log.disabled, True
         try:
             yield
         except jax.errors.JaxRuntimeError:
             if self.failure is not None:
                 raise self.failure from None
             raise
+        finally:
+            log.disabled = before
 
     # What runs on the device: each asks the host once, for all rows.
 

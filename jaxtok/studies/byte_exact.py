@@ -141,7 +141,7 @@ class ByteCuts:
     """The cuts of each prompt."""
     batch: int = 16
     slots: int = 16
-    peer: int = 8
+    peer: int = 24
     """How many of the cuts are compared with `genlm-bytes`, if that is installed."""
     peer_bytes: int = 48
     """The bytes before each of these cuts."""
@@ -185,35 +185,51 @@ class ByteCuts:
                     lines.write(json.dumps({**bits, "batch": number, "inside": bool(inside), **cost, **seconds}) + "\n")
             print(f"{number + 1} of {len(cuts)} batches", flush=True)
         table = self.table([json.loads(line) for line in file.read_text().splitlines()])
-        table += self._beside_beams(model, exact, cuts, folder / "peer.md")
+        table += self._beside_beams(model, exact, cuts, folder / "peer.jsonl")
         (folder / "table.md").write_text(table)
         print(table)
         return True
 
     def _beside_beams(self, model: Model, exact: ByteModel, cuts: Sequence[Sequence[Any]], file: Path) -> str:
-        """The table of `genlm-bytes`: its beam of 5, and one of 40 as what a sum over all token sequences gives."""
-        if not self.peer or file.is_file():
-            return file.read_text() if file.is_file() else ""
+        """The table of `genlm-bytes`: its beam of 5, and one of 40 as what a sum over all token sequences gives.
+
+        What was measured is in `file`, four prompts at a time.
+        """
         some = [cut for part in cuts for cut in part if len(cut[0]) >= self.peer_bytes][: self.peer]
-        prompts, following = [text[-self.peer_bytes :] for text, _, _ in some], [byte for _, byte, _ in some]
-        try:
-            (five, theirs), (all_, _) = beams(model, prompts, (5, 40))
-        except ImportError:
-            return "\ngenlm-bytes is not installed (pip install genlm-bytes==0.2.0): not compared\n"
-        exact.next_bytes(prompts[:1])
-        ours, rows = [], []
-        for prompt in prompts:
-            began = time.perf_counter()
-            rows.append(exact.next_bytes([prompt])[0, :256])
-            ours.append(time.perf_counter() - began)
+        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+        while len(rows) < len(some):
+            part = some[len(rows) : len(rows) + 4]
+            prompts = [text[-self.peer_bytes :] for text, _, _ in part]
+            try:
+                (five, theirs), (all_, _) = beams(model, prompts, (5, 40))
+            except ImportError:
+                return "\ngenlm-bytes is not installed (pip install genlm-bytes==0.2.0): not compared\n"
+            exact.next_bytes(prompts[:1])
+            with file.open("a") as lines:
+                for prompt, (_, byte, _), beam, wide, seconds in zip(prompts, part, five, all_, theirs):
+                    began = time.perf_counter()
+                    ours = exact.next_bytes([prompt])[0, :256]
+                    spent = {"jaxtok": (ours, time.perf_counter() - began), "beam of 5": (beam, seconds)}
+                    row = {
+                        name: {
+                            "bits": float(-found[byte] / math.log(2)),
+                            "far": float(np.abs(np.exp(found) - np.exp(wide)).sum() / 2),
+                            "seconds": took,
+                        }
+                        for name, (found, took) in spent.items()
+                    }
+                    rows.append(row)
+                    lines.write(json.dumps(row) + "\n")
+            print(f"{len(rows)} of {len(some)} prompts beside genlm-bytes", flush=True)
+        if not rows:
+            return ""
         lines = ["| next byte by | bits of the true one | from a beam of 40 | s a prompt |", "|---|---|---|---|"]
-        for name, found, seconds in (("jaxtok", np.array(rows), ours), ("beam of 5", five, theirs)):
-            bits = -found[np.arange(len(some)), following].mean() / math.log(2)
-            far = np.abs(np.exp(found) - np.exp(all_)).sum(1).mean() / 2
-            lines.append(f"| {name} | {bits:.3f} | {far:.4f} | {np.median(seconds):.2f} |")
+        for name in rows[0]:
+            bits, far, seconds = (np.array([row[name][key] for row in rows]) for key in ("bits", "far", "seconds"))
+            shown = (f"{each.mean():.4f} ± {each.std() / math.sqrt(len(rows)):.4f}" for each in (bits, far))
+            lines.append(f"| {name} | {' | '.join(shown)} | {np.median(seconds):.2f} |")
         shown = "The third column is the total variation distance between the distributions of the next byte."
-        file.write_text("\n".join(["", *lines, "", f"{len(some)} prompts of {self.peer_bytes} bytes. {shown}", ""]))
-        return file.read_text()
+        return "\n".join(["", *lines, "", f"{len(rows)} prompts of {self.peer_bytes} bytes. {shown}", ""])
 
     def _cuts(self) -> list[list[tuple[bytes, int, bool]]]:
         """Batches of the prompt before each cut, the byte after it, and whether the cut is inside a token.

@@ -450,6 +450,14 @@ def test_results_do_not_depend_on_the_block():
     np.testing.assert_allclose(one.log_weights, many.log_weights, rtol=1e-4, atol=1e-5)
 
 
+def test_the_vocabulary_is_not_sorted():
+    """XLA finds the largest keys without sorting all, but only while nothing hides from it that few are needed."""
+    sampler, visit = AWRS(estimator="recursive"), table_visit(jnp.ones((2, 300), bool))
+    noise = RandomNoise(jax.random.split(jax.random.key(0), 2))
+    compiled = jax.jit(lambda logits: sampler.sample(logits, noise, (), visit)).lower(jnp.zeros((2, 300))).compile()
+    assert "TopK" in compiled.as_text() and " sort(" not in compiled.as_text()
+
+
 # Texts of a model.
 
 SYMBOLS = Symbols(6)
