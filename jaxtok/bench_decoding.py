@@ -25,31 +25,28 @@ from jaxtok.decoding import (
     Engine,
     PromptLookup,
     Sampling,
-    SuffixAutomaton,
-    TokenRecycling,
-    Union,
     Verified,
     parse_evictor,
 )
 from jaxtok.decoding.engine import State, new_tokens, padded_prompts
 from jaxtok.door import open_model
+from jaxtok.drafters import DRAFTERS, drafter_of
 from jaxtok.model import Model
 
 Row = dict[str, Any]
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "prompt lookup": {"drafter": PromptLookup()},
-    "prompt lookup, 8 tokens": {"drafter": PromptLookup(tokens=7)},
-    "suffix automaton": {"drafter": SuffixAutomaton()},
-    "Token Recycling": {"drafter": TokenRecycling()},
-    "ADED": {"drafter": ADED()},
-    "suffix automaton + Token Recycling": {"drafter": Union((SuffixAutomaton(), TokenRecycling()))},
+    **{form: {"drafter": form} for form in DRAFTERS if ":" not in form},
+    "prompt_lookup of 7 tokens": {"drafter": PromptLookup(tokens=7)},
+    "aded, empty table": {"drafter": ADED()},
+    "suffix_automaton+token_recycling": {"drafter": "suffix_automaton+token_recycling"},
     "keyformer:0.5": {"evictor": parse_evictor("keyformer:0.5")},
     "streaming:0.5": {"evictor": parse_evictor("streaming:0.5")},
-    "prompt lookup, streaming:0.5": {"drafter": PromptLookup(), "evictor": parse_evictor("streaming:0.5")},
+    "prompt_lookup, streaming:0.5": {"drafter": "prompt_lookup", "evictor": parse_evictor("streaming:0.5")},
 }
-"""What is compared, by name; drafters begin without what earlier texts have taught them."""
+"""What is compared, by name: evictors, and drafters or what --drafter calls them. Drafters begin without what earlier
+texts have taught them."""
 
 
 def prompts_of(model: Model, count: int, characters: int = 800) -> list[list[int]]:
@@ -81,6 +78,8 @@ def decoding(
         for method, parts in methods.items():
             if evictor := parts.get("evictor"):
                 parts = parts | {"evictor": evictor.fit(module, tokens.shape[1], new)}
+            if isinstance(named := parts.get("drafter"), str):
+                parts = parts | {"drafter": drafter_of(named, model)[0]}
             engines[method] = Engine(model=CachedTokens(module), chooser=Sampling(temperature=0), **parts)
             begun[method] = engines[method].prefill(params, tokens, lengths, new=new)
         ready = {method: engine.prepared(params) for method, engine in engines.items()}

@@ -150,7 +150,7 @@ def test_methods_of_decoding(tmp_path, monkeypatch):
     model = Model(LanguageModeling(model=config), params, None)
     monkeypatch.setattr(bench_decoding, "open_model", lambda name: model)
     monkeypatch.setattr(bench_decoding, "prompts_of", lambda model, count: [[5, 0, 0, 0, 0, 0, 0, 0]] * count)
-    names = ("plain", "prompt lookup, 8 tokens", "streaming:0.5")
+    names = ("plain", "prompt_lookup of 7 tokens", "streaming:0.5")
     methods = {name: METHODS[name] for name in names}
     times = functools.partial(measure, seconds=0.01)
     rows = list(bench_decoding.decoding(times, batches=(1, 2), new=16, methods=methods))

@@ -20,6 +20,7 @@ from collector import collect
 import jaxtok
 from jaxtok import __version__
 from jaxtok.cli import FUNCTIONS, VERBS, VISION, main
+from jaxtok.drafters import DRAFTERS
 from jaxtok.tokenizers import load_tokenizer
 from jaxtok.tokenizers.bytes import ByteTokenizer
 from jaxtok.training.checkpoints import begin
@@ -98,6 +99,10 @@ def test_generate_streams_one_and_batches_several(run, capfdbinary):
 @pytest.fixture(scope="module")
 def plain(run):
     return jaxtok.open(run).generate_bytes(["number 1", "a"], 12, temperature=0.0, stop_at_end=False)
+
+
+def test_the_help_has_every_drafter():
+    assert DRAFTERS.keys() <= set(re.split(r"[\s,;()]+", generate.__doc__))
 
 
 @pytest.mark.parametrize(

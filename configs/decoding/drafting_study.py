@@ -7,14 +7,17 @@ Token Recycling. Arms that run with the model take most of the time; it resumes 
 `--only` chooses some. It has not been run whole yet; configs/decoding/README.md has what was.
 """
 
-from jaxtok.decoding import ADED, PromptLookup, SuffixAutomaton, TokenRecycling, Union
+from jaxtok.decoding import ADED, Drafter, PromptLookup, SuffixAutomaton, TokenRecycling, Union
 from jaxtok.studies.drafting import Arm, DraftStudy
 
 BUDGET = TokenRecycling().nodes
+IN_BATCHES = {"with_model": True, "rows": 6}  # one question of each category
+HOT = IN_BATCHES | {"in_turn": True}
+COPIES = SuffixAutomaton(matches=3, tokens=12)
 
 
-def union(*drafters) -> dict:
-    return {"drafter": Union(drafters, budget=BUDGET), "in_turn": True, "with_model": True}
+def union(name: str, *drafters: Drafter) -> Arm:
+    return Arm(name=name, drafter=Union(drafters, budget=BUDGET), **HOT)
 
 
 config = DraftStudy(
@@ -22,11 +25,14 @@ config = DraftStudy(
     arms=(
         Arm(name="prompt lookup", drafter=PromptLookup()),
         Arm(name="suffix automaton", drafter=SuffixAutomaton()),
+        Arm(name="three copies", drafter=COPIES),
         Arm(name="ADED", drafter=ADED(), corpus="python"),
         Arm(name="ADED, shared", drafter=ADED(shared=True), corpus="python", in_turn=True),
-        Arm(name="Token Recycling, cold", drafter=TokenRecycling(), with_model=True),
-        Arm(name="Token Recycling, hot", drafter=TokenRecycling(), with_model=True, in_turn=True),
-        Arm(name="suffix automaton + Token Recycling", **union(SuffixAutomaton(), TokenRecycling())),
+        Arm(name="Token Recycling, cold", drafter=TokenRecycling(shared=False), **IN_BATCHES),
+        Arm(name="Token Recycling, hot", drafter=TokenRecycling(), **HOT),
+        union("suffix automaton + Token Recycling", SuffixAutomaton(), TokenRecycling()),
+        union("three copies + Token Recycling", COPIES, TokenRecycling()),
+        union("three copies + ADED + Token Recycling", COPIES, ADED(maker="best_first", nodes=17), TokenRecycling()),
     ),
     workdir="runs/drafting",
 )

@@ -5,7 +5,8 @@ included, so that plain decoding has 1. Passes over the prompt do not count. Mea
 of a category (micro averages), as in Spec-Bench.
 
 The model's greedy texts are generated once. Drafters that look at the text only are replayed on them
-(`jaxtok.studies.replay`); those that look at logits run with the model, one request after the other.
+(`jaxtok.studies.replay`); those that look at logits run with the model, in batches. A row's text and steps are those
+that it has alone, unless the drafter's state is of all rows: those of a batch then learn from each other.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class Arm:
     """Whether the requests come one after the other, and each begins with the state that the one before it left."""
     with_model: bool = False
     """Whether the model runs, which a drafter that looks at logits needs. Otherwise, its texts are replayed."""
+    rows: int = 1
+    """The requests that are answered as one batch, with the model; `in_turn`, batches come one after the other."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,9 +205,9 @@ class DraftStudy:
             empty = jax.eval_shape(lambda: arm.drafter.init(1, 1, model.task.model.vocab_size))
             with np.load(last) as leaves:
                 state = jax.tree.unflatten(jax.tree.structure(empty), list(leaves.values()))
-        options = {"new_tokens": self.new_tokens, "state": state, "in_turn": arm.in_turn}
-        for text, steps, after in answers(model, requests[len(found) :], arm.drafter, **options):
-            found.append((text, steps))
+        options = {"new_tokens": self.new_tokens, "state": state, "in_turn": arm.in_turn, "rows": arm.rows}
+        for texts, steps, after in answers(model, requests[len(found) :], arm.drafter, **options):
+            found.extend(zip(texts, steps))
             if arm.in_turn:
                 np.savez(last, *jax.tree.leaves(_kept(after)))
             file.write_text(json.dumps(done))
@@ -285,30 +288,34 @@ def answers(
     new_tokens: int = 128,
     in_turn: bool = True,
     state: Any = None,
-) -> Iterator[tuple[list[int], int, Any]]:
-    """Answers one request after another, greedily; yields each text, its passes, and the drafter's state after it.
+    rows: int = 1,
+) -> Iterator[tuple[list[list[int]], list[int], Any]]:
+    """Answers one batch of requests after another, greedily; yields their texts, their passes, and the last state.
 
     Args:
-      in_turn: whether the drafter's state goes on from request to request. Otherwise each begins with `state`.
+      in_turn: whether the drafter's state goes on from batch to batch. Otherwise each begins with `state`.
       state: the drafter's first state; default: a new one.
+      rows: the requests of a batch.
     """
     engine = Engine(model=CachedTokens(model.module), chooser=Sampling(temperature=0), drafter=drafter)
     engine = dataclasses.replace(engine, num_ids=min(model.tokenizer.vocab_size, model.task.model.vocab_size))
     params, stops = jax.device_put(model.params), sorted(model.ends)
     longest = model.task.model.max_length
-    for ids in requests:
-        if len(ids) + new_tokens > longest:
+    for first in range(0, len(requests), rows):
+        batch = requests[first : first + rows]
+        lengths = np.array([len(ids) for ids in batch])
+        if (most := lengths.max()) + new_tokens > longest:
             raise ValueError(
-                f"a request has {len(ids)} tokens, which with new_tokens = {new_tokens} exceed the model's max_length "
-                f"= {longest}."
+                f"a request has {most} tokens, which with new_tokens = {new_tokens} exceed the model's max_length = "
+                f"{longest}."
             )
         # Few widths, so that few programs are compiled.
-        tokens = np.zeros((1, min(max(128, 1 << (len(ids) - 1).bit_length()), longest)), np.int32)
-        tokens[0, : len(ids)] = ids
-        decoding = engine.prefill(params, tokens, np.array([len(ids)]), new=new_tokens, stop=stops, drafter=state)
+        tokens = np.zeros((len(batch), min(max(128, 1 << (int(most) - 1).bit_length()), longest)), np.int32)
+        for row, ids in zip(tokens, batch):
+            row[: len(ids)] = ids
+        decoding = engine.prefill(params, tokens, lengths, new=new_tokens, stop=stops, drafter=state)
         decoding = engine.run(params, decoding)
-        (text,) = tokens_of(decoding).tokens
-        yield text, int(decoding.steps[0]), decoding.drafter
+        yield tokens_of(decoding).tokens, np.asarray(decoding.steps).tolist(), decoding.drafter
         state = _kept(decoding.drafter) if in_turn else state
 
 

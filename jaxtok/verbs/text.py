@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from jaxtok.decoding import (
-    ADED,
-    ADEDState,
-    Drafter,
-    DraftModel,
-    Generation,
-    PromptLookup,
-    SuffixAutomaton,
-    TokenRecycling,
-    Union,
-    parse_evictor,
-)
+from jaxtok.decoding import parse_evictor
 from jaxtok.decoding.byte_model import generate_exact
-from jaxtok.decoding.trigram_table import load_table, tokenizer_digest
 from jaxtok.door import open_model
-from jaxtok.model import Model, Split
+from jaxtok.drafters import drafter_of
+from jaxtok.model import Split
 
 
 def evaluate(
@@ -166,54 +153,6 @@ def generate(
         for number, (before, text) in enumerate(zip(shown, texts)):
             _write(f"--- {number} ---\n".encode() + before + text + b"\n")
     return texts
-
-
-def drafter_of(text: str, model: Model) -> tuple[Drafter, Any, Callable[[Generation], None] | None]:
-    """Returns what --drafter names: the drafter, its first state (None: a new one), and what keeps its last state.
-
-    Raises:
-      ValueError: it names no drafter, or one that needs something else.
-      FileNotFoundError: there is no such file.
-    """
-    drafters, states, keepers = [], [], []
-    for number, part in enumerate(text.split("+")):
-        name, _, place = part.partition(":")
-        state, keep = None, None
-        match name, place:
-            case "prompt_lookup", "":
-                made: Any = PromptLookup(ends=model.ends)
-            case "suffix_automaton", "":
-                made = SuffixAutomaton()
-            case "token_recycling", _ if not place or place.endswith(".safetensors"):
-                made = TokenRecycling()
-                if place:
-                    about = tokenizer_digest(model.tokenizer)
-                    if Path(place).exists():
-                        state = made.load(place, model.task.model.vocab_size, about)
-                    keep = functools.partial(made.save, place, tokenizer=about)
-            case "aded", _ if place:
-                made, state = ADED(), ADEDState(load_table(place, model.tokenizer))
-            case "draft_model", _ if place:
-                small = open_model(place)
-                made = DraftModel(model=small.module)
-                state = made.first_state(small.params)
-            case _:
-                raise ValueError(
-                    f"drafter is {text!r}, where {part!r} is none of prompt_lookup, suffix_automaton, token_recycling, "
-                    "token_recycling:FILE.safetensors, aded:TABLE and draft_model:MODEL."
-                )
-        drafters.append(made)
-        states.append(state)
-        if keep:
-            keepers.append((number, keep))
-
-    def keep_all(made: Generation) -> None:
-        for number, keep in keepers:
-            keep(made.state.drafter[number] if len(drafters) > 1 else made.state.drafter)
-
-    if len(drafters) == 1:
-        return drafters[0], states[0], keep_all if keepers else None
-    return Union(tuple(drafters)), tuple(states), keep_all if keepers else None
 
 
 def _read_prompts(file: Path | None, given: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import pytest
 from causal_lms import noisy_params
 from collector import collect
 
+from jaxtok import drafters
 from jaxtok.decoding import (
     ADED,
     ADEDState,
@@ -105,7 +106,7 @@ def drafter_of(name: str):
             return SelfSpeculation(config=M2R2Config(exits="lens", gates=(1,), gamma=3)), None
 
 
-DRAFTERS = ("prompt_lookup", "suffix_automaton", "token_recycling", "aded", "draft_model", "union", "m2r2")
+DRAFTERS = (*dict.fromkeys(form.partition(":")[0] for form in drafters.DRAFTERS), "union", "m2r2")
 
 EVICTING = {name: f"{name}:6,every=3" for name in EVICTORS} | {
     "streaming": "streaming:6,sinks=2,every=3",

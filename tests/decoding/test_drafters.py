@@ -140,12 +140,13 @@ def drafters(llama, plain):
         "own matrices": (TokenRecycling(template=TREE, shared=False, update_from_prompt=True), None),
         "random matrix": (recycling, random),
         "suffix automaton": (SuffixAutomaton(tokens=4), None),
+        "three copies": (SuffixAutomaton(tokens=4, matches=3), None),
         "itself": (DraftModel(model=own, tokens=3), DraftModel(model=own).first_state(params)),
         "draft model": (draft, draft.first_state(theirs)),
         "recurrent": (DraftModel(model=recurrent), DraftModel(model=recurrent).first_state(noisy_params(recurrent))),
         "union": (Union((lookup, recycling)), None),
         "union of all": (
-            Union((SuffixAutomaton(), recycling, draft, Nonsense(), Told()), budget=24),
+            Union((SuffixAutomaton(tokens=4, matches=3), recycling, draft, Nonsense(), Told()), budget=32),
             (None, None, draft.first_state(theirs), text, (text, 1)),
         ),
         "union of one node": (Union((recycling,), budget=1), None),
@@ -154,7 +155,7 @@ def drafters(llama, plain):
 
 
 NAMES = ("token recycling", "random matrix", "suffix automaton", "draft model", "union of all", "union of nonsense")
-LIKE_ANOTHER = ("own matrices", "itself", "recurrent", "union", "union of one node")
+LIKE_ANOTHER = ("three copies", "own matrices", "itself", "recurrent", "union", "union of one node")
 slow = [pytest.param(name, marks=pytest.mark.slow) for name in LIKE_ANOTHER]
 
 
@@ -285,6 +286,7 @@ def test_a_draft_model_of_another_vocabulary_is_refused(llama):
         (lambda: Union((PromptLookup(),), budget=-1), "budget is -1"),
         (lambda: Union((PromptLookup(), "m2r2")), "drafters has m2r2, which proposes no tree"),
         (lambda: SuffixAutomaton(tokens=0), "tokens is 0"),
+        (lambda: SuffixAutomaton(matches=0), "matches is 0"),
         (lambda: DraftModel(model=None, tokens=0), "tokens is 0"),
     ],
 )
@@ -301,14 +303,15 @@ def test_a_union_takes_a_tuple_of_states(llama):
 # What they propose.
 
 
-def longest_suffix(text: list[int], tokens: int) -> list[int]:
-    """The definition, with lists: the latest of the longest earlier occurrences, copied on."""
+def longest_suffix(text: list[int], tokens: int, besides: set[int]) -> list[int]:
+    """The definition, with lists: the latest of the longest earlier occurrences that go on with another token than
+    these, copied on."""
     best, where = 0, None
     for place in range(1, len(text)):
         same = 0
         while same < place and text[place - 1 - same] == text[-1 - same]:
             same += 1
-        if same and same >= best:
+        if same and same >= best and text[place] not in besides:
             best, where = same, place
     if where is None:
         return []
@@ -318,17 +321,27 @@ def longest_suffix(text: list[int], tokens: int) -> list[int]:
     return copied[len(text) :]
 
 
-def test_suffix_automaton_by_definition():
+@pytest.mark.parametrize("matches", [1, 3])
+def test_suffix_automaton_by_definition(matches):
     random = np.random.default_rng(0)
     lengths = random.integers(1, 30, 64)
-    text = random.integers(0, 3, (64, 32))
-    tokens, parents = jax.jit(SuffixAutomaton(tokens=7).propose)((), jnp.asarray(text), jnp.asarray(lengths))
+    text = random.integers(0, 4, (64, 32))
+    drafter = SuffixAutomaton(tokens=7, matches=matches)
+    tokens, parents = jax.jit(drafter.propose)((), jnp.asarray(text), jnp.asarray(lengths))
+    assert tokens.shape == parents.shape == (64, drafter.nodes)
+    copies = tokens[:, 1:].reshape(64, matches, 7).tolist()
     for row, length in enumerate(lengths):
-        expected = longest_suffix(text[row, :length].tolist(), 7)
-        assert tokens[row, 0] == text[row, length - 1]
-        assert parents[row].tolist() == ([-1, *range(7)] if expected else [-1] * 8)
-        if expected:
-            assert tokens[row, 1:].tolist() == expected
+        assert tokens[row, 0] == text[row, length - 1] and parents[row, 0] == -1
+        seen = set()
+        for number, copy in enumerate(copies[row]):
+            expected = longest_suffix(text[row, :length].tolist(), 7, seen)
+            first = 1 + 7 * number
+            above = parents[row, first : first + 7].tolist()
+            assert above == ([0, *range(first, first + 6)] if expected else [-1] * 7)
+            if expected:
+                assert copy == expected
+                seen.add(copy[0])
+    assert matches == 1 or (parents[:, -7:] >= 0).any()  # some have three
 
 
 def paths_of(tokens, parents) -> list[tuple[int, ...]]:

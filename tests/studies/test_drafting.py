@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import types
 from pathlib import Path
@@ -98,12 +99,15 @@ def test_answers_hot_and_cold(model):
         name: list(answers(model, requests, own, new_tokens=10, in_turn=hot))
         for name, own, hot in (("plain", None, True), ("hot", RECYCLING, True), ("cold", RECYCLING, False))
     }
-    texts = {name: [text for text, _, _ in run] for name, run in runs.items()}
+    texts = {name: [text for (text,), _, _ in run] for name, run in runs.items()}
     assert texts["hot"] == texts["cold"] == texts["plain"]
-    passes = {name: [count for _, count, _ in run] for name, run in runs.items()}
+    passes = {name: [count for _, (count,), _ in run] for name, run in runs.items()}
     assert passes["plain"] == list(map(len, texts["plain"])) and passes["hot"][0] == passes["cold"][0]
     written = {name: int((run[1][2] != 0).any(-1).sum()) for name, run in runs.items() if name != "plain"}
     assert written["hot"] > written["cold"] > 0
+    own = dataclasses.replace(RECYCLING, shared=False)
+    ((both, counts, _),) = answers(model, requests, own, new_tokens=10, in_turn=False, rows=2)
+    assert both == texts["plain"] and counts == passes["cold"]  # rows with a matrix each, as alone
     with pytest.raises(ValueError, match=r"a request has 3 tokens.*max_length = 80"):
         next(answers(model, requests, None, new_tokens=78))
 
