@@ -83,8 +83,13 @@ NO_MIXTURE = dataclasses.replace(WORD_MASKING, mask_share=1.0, random_share=0.0)
 @functools.lru_cache
 def noisy_params(config=TINY):
     """Parameters, none of them zero."""
-    flat, unflatten = jax.flatten_util.ravel_pytree(init_params(config, jax.random.key(0)))
-    return unflatten(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
+
+    @jax.jit
+    def noisy_init():
+        flat, unflatten = jax.flatten_util.ravel_pytree(init_params(config, jax.random.key(0)))
+        return unflatten(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
+
+    return noisy_init()
 
 
 def batch(texts=(TEXT, b"a second text"), length=12, max_bytes=12, max_pieces=3, vocab=40):

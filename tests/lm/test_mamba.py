@@ -134,11 +134,13 @@ def test_drafts_and_what_a_state_cannot_do():
         model.apply({"params": params}, tokens, cache=model.init_cache(3, 4))
 
 
+@functools.partial(jax.jit, static_argnames=("orders", "slices", "config"))
 def mixed(orders, params, x, slices=5, config=MIXER):
     return Mixer(config, orders, slices=slices).apply({"params": params}, x)[0]
 
 
 @functools.cache
+@jax.jit
 def three_orders():
     return jax.tree.map(
         lambda leaf: leaf + 0.3 * random(*leaf.shape, seed=leaf.size),
