@@ -25,9 +25,10 @@ def vectors(seed, *shape):
 
 def with_params(module, x, seed=0):
     variables = jax.tree.map(
-        lambda x: x.value, module.init(jax.random.key(seed), x), is_leaf=lambda x: hasattr(x, "names")
+        lambda x: x.value, jax.jit(module.init)(jax.random.key(seed), x), is_leaf=lambda x: hasattr(x, "names")
     )
-    return lambda *args, **options: module.apply(variables, *args, **options), variables["params"]
+    apply = jax.jit(module.apply, static_argnames=("method", "train", "temperature"))
+    return functools.partial(apply, variables), variables["params"]
 
 
 @functools.partial(jax.jit, static_argnames="sub_codes")
