@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import inspect
 import json
 import os
@@ -28,7 +29,8 @@ os.environ.setdefault(
     "--xla_force_host_platform_device_count=8"
     if "--slow" in sys.argv
     else "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false",
+    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_parallel_codegen_split_count=1",  # the other core has tests of its own
 )
 # With a thread for each of two cores, the eight devices wait for one another for ever in some programs: each collective
 # holds a thread until all devices have come to it.
@@ -58,6 +60,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not (folder := config.getoption("--goldens")).is_dir():
         raise pytest.UsageError(f"--goldens is {folder}; it must be a folder of fixtures.")
+
+
+def pytest_collection_finish():
+    # Tracing makes many objects and few cycles of them; modules and tests stay until the end.
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 20)
 
 
 def pytest_collection_modifyitems(config, items):
@@ -175,9 +183,15 @@ def beyond_budget(terminalreporter, budget: float):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """Drops compiled programs after each file, as they would fill the memory."""
+    """Drops compiled programs after a file when there are many, as they would fill the memory.
+
+    Each program has two or three maps of memory, and half a megabyte.
+    """
     yield
-    jax.clear_caches()
+    maps = Path("/proc/self/maps")
+    if not maps.exists() or maps.read_bytes().count(b"\n") > 6_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

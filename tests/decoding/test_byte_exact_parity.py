@@ -172,10 +172,11 @@ def test_contexts(golden, tmp_path):
     context = golden["in/context_ids"].tolist()
     member = exact(model, tokenizer, domain="piece")
     state = member.prefill(params, prompts, [context] * len(prompts), new=0, inside=True)
+    full_pass = jax.jit(lambda ids: jax.nn.log_softmax(model.apply({"params": params}, ids)[0][0]))
     for case in cases:
         chain, _ = member.vocabulary.anchored(prompts[case], inside=True)
         ids = jnp.array([[*context, *chain]])
-        likely = jax.nn.log_softmax(model.apply({"params": params}, ids)[0][0])
+        likely = np.asarray(full_pass(ids))
         before = sum(float(likely[len(context) - 1 + i, token]) for i, token in enumerate(chain))
         covers = {(*chain, *tokens): value + before for tokens, value in member.covers(state, case).items()}
         names = [tuple(row[row >= 0]) for row in golden[f"out/covers_{case}"]]

@@ -434,11 +434,9 @@ def test_only_the_tokens_after_a_prompt_count():
     task, batch = case().task, case().batch
     counted = np.asarray(task.counts(batch))
     np.testing.assert_array_equal(counted, batch["mask"] * (batch["positions"] >= 2))
-    params = task.init(jax.random.key(0), batch)
-    sums = task.sums(params, batch, jax.random.key(0))
-    logits, _ = task.module().apply(
-        {"params": params}, batch["tokens"], positions=batch["positions"], segments=batch["segments"]
-    )
+    params = jax.jit(task.init)(jax.random.key(0), batch)
+    sums = jax.jit(task.sums)(params, batch, jax.random.key(0))
+    logits, _ = apply(task.module(), params, batch["tokens"], positions=batch["positions"], segments=batch["segments"])
     expected = (cross_entropy(logits, batch["targets"]) * counted).sum()
     np.testing.assert_allclose(sums["nats"], expected, rtol=1e-6)
     with pytest.raises(ValueError, match=r"data.length is 2; it must be at least task.schedule.prompt = 3"):

@@ -80,11 +80,19 @@ TEXT = b"the quick brown fox, na\xc3\xafve \xff dogs and words of eleven"
 NO_MIXTURE = dataclasses.replace(WORD_MASKING, mask_share=1.0, random_share=0.0)
 
 
+init_bert = jax.jit(bert.init_params, static_argnums=0)
+
+
 @functools.lru_cache
 def noisy_params(config=TINY):
     """Parameters, none of them zero."""
-    flat, unflatten = jax.flatten_util.ravel_pytree(init_params(config, jax.random.key(0)))
-    return unflatten(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
+
+    @jax.jit
+    def noisy_init():
+        flat, unflatten = jax.flatten_util.ravel_pytree(init_params(config, jax.random.key(0)))
+        return unflatten(flat + 0.3 * jax.random.normal(jax.random.key(1), flat.shape))
+
+    return noisy_init()
 
 
 def batch(texts=(TEXT, b"a second text"), length=12, max_bytes=12, max_pieces=3, vocab=40):
@@ -341,7 +349,7 @@ def test_rows_of_pieces():
 @pytest.mark.slow
 def test_both_models_are_asked_for_the_same_words():
     rows, rng = batch(), jax.random.key(2)
-    params = bert.init_params(SUBWORDS.model, jax.random.key(0))
+    params = init_bert(SUBWORDS.model, jax.random.key(0))
     found, slots = jax.jit(SUBWORDS.predict)(params, rows, rng)
     ours, our_slots = jax.jit(task().predict)(noisy_params(), rows, rng)
     np.testing.assert_array_equal(slots.places, our_slots.places)
@@ -367,7 +375,7 @@ def test_both_models_are_asked_for_the_same_words():
 def test_words_beyond_the_row_of_pieces_do_not_count():
     rows = batch((b"abc def ghi jkl mno pqr",), length=12)
     short = dataclasses.replace(SUBWORDS, max_tokens=4, masking=dataclasses.replace(NO_MIXTURE, rate=0.9))
-    params = bert.init_params(SUBWORDS.model, jax.random.key(0))
+    params = init_bert(SUBWORDS.model, jax.random.key(0))
     found, _ = jax.jit(short.predict)(params, rows, jax.random.key(0))
     assert found.weights.sum() == 3  # those of the first word
 
@@ -390,7 +398,7 @@ def test_classes():
 
 def test_a_bert_lends_its_body(tmp_path):
     theirs = BertConfig(**BODY, vocab_size=30, max_positions=12)
-    body = bert.init_params(theirs, jax.random.key(5))
+    body = init_bert(theirs, jax.random.key(5))
     params = with_bert_body(TINY, noisy_params(), theirs, body)
     assert params["position_embedding"] is noisy_params()["position_embedding"]
     folder = write_folder(tmp_path / "bert", theirs, body)

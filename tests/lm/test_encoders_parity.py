@@ -118,9 +118,9 @@ def compare_gradients(config, gradient, theirs, parity, what):
 def test_types_default_to_the_first(golden, parity):
     config, params = load(golden)
     arrays = golden.under("in")
-    model = Bert(config)
-    hidden = model.apply({"params": params}, arrays["input_ids"], arrays["attention_mask"])
-    logits = model.apply({"params": params}, hidden, method="masked_words")
+    apply = jax.jit(Bert(config).apply, static_argnames="method")
+    hidden = apply({"params": params}, arrays["input_ids"], arrays["attention_mask"])
+    logits = apply({"params": params}, hidden, method="masked_words")
     real = arrays["attention_mask"].astype(bool)
     parity("logits without types", logits[real], golden["out/logits_no_token_types"][real])
 
@@ -135,10 +135,13 @@ CONFIGS = {
 }
 
 
+new_params = jax.jit(lambda config: init_params(config, jax.random.key(0)), static_argnames="config")
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_written_then_read_is_the_same(name, tmp_path):
     config = CONFIGS[name]
-    params = init_params(config, jax.random.key(0))
+    params = new_params(config)
     write_folder(tmp_path / "folder", config, params)
     again, tree = read_folder(tmp_path / "folder")
     assert again == config
@@ -151,7 +154,7 @@ def test_with_the_library_itself(tmp_path):
     kinds = {"bert": transformers.BertForPreTraining, "roberta": transformers.RobertaForMaskedLM}
     for name, kind in kinds.items():
         config = CONFIGS[name]
-        params = jax.tree.map(lambda x: 10 * x, init_params(config, jax.random.key(0)))
+        params = jax.tree.map(lambda x: 10 * x, new_params(config))
         theirs = kind.from_pretrained(write_folder(tmp_path / name, config, params)).eval()
         tokens = np.random.default_rng(1).integers(2, config.vocab_size, (2, 12))
         tokens[0, 9:] = config.pad_id
@@ -185,18 +188,19 @@ def test_published_sizes(name, parameters):
 
 def test_padding_at_the_end_changes_nothing():
     config = CONFIGS["roberta"]
-    params = init_params(config, jax.random.key(0))
+    params = new_params(config)
     tokens = np.arange(5, 15)[None]
     padded = np.concatenate([tokens, np.full((1, 4), config.pad_id)], 1)
-    alone = Bert(config).apply({"params": params}, tokens)
-    np.testing.assert_allclose(Bert(config).apply({"params": params}, padded)[:, :10], alone, atol=1e-6)
+    apply = jax.jit(Bert(config).apply)
+    alone = apply({"params": params}, tokens)
+    np.testing.assert_allclose(apply({"params": params}, padded)[:, :10], alone, atol=1e-6)
 
 
 def test_verbs_for_language_models_refuse_an_encoder(tmp_path):
     config = BertConfig(vocab_size=384, num_layers=1, d_model=8, num_heads=1, mlp_dim=8, max_positions=8)
     task = MaskedWords(model=config, masking=Masking(mask_id=260, kept_ids=(258, 259)))
     data = EncoderData(cls_id=258, sep_id=259)
-    model = Model(task=task, params=init_params(config, jax.random.key(0)), data=data)
+    model = Model(task=task, params=new_params(config), data=data)
     format_named("bert").write(tmp_path / "bert", model)
     with pytest.raises(ValueError, match="is a model of MaskedWords, which does not generate text"):
         verbs.generate(tmp_path / "bert")

@@ -101,11 +101,19 @@ def outputs(config, params, ids):
     return Extensible(config).apply({"params": params}, ids, method="outputs")
 
 
+@jax.jit
+def mean_of(trees):
+    return jax.tree.map(lambda *x: sum(x) / len(x), *trees)
+
+
+layout_of = jax.jit(row_layout, static_argnames=("chunk", "per_chunk", "ets"))
+
+
 def of_batch(config, params, ids, ks, chunk):
     """Loss, gradient and nats of a batch in which each row has its own k."""
     rows = [loss_at(config, params, row[None], int(k), chunk) for row, k in zip(ids, ks)]
-    loss, gradient = jax.tree.map(lambda *x: sum(x) / len(x), *[(value, gradient) for (value, _), gradient in rows])
-    return loss, gradient, jnp.concatenate([nats for (_, nats), _ in rows])
+    loss, gradient = mean_of([(value, gradient) for (value, _), gradient in rows])
+    return loss, gradient, np.concatenate([nats for (_, nats), _ in rows])
 
 
 def greedy_groups(chunks, chunk, per_chunk, window):
@@ -134,7 +142,7 @@ def test_tables(golden):
         groups = greedy_groups(*case)
         np.testing.assert_array_equal(groups, golden[f"out/groups_{at}"])
         first, last = groups[-1]
-        layout = row_layout(jnp.arange(first, last + 1), chunk, per_chunk, (last - 1) * per_chunk)
+        layout = layout_of(jnp.arange(first, last + 1), chunk, per_chunk, (last - 1) * per_chunk)
         for name, ours in zip(("positions", "mask", "source"), layout):
             np.testing.assert_array_equal(ours, golden[f"out/{name}_{at}"])
     for (document, raw, window), k in zip(golden["in/fit_cases"].tolist(), golden["out/fit_k"].tolist()):
@@ -156,7 +164,7 @@ def test_two_streams(golden, parity):
         groups = greedy_groups(ids.shape[1] // chunk, chunk, chunk // k, config.slots)
         np.testing.assert_array_equal(groups, golden[f"mid/groups_{row}"])
         first, last = groups[-1]
-        layout = row_layout(jnp.arange(first, last + 1), chunk, chunk // k, (last - 1) * chunk // k)
+        layout = layout_of(jnp.arange(first, last + 1), chunk, chunk // k, (last - 1) * chunk // k)
         for name, ours in zip(("positions", "mask", "source"), layout):
             np.testing.assert_array_equal(ours, golden[f"mid/last_group_{name}_{row}"])
     loss, gradient, nats = of_batch(config, params, ids, ks, chunk)
@@ -234,13 +242,18 @@ def test_updates(golden, parity):
     )
     optimizer = make_optimizer(settings)
     state, norms, losses, rates = optimizer.init(params), [], [], []
+
+    @jax.jit
+    def updated(params, state, gradient, step):
+        updates, state = optimizer.update(gradient, state, params)
+        rate = learning_rates(settings, step, steps)
+        return optax.apply_updates(params, descend(updates, rate)), state, rate[""]
+
     for step, (ids, ks) in enumerate(zip(golden["in/ids"], golden["in/k"])):
         loss, gradient, _ = of_batch(config, params, ids, ks, golden.config["chunk"])
         norms.append(optax.global_norm(gradient["tokenizer"]))
-        updates, state = optimizer.update(gradient, state, params)
-        rate = learning_rates(settings, step, steps)
-        params = optax.apply_updates(params, descend(updates, rate))
-        losses, rates = [*losses, loss], [*rates, rate[""]]
+        params, state, rate = updated(params, state, gradient, step)
+        losses, rates = [*losses, loss], [*rates, rate]
     parity("losses", jnp.stack(losses), golden["out/losses"])
     parity("gradient norms", jnp.stack(norms), golden["out/grad_norms"], rtol=1e-3)
     parity("rates", jnp.stack(rates), golden["out/lrs"])

@@ -329,9 +329,10 @@ def stream_by_hand(batch, row, length, eot):
 
 
 def test_the_stream_of_bytes_is_that_of_the_words():
+    streamed = jax.jit(byte_stream, static_argnums=(1, 2))
     batch = TASKS["hat_released"]().batch
     assert batch["segments"].max() > 2 and (batch["segments"] == 0).any() and (batch["lengths"][:, 0] > 0).any()
-    stream = {name: np.array(array) for name, array in byte_stream(batch, 60, 192).items()}
+    stream = {name: np.array(array) for name, array in streamed(batch, 60, 192).items()}
     for row in range(8):
         expected = stream_by_hand(batch, row, 60, 192)
         np.testing.assert_array_equal(stream["mask"][row], expected["mask"])
@@ -343,7 +344,7 @@ def test_the_stream_of_bytes_is_that_of_the_words():
         words = stream["target_word"][row][counted & (stream["targets"][row] != 192)]
         following = batch["target_lengths"][row][words]
         assert (following > 0).all()
-    short = {name: np.asarray(array) for name, array in byte_stream(batch, 10, 192).items()}
+    short = {name: np.asarray(array) for name, array in streamed(batch, 10, 192).items()}
     for name in ("tokens", "word", "segments", "targets"):
         np.testing.assert_array_equal(short[name][:, :9], stream[name][:, :9])  # what fits is kept
     assert not short["mask"][:, 9][stream["targets"][:, 9] != 192].any()

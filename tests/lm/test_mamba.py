@@ -134,11 +134,13 @@ def test_drafts_and_what_a_state_cannot_do():
         model.apply({"params": params}, tokens, cache=model.init_cache(3, 4))
 
 
+@functools.partial(jax.jit, static_argnames=("orders", "slices", "config"))
 def mixed(orders, params, x, slices=5, config=MIXER):
     return Mixer(config, orders, slices=slices).apply({"params": params}, x)[0]
 
 
 @functools.cache
+@jax.jit
 def three_orders():
     return jax.tree.map(
         lambda leaf: leaf + 0.3 * random(*leaf.shape, seed=leaf.size),
@@ -188,7 +190,7 @@ def test_published_sizes():
 
 def test_initial_step_sizes_and_what_decays():
     config = MambaConfig(**SIZES | {"num_layers": 1, "d_model": 256})
-    params = init_params(Mamba(config), jax.random.key(0), jnp.zeros((1, 1), int))
+    params = jax.jit(lambda: init_params(Mamba(config), jax.random.key(0), jnp.zeros((1, 1), int)))()
     forward = params["stack"]["blocks"]["mixer"]["forward"]
     steps = jax.nn.softplus(forward["steps_bias"])
     assert 0.001 <= steps.min() < 0.002 and 0.08 < steps.max() <= 0.1001

@@ -1,5 +1,7 @@
 """Exact statements about quantisers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,18 +25,25 @@ def vectors(seed, *shape):
 
 def with_params(module, x, seed=0):
     variables = jax.tree.map(
-        lambda x: x.value, module.init(jax.random.key(seed), x), is_leaf=lambda x: hasattr(x, "names")
+        lambda x: x.value, jax.jit(module.init)(jax.random.key(seed), x), is_leaf=lambda x: hasattr(x, "names")
     )
-    return lambda *args, **options: module.apply(variables, *args, **options), variables["params"]
+    apply = jax.jit(module.apply, static_argnames=("method", "train", "temperature"))
+    return functools.partial(apply, variables), variables["params"]
+
+
+@functools.partial(jax.jit, static_argnames="sub_codes")
+def there_and_back(bits, sub_codes):
+    codes = pack_bits(bits, sub_codes)
+    return codes, unpack_bits(codes, bits.shape[-1])
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 31), st.integers(1, 4), st.integers(0, 2**32 - 1))
 def test_bits_and_codes_are_one_to_one(size, sub_codes, seed):
     bits = np.random.default_rng(seed).integers(0, 2, (2, 3, size * sub_codes))
-    codes = pack_bits(jnp.asarray(bits), sub_codes)
+    codes, again = there_and_back(bits, sub_codes)
     assert codes.shape == (2, 3, sub_codes) and codes.dtype == jnp.int32
-    assert np.array_equal(unpack_bits(codes, size * sub_codes), bits)
+    assert np.array_equal(again, bits)
     text = "".join(map(str, bits[0, 0, :size]))
     assert int(codes[0, 0, 0]) == int(text, 2)  # the first bit is the most significant
 
