@@ -167,3 +167,34 @@ def test_a_union_accepts_more_than_its_drafters(tmp_path):
     rows = json.loads((tmp_path / "results.json").read_text())
     assert rows["union"]["all"] > 1.05 * max(rows["suffix automaton"]["all"], rows["recycling"]["all"])
     assert min(rows["recycling"]["same"], rows["union"]["same"]) >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+@pytest.mark.skipif(not SPEC_BENCH.is_file(), reason="needs Spec-Bench's questions")
+def test_prompt_lookup_beside_that_of_transformers():
+    """Four short questions, 64 tokens: what both accept, and whether their texts are plain decoding's."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    smollm2 = jaxtok.door.open_model("smollm2")
+    asked = DraftStudy(arms=(), questions=str(SPEC_BENCH), each=2, new_tokens=64).prompts(smollm2)
+    requests = [ids for _, ids in asked if len(ids) < 100][:4]
+    options = {"new_tokens": 64, "in_turn": False, "rows": len(requests)}
+    ((plain, _, _),) = answers(smollm2, requests, None, **options)
+    ((texts, steps, _),) = answers(
+        smollm2, requests, PromptLookup(longest=2, take="first", ends=smollm2.ends), **options
+    )
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2.path, dtype=torch.float32).eval()
+    passes = []
+    theirs.register_forward_hook(lambda *_: passes.append(1))
+    others = []
+    for ids in requests:
+        given = torch.tensor([ids])
+        lookup = {"prompt_lookup_num_tokens": 10, "max_matching_ngram_size": 2}
+        made = theirs.generate(
+            given, attention_mask=torch.ones_like(given), max_new_tokens=64, do_sample=False, **lookup
+        )
+        others.append(made[0, len(ids) :].tolist())
+    for name, found, count in (("jaxtok", texts, sum(steps)), ("transformers", others, len(passes))):
+        same = sum(a == b for a, b in zip(found, plain))
+        print(f"{name}: {sum(map(len, found)) / count:.3f} tokens a pass, {same} of {len(plain)} as plain decoding")
+    assert texts == plain
