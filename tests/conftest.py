@@ -183,15 +183,10 @@ def beyond_budget(terminalreporter, budget: float):
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compiled_programs():
-    """Drops compiled programs after a file when there are many, as they would fill the memory.
-
-    Each program has two or three maps of memory, and half a megabyte.
-    """
+    """Drops compiled programs after each file, as they would fill the memory."""
     yield
-    maps = Path("/proc/self/maps")
-    if not maps.exists() or maps.read_bytes().count(b"\n") > 6_000:
-        jax.clear_caches()
-        gc.collect()
+    jax.clear_caches()
+    gc.collect()  # some are in cycles
 
 
 @pytest.fixture(scope="session")

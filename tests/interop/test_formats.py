@@ -839,8 +839,10 @@ def test_heads_of_their_own_as_the_library_has_them(tmp_path):
         config, params = read_folder(tmp_path / kind)
         write_folder(tmp_path / f"{kind}-again", config, params)
         again = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / f"{kind}-again").eval()
-        hidden = config.module().apply({"params": params}, ids)
-        ours = config.module().apply({"params": params}, hidden, method="masked_words")
+        hidden = jax.jit(config.module().apply)({"params": params}, ids)
+        ours = jax.jit(config.module().apply, static_argnames="method")(
+            {"params": params}, hidden, method="masked_words"
+        )
         np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max(), err_msg=kind)
         with torch.no_grad():
             written = again(torch.tensor(ids)).logits.numpy()

@@ -90,7 +90,7 @@ def test_with_the_library_itself(tmp_path):
         tokens = np.random.default_rng(1).integers(0, config.vocab_size, (2, 20))
         with torch.no_grad():
             expected = theirs(torch.from_numpy(tokens)).logits.numpy()
-        ours, _ = Decoder(config).apply({"params": params}, tokens)
+        ours, _ = jax.jit(Decoder(config).apply)({"params": params}, tokens)
         np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max(), err_msg=name)
 
 
@@ -280,6 +280,6 @@ def test_grouped_queries_equal_repeated_keys():
         return x
 
     tokens = np.arange(12)[None]
-    a, _ = Decoder(LLAMA).apply({"params": params}, tokens)
-    b, _ = Decoder(wide).apply({"params": jax.tree_util.tree_map_with_path(repeat, params)}, tokens)
+    a, _ = jax.jit(Decoder(LLAMA).apply)({"params": params}, tokens)
+    b, _ = jax.jit(Decoder(wide).apply)({"params": jax.tree_util.tree_map_with_path(repeat, params)}, tokens)
     np.testing.assert_allclose(a, b, atol=1e-4)

@@ -71,7 +71,7 @@ def test_adapter(golden, parity):
     merged = params_to(model, merge(params, sites, adapter))
     theirs = golden.under("out/merged")
     parity("merged weights", {name: merged[name] for name in theirs}, theirs)
-    base, _ = Decoder(model).apply({"params": params}, arrays["input_ids"])
+    base, _ = jax.jit(Decoder(model).apply)({"params": params}, arrays["input_ids"])
     parity("logits of the base", base, golden["out/logits_base"])
     for name, scale in json.loads(str(golden["in/scaling"])).items():
         assert scale_of(name.removeprefix("base_model.model."), options)[1] == pytest.approx(scale)
@@ -101,7 +101,7 @@ def test_folders(golden, parity, request):
     model, params = apply_adapter(folder / "hf_folder_llama_lora", *read_folder(folder / "hf_folder_llama"))
     text = json.loads(str(golden["in/texts"] if "in/texts" in golden.arrays else golden["texts"]))[0]
     ids = jaxtok.open(folder / "hf_folder_llama").ids(text)[None]
-    logits, _ = Decoder(model).apply({"params": params}, ids)
+    logits, _ = jax.jit(Decoder(model).apply)({"params": params}, ids)
     parity("logits with the adapter", logits.reshape(golden["out/lora_logits_0"].shape), golden["out/lora_logits_0"])
 
 
@@ -219,11 +219,11 @@ def test_peft_reads_what_is_written(name, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     ids = np.arange(10).reshape(2, 5)
-    ours, _ = Decoder(model).apply({"params": merge(params, sites, adapter)}, ids)
+    ours, _ = jax.jit(Decoder(model).apply)({"params": merge(params, sites, adapter)}, ids)
     with torch.no_grad():
         expected = theirs(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
-    plain, _ = Decoder(model).apply({"params": params}, ids)
+    plain, _ = jax.jit(Decoder(model).apply)({"params": params}, ids)
     assert np.abs(ours - plain).max() > 1e-2 * np.abs(expected).max()
 
 
@@ -251,7 +251,7 @@ def test_a_head_that_is_the_embedding_comes_apart_as_in_peft(kind, tmp_path):
         expected = theirs(torch.tensor(ids)).logits.numpy()
     untied, merged = apply_adapter(tmp_path / "adapter", model, params)
     assert not untied.tie_embeddings
-    ours, _ = Decoder(untied).apply({"params": merged}, ids)
+    ours, _ = jax.jit(Decoder(untied).apply)({"params": merged}, ids)
     np.testing.assert_allclose(ours, expected, atol=1e-4 * np.abs(expected).max())
     with pytest.raises(ValueError, match="head"):
         read_adapter(tmp_path / "adapter", model)

@@ -1,6 +1,7 @@
 import dataclasses
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,7 +53,7 @@ def test_a_grown_fork_has_the_same_function(short, tmp_path):
     fork(short.workdir, tmp_path / "grown", steps=2, surgery=Growth(to=uniform_counts(10, 20), steps=2))
     old, new = load(short.workdir), load(tmp_path / "grown")
     tokens = jnp.arange(12).reshape(2, 6)
-    logits = [r.task.module().apply({"params": r.params}, tokens)[0] for r in (old, new)]
+    logits = [jax.jit(r.task.module().apply)({"params": r.params}, tokens)[0] for r in (old, new)]
     np.testing.assert_allclose(*logits, atol=1e-6)
     assert new.opt_state() is None  # reset: training starts with fresh moments
     assert train(new.experiment, quiet=True).step == 2

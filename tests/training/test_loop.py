@@ -263,11 +263,11 @@ def test_growth_keeps_the_validation_loss(experiment):
     assert after.task.model.norm_tokens == uniform_counts(8, 16)
     rows = read_metrics(experiment.workdir, "train")
     batch = next(iter(experiment.data.eval_batches("validation")))
-    small = before.task.module().apply({"params": before.params}, batch["tokens"])[0]
+    small = jax.jit(before.task.module().apply)({"params": before.params}, batch["tokens"])[0]
     growth = experiment.stages[0]
     task, _ = growth.task(before.task, before.data)
     params, _ = growth.params(before.task, before.data, before.params, None, jax.random.key(0))
-    large = task.module().apply({"params": params}, batch["tokens"])[0]
+    large = jax.jit(task.module().apply)({"params": params}, batch["tokens"])[0]
     np.testing.assert_allclose(small, large, atol=1e-6)
     assert rows[6]["learning_rate"] == 0.0  # the schedule starts anew
 

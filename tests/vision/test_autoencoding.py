@@ -330,7 +330,8 @@ def test_levels_computed_again_and_half_precision():
     assert float(value) == pytest.approx(float(again), rel=1e-6)
     for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(same)):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    exact, rounded = (Encoder(dataclasses.replace(config, dtype=t)).apply({"params": params}, x) for t in DTYPES)
+    encoders = (Encoder(dataclasses.replace(config, dtype=dtype)) for dtype in DTYPES)
+    exact, rounded = (jax.jit(encoder.apply)({"params": params}, x) for encoder in encoders)
     assert rounded.dtype == jnp.float32 and not np.array_equal(exact, rounded)
     np.testing.assert_allclose(exact, rounded, atol=0.05 * np.abs(exact).max())
 

@@ -219,10 +219,11 @@ def test_discriminator(golden, parity):
     config = DiscriminatorConfig(width=c["ndf"], layers=c["n_layers"])
     params, statistics = discriminator_params(config, golden.under("params"))
     module, x = Discriminator(config), nhwc(golden["in/x"])
-    logits, same = module.apply({"params": params}, x, statistics, train=False)
+    apply = jax.jit(module.apply, static_argnames="train")
+    logits, same = apply({"params": params}, x, statistics, train=False)
     parity("evaluation", logits[:, None], golden["out/eval"])
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, same, statistics)))
-    logits, after = module.apply({"params": params}, x, statistics, train=True)
+    logits, after = apply({"params": params}, x, statistics, train=True)
     parity("training", logits[:, None], golden["out/train"])
     parity("statistics", flat_statistics(after), golden.under("out/bn_after"))
     real, fake = golden["in/logits_real"][:, 0], golden["in/logits_fake"][:, 0]
