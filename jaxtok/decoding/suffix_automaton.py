@@ -62,9 +62,8 @@ class SuffixAutomaton(Drafter):
         tokens, parents = [text[rows, length - 1]], [jnp.full(length.shape, -1)]
         for copy in range(self.matches):
             best = matched.max(1, keepdims=True)
-            last = (
-                text.shape[1] - 1 - jnp.argmax(matched[:, ::-1] == best, 1, keepdims=True)
-            )  # the latest of the longest
+            latest = jnp.argmax(matched[:, ::-1] == best, 1, keepdims=True)  # of the longest
+            last = text.shape[1] - 1 - latest
             copied = last + jnp.arange(self.tokens) % jnp.maximum(length - last, 1)
             first = copy * self.tokens
             above = jnp.arange(first, first + self.tokens).at[0].set(0)

@@ -314,7 +314,7 @@ def answers(
         for row, ids in zip(tokens, batch):
             row[: len(ids)] = ids
         decoding = engine.prefill(params, tokens, lengths, new=new_tokens, stop=stops, drafter=state)
-        decoding = engine.run(params, decoding)
+        decoding = engine.run(engine.prepared(params), decoding)
         yield tokens_of(decoding).tokens, np.asarray(decoding.steps).tolist(), decoding.drafter
         state = _kept(decoding.drafter) if in_turn else state
 
