@@ -3,8 +3,10 @@
     jaxtok study drafting_study --questions SPEC_BENCH/question.jsonl
 
 Eight questions of each of six categories, greedy, 128 new tokens. All trees have at most 81 nodes, as many as that of
-Token Recycling. Arms that run with the model take most of the time; it resumes after each of their questions, and
-`--only` chooses some. It has not been run whole yet; configs/decoding/README.md has what was.
+Token Recycling. Arms that run with the model take most of the time. They answer one question of each category as a
+batch, and resume after each batch; `--only` chooses some. Those that begin hot keep one matrix for all rows from batch
+to batch; cold rows have a matrix each, and so the steps that they have alone. Not all arms have been run yet;
+configs/decoding/README.md has what was.
 """
 
 from jaxtok.decoding import ADED, Drafter, PromptLookup, SuffixAutomaton, TokenRecycling, Union
@@ -30,9 +32,9 @@ config = DraftStudy(
         Arm(name="ADED, shared", drafter=ADED(shared=True), corpus="python", in_turn=True),
         Arm(name="Token Recycling, cold", drafter=TokenRecycling(shared=False), **IN_BATCHES),
         Arm(name="Token Recycling, hot", drafter=TokenRecycling(), **HOT),
+        Arm(name="Token Recycling, hot, one at a time", drafter=TokenRecycling(), with_model=True, in_turn=True),
         union("suffix automaton + Token Recycling", SuffixAutomaton(), TokenRecycling()),
         union("three copies + Token Recycling", COPIES, TokenRecycling()),
-        union("three copies + ADED + Token Recycling", COPIES, ADED(maker="best_first", nodes=17), TokenRecycling()),
     ),
     workdir="runs/drafting",
 )
