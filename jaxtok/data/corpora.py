@@ -48,7 +48,8 @@ def open_corpus(spec: str, split: str = "train", *, text_field: str = "text", ho
               warning;
             * a file with rows: a line of a `*.jsonl` or `*.ndjson` file, a row of a `*.parquet` file, or an object of a
               `*.json` file (JSON lines, or an array of objects) is a document;
-            * another text file: blocks of about 8 KiB, cut at line ends, are the documents;
+            * another text file: blocks of about 8 KiB, cut at line ends, are the documents (of `*.csv` and `*.tsv`
+              files, too, with a warning);
             * `tfds:NAME[/CONFIG][:VERSION]`: a TensorFlow Datasets data set (read without TensorFlow), with its own
               splits if it has them;
             * `arrayrecord:PATH`: a file, a folder or a glob of ArrayRecord files, whose records are the documents.
@@ -257,6 +258,8 @@ def _local(path: Path, field: str) -> Shards:
         raise ValueError(f"{path} is not a text file; give {_READABLE}.")
     if kind == "records":
         tell(f"JSON lines are {_as_text(field)}, in {path}.")
+    if _is_table(path, kind):
+        tell(f"{_TABLES}, in {path}.")
     shard = _shard(path, field, kind)
     return [(path.name, text_blocks(path) if isinstance(shard, TextFile) else shard)]
 
@@ -272,6 +275,8 @@ def _folder(root: Path, field: str) -> Iterator[tuple[str, Shard]]:
         tell(f"{count} left out of {root}, as no text can be read there: {named(left_out)}.")
     if records := [key for key, kind in kinds.items() if kind == "records"]:
         tell(f"JSON lines are {_as_text(field)}, in {named(records)} of {root}.")
+    if tables := [key for key, path in files if _is_table(path, kinds[key])]:
+        tell(f"{_TABLES}, in {named(tables)} of {root}.")
     return ((key, _shard(path, field, kinds[key])) for key, path in files if kinds[key])
 
 
@@ -299,6 +304,15 @@ def named(names: Sequence[str]) -> str:
 
 def _as_text(field: str) -> str:
     return f"read as plain text, as they have no text in the field {field!r} (set text_field to read their rows)"
+
+
+_TABLES = (
+    "CSV and TSV files are read as plain text, with all their columns (write one column as JSON lines to read rows)"
+)
+
+
+def _is_table(path: Path, kind: Kind | None) -> bool:
+    return kind == "text" and not {".csv", ".tsv"}.isdisjoint(map(str.lower, path.suffixes))
 
 
 def _shard(path: Path, field: str, kind: Kind) -> Shard:

@@ -233,6 +233,20 @@ def test_a_json_file_that_holds_no_texts_is_a_document(tmp_path, caplog):
     assert set(TEXTS) < set(texts(tmp_path, text_field="body"))
 
 
+@pytest.mark.parametrize("name", ["t.csv", "t.TSV", "t.csv.gz"])
+def test_a_table_is_text_and_this_is_told(tmp_path, caplog, name):
+    rows = "text,label\n" + "a text,1\n" * 40
+    file = write(tmp_path / "in" / name, gzip.compress(rows.encode()) if name.endswith("gz") else rows.encode())
+    for spec, place in ((file, f"{file}"), (file.parent, f"{name} of {file.parent}")):
+        caplog.clear()
+        assert "".join(texts(spec)) == rows
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            "CSV and TSV files are read as plain text, with all their columns (write one column as JSON lines to read "
+            f"rows), in {place}."
+        )
+
+
 def test_what_is_left_out_of_a_folder_is_told_once(tmp_path, jaxtok, train_and_eval):
     root = tmp_path / "corpus"
     for i, text in enumerate(TEXTS):
