@@ -39,6 +39,12 @@ def _recycling(model: Model, place: str) -> Named:
     return Named(drafter, state, functools.partial(drafter.save, place, tokenizer=about))
 
 
+def _copies(model: Model, count: str) -> Named:
+    if not count.isdecimal() or not int(count):
+        raise ValueError(f"drafter has suffix_automaton:{count}; after the colon comes a number of copies, such as 3.")
+    return Named(SuffixAutomaton(matches=int(count), tokens=12))
+
+
 def _draft_model(model: Model, place: str) -> Named:
     small = open_model(place)
     drafter = DraftModel(model=small.module)
@@ -48,6 +54,7 @@ def _draft_model(model: Model, place: str) -> Named:
 DRAFTERS: dict[str, Callable[[Model, str], Named]] = {
     "prompt_lookup": lambda model, _: Named(PromptLookup(ends=model.ends)),
     "suffix_automaton": lambda model, _: Named(SuffixAutomaton()),
+    "suffix_automaton:COPIES": _copies,
     "token_recycling": lambda model, _: Named(TokenRecycling()),
     "token_recycling:FILE.safetensors": _recycling,
     "aded:TABLE": lambda model, place: Named(ADED(), ADEDState(load_table(place, model.tokenizer))),

@@ -106,7 +106,7 @@ def test_the_help_has_every_drafter():
 
 
 @pytest.mark.parametrize(
-    "drafter", ["prompt_lookup", "suffix_automaton", "draft_model:RUN", "token_recycling:KEPT+prompt_lookup"]
+    "drafter", ["prompt_lookup", "suffix_automaton:2", "draft_model:RUN", "token_recycling:KEPT+prompt_lookup"]
 )
 def test_generate_with_drafts_is_the_same_text(run, folder, plain, drafter):
     text = drafter.replace("RUN", str(run)).replace("KEPT", str(folder / "kept.safetensors"))
@@ -139,6 +139,7 @@ def test_generate_exact_bytes(run, plain):
     [
         (["--drafter", "oracle"], "'oracle' is none of prompt_lookup"),
         (["--drafter", "aded"], "aded:TABLE"),
+        (["--drafter", "suffix_automaton:all"], "a number of copies"),
         (["--drafter", "draft_model:nowhere"], "nowhere"),
         (["--evict", "h2o"], "it must be NAME:BUDGET"),
         (["--evict", "magic:3"], "NAME is one of"),
