@@ -9,7 +9,7 @@ import json
 import math
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +90,10 @@ def _last_two(
     return jax.nn.log_softmax(logits.astype(jnp.float32))
 
 
-def beams(model: Model, prompts: Sequence[bytes], widths: Sequence[int]) -> list[tuple[np.ndarray, list[float]]]:
-    """The log probabilities of the next byte after each prompt by the beams of `genlm-bytes`, and the seconds of each.
+def beams(
+    model: Model, prompts: Sequence[bytes], widths: Sequence[int]
+) -> Iterator[list[tuple[Float[np.ndarray, " 256"], float]]]:
+    """For each prompt, the log probabilities of the next byte by `genlm-bytes`' beam of each width, and the seconds.
 
     Raises:
       ImportError: it is not installed.
@@ -108,21 +110,17 @@ def beams(model: Model, prompts: Sequence[bytes], widths: Sequence[int]) -> list
     async def follow(start: ByteBeamState, prompt: bytes) -> np.ndarray:
         return (await (await start.prefill(prompt)).logp_next()).ps[:256]
 
-    async def run() -> list[tuple[np.ndarray, list[float]]]:
-        found = []
-        for width in widths:
-            start = await ByteBeamState.initial(llm, BeamParams(K=width))
-            rows, seconds = [], []
-            for prompt in prompts:
+    with asyncio.Runner() as runner:
+        starts = [runner.run(ByteBeamState.initial(llm, BeamParams(K=width))) for width in widths]
+        for prompt in prompts:
+            found = []
+            for start in starts:
                 llm.clear_cache()
                 began = time.perf_counter()
-                rows.append(await follow(start, prompt))
-                seconds.append(time.perf_counter() - began)
-            await start.cleanup()
-            found.append((np.array(rows), seconds))
-        return found
-
-    return asyncio.run(run())
+                found.append((runner.run(follow(start, prompt)), time.perf_counter() - began))
+            yield found
+        for start in starts:
+            runner.run(start.cleanup())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,24 +191,20 @@ class ByteCuts:
     def _beside_beams(self, model: Model, exact: ByteModel, cuts: Sequence[Sequence[Any]], file: Path) -> str:
         """The table of `genlm-bytes`: its beam of 5, and one of 40 as what a sum over all token sequences gives.
 
-        What was measured is in `file`, four prompts at a time.
+        What was measured is in `file`.
         """
         some = [cut for part in cuts for cut in part if len(cut[0]) >= self.peer_bytes][: self.peer]
         rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        while len(rows) < len(some):
-            part = some[len(rows) : len(rows) + 4]
-            prompts = [text[-self.peer_bytes :] for text, _, _ in part]
-            try:
-                (five, theirs), (all_, _) = beams(model, prompts, (5, 40))
-            except ImportError:
-                return "\ngenlm-bytes is not installed (pip install genlm-bytes==0.2.0): not compared\n"
-            exact.next_bytes(prompts[:1])
-            with file.open("a") as lines:
-                for prompt, (_, byte, _), beam, wide, seconds in zip(prompts, part, five, all_, theirs):
-                    began = time.perf_counter()
-                    ours = exact.next_bytes([prompt])[0, :256]
-                    spent = {"jaxtok": (ours, time.perf_counter() - began), "beam of 5": (beam, seconds)}
-                    row = {
+        missing = some[len(rows) :]
+        prompts = [text[-self.peer_bytes :] for text, _, _ in missing]
+        try:
+            theirs = zip(prompts, missing, beams(model, prompts, (5, 40)) if prompts else ())
+            for prompt, (_, byte, _), ((beam, seconds), (wide, _)) in theirs:
+                began = time.perf_counter()
+                ours = exact.next_bytes([prompt])[0, :256]
+                spent = {"jaxtok": (ours, time.perf_counter() - began), "beam of 5": (beam, seconds)}
+                rows.append(
+                    {
                         name: {
                             "bits": float(-found[byte] / math.log(2)),
                             "far": float(np.abs(np.exp(found) - np.exp(wide)).sum() / 2),
@@ -218,9 +212,12 @@ class ByteCuts:
                         }
                         for name, (found, took) in spent.items()
                     }
-                    rows.append(row)
-                    lines.write(json.dumps(row) + "\n")
-            print(f"{len(rows)} of {len(some)} prompts beside genlm-bytes", flush=True)
+                )
+                with file.open("a") as lines:
+                    lines.write(json.dumps(rows[-1]) + "\n")
+                print(f"{len(rows)} of {len(some)} prompts beside genlm-bytes", flush=True)
+        except ImportError:
+            return "\ngenlm-bytes is not installed (pip install genlm-bytes==0.2.0): not compared\n"
         if not rows:
             return ""
         lines = ["| next byte by | bits of the true one | from a beam of 40 | s a prompt |", "|---|---|---|---|"]
