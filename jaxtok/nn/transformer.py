@@ -379,7 +379,7 @@ def layers_apart(params: Params, config: Any, least: int = 2**26) -> Params:
     leaves = jax.tree.leaves(blocks)
     if not leaves or sum(leaf.nbytes for leaf in leaves) < least:
         return params
-    if any(len(leaf.devices()) > 1 or next(iter(leaf.devices())).platform != "cpu" for leaf in leaves):
+    if not all(map(_on_one_cpu, leaves)):
         return params
     blocks = jax.tree.map(np.asarray, blocks)
     layers = {
@@ -387,6 +387,12 @@ def layers_apart(params: Params, config: Any, least: int = 2**26) -> Params:
         for layer in range(config.num_layers)
     }
     return {**params, "stack": layers}
+
+
+def _on_one_cpu(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    return [device.platform for device in leaf.devices()] == ["cpu"]
 
 
 def layer_range(layers: tuple[int, int] | None, count: int) -> tuple[int, int]:
