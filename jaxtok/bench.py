@@ -266,11 +266,11 @@ def peer_training(case: Case, seconds: float) -> Iterator[Row]:
         step = TrainStep(model, case.batch_size, case.length)
         peer = peers.TorchTrainStep(model, jax.device_get(step.state.params), step.batch)
         products = products_alone(jax.value_and_grad(step.loss), step.state.params)
-        samples = measure({"jaxtok": step, "peer": peer, "products": products}, seconds)
+        samples = measure({"jaxtok": step, "peer": peer, "products": products}, seconds, settle=True)
         yield _compared(f"a step of {name}", "PyTorch", tokens, samples)
     width, counts = case.model.d_model, dataclasses.astuple(case.model.tokens)
     products = peers.Products(tokens, [pair for n in counts for pair in ((width, n), (n, width))])
-    samples = measure({"jaxtok": products, "peer": products.peer, "products": products}, seconds)
+    samples = measure({"jaxtok": products, "peer": products.peer, "products": products}, seconds, settle=True)
     yield _compared("a block's products", "PyTorch", tokens, samples)
 
 
@@ -286,13 +286,14 @@ def peer_decoding(seconds: float, prompt: int = 16, new: int = 64, long: int = 5
             "peer": functools.partial(model.peer_decode, rows, prompt, new),
             "products": lambda step=step: [step() for _ in range(new)],
         }
-        yield _compared(f"{new} tokens, batch {rows}", "transformers", rows * new, measure(runs, seconds))
+        samples = measure(runs, seconds, settle=True)
+        yield _compared(f"{new} tokens, batch {rows}", "transformers", rows * new, samples)
     runs = {
         "jaxtok": functools.partial(model.prefill, long),
         "peer": functools.partial(model.peer_prefill, long),
         "products": products_alone(*model.reading(long)),
     }
-    yield _compared(f"a prompt of {long} tokens", "transformers", long, measure(runs, seconds))
+    yield _compared(f"a prompt of {long} tokens", "transformers", long, measure(runs, seconds, settle=True))
     peers.first_token()  # from here on, all that it compiles is in the cache
     first = _median([peers.first_token() for _ in range(3)])
     yield {
@@ -529,10 +530,14 @@ class Samples:
         return _median(flops / self.seconds / self.rates)
 
 
-def measure(runs: dict[Any, Callable[[], Any]], seconds: float, least: int = 3) -> dict[Any, Samples]:
+def measure(
+    runs: dict[Any, Callable[[], Any]], seconds: float, least: int = 3, settle: bool = False
+) -> dict[Any, Samples]:
     """Times functions in turns; a sample is the mean over a fifth of a second.
 
-    Each turn begins with a call that is not timed: after another program, large ones need up to a quarter more time.
+    Args:
+      settle: whether each turn begins with a call that is not timed. After PyTorch's step, the first one of a large
+        model takes up to a quarter longer.
     """
     for run in runs.values():
         jax.block_until_ready(run())
@@ -542,7 +547,7 @@ def measure(runs: dict[Any, Callable[[], Any]], seconds: float, least: int = 3) 
     while rounds < least or time.perf_counter() < end:
         for name, run in runs.items():
             rate = _rate()
-            if len(runs) > 1:
+            if settle:
                 jax.block_until_ready(run())
             start, calls = time.perf_counter(), 0
             while not calls or time.perf_counter() - start < min(0.2, seconds / 10):
