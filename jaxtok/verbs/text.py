@@ -102,8 +102,8 @@ def generate(
       stream: Whether the texts are written to the standard output.
       drafter: What drafts several tokens at a time, which changes the speed and not the text: prompt_lookup,
         suffix_automaton, suffix_automaton:COPIES, token_recycling, token_recycling:FILE.safetensors (which is kept from
-        call to call), aded:TABLE, draft_model:MODEL; or several of them, joined by +, in one tree, of which
-        suffix_automaton:3+token_recycling accepts most.
+        call to call), aded:TABLE, draft_model:MODEL; or several of them, joined by +, in one tree, such as
+        suffix_automaton:3+token_recycling.
       evict: What keeps the cache small, and how small: NAME:BUDGET, such as keyformer:0.5 (half of the prompt) or
         h2o:128 (slots). The names are those of jaxtok.decoding.scorers.EVICTORS.
       constrain: What the new text must be: regex:EXPRESSION, json:SCHEMA (or its file) or grammar:FILE (Lark).
