@@ -18,6 +18,7 @@ SIX_ROWS = {"with_model": True, "rows": 6}
 COPY_AND_RECYCLING = Union((SuffixAutomaton(), TokenRecycling()), budget=BUDGET)
 COPIES = SuffixAutomaton(matches=3, tokens=12)
 COPIES_AND_RECYCLING = Union((COPIES, TokenRecycling()), budget=BUDGET)
+ALL_THREE = Union((COPIES, TokenRecycling(), ADED()), budget=BUDGET)
 
 config = DraftStudy(
     questions="question.jsonl",
@@ -31,6 +32,7 @@ config = DraftStudy(
         Arm(name="Token Recycling, hot", drafter=TokenRecycling(), **HOT),
         Arm(name="suffix automaton + Token Recycling", drafter=COPY_AND_RECYCLING, **HOT),
         Arm(name="three copies + Token Recycling", drafter=COPIES_AND_RECYCLING, **HOT),
+        Arm(name="three copies + Token Recycling + ADED", drafter=ALL_THREE, corpus="python", **HOT),
         Arm(name="Token Recycling, of six rows", drafter=TokenRecycling(), in_turn=True, **SIX_ROWS),
         Arm(name="three copies + Token Recycling, of six rows", drafter=COPIES_AND_RECYCLING, in_turn=True, **SIX_ROWS),
     ),
