@@ -251,11 +251,12 @@ class DraftStudy:
         import matplotlib.pyplot as plt
 
         figure, axes = plt.subplots(figsize=(7, 4))
-        for name, row in results.items():
+        for number, (name, row) in enumerate(results.items()):
             served = np.arange(1, 1 + len(row["requests"]))
-            axes.plot(served, np.cumsum(row["requests"]) / served, label=name)
+            style = ("-", "--", ":")[number // 10 % 3]  # there are ten colours
+            axes.plot(served, np.cumsum(row["requests"]) / served, style, label=name)
         axes.set(xlabel="requests served", ylabel="mean accepted tokens so far")
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
         figure.savefig(folder / "requests.png", dpi=120, bbox_inches="tight")
         plt.close(figure)
 

@@ -192,11 +192,13 @@ def plot(study: SkipStudy, results: dict[str, Any], path: Path) -> Path:
     middle.set_ylabel("nats a token")
     for axes in (left, middle):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2)  # below, as lines fill it
     schedules = [arm.task.schedule for arm in study.arms if isinstance(arm.task, SkipDecoding)]
     drawn = next(s for s in schedules if s.skip == "lower" and s.min_layers < s.max_layers)
     deepest = study.base.task.model.num_layers
-    right.imshow(drawn.active(drawn.length, deepest).T, aspect="auto", origin="lower", cmap="Blues")
+    right.imshow(
+        drawn.active(drawn.length, deepest).T, aspect="auto", origin="lower", cmap="Blues", interpolation="nearest"
+    )
     right.set_xlabel("position")
     right.set_ylabel("layer")
     right.set_title(f"layers that run, {drawn.max_layers} to {drawn.min_layers}", fontsize=9)
