@@ -17,6 +17,7 @@ from jaxtok.interop.kl_vae import DIFFUSERS, KL_VAE
 from jaxtok.interop.mamba import MAMBA
 from jaxtok.interop.peft import PEFT
 from jaxtok.interop.t5 import T5
+from jaxtok.interop.tokenbridge import TOKENBRIDGE
 from jaxtok.interop.tokenformer import TOKENFORMER
 from jaxtok.interop.vqgan import VQGAN
 from jaxtok.interop.word_pooled import WORD_POOLED
@@ -38,6 +39,7 @@ FORMATS: tuple[Format, ...] = (
     KL_VAE,
     DIFFUSERS,
     ELM,
+    TOKENBRIDGE,
     PEFT,
     GGUF,
 )
