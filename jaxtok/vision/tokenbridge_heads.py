@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from jaxtok.vision.tokenbridge import TokenBridgeConfig
 
 Keys = Any
-"""A random key for each row."""
+"""A random key for each row; None if nothing is drawn."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,7 @@ def draw_channels(
     config: TokenBridgeConfig, params: Params, z: Float[Array, "rows d_model"], keys: Keys, temperature: float
 ) -> tuple[Int[Array, "rows channels"], Float[Array, "rows channels levels"]]:
     """Draws the codes of rows, channel by channel with a cache; also returns the logits met."""
-    head, params = ChannelHead(config), {"params": params}
+    head, params = ChannelHead(config), {"params": jax.tree.map(jnp.asarray, params)}
     if config.head == "parallel":
         logits = head.apply(params, z, jnp.zeros((len(z), config.channels), jnp.int32))
         return choose(logits, keys, temperature), logits
@@ -169,7 +169,8 @@ def draw_channels(
     def one(carry, channel):
         before, cache = carry
         logits, cache = head.apply(params, s, channel, before, cache, method="step")
-        codes = choose(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, channel), temperature)
+        of_channel = jax.vmap(jax.random.fold_in, (0, None))(keys, channel) if temperature else keys
+        codes = choose(logits, of_channel, temperature)
         return (codes, cache), (codes, logits)
 
     start = jnp.zeros(len(z), jnp.int32), config.channel_stack.init_cache(len(z), config.channels)
