@@ -4,10 +4,9 @@
     jaxtok train tokenbridge_large_imagenet256 --data.path CODES
     jaxtok vision generate RUN samples.npz --guidance 3.1 --temperature 0.96
 
-KL16 is a run of kl_16_imagenet256, or MAR's kl16.ckpt (`jaxtok convert kl16.ckpt KL16 --config kl_16_imagenet256`; the
-VAE's training recipe was not published by either paper, and this one is latent diffusion's). FIDs with 50,000 samples:
+KL16 is a run of kl_16_imagenet256, or of MAR's weights (`jaxtok convert kl16.ckpt KL16 --config kl_16_imagenet256`).
+Weights that the authors released are read in the same way. FIDs are with 50,000 samples, as published:
 
-kl_16_imagenet256  the tokenizer: rFID 1.11 with 64 levels, as without quantisation
 tokenbridge_base_imagenet256  218M parameters; no number of this size was published
 tokenbridge_large_imagenet256  487M parameters: FID 1.76, IS 294.8 (guidance 3.1, temperature 0.96)
 tokenbridge_huge_imagenet256  910M parameters: FID 1.55, IS 313.3 (guidance 3.45, temperature 0.91)
@@ -16,49 +15,13 @@ tokenbridge_huge_imagenet256  910M parameters: FID 1.55, IS 313.3 (guidance 3.45
 import dataclasses
 
 from jaxtok.data.codes import CodeData
-from jaxtok.data.images import ImageData
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.mesh import MeshConfig
-from jaxtok.training.optimizer import OptimizerConfig, PartOptimizer
-from jaxtok.vision import kl_vae
-from jaxtok.vision.discriminator import DiscriminatorConfig
+from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.vision.tokenbridge import PUBLISHED, TokenBridgeModeling
-from jaxtok.vision.tokenbridge_tokenizer import BridgeTokenizer
 
 EPOCH = 626
 """Steps of 2,048 images."""
-DISCRIMINATOR_FROM = 50_001
-
-
-def tokenizer() -> Experiment:
-    """Adam 0.5/0.9 at a constant 4.5e-6 times the images of a device, LPIPS, a discriminator from step 50,001 on."""
-    adam = {
-        "learning_rate": 5.4e-5,
-        "min_learning_rate": 5.4e-5,
-        "schedule": "constant",
-        "warmup": 0.0,
-        "b1": 0.5,
-        "b2": 0.9,
-        "weight_decay": 0.0,
-        "clip": 0.0,
-    }
-    part = PartOptimizer(**adam, part="discriminator", start=DISCRIMINATOR_FROM + 1)
-    model = dataclasses.replace(kl_vae.PUBLISHED["kl-16"], dtype="bfloat16", remat_levels=True)
-    return Experiment(
-        name="kl_16_imagenet256",
-        task=BridgeTokenizer(
-            model=model, discriminator=DiscriminatorConfig(start_step=DISCRIMINATOR_FROM), perceptual="data/lpips"
-        ),
-        data=ImageData(images="tfds:imagenet2012", size=model.image_size, batch_size=96, workers=16, eval_limit=40),
-        train=TrainConfig(
-            steps=500_000,
-            optimizer=OptimizerConfig(**adam, parts=(part,)),
-            log_every=100,
-            eval_every=10_000,
-            checkpoint_every=10_000,
-            keep_checkpoints=3,
-        ),
-    )
 
 
 def tokenbridge(size: str, epochs: int, warmup: int, clip: float, fsdp: int = 8) -> Experiment:
@@ -98,7 +61,6 @@ def tokenbridge(size: str, epochs: int, warmup: int, clip: float, fsdp: int = 8)
 
 
 configs = {
-    "kl_16_imagenet256": tokenizer,
     "tokenbridge_base_imagenet256": lambda: tokenbridge("base", 400, 100, 3.0),
     "tokenbridge_large_imagenet256": lambda: tokenbridge("large", 400, 100, 3.0),
     "tokenbridge_huge_imagenet256": lambda: tokenbridge("huge", 800, 200, 1.0),

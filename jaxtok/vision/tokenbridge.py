@@ -249,8 +249,8 @@ class TokenBridge(nn.Module):
           kept: the number of places for these positions; if there are fewer, the last places mean nothing.
         """
         cfg = self.config
-        known = (labels < cfg.num_classes)[:, None]
-        condition = jnp.where(known, self.class_embedding[jnp.minimum(labels, cfg.num_classes - 1)], self.no_class)
+        of_class = jnp.take(self.class_embedding, jnp.minimum(labels, cfg.num_classes - 1), axis=0)
+        condition = jnp.where((labels < cfg.num_classes)[:, None], of_class, self.no_class)
         rows = jnp.broadcast_to(condition[:, None], (len(codes), cfg.buffer, cfg.encoder_width))
         x = self.embed(cfg.quantizer.dequantize(codes).astype(cfg.dtype))
         x = self.embed_norm(constrain(jnp.concatenate([rows, x], 1) + self.encoder_positions, "d_model"))

@@ -139,13 +139,14 @@ class ChannelHead(_Head):
         """The logits of one channel, given the code of the one before it and a cache of those before that."""
         cfg = self.config
         first = s + self.step_embedding[0] if cfg.official_first_token else s
-        table = self.tables[jnp.maximum(channel - 1, 0)]
-        x = jnp.where(channel == 0, first, table[before][:, None]) + self.channel_embedding[channel]
-        condition = s + self.step_embedding[channel]
+        table = jnp.take(self.tables, jnp.maximum(channel - 1, 0), axis=0)
+        x = jnp.where(channel == 0, first, jnp.take(table, before, axis=0)[:, None])
+        x = x + jnp.take(self.channel_embedding, channel, axis=0)
+        condition = s + jnp.take(self.step_embedding, channel, axis=0)
         x, cache = self.stack(x, None, cache=cache, condition=condition)
-        kernel = self.kernels[channel].astype(cfg.dtype)
+        kernel = jnp.take(self.kernels, channel, axis=0).astype(cfg.dtype)
         logits = jnp.einsum("rcd,dv->rcv", self.last(x, condition), kernel, preferred_element_type=jnp.float32)
-        return (logits + self.biases[channel].astype(jnp.float32))[:, 0], cache
+        return (logits + jnp.take(self.biases, channel, axis=0).astype(jnp.float32))[:, 0], cache
 
 
 def choose(logits: Float[Array, "rows ... levels"], keys: Keys, temperature: float) -> Int[Array, "rows ..."]:
@@ -160,7 +161,7 @@ def draw_channels(
     config: TokenBridgeConfig, params: Params, z: Float[Array, "rows d_model"], keys: Keys, temperature: float
 ) -> tuple[Int[Array, "rows channels"], Float[Array, "rows channels levels"]]:
     """Draws the codes of rows, channel by channel with a cache; also returns the logits met."""
-    head, params = ChannelHead(config), {"params": jax.tree.map(jnp.asarray, params)}
+    head, params = ChannelHead(config), {"params": params}
     if config.head == "parallel":
         logits = head.apply(params, z, jnp.zeros((len(z), config.channels), jnp.int32))
         return choose(logits, keys, temperature), logits

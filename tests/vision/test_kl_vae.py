@@ -21,7 +21,7 @@ from jaxtok.vision.discriminator import DiscriminatorConfig
 from jaxtok.vision.kl_vae import KLAutoencoding, KLVAEConfig, Posterior
 from jaxtok.weights import write_weights
 
-SIZES = {"image_size": 8, "widths": (16, 16), "groups": 8, "res_blocks": 1, "encoder_attention": (), "z_channels": 3}
+SIZES = {"image_size": 8, "widths": (8, 8), "groups": 4, "res_blocks": 1, "encoder_attention": (), "z_channels": 3}
 
 
 def plain(**options) -> KLAutoencoding:
@@ -41,7 +41,7 @@ def images(count: int = 8) -> dict[str, np.ndarray]:
 TASKS = {
     "kl_vae": lambda: Case(
         KLAutoencoding(
-            model=KLVAEConfig(**SIZES | {"widths": (16,)}, scaling=0.0, kl_weight=1e-3),
+            model=KLVAEConfig(**SIZES | {"widths": (8,)}, scaling=0.0, kl_weight=1e-3),
             discriminator=None,
             perceptual="mse",
         ),
@@ -61,7 +61,9 @@ def test_a_posterior():
     np.testing.assert_allclose(standard.nll(standard.mean), 12 * 0.5 * np.log(2 * np.pi), rtol=1e-6)
     far = Posterior.of(jnp.concatenate([jnp.ones((1, 1, 1, 2)), jnp.array([-99.0, 99.0]).reshape(1, 1, 1, 2)], -1))
     assert far.logvar.tolist() == [[[[-30, 20]]]]
-    assert np.array_equal(far.sample(None), far.mean) and not np.array_equal(far.sample(jnp.ones(2)), far.mean)
+    assert np.array_equal(far.sample(None), far.mean) and not np.array_equal(
+        far.sample(jnp.ones((1, 1, 1, 2))), far.mean
+    )
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +92,13 @@ def trained():
 def test_training(trained):
     _, first, params, losses = trained
     assert losses[-1] < 0.7 * losses[0]
-    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), first, params)
-    assert all(jax.tree.leaves(moved["autoencoder"]["generator"])) and moved["latents"]["square"]
+    moved = jax.tree_util.tree_map_with_path(
+        # a bias of keys changes nothing
+        lambda path, a, b: "key" in str(path) or not np.array_equal(a, b),
+        first,
+        params,
+    )
+    assert all(jax.tree.leaves(moved))
 
 
 def test_latents_have_std_one_where_it_is_measured(trained):
@@ -108,6 +115,7 @@ def test_latents_have_std_one_where_it_is_measured(trained):
     np.testing.assert_allclose(quantized.loss, posterior.kl() / (8 * 8 * 3), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_its_discriminator_has_its_terms():
     task = dataclasses.replace(
         plain(), discriminator=DiscriminatorConfig(width=4, layers=1, start_step=0), perceptual="mse"
@@ -122,8 +130,8 @@ def test_its_discriminator_has_its_terms():
     ("options", "message"),
     [
         ({"widths": ()}, "widths is"),
-        ({"widths": (16, 12)}, "widths has 12; it must be a multiple of 8"),
-        ({"first_width": 4}, "first_width has 4"),
+        ({"widths": (16, 10)}, "widths has 10; it must be a multiple of 4"),
+        ({"first_width": 2}, "first_width has 2"),
         ({"image_size": 9}, "image_size is 9; with 2 levels"),
         ({"z_channels": 0}, "z_channels is 0"),
         ({"scaling": -1.0}, "scaling is -1.0"),

@@ -47,7 +47,7 @@ TINY = TokenBridgeConfig(
     buffer=2,
     diffusion_layers=1,
 )
-VAE = KLVAEConfig(image_size=8, widths=(8, 16), groups=4, res_blocks=1, encoder_attention=(), z_channels=3)
+VAE = KLVAEConfig(image_size=4, widths=(4,), groups=2, res_blocks=1, encoder_attention=(), z_channels=3)
 
 
 def case(model) -> Case:
@@ -77,13 +77,6 @@ EVIDENCE = {
 
 IMAGE_TOKENIZERS = {
     "tokenbridge": lambda: BridgeTokenizer(model=VAE, discriminator=None, perceptual="none"),
-    "tokenbridge_means": lambda: BridgeTokenizer(
-        model=VAE,
-        discriminator=None,
-        perceptual="none",
-        sample_posterior=False,
-        quantizer=DimensionwiseQuantizer(levels=9, kind="linear"),
-    ),
 }
 
 IMAGE_GENERATORS = {
@@ -223,8 +216,8 @@ def test_drawing_is_teacher_forcing(tiny):
     module = TokenBridge(TINY)
     for official in (False, True):
         config = dataclasses.replace(TINY, official_first_token=official)
-        codes, logits = draw_channels(config, params["head"], z, keys, 1.0)
-        forced = module.apply({"params": params}, z, codes, method="logits")
+        codes, logits = jax.jit(lambda p, config=config: draw_channels(config, p, z, keys, 1.0))(params["head"])
+        forced = jax.jit(lambda p, codes: module.apply({"params": p}, z, codes, method="logits"))(params, codes)
         assert np.allclose(logits, forced, atol=2e-5) is not official
 
 
@@ -240,18 +233,21 @@ def test_rows_have_their_own_draws(tiny):
 
 def test_without_guidance_only_the_class_counts(tiny):
     params, codes, labels, masked = tiny
-    plain = TokenBridge(TINY).apply({"params": params}, codes, labels, masked, method="features")
-    for weight, guided in ((1.0, False), (1.0, True)):
-        found = guided_features(TINY, params, codes, labels, masked, weight, guided)
-        chex.assert_trees_all_close(found, plain, atol=1e-5)
-    none = guided_features(TINY, params, codes, labels, masked, 0.0, True)
-    without = jnp.full_like(labels, TINY.num_classes)
-    chex.assert_trees_all_close(
-        none, TokenBridge(TINY).apply({"params": params}, codes, without, masked, method="features"), atol=1e-5
-    )
+
+    @jax.jit
+    def features(labels):
+        return TokenBridge(TINY).apply({"params": params}, codes, labels, masked, method="features")
+
+    guided = jax.jit(lambda weight: guided_features(TINY, params, codes, labels, masked, weight, True))
+    alone = jax.jit(lambda: guided_features(TINY, params, codes, labels, masked, 9.0, False))
+    plain, without = features(labels), features(jnp.full_like(labels, TINY.num_classes))
+    assert not np.allclose(plain, without, atol=1e-2)
+    for found, expected in ((alone(), plain), (guided(1.0), plain), (guided(0.0), without)):
+        chex.assert_trees_all_close(found, expected, atol=1e-5)
+    chex.assert_trees_all_close(guided(3.0), without + 3 * (plain - without), atol=1e-4)
 
 
-@pytest.mark.parametrize("rounds", [1, 3, 7, 16])
+@pytest.mark.parametrize("rounds", [1, 5, 16])
 def test_every_position_is_drawn_once(tiny, rounds):
     """Each round draws the last of the order that are left, and does not touch what is there."""
     params, *_ = tiny
@@ -263,13 +259,17 @@ def test_every_position_is_drawn_once(tiny, rounds):
     codes = generate(TINY, params, [0, None], sampling=sampling, orders=orders, on_progress=shares.append)
     assert len(shares) == rounds
     known = jnp.zeros_like(codes)
-    for before, after in itertools.pairwise(counts):
-        masked = jnp.asarray(np.argsort(orders, axis=1) < before)
+
+    @jax.jit
+    def drawn_from(known, masked):
         z = guided_features(TINY, params, known, jnp.array([0, 4]), masked, 1.0, False)
         ordered, _ = draw_channels(TINY, params["head"], z.reshape(32, -1), None, 0.0)
-        drawn = ordered[:, np.argsort(TINY.order)].reshape(2, 16, 3)
+        return ordered[:, np.argsort(TINY.order)].reshape(2, 16, 3)
+
+    for before, after in itertools.pairwise(counts):
+        masked = jnp.asarray(np.argsort(orders, axis=1) < before)
         now = masked & (np.argsort(orders, axis=1) >= after)
-        known = jnp.where(now[..., None], drawn, known)
+        known = jnp.where(now[..., None], drawn_from(known, masked), known)
     assert np.array_equal(known, codes)
 
 
@@ -287,7 +287,8 @@ def test_the_share_of_masked_positions():
     masks = np.stack([task.draw_mask(jax.random.key(n), 4) for n in range(60)])
     counts = masks.sum(-1)
     assert (counts == counts[:, :1]).all() and counts.min() >= 12 and counts.max() == 16
-    assert not np.array_equal(masks[0, 0], masks[0, 1])
+    partly = masks[np.argmin(counts[:, 0])]
+    assert not np.array_equal(partly[0], partly[1])
     assert 0.2 < masks[:, :, 3].mean() < 1 and len(np.unique(counts)) > 2
 
 
@@ -296,15 +297,15 @@ def test_the_loss_counts_masked_codes_of_images_that_count():
     task, batch = made.task, made.batch
     params = random_params(task)
     masked = jnp.asarray(np.random.default_rng(0).permuted(np.arange(16)[None].repeat(8, 0), axis=1) < 13)
-    total, count = task.masked_losses(params, batch, masked, jax.random.key(0))
-    losses = task.module().apply({"params": params}, batch["codes"], batch["labels"], masked)
+    total, count = jax.jit(task.masked_losses)(params, batch, masked, jax.random.key(0))
+    losses = jax.jit(task.module().apply)({"params": params}, batch["codes"], batch["labels"], masked)
     assert count == 7 * 13 * 8
     np.testing.assert_allclose(total, np.sum(np.asarray(losses)[:7] * np.asarray(masked)[:7, :, None]), rtol=1e-5)
 
 
 def test_a_new_model_predicts_as_its_last_layer_says():
     """Modulations are zero at first, so blocks of the head change nothing; all linear layers have Xavier's bounds."""
-    params = init_params(TINY, jax.random.key(0))
+    params = jax.jit(init_params, static_argnums=0)(TINY, jax.random.key(0))
     for group in ("query", "output"):
         kernel = np.asarray(params["encoder"]["blocks"]["attention"][group]["kernel"])
         bound = math.sqrt(6 / (16 + (48 if group == "query" else 16)))
@@ -416,7 +417,7 @@ def test_a_tokenizer_through_its_quantiser():
     """An evaluation is of what the codes give; more levels are nearer to what the VAE gives alone."""
     rng = np.random.default_rng(0)
     batch = {
-        "images": rng.integers(0, 256, (4, 8, 8, 3)).astype(np.uint8),
+        "images": rng.integers(0, 256, (4, 4, 4, 3)).astype(np.uint8),
         "labels": np.zeros(4, np.int32),
         "mask": np.ones(4, np.float32),
     }

@@ -80,7 +80,7 @@ def test_training(golden, parity):
         return loss, (encoded, z, logits, ordered)
 
     with jax.default_matmul_precision("highest"):
-        (loss, (encoded, z, logits, ordered)), grads = jax.value_and_grad(objective, has_aux=True)(params)
+        (loss, (encoded, z, logits, ordered)), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params)
     given = golden["mid/gt_tokens_ordered"]  # of all positions, or of those that are masked
     assert np.array_equal(ordered, given[masked] if given.ndim == 3 else given)
     parity("encoder", encoded, golden["mid/encoder_out"], 2e-5)
@@ -108,7 +108,7 @@ def test_drawing(golden, parity, request):
     params = params_from(config, parameters_of(golden, request))
     if "in/head/features" in golden.arrays:
         features, out = jnp.asarray(golden["in/head/features"]), golden.under("out/head")
-        tokens, logits = draw_channels(config, params["head"], features, None, 0.0)
+        tokens, logits = jax.jit(lambda p: draw_channels(config, p, features, None, 0.0))(params["head"])
         given = jnp.asarray(out["tokens"])
         ordered = given[:, config.order] if not np.array_equal(tokens, given) else given
         assert np.array_equal(tokens, ordered)
