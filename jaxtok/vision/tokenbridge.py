@@ -154,7 +154,7 @@ class TokenBridgeConfig:
         """The largest number of positions that are not masked in training."""
         return self.positions - math.ceil(self.positions * self.mask_ratio_min - 1e-3)
 
-    def _stack(self, kind: type[ViTStack], part: str, **options: Any) -> ViTStack:
+    def _stack(self, kind: type[ViTStack], part: str) -> ViTStack:
         width = getattr(self, f"{part}_width")
         return kind(
             num_layers=getattr(self, f"{part}_layers"),

@@ -148,6 +148,8 @@ def test_images_that_it_refuses():
     task = plain()
     with pytest.raises(ValueError, match=r"\[batch, 8, 8, 3\]"):
         task.latents({}, jnp.zeros((1, 8, 9, 3)))
+    with pytest.raises(ValueError, match=r"image_size is 8, but data\.size is 16"):
+        task.fit(ImageData(images="digits", size=16))
 
 
 def test_files_that_it_refuses(tmp_path):
