@@ -311,7 +311,8 @@ def test_a_new_model_predicts_as_its_last_layer_says():
         bound = math.sqrt(6 / (16 + (48 if group == "query" else 16)))
         assert 0.9 * bound < np.abs(kernel).max() <= bound
     z = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16)), jnp.float32)
-    first = TokenBridge(TINY).apply({"params": params}, z, jnp.array([[0, 1, 2], [0, 3, 2]]), method="logits")
+    codes = jnp.array([[0, 1, 2], [0, 3, 2]])
+    first = jax.jit(lambda p: TokenBridge(TINY).apply({"params": p}, z, codes, method="logits"))(params)
     x = z @ params["head"]["condition"]["kernel"] + params["head"]["channel_embedding"][0]
     x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)
     x = (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 1e-6)

@@ -115,6 +115,7 @@ def test_drawing(golden, parity, request):
         parity("drawing", logits, out["logits_during_sampling"], 2e-5)
         forced = TokenBridge(config).apply({"params": params}, features, ordered, method="logits")
         parity("teacher forcing", forced, out["logits_teacher_forced"], 2e-5)
+    features_of = jax.jit(guided_features, static_argnums=(0, 6))
     for number, run in enumerate(golden.config["runs"]):
         out = golden.under(f"out/run{number}")
         sampling = TokenBridgeSampling(
@@ -130,7 +131,7 @@ def test_drawing(golden, parity, request):
         values = config.quantizer.dequantize(codes)
         parity(f"run {number} levels", values, channels_last(out["continuous_tokens"]), 2e-5)
         ids = jnp.asarray(golden["in/labels"]) if given else jnp.full(len(orders), config.num_classes)
-        z = guided_features(
+        z = features_of(
             config,
             params,
             jnp.zeros_like(codes),
