@@ -114,7 +114,7 @@ def sources(config: TokenBridgeConfig) -> dict[Place, Source]:
         ("head", "step_embedding"): Source("timesteps_embeddings", ones=1),
         ("head", "tables"): Source("token_embeddings.{layer}.weight"),
         ("head", "kernels"): Source("channel_heads.{layer}.weight", transpose=True),
-        ("head", "biases"): Source("channel_heads.{layer}.bias"),
+        ("head", "head_bias"): Source("channel_heads.{layer}.bias"),
     }
     linears = {
         ("embed",): "z_proj",

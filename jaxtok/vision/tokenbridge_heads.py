@@ -102,7 +102,7 @@ class ChannelHead(_Head):
         init = nn.with_logical_partitioning(xavier, (None, "d_model", "vocab"))
         self.kernels = self.param("kernels", init, (channels, width, levels), cfg.param_dtype)
         init = nn.with_logical_partitioning(nn.initializers.zeros, (None, "vocab"))
-        self.biases = self.param("biases", init, (channels, levels), cfg.param_dtype)
+        self.head_bias = self.param("head_bias", init, (channels, levels), cfg.param_dtype)
 
     def __call__(
         self,
@@ -122,7 +122,7 @@ class ChannelHead(_Head):
         x, _ = self.stack(x, None, condition=condition, deterministic=deterministic)
         kernels = gather(self.kernels.astype(self.config.dtype), None, "d_model", "vocab")
         x = jnp.einsum("rcd,cdv->rcv", self.last(x, condition), kernels, preferred_element_type=jnp.float32)
-        return constrain(x + self.biases.astype(jnp.float32), "vocab")
+        return constrain(x + self.head_bias.astype(jnp.float32), "vocab")
 
     def last(self, x: Array, condition: Array) -> Array:
         """What the matrices of the logits are multiplied by. Here the scale comes before the shift, unlike in DiT."""
@@ -146,7 +146,7 @@ class ChannelHead(_Head):
         x, cache = self.stack(x, None, cache=cache, condition=condition)
         kernel = jnp.take(self.kernels, channel, axis=0).astype(cfg.dtype)
         logits = jnp.einsum("rcd,dv->rcv", self.last(x, condition), kernel, preferred_element_type=jnp.float32)
-        return (logits + jnp.take(self.biases, channel, axis=0).astype(jnp.float32))[:, 0], cache
+        return (logits + jnp.take(self.head_bias, channel, axis=0).astype(jnp.float32))[:, 0], cache
 
 
 def choose(logits: Float[Array, "rows ... levels"], keys: Keys, temperature: float) -> Int[Array, "rows ..."]:
