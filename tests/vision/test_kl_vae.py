@@ -123,7 +123,7 @@ def test_its_discriminator_has_its_terms():
     batch = images(4)
     params = unboxed(task.init(jax.random.key(0), batch))
     loss, metrics = jax.jit(task.loss)(params, batch, jax.random.key(0), 1)
-    assert np.isfinite(loss) and {"kl", "latent_spread", "d_weight", "g_loss", "d_loss"} <= set(metrics)
+    assert np.isfinite(loss) and {"kl", "code_std", "d_weight", "g_loss", "d_loss"} <= set(metrics)
 
 
 @pytest.mark.parametrize(
