@@ -81,6 +81,11 @@ class AutoencoderConfig:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of float32, bfloat16.")
 
     @property
+    def undivided(self) -> tuple[int, ...]:
+        """Numbers of channels, of ends, that no mesh divides."""
+        return (self.channels,)
+
+    @property
     def stride(self) -> int:
         """Pixels from one position of the grid to the next."""
         return 2 ** (len(self.multipliers) - 1)
@@ -303,7 +308,7 @@ def _blocks(config: AutoencoderConfig, levels: list[list[Layer]]) -> list[Any]:
                 return jax.nn.silu
             case "point":
                 return Conv(features, 1, padding=(0, 0), axis="channels", **kinds)
-            case "conv" if features == config.channels:
+            case "conv" if features in config.undivided:
                 options = {"axis": "channels"}
             case "res":
                 options = {"groups": config.groups}

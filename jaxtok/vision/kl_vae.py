@@ -95,6 +95,11 @@ class KLVAEConfig:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(PARAM_DTYPES)}.")
 
     @property
+    def undivided(self) -> tuple[int, ...]:
+        """Numbers of channels, of ends, that no mesh divides."""
+        return (self.channels, 2 * self.z_channels)
+
+    @property
     def stride(self) -> int:
         """Pixels from one position of the grid to the next."""
         return 2 ** (len(self.widths) - 1)

@@ -66,7 +66,14 @@ WIDE = {name: 8 if name.endswith("heads") else n for name, n in SIZES.items()}
 TASKS = {
     "tokenbridge": lambda: case(
         dataclasses.replace(
-            TINY, **WIDE, channels=8, quantizer=DimensionwiseQuantizer(levels=8), channel_order=(), num_classes=8
+            TINY,
+            **WIDE,
+            channels=8,
+            quantizer=DimensionwiseQuantizer(levels=8),
+            channel_order=(),
+            num_classes=8,
+            buffer=8,
+            mask_ratio_min=0.5,
         )
     )
 }
