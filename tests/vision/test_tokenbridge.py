@@ -16,7 +16,7 @@ from image_generators import random_params
 from tiny import Case, typed
 
 from jaxtok.data.codes import CodeData
-from jaxtok.interop.tokenbridge import check_levels, official_config
+from jaxtok.interop.tokenbridge import TOKENBRIDGE, check_levels, official_config, params_to
 from jaxtok.training.mesh import unboxed
 from jaxtok.vision.kl_vae import KLVAEConfig
 from jaxtok.vision.tokenbridge import (
@@ -447,3 +447,17 @@ def test_a_tokenizer_through_its_quantiser():
         error = np.square(decoded - batch["images"] / 255).mean()
         np.testing.assert_allclose(error, rows[levels]["mse"], rtol=1e-4)
     assert rows[256]["latent_mse"] < 0.01 * rows[2]["latent_mse"]
+
+
+def test_a_checkpoint_of_the_authors_training(tmp_path):
+    """Its moving average is read, unless the other table is asked for."""
+    torch = pytest.importorskip("torch")
+    task = TokenBridgeModeling(model=TINY)
+    tables = {}
+    for seed, name in enumerate(("model", "model_ema")):
+        tensors = params_to(TINY, random_params(task, seed))
+        tables[name] = {key: torch.from_numpy(np.array(x)) for key, x in tensors.items()}
+    torch.save({**tables, "optimizer": {"state": {}}, "epoch": 3}, tmp_path / "checkpoint-last.pth")
+    for which, seed in ({}, 1), ({"which": "model"}, 0):
+        model = TOKENBRIDGE.read(tmp_path / "checkpoint-last.pth", task, **which)
+        chex.assert_trees_all_equal(model.params, random_params(task, seed))
