@@ -463,8 +463,12 @@ class Autoencoding(Reconstruction):
         return used_codes(quantized.codes, self.code_values, mask)
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """As `Reconstruction.metrics`. For vocabularies up to 2^20, also codes_used and their perplexity. A tokenizer
-        that draws its codes draws them with a key from the number of the batch."""
+        """Means over images of the loss (nll) and l1; of mse (the squared error), psnr (dB, at most 100) and ssim (if
+        its window of 11 pixels fits), for pixels limited to [0, 1]; and the number of images.
+
+        For vocabularies up to 2^20, also codes_used and their perplexity. A tokenizer that draws its codes draws them
+        with a key from the number of the batch.
+        """
         row, codes = super().metrics(sums), sums.get("codes")
         if codes is not None:
             row |= {"codes_used": float(np.sum(codes > 0)), "perplexity": float(perplexity(jnp.asarray(codes)))}

@@ -29,6 +29,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import constrain, gather
+from jaxtok.data.codes import CodeData
 from jaxtok.nn.linear import Linear
 from jaxtok.nn.losses import cross_entropy, mean
 from jaxtok.nn.norms import Norm
@@ -355,12 +356,15 @@ class TokenBridgeModeling(Task):
         Raises:
           ValueError: the data have other positions or codes than the model, or more classes.
         """
-        for field, name in (("code_shape", "grid"), ("code_values", "channels and quantizer.levels")):
-            ours, theirs = getattr(self, field), getattr(data, field, None)
-            if theirs not in (None, ours):
+        if isinstance(data, CodeData):
+            if not data.shape and data.grid != self.model.grid:
                 raise ValueError(
-                    f"the data's {field} is {theirs}, but the model's is {ours}; change task.model.{name}."
+                    f"task.model.grid is {self.model.grid}, but data.grid is {data.grid}; make them equal."
                 )
+            for field in ("shape", "values"):
+                ours, theirs = getattr(self, f"code_{field}"), getattr(data, f"code_{field}")
+                if theirs != ours:
+                    raise ValueError(f"data.{field} is {theirs}, but the model has {ours}; make them equal.")
         check_classes(self.num_classes, data)
         return self
 

@@ -180,9 +180,12 @@ class BridgeTokenizer(KLAutoencoding):
         }
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """As `Reconstruction.metrics`, through the quantiser; also latent_std (the root mean square of the quantiser's
-        input), latent_mse (its squared error), share_used (of the levels of all channels) and entropy (the mean of the
-        channels', in bits)."""
+        """Through the quantiser: means over images of the loss (nll) and l1; of mse (the squared error), psnr (dB, at
+        most 100) and ssim (if its window of 11 pixels fits), for pixels limited to [0, 1]; and the number of images.
+
+        Also latent_std (the root mean square of the quantiser's input), latent_mse (its squared error), share_used (of
+        the levels of all channels) and entropy (the mean of the channels', in bits).
+        """
         row = super().metrics(sums)
         row["latent_std"] = math.sqrt(row.pop("latent_square"))
         counts = np.asarray(sums["codes"]).reshape(self.model.z_channels, -1)

@@ -79,11 +79,12 @@ LIKE_ANOTHER = (
     "text_classification",
     "masked_words",
     "elm_masked",
+    "tokenbridge_tokenizer",
     "t5",
     "hat_released",
     "lora",
 )
-"""Tasks of the same kind as one that is tested (VQGAN, lexinvariant, GPT-2, Byte2Word, ELECTRA, ELM, MrT5, HAT, and
+"""Tasks of the same kind as one that is tested (VQGAN, lexinvariant, GPT-2, Byte2Word, ELECTRA, ELM, the KL-VAE, MrT5, HAT, and
 LoRA as a surgery in tests/transfer); they run with --slow."""
 
 

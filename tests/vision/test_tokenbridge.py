@@ -16,8 +16,11 @@ from image_generators import random_params
 from tiny import Case, typed
 
 from jaxtok.data.codes import CodeData
+from jaxtok.data.images import ImageData
 from jaxtok.interop.tokenbridge import TOKENBRIDGE, check_levels, official_config, params_to
+from jaxtok.training.experiment import TrainConfig
 from jaxtok.training.mesh import unboxed
+from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.vision.kl_vae import KLVAEConfig
 from jaxtok.vision.tokenbridge import (
     PUBLISHED,
@@ -52,7 +55,7 @@ VAE = KLVAEConfig(image_size=4, widths=(4,), groups=2, res_blocks=1, encoder_att
 
 def case(model) -> Case:
     """Images of random codes, one of which only fills the batch."""
-    data = CodeData(shape=model.code_shape, values=model.code_values, batch_size=8)
+    data = CodeData(grid=model.grid, values=model.code_values, batch_size=8)
     rng = np.random.default_rng(0)
     batch = {
         "codes": rng.integers(0, model.quantizer.levels, data.batch_spec()["codes"].shape),
@@ -75,7 +78,24 @@ TASKS = {
             buffer=8,
             mask_ratio_min=0.5,
         )
-    )
+    ),
+    "tokenbridge_tokenizer": lambda: Case(
+        BridgeTokenizer(
+            model=KLVAEConfig(
+                image_size=8, widths=(8,), groups=4, res_blocks=1, encoder_attention=(), z_channels=2, scaling=1.0
+            ),
+            discriminator=None,
+            perceptual="none",
+            sample_posterior=False,
+        ),
+        ImageData(images="digits", size=8, batch_size=8),
+        {
+            "images": np.random.default_rng(0).integers(0, 256, (8, 8, 8, 3)).astype(np.uint8),
+            "labels": np.zeros(8, np.int32),
+            "mask": (np.arange(8) < 7).astype(np.float32),
+        },
+        train=TrainConfig(optimizer=OptimizerConfig(eps=1e-5)),
+    ),
 }
 
 EVIDENCE = {
@@ -411,9 +431,9 @@ def test_what_is_refused_when_drawing_and_fitting():
         task.draw({}, [0], jax.random.key(0), sampling=TokenBridgeSampling(rounds=17))
     with pytest.raises(ValueError, match="rng is None"):
         generate(TINY, {}, [0])
-    with pytest.raises(ValueError, match=r"the data's code_values is \(4, 4, 4\), but the model's is \(5, 5, 5\)"):
+    with pytest.raises(ValueError, match=r"data.values is \(4, 4, 4\), but the model has \(5, 5, 5\)"):
         task.fit(CodeData(shape=(4, 4), values=(4, 4, 4)))
-    with pytest.raises(ValueError, match="the data's code_shape"):
+    with pytest.raises(ValueError, match=r"data.shape is \(4, 5\), but the model has \(4, 4\)"):
         task.fit(CodeData(shape=(4, 5), values=(5, 5, 5)))
     with pytest.raises(ValueError, match="patch_size is 2; it must be 1"):
         official_config(patch_size=2)
