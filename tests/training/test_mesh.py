@@ -84,8 +84,8 @@ LIKE_ANOTHER = (
     "hat_released",
     "lora",
 )
-"""Tasks of the same kind as one that is tested (VQGAN, lexinvariant, GPT-2, Byte2Word, ELECTRA, ELM, the KL-VAE, MrT5, HAT, and
-LoRA as a surgery in tests/transfer); they run with --slow."""
+"""Tasks of the same kind as one that is tested (VQGAN, lexinvariant, GPT-2, Byte2Word, ELECTRA, ELM, the KL-VAE, MrT5,
+HAT, and LoRA as a surgery in tests/transfer); they run with --slow."""
 
 
 def tasks_on_meshes():
