@@ -29,7 +29,7 @@ def train(steps: int, rate: float, **options) -> TrainConfig:
         steps=steps,
         optimizer=optimizer,
         log_every=50,
-        eval_every=steps // 4,
+        eval_every=steps // 2,
         checkpoint_every=steps,
         tensorboard=False,
     )
@@ -63,7 +63,7 @@ def of_patches(head: str) -> Experiment:
 
 
 def of_digits(head: str) -> Experiment:
-    sizes = {"width": 96, "layers": 3, "heads": 4}
+    sizes = {"width": 64, "layers": 2, "heads": 4}
     model = TokenBridgeConfig(
         grid=4,
         channels=4,
@@ -73,12 +73,12 @@ def of_digits(head: str) -> Experiment:
         buffer=4,
         **{f"{part}_{n}": v for part in ("encoder", "decoder") for n, v in sizes.items()},
         head=head,
-        head_width=96,
+        head_width=64,
         head_layers=2,
         head_heads=4,
-        diffusion_layers=3,
+        diffusion_layers=4,
     )
-    data = CodeData(path=f"{WORKDIR}/codes/kl_vae_digits", shape=(4, 4), values=model.code_values, batch_size=64)
+    data = CodeData(path=f"{WORKDIR}/codes/kl_vae_digits", shape=(4, 4), values=model.code_values, batch_size=32)
     return Experiment(
         name=f"digits_{head}",
         task=TokenBridgeModeling(model=model),
