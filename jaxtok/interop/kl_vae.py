@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxtok.data.images import ImageData
 from jaxtok.interop.files import has_tensors, read_file, write_file
 from jaxtok.interop.folders import odd_values_named, read_options
 from jaxtok.interop.tensors import CONVOLUTION, Place, Source, read_params, shapes_of, whole_folder, write_params
@@ -307,7 +308,8 @@ class KLVAEFolder:
             config = dataclasses.replace(config, image_size=like.model.image_size, dtype=like.model.dtype)
         task = KLAutoencoding(model=config, discriminator=None, perceptual="none") if like is None else like
         task = dataclasses.replace(task, model=config)
-        return _model(task, vae_params(config, read_weights(held[0]), "diffusers"), path)
+        model = _model(task, vae_params(config, read_weights(held[0]), "diffusers"), path)
+        return dataclasses.replace(model, data=ImageData(size=config.image_size))
 
     def write(self, path: Path, model: Model) -> Path:
         """Writes a folder.
