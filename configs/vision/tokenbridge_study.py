@@ -83,7 +83,7 @@ def of_digits(head: str) -> Experiment:
         name=f"digits_{head}",
         task=TokenBridgeModeling(model=model),
         data=data,
-        train=train(1000, 1e-3, weight_decay=0.05),
+        train=train(800, 2e-3, weight_decay=0.05),
     )
 
 
@@ -115,7 +115,7 @@ config = TokenBridgeStudy(
                     quantizer=DimensionwiseQuantizer(levels=16),
                 ),
                 data=digits,
-                train=train(1200, 2e-3, b2=0.999, weight_decay=0.0),
+                train=train(800, 2e-3, b2=0.999, weight_decay=0.0),
             ),
         ),
         columns=("l1", "psnr", "latent_std", "latent_mse", "share_used", "entropy"),
