@@ -166,10 +166,16 @@ def draw_channels(
         logits = head.apply(params, z, jnp.zeros((len(z), config.channels), jnp.int32))
         return choose(logits, keys, temperature), logits
     s = head.apply(params, z, method="project")
+    # Each layer is taken out of the stack once, and not in every step.
+    blocks = params["params"]["stack"]["blocks"]
+    layers = {
+        f"blocks_{n}": jax.tree.map(lambda leaf, n=n: jnp.asarray(leaf)[n], blocks) for n in range(config.head_layers)
+    }
+    apart = {"params": {**params["params"], "stack": layers}}
 
     def one(carry, channel):
         before, cache = carry
-        logits, cache = head.apply(params, s, channel, before, cache, method="step")
+        logits, cache = head.apply(apart, s, channel, before, cache, method="step")
         of_channel = jax.vmap(jax.random.fold_in, (0, None))(keys, channel) if temperature else keys
         codes = choose(logits, of_channel, temperature)
         return (codes, cache), (codes, logits)
