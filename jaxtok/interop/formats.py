@@ -13,9 +13,11 @@ from jaxtok.interop.folders import read_options
 from jaxtok.interop.gguf import GGUF
 from jaxtok.interop.hat import HAT
 from jaxtok.interop.huggingface import DECODERS
+from jaxtok.interop.kl_vae import DIFFUSERS, KL_VAE
 from jaxtok.interop.mamba import MAMBA
 from jaxtok.interop.peft import PEFT
 from jaxtok.interop.t5 import T5
+from jaxtok.interop.tokenbridge import TOKENBRIDGE
 from jaxtok.interop.tokenformer import TOKENFORMER
 from jaxtok.interop.vqgan import VQGAN
 from jaxtok.interop.word_pooled import WORD_POOLED
@@ -34,7 +36,10 @@ FORMATS: tuple[Format, ...] = (
     WORD_POOLED,
     BYTE2WORD,
     VQGAN,
+    KL_VAE,
+    DIFFUSERS,
     ELM,
+    TOKENBRIDGE,
     PEFT,
     GGUF,
 )

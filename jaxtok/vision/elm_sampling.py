@@ -17,7 +17,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -80,8 +80,8 @@ def check_guidance(scale: float, schedule: str) -> None:
         )
 
 
-def class_ids(config: ElmConfig, labels: Sequence[int | None] | np.ndarray) -> Int[np.ndarray, " batch"]:
-    """The rows of the model's class embedding for these classes; None is no class.
+def class_ids(config: Any, labels: Sequence[int | None] | np.ndarray) -> Int[np.ndarray, " batch"]:
+    """The rows of the class embedding of a model with `num_classes` for these classes; None is no class.
 
     Raises:
       ValueError: there is no label, or one is out of range.

@@ -79,12 +79,13 @@ LIKE_ANOTHER = (
     "text_classification",
     "masked_words",
     "elm_masked",
+    "tokenbridge_tokenizer",
     "t5",
     "hat_released",
     "lora",
 )
-"""Tasks of the same kind as one that is tested (VQGAN, lexinvariant, GPT-2, Byte2Word, ELECTRA, ELM, MrT5, HAT, and
-LoRA as a surgery in tests/transfer); they run with --slow."""
+"""Tasks of the same kind as one that is tested (VQGAN, lexinvariant, GPT-2, Byte2Word, ELECTRA, ELM, the KL-VAE, MrT5,
+HAT, and LoRA as a surgery in tests/transfer); they run with --slow."""
 
 
 def tasks_on_meshes():
