@@ -322,7 +322,8 @@ def _modules(config: Mapping[str, Any], tower: str) -> dict[str, dict[str, Any]]
     found = {}
     for name, entry in modules.items():
         where, kind = f"{tower}.{name}", _class(entry, f"{tower}.{name}")
-        if name not in known and not (kind == "PerSampleOp" and name == list(modules)[-1]):
+        last = kind == "PerSampleOp" and list(known)[-1] in found  # latents back to channels first
+        if name not in known and not last:
             raise ValueError(f"the config has the module {where} ({kind}), which is not known here.")
         if name in known and kind not in known[name]:
             raise ValueError(
@@ -485,7 +486,8 @@ class FlexTokFiles:
             model, options = config_from(stored_config(path))
             like = _task(model, options, tensors)
         logging.getLogger("jaxtok").warning("%s: %s.", path, LICENCE)
-        return Model(task=like, params={"flextok": params_from(like.model, tensors)}, data=None, path=path)
+        params = {"flextok": params_from(like.model, tensors), "health": {"gap": np.zeros((), np.float32)}}
+        return Model(task=like, params=params, data=None, path=path)
 
     def write(self, path: Path, model: Model) -> Path:
         """Writes a file of tensors under the authors' names.
