@@ -16,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-TORCH_SUFFIXES = (".pth", ".pt", ".th", ".bin")
+TORCH_SUFFIXES = (".pth", ".pt", ".th", ".ckpt", ".bin")
 SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
 
 
@@ -168,7 +168,7 @@ def write_weights(
     facts: Mapping[str, str] | None = None,
     replace: bool = False,
 ) -> Path:
-    """Writes .safetensors, .npz, or a PyTorch file (.pth, .pt, .th or .bin). A failure leaves no new file.
+    """Writes .safetensors, .npz, or a PyTorch file (`TORCH_SUFFIXES`). A failure leaves no new file.
 
     Args:
       facts: texts by name, for the header of a .safetensors file.

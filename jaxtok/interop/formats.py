@@ -14,6 +14,7 @@ from jaxtok.interop.folders import read_options
 from jaxtok.interop.gguf import GGUF
 from jaxtok.interop.hat import HAT
 from jaxtok.interop.huggingface import DECODERS
+from jaxtok.interop.kl_vae import DIFFUSERS, KL_VAE
 from jaxtok.interop.mamba import MAMBA
 from jaxtok.interop.peft import PEFT
 from jaxtok.interop.t5 import T5
@@ -35,6 +36,8 @@ FORMATS: tuple[Format, ...] = (
     WORD_POOLED,
     BYTE2WORD,
     VQGAN,
+    KL_VAE,
+    DIFFUSERS,
     ELM,
     FLEXTOK,
     PEFT,

@@ -1,14 +1,15 @@
 """Convolutional encoder and generator of VQGAN (arXiv 2012.09841), in the form of samb-t/unleashing-transformers.
 
-Images are [batch, height, width, channels]. Unlike the form in latent diffusion, it has no activation between the last
-norm and the last convolution, and as many residual blocks a level in the generator as in the encoder.
+Images are [batch, height, width, channels]. Unlike the form in latent diffusion (`jaxtok.vision.kl_vae`, of the same
+blocks), it has no activation between the last norm and the last convolution, and as many residual blocks a level in the
+generator as in the encoder.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 from jaxtok.axes import constrain, gather
 
 GROUPS = 32
-"""The number of groups of every group norm."""
+"""The number of groups of a group norm, if nothing else is said."""
 EPS = 1e-6
 
 Layer = tuple[str, int]
@@ -29,6 +30,8 @@ Layer = tuple[str, int]
 class AutoencoderConfig:
     """An encoder from images to a grid of vectors, and a generator from the grid to images; defaults: ELM's."""
 
+    groups: ClassVar[int] = GROUPS
+    key_bias: ClassVar[bool] = False
     image_size: int = 256
     """The side of the images in pixels. It is halved from level to level; a level whose side is in
     `attention_resolutions` has attention."""
@@ -89,11 +92,11 @@ class AutoencoderConfig:
 
     def encoder_flops(self) -> float:
         """Forward FLOPs of the encoder for one image, in convolutions and attention."""
-        return _flops(encoder_levels(self), self.channels, self.image_size)
+        return levels_flops(encoder_levels(self), self.channels, self.image_size)
 
     def generator_flops(self) -> float:
         """Forward FLOPs of the generator for one image, in convolutions and attention."""
-        return _flops(generator_levels(self), self.embed_dim, self.grid[0])
+        return levels_flops(generator_levels(self), self.embed_dim, self.grid[0])
 
     def flops(self) -> float:
         """Forward FLOPs of encoder and generator for one image."""
@@ -187,20 +190,21 @@ def _uniform(bound: float) -> nn.initializers.Initializer:
 class GroupNorm(nn.Module):
     """Over positions and groups of neighbouring channels, in float32, then rounded to `dtype`."""
 
+    groups: int = GROUPS
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
-        """Raises ValueError if the number of channels is no multiple of `GROUPS`."""
-        features = x.shape[-1]
-        if features % GROUPS:
-            raise ValueError(f"there are {features} channels; their number must be a multiple of {GROUPS}.")
+        """Raises ValueError if the number of channels is no multiple of that of groups."""
+        features, groups = x.shape[-1], self.groups
+        if features % groups:
+            raise ValueError(f"there are {features} channels; their number must be a multiple of {groups}.")
 
         def param(name, init):
             return self.param(name, nn.with_logical_partitioning(init, ("channels",)), (features,), self.param_dtype)
 
-        y = x.astype(jnp.float32).reshape(len(x), -1, GROUPS, features // GROUPS)
+        y = x.astype(jnp.float32).reshape(len(x), -1, groups, features // groups)
         y = y - y.mean((1, 3), keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), (1, 3), keepdims=True) + EPS)
         y = y.reshape(x.shape) * param("scale", nn.initializers.ones) + param("bias", nn.initializers.zeros)
@@ -211,6 +215,7 @@ class Residual(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), with a 1 x 1 convolution of x where the channels change."""
 
     features: int
+    groups: int = GROUPS
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -219,7 +224,7 @@ class Residual(nn.Module):
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         y = x
         for number in (1, 2):
-            y = jax.nn.silu(GroupNorm(**kinds, name=f"norm{number}")(y))
+            y = jax.nn.silu(GroupNorm(self.groups, **kinds, name=f"norm{number}")(y))
             y = Conv(self.features, **kinds, name=f"conv{number}")(y)
         if x.shape[-1] != self.features:
             x = Conv(self.features, 1, padding=(0, 0), **kinds, name="shortcut")(x)
@@ -229,10 +234,12 @@ class Residual(nn.Module):
 class Attention(nn.Module):
     """Attention with one head over all positions, added to its input.
 
-    The keys have no bias: it would add one number to all scores of a query, which changes nothing. (The authors' do.)
+    The keys need no bias: it would add one number to all scores of a query, which changes nothing. (The authors' do.)
     """
 
     features: int
+    groups: int = GROUPS
+    key_bias: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -240,10 +247,11 @@ class Attention(nn.Module):
     def __call__(self, x: Float[Array, "batch height width channels"]) -> Float[Array, "batch height width channels"]:
         batch, height, width, features = x.shape
         kinds = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = GroupNorm(**kinds, name="norm")(x)
+        y = GroupNorm(self.groups, **kinds, name="norm")(x)
 
         def linear(name, y):
-            return Conv(features, 1, padding=(0, 0), use_bias=name != "key", **kinds, name=name)(y)
+            use_bias = name != "key" or self.key_bias
+            return Conv(features, 1, padding=(0, 0), use_bias=use_bias, **kinds, name=name)(y)
 
         q, k, v = (linear(name, y).reshape(batch, height * width, features) for name in ("query", "key", "value"))
         scores = jnp.einsum("bqc,bkc->bqk", q, k, preferred_element_type=jnp.float32) / math.sqrt(features)
@@ -279,16 +287,29 @@ class Up(nn.Module):
 
 
 BLOCKS = {"conv": Conv, "res": Residual, "attention": Attention, "down": Down, "up": Up}
+"""The kinds of layers that change the number of channels, or have a number of them. The others are `norm`, `silu`, and
+`point`, a convolution of single positions."""
 
 
-def _blocks(config: AutoencoderConfig, levels: list[list[Layer]]) -> list[nn.Module]:
+def _blocks(config: AutoencoderConfig, levels: list[list[Layer]]) -> list[Any]:
     kinds = {"dtype": config.dtype, "param_dtype": config.param_dtype}
 
     def one(kind, features):
-        if kind == "norm":
-            return GroupNorm(**kinds)
-        ends = {"axis": "channels"} if kind == "conv" and features == config.channels else {}
-        return BLOCKS[kind](features, **kinds, **ends)
+        options: dict[str, Any] = {}
+        match kind:
+            case "norm":
+                return GroupNorm(config.groups, **kinds)
+            case "silu":
+                return jax.nn.silu
+            case "point":
+                return Conv(features, 1, padding=(0, 0), axis="channels", **kinds)
+            case "conv" if features == config.channels:
+                options = {"axis": "channels"}
+            case "res":
+                options = {"groups": config.groups}
+            case "attention":
+                options = {"groups": config.groups, "key_bias": config.key_bias}
+        return BLOCKS[kind](features, **kinds, **options)
 
     return [one(*layer) for level in levels for layer in level]
 
@@ -314,13 +335,16 @@ class Encoder(nn.Module):
     config: AutoencoderConfig
 
     def setup(self):
-        self.blocks = _blocks(self.config, encoder_levels(self.config))
+        self.blocks = _blocks(self.config, self.levels())
+
+    def levels(self) -> list[list[Layer]]:
+        return encoder_levels(self.config)
 
     def __call__(
         self, images: Float[Array, "batch height width channels"]
     ) -> Float[Array, "batch rows columns embed_dim"]:
         """Vectors in float32. Images may have other sides than the config's; attention stays in the same levels."""
-        x = _run(self, images.astype(self.config.dtype), encoder_levels(self.config))
+        x = _run(self, images.astype(self.config.dtype), self.levels())
         return x.astype(jnp.float32)
 
 
@@ -330,7 +354,10 @@ class Generator(nn.Module):
     config: AutoencoderConfig
 
     def setup(self):
-        self.blocks = _blocks(self.config, generator_levels(self.config))
+        self.blocks = _blocks(self.config, self.levels())
+
+    def levels(self) -> list[list[Layer]]:
+        return generator_levels(self.config)
 
     def __call__(
         self, vectors: Float[Array, "batch rows columns embed_dim"]
@@ -340,7 +367,7 @@ class Generator(nn.Module):
 
     def features(self, vectors: Float[Array, "batch rows columns embed_dim"]) -> Float[Array, "batch height width ch"]:
         """The input of the last convolution."""
-        *levels, last = generator_levels(self.config)
+        *levels, last = self.levels()
         return _run(self, vectors.astype(self.config.dtype), [*levels, last[:-1]])
 
     def last(self, features: Float[Array, "batch height width ch"]) -> Float[Array, "batch height width channels"]:
@@ -348,9 +375,9 @@ class Generator(nn.Module):
         return self.blocks[-1](features).astype(jnp.float32)
 
 
-def last_name(config: AutoencoderConfig) -> str:
-    """The last convolution's name in the generator's parameters."""
-    return f"blocks_{sum(map(len, generator_levels(config))) - 1}"
+def last_name(levels: list[list[Layer]]) -> str:
+    """The last convolution's name in the parameters of a generator with these levels."""
+    return f"blocks_{sum(map(len, levels)) - 1}"
 
 
 def last_conv(config: AutoencoderConfig, features: jax.Array, params: Any) -> Float[Array, "batch height width ch"]:
@@ -359,7 +386,8 @@ def last_conv(config: AutoencoderConfig, features: jax.Array, params: Any) -> Fl
     return conv.apply({"params": params}, features).astype(jnp.float32)
 
 
-def _flops(levels: list[list[Layer]], channels: int, side: int) -> float:
+def levels_flops(levels: list[list[Layer]], channels: int, side: int) -> float:
+    """Forward FLOPs of an image of these channels and this side, in convolutions and attention."""
     total = 0.0
     for kind, features in (layer for level in levels for layer in level):
         side = side // 2 if kind == "down" else side * 2 if kind == "up" else side
@@ -369,6 +397,8 @@ def _flops(levels: list[list[Layer]], channels: int, side: int) -> float:
                 total += at * 9 * channels * features
             case "res":
                 total += at * (9 * (channels + features) * features + (channels != features) * channels * features)
+            case "point":
+                total += at * channels * features
             case "attention":
                 total += at * (4 * features * features + 2 * side * side * features)
         channels = features

@@ -86,6 +86,8 @@ class LinearStack(StackConfig):
     def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
         if group == "ffn":
             return MLP(self, features, name=name)
+        if group == "modulation":  # of standard deviation 0: at first, a block changes nothing
+            return self.linear(features, ("d_model", "modulation"), 0.0, True, name)
         if group == "output":
             return self.linear(features, ("heads", "d_model"), self.output_init_std, None, name)
         axis = "heads" if group == "query" or self.kv_heads == self.num_heads else "kv_heads"

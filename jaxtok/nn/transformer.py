@@ -60,7 +60,7 @@ class StackConfig:
     scale_scores: bool = True
     """Whether attention scores are divided by sqrt(head_dim)."""
     qk_norm: bool = False
-    """Whether an RMS norm is applied to each head's queries and keys before the rotation."""
+    """Whether a norm (`head_norm`) is applied to each head's queries and keys before the rotation."""
     rotary_fraction: float = 0.25
     """The part of each head that is rotated; 0: no position embedding in the stack."""
     rotary_base: float = 10000.0
@@ -190,6 +190,10 @@ class StackConfig:
         """A norm of the stack's kind, or of another."""
         return Norm(kind or self.norm, eps=self.norm_eps, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
+    def head_norm(self, name: str | None = None) -> Norm:
+        """The norm of each head's queries, or of its keys."""
+        return self.norm_module(name, "rms")
+
 
 @flax.struct.dataclass
 class Call:
@@ -218,7 +222,7 @@ class MultiHead(nn.Module):
         axis = "heads" if count == cfg.num_heads else "kv_heads"
         y = constrain(y.reshape(*y.shape[:-1], count, cfg.head_dim), axis, "head_dim")
         if cfg.qk_norm and group in ("query", "key"):
-            y = cfg.norm_module(f"{group}_norm", "rms")(y)
+            y = cfg.head_norm(f"{group}_norm")(y)
         return y
 
     def attend(self, q, k, v, deterministic, **options):
@@ -297,6 +301,35 @@ class Block(nn.Module):
     def dropped(self, y, layer, call: Call):
         """y after dropout."""
         return nn.Dropout(self.config.dropout)(constrain(y, "d_model"), call.deterministic)
+
+
+class ModulatedBlock(Block):
+    """A block with DiT's adaLN (arXiv 2212.09748): x + gate part(norm(x) (1 + scale) + shift), for attention and ffn.
+
+    The call's condition c [batch, 1 or length, d_model] gives all six as a linear map of silu(c), the projection
+    `modulation`: shift, scale and gate of attention, then those of ffn. Where this begins at 0, so does each part.
+    """
+
+    def modulated(self) -> bool:
+        """Whether it is; otherwise it is a `Block`."""
+        return True
+
+    @nn.compact
+    def __call__(self, carry, layer, call: Call):
+        cfg = self.config
+        if self.modulated():
+            project = cfg.projection("modulation", 6 * cfg.d_model, name="modulation")
+            parts = jnp.split(project(nn.silu(call.condition)), 6, axis=-1)
+            call = call.replace(condition={"attention": parts[:3], "ffn": parts[3:]})
+        return super().__call__(carry, layer, call)
+
+    def around(self, name, part, x, cache, layer, call: Call):
+        if not self.modulated():
+            return super().around(name, part, x, cache, layer, call)
+        shift, scale, gate = call.condition[name]
+        norm = self.config.norm_module(f"norm_{name}")
+        y, cache = part(norm(x) * (1 + scale) + shift, cache, layer, call)
+        return x + self.dropped(gate * y, layer, call), cache
 
 
 class Stack(nn.Module):

@@ -33,7 +33,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain
-from jaxtok.nn.convolution import AutoencoderConfig, Encoder, Generator, last_conv, last_name
+from jaxtok.nn.convolution import (
+    AutoencoderConfig,
+    Encoder,
+    Generator,
+    Layer,
+    generator_levels,
+    last_conv,
+    last_name,
+)
 from jaxtok.nn.losses import mean
 from jaxtok.nn.quantizers import Quantized, code_counts, perplexity
 from jaxtok.protocols import FROZEN, Batch, Data, Params, Sums, Task
@@ -118,8 +126,8 @@ class Draws:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Autoencoding(Task):
-    """Trains an image tokenizer, and is one (`jaxtok.protocols.ImageTokenizer`).
+class Reconstruction(Task, abc.ABC):
+    """Trains an encoder and a generator of images; a subclass says what is between them.
 
     The discriminator should have an optimizer of its own that starts at `discriminator.start_step + 1`
     (configs/vision/bae.py). If a batch is accumulated in parts, the discriminator's batch norms see each part alone,
@@ -134,7 +142,8 @@ class Autoencoding(Task):
 
     counted = "images"
 
-    model: TokenizerConfig
+    model: Any
+    """The config: an `AutoencoderConfig`, or with its properties, and with `options`, `draw` and `code_weight`."""
     discriminator: DiscriminatorConfig | None = DiscriminatorConfig()
     """The discriminator; None: there is no adversarial term."""
     perceptual: str = ""
@@ -159,59 +168,7 @@ class Autoencoding(Task):
         if self.uses_lpips and self.model.image_size < 16:
             raise ValueError(f"image_size is {self.model.image_size}; for LPIPS it must be at least 16 pixels.")
 
-    # -- an image tokenizer
-
-    prefixes: ClassVar[tuple[int, ...]] = ()
-    draws_images: ClassVar[bool] = False
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return (self.model.image_size, self.model.image_size, self.model.channels)
-
-    @property
-    def code_shape(self) -> tuple[int, int]:
-        return self.model.grid
-
-    @property
-    def code_values(self) -> tuple[int, ...]:
-        return self.model.code_values
-
-    @property
-    def draws_codes(self) -> bool:
-        return self.model.draws_codes
-
-    def encode(
-        self, params: Params, images: Float[Array, "batch height width channels"], rng: jax.Array | None = None
-    ) -> Int[Array, "batch positions sub_codes"]:
-        """Codes of images in [0, 1]; positions row by row.
-
-        Args:
-          rng: a key, for a tokenizer that draws its codes (`draws_codes`).
-
-        Raises:
-          ValueError: the images have another shape or type, or the tokenizer draws its codes and there is no key.
-        """
-        check_images(images, self.image_shape)
-        if rng is None and self.draws_codes:
-            raise ValueError(
-                "rng is None; it must be a key, as this tokenizer draws its codes (deterministic is False)."
-            )
-        return _encode(self, params["autoencoder"], images, rng)
-
-    def decode(
-        self, params: Params, codes: Int[Array, "batch positions sub_codes"], rng: jax.Array | None = None
-    ) -> Float[Array, "batch height width channels"]:
-        """Images, not limited to [0, 1]; nothing is drawn, so a key is not used.
-
-        Raises:
-          ValueError: the codes have another shape, or are outside the vocabulary.
-        """
-        check_codes(codes, (math.prod(self.code_shape),), self.code_values)
-        return _decode(self, params["autoencoder"], jnp.asarray(codes))
-
-    # -- a task
-
-    def fit(self, data: Data, train: Any = None) -> Autoencoding:
+    def fit(self, data: Data, train: Any = None) -> Reconstruction:
         """The task itself. Raises ValueError if the discriminator's own optimizer starts at another step than its
         training."""
         starts = {part.part: part.start for part in train.optimizer.parts} if train is not None else {}
@@ -231,9 +188,22 @@ class Autoencoding(Task):
             )
         return self
 
-    def autoencoder(self) -> Autoencoder:
-        """The module of the parameters' part `autoencoder`."""
-        return Autoencoder(self.model)
+    @abc.abstractmethod
+    def autoencoder(self) -> nn.Module:
+        """The module of the parameters' part `autoencoder`, with the methods of `Autoencoder`."""
+
+    def levels(self) -> list[list[Layer]]:
+        """The generator's layers, by level."""
+        return generator_levels(self.model)
+
+    def last(self, features: Float[Array, "batch height width ch"], params: Params) -> Array:
+        """Images from the input of the generator's last convolution and its parameters."""
+        return last_conv(self.model, features, params)
+
+    @property
+    def draws_codes(self) -> bool:
+        """Whether something is drawn between encoder and generator outside of training too."""
+        return False
 
     @property
     def uses_lpips(self) -> bool:
@@ -301,8 +271,8 @@ class Autoencoding(Task):
             **self.model.options(step),
             method="features",
         )
-        last = params["autoencoder"]["generator"][last_name(self.model)]
-        fake = last_conv(self.model, features, last)
+        last = params["autoencoder"]["generator"][last_name(self.levels())]
+        fake = self.last(features, last)
 
         def parts(fake):
             return jnp.sum(jnp.abs(x - fake).mean((1, 2, 3)) * mask), jnp.sum(distance(x, fake) * mask)
@@ -338,7 +308,7 @@ class Autoencoding(Task):
             fixed = still({"features": features, **last})
 
             def of_kernel(kernel):
-                return term(last_conv(self.model, fixed["features"], {"kernel": kernel, "bias": fixed["bias"]}))
+                return term(self.last(fixed["features"], {"kernel": kernel, "bias": fixed["bias"]}))
 
             return jnp.linalg.norm(jax.grad(of_kernel)(fixed["kernel"]).astype(jnp.float32))
 
@@ -389,29 +359,18 @@ class Autoencoding(Task):
         }
         if self.model.image_size >= SSIM_WINDOW:
             values["ssim"] = ssim(x, shown)
-        sums = {name: jnp.sum(value * mask) for name, value in values.items()}
-        size = math.prod(self.code_values)
-        if size > COUNTED:
-            return sums
-        whole = 0
-        for digit, base in enumerate(self.code_values):
-            whole = whole * base + quantized.codes[..., digit]
-        counted = jnp.where(mask[:, None, None] > 0, whole, size)  # codes of images that fill the batch are dropped
-        return sums | {"codes": constrain(code_counts(counted, size), None)}  # whole on each device
+        return {name: jnp.sum(value * mask) for name, value in values.items()} | self.code_sums(quantized, mask)
+
+    def code_sums(self, quantized: Quantized, mask: Float[Array, " batch"]) -> dict[str, jax.Array]:
+        """What an evaluation adds up of what is between encoder and generator."""
+        return {}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
         """Means over images of the loss (nll) and l1; of mse (the squared error), psnr (dB, at most 100) and ssim (if
-        its window of 11 pixels fits), for pixels limited to [0, 1]; and the number of images.
-
-        For vocabularies up to 2^20, also codes_used and their perplexity. A tokenizer that draws its codes draws them
-        with a key from the number of the batch.
-        """
-        images, codes = sums["images"], sums.get("codes")
+        its window of 11 pixels fits), for pixels limited to [0, 1]; and the number of images."""
+        images = sums["images"]
         row = {name: value / images for name, value in sums.items() if name not in ("images", "codes")}
-        row["images"] = images
-        if codes is not None:
-            row |= {"codes_used": float(np.sum(codes > 0)), "perplexity": float(perplexity(jnp.asarray(codes)))}
-        return row
+        return row | {"images": images}
 
     def evaluate(
         self, params: Params, batches: Iterable[Batch], rng: jax.Array | None = None, **options: Any
@@ -437,6 +396,89 @@ class Autoencoding(Task):
         return len(batch["images"]) * total
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Autoencoding(Reconstruction):
+    """Trains an image tokenizer, and is one (`jaxtok.protocols.ImageTokenizer`)."""
+
+    model: TokenizerConfig
+
+    prefixes: ClassVar[tuple[int, ...]] = ()
+    draws_images: ClassVar[bool] = False
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.model.image_size, self.model.image_size, self.model.channels)
+
+    @property
+    def code_shape(self) -> tuple[int, int]:
+        return self.model.grid
+
+    @property
+    def code_values(self) -> tuple[int, ...]:
+        return self.model.code_values
+
+    @property
+    def draws_codes(self) -> bool:
+        return self.model.draws_codes
+
+    def encode(
+        self, params: Params, images: Float[Array, "batch height width channels"], rng: jax.Array | None = None
+    ) -> Int[Array, "batch positions sub_codes"]:
+        """Codes of images in [0, 1]; positions row by row.
+
+        Args:
+          rng: a key, for a tokenizer that draws its codes (`draws_codes`).
+
+        Raises:
+          ValueError: the images have another shape or type, or the tokenizer draws its codes and there is no key.
+        """
+        check_images(images, self.image_shape)
+        if rng is None and self.draws_codes:
+            raise ValueError(
+                "rng is None; it must be a key, as this tokenizer draws its codes (deterministic is False)."
+            )
+        return _encode(self, params["autoencoder"], images, rng)
+
+    def decode(
+        self, params: Params, codes: Int[Array, "batch positions sub_codes"], rng: jax.Array | None = None
+    ) -> Float[Array, "batch height width channels"]:
+        """Images, not limited to [0, 1]; nothing is drawn, so a key is not used.
+
+        Raises:
+          ValueError: the codes have another shape, or are outside the vocabulary.
+        """
+        check_codes(codes, (math.prod(self.code_shape),), self.code_values)
+        return _decode(self, params["autoencoder"], jnp.asarray(codes))
+
+    def autoencoder(self) -> Autoencoder:
+        return Autoencoder(self.model)
+
+    def code_sums(self, quantized: Quantized, mask: Float[Array, " batch"]) -> dict[str, jax.Array]:
+        return used_codes(quantized.codes, self.code_values, mask)
+
+    def metrics(self, sums: Sums) -> dict[str, float]:
+        """As `Reconstruction.metrics`. For vocabularies up to 2^20, also codes_used and their perplexity. A tokenizer
+        that draws its codes draws them with a key from the number of the batch."""
+        row, codes = super().metrics(sums), sums.get("codes")
+        if codes is not None:
+            row |= {"codes_used": float(np.sum(codes > 0)), "perplexity": float(perplexity(jnp.asarray(codes)))}
+        return row
+
+
+def used_codes(
+    codes: Int[Array, "batch rows columns sub_codes"], values: tuple[int, ...], mask: Float[Array, " batch"]
+) -> dict[str, jax.Array]:
+    """How often each value of a position occurs in images that count; nothing for more values than `COUNTED`."""
+    size = math.prod(values)
+    if size > COUNTED:
+        return {}
+    whole = 0
+    for digit, base in enumerate(values):
+        whole = whole * base + codes[..., digit]
+    counted = jnp.where(mask[:, None, None] > 0, whole, size)  # codes of images that fill the batch are dropped
+    return {"codes": constrain(code_counts(counted, size), None)}  # whole on each device
+
+
 def _vgg_flops(widths: tuple[int, ...], side: int) -> float:
     total, channels = 0.0, 3
     for stage, features in enumerate(widths):
@@ -446,7 +488,7 @@ def _vgg_flops(widths: tuple[int, ...], side: int) -> float:
     return total
 
 
-def _quantized(task: Autoencoding, autoencoder: Params, images, rng, method="quantize"):
+def _quantized(task: Reconstruction, autoencoder: Params, images, rng, method="quantize"):
     draws = None if rng is None else task.model.draw(rng, len(images))
     return task.autoencoder().apply({"params": autoencoder}, images, draws, method=method)
 

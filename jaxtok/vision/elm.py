@@ -34,7 +34,7 @@ from jaxtok.nn.linear import Linear, LlamaStack
 from jaxtok.nn.losses import by_parts, cross_entropy, mean
 from jaxtok.nn.norms import unit_length
 from jaxtok.nn.rotary import apply_rotary_table, rotary_table_2d
-from jaxtok.nn.transformer import Block, Call, Stack, layer_range
+from jaxtok.nn.transformer import Block, Call, ModulatedBlock, Stack, layer_range
 from jaxtok.protocols import Batch, Data, OnProgress, Params, Sums, Task
 from jaxtok.vision.classes import check_classes
 
@@ -150,11 +150,6 @@ class ElmConfig(LlamaStack):
     def block(self) -> type[Block]:
         return ElmBlock
 
-    def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
-        if group == "modulation":  # of standard deviation 0: at first, a block changes nothing
-            return self.linear(features, ("d_model", "modulation"), 0.0, True, name)
-        return super().projection(group, features, name)
-
     def flops(self) -> float:
         """Forward FLOPs of one image: projection of the sub-codes, blocks, modulations and heads."""
         n, t, d = self.positions, self.sub_codes, self.d_model
@@ -162,25 +157,11 @@ class ElmConfig(LlamaStack):
         return n * (self.stack_flops(n) + (2 * t * d * d if t > 1 else 0) + 2 * t * self.codebook * d) + once
 
 
-class ElmBlock(Block):
+class ElmBlock(ModulatedBlock):
     """A block with modulation by the class's embedding, which is the condition, and with stochastic depth."""
 
-    @nn.compact
-    def __call__(self, carry, layer, call: Call):
-        cfg = self.config
-        if cfg.modulation:
-            project = cfg.projection("modulation", 6 * cfg.d_model, name="modulation")
-            parts = jnp.split(project(nn.silu(call.condition)), 6, axis=-1)
-            call = call.replace(condition={"attention": parts[:3], "ffn": parts[3:]})
-        return super().__call__(carry, layer, call)
-
-    def around(self, name, part, x, cache, layer, call: Call):
-        if not self.config.modulation:
-            return super().around(name, part, x, cache, layer, call)
-        shift, scale, gate = call.condition[name]
-        norm = self.config.norm_module(f"norm_{name}")
-        y, cache = part(norm(x) * (1 + scale) + shift, cache, layer, call)
-        return x + self.dropped(gate * y, layer, call), cache
+    def modulated(self) -> bool:
+        return self.config.modulation
 
     def dropped(self, y, layer, call: Call):
         cfg = self.config
