@@ -16,7 +16,7 @@ import dataclasses
 import json
 import logging
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.interop.files import has_tensors, write_file
+from jaxtok.interop.kl_vae import vae_params, vae_tensors
 from jaxtok.interop.tensors import Place, Source, read_params, read_tensors, shapes_of, write_params
 from jaxtok.model import Model
 from jaxtok.nn.flex_blocks import grid_waves
-from jaxtok.protocols import Params
+from jaxtok.protocols import FROZEN, Params
 from jaxtok.tokenizers.hub_files import read_json
 from jaxtok.vision.flextok import FlexTok, FlexTokConfig, FlexTokenizer
+from jaxtok.vision.kl_vae import diffusers_vae
 from jaxtok.weights import read_weights
 
 LICENCE = (
@@ -39,6 +41,8 @@ LICENCE = (
 )
 
 Tensors = Mapping[str, np.ndarray]
+_VAE = "vae.vae."
+_VAE_SIZES = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 _ENCODER, _DECODER = "encoder.module_dict.", "decoder.module_dict."
 _POSITIONS = {
     "encoder": f"{_ENCODER}enc_posemb_module.posembs",
@@ -225,6 +229,18 @@ _CLASSES: dict[str, dict[str, Any]] = {
         "weight_init_style": None,
         "max_timestep": None,
         "temb_as_tokens": (False,),
+    },
+    "StableDiffusionVAE": {
+        "latent_channels": None,
+        "scaling_factor": None,
+        "dtype_override": None,
+        "hf_hub_path": None,
+        "sample_posterior": None,
+        "learnable_logvar": (False,),
+        "logvar_init": None,
+        "compile_encode_fn": None,
+        "force_vae_encode": None,
+        "frozen": None,
     },
     "FSQ": {
         "levels": None,
@@ -483,10 +499,16 @@ class FlexTokFiles:
         path = Path(path)
         tensors = read_tensors(path) if path.is_dir() else read_weights(path, "")
         if like is None:
-            model, options = config_from(stored_config(path))
-            like = _task(model, options, tensors)
+            stored = stored_config(path)
+            model, options = config_from(stored)
+            like = FlexTokenizer(model=model, **options, **_latents(stored.get("config", stored), model))
         logging.getLogger("jaxtok").warning("%s: %s.", path, LICENCE)
         params = {"flextok": params_from(like.model, tensors), "health": {"gap": np.zeros((), np.float32)}}
+        if like.vae is not None:
+            of_vae = {name.removeprefix(_VAE): x for name, x in _part(tensors, _VAE)}
+            if not of_vae:
+                raise ValueError(f"{path} has no tensors {_VAE}...; give the file with those of the KL-VAE.")
+            params[FROZEN] = {"vae": {"autoencoder": vae_params(like.vae, of_vae, "diffusers")}}
         return Model(task=like, params=params, data=None, path=path)
 
     def write(self, path: Path, model: Model) -> Path:
@@ -495,16 +517,45 @@ class FlexTokFiles:
         Raises:
           FileExistsError: there is such a file already.
         """
-        return write_file(path, params_to(model.task.model, model.params["flextok"]))
+        tensors = params_to(model.task.model, model.params["flextok"])
+        if model.task.vae is not None:
+            vae = vae_tensors(model.task.vae, model.params[FROZEN]["vae"]["autoencoder"], "diffusers")
+            tensors |= {f"{_VAE}{name}": x for name, x in vae.items()}
+        return write_file(path, tensors)
 
 
-def _task(model: FlexTokConfig, options: Mapping[str, Any], tensors: Tensors) -> FlexTokenizer:
-    kinds = {1: "grey", 3: "colour"}
-    if model.channels not in kinds:
+def _part(tensors: Tensors, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
+    return ((name, tensors[name]) for name in tensors if name.startswith(prefix))
+
+
+def _latents(config: Mapping[str, Any], model: FlexTokConfig) -> dict[str, Any]:
+    """Returns the options of the task that say what the latents are.
+
+    Raises:
+      ValueError: the config has another autoencoder than a KL-VAE, or does not say how its latents are scaled.
+    """
+    vae = config.get("vae")
+    if vae is None:
+        kinds = {1: "grey", 3: "colour"}
+        if model.channels not in kinds:
+            raise ValueError(f"the config has no vae, and latents of {model.channels} channels; give it with its vae.")
+        return {"latents": kinds[model.channels]}
+    if (kind := _class(vae, "vae")) != "StableDiffusionVAE":
+        raise ValueError(f"the config has the vae {kind}; only StableDiffusionVAE is known here.")
+    options = _checked(vae, "vae")
+    if not options.get("scaling_factor"):
         raise ValueError(
-            f"the model is of latents with {model.channels} channels, whose VAE is needed too; give a config with it."
+            f"the config of vae has no scaling_factor (it is in the config.json of {options.get('hf_hub_path')}); give "
+            "a config with it (--config)."
         )
-    return FlexTokenizer(model=model, latents=kinds[model.channels], **options)
+    if options.get("latent_channels", 16) != model.channels or model.latent_size[0] != model.latent_size[1]:
+        raise ValueError(
+            f"the config of vae has latent_channels = {options.get('latent_channels', 16)}, but the latents are "
+            f"{model.latent_size} of {model.channels} channels; they must be square, with the same channels."
+        )
+    own = diffusers_vae(**_VAE_SIZES, latent_channels=model.channels, image_size=8 * model.latent_size[0])
+    own = dataclasses.replace(own, scaling=float(options["scaling_factor"]))
+    return {"latents": "vae", "vae": own, "sample_latents": bool(options.get("sample_posterior", True))}
 
 
 FLEXTOK = FlexTokFiles()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
@@ -48,9 +49,11 @@ from jaxtok.protocols import FROZEN, Batch, Params, Sums, Task
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.collapse import CollapseGuard, code_health, code_sums
 from jaxtok.vision.images import as_float, check_codes, check_images
+from jaxtok.vision.kl_vae import KLAutoencoding, KLVAEConfig
 from jaxtok.vision.metrics import psnr
 from jaxtok.vision.vit import ViT, ViTConfig
 
+LATENTS = ("vae", "colour", "grey")
 DROPOUTS = ("pow2", "uniform", "uniform_pow2", "none")
 GAP_TIME = 0.9
 """The time at which the losses with and without codes are compared."""
@@ -458,7 +461,8 @@ class Draws:
     rounds: Bool[Array, "batch 1 1"]
     """Where codes are rounded."""
     corruption: jax.Array
-    """A key."""
+    latents: jax.Array
+    """Keys."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -471,14 +475,21 @@ class FlexTokenizer(Task):
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
 
     Parameters are {"flextok": encoder and decoder, "health": what the last probe of the gap said, "repa": the
-    projection, "frozen": the teacher}; of these only the first is needed to encode and decode.
+    projection, "frozen": the KL-VAE and the teacher}; the first, and the KL-VAE, are needed to encode and decode.
     """
 
     counted = "images"
 
     model: FlexTokConfig
-    latents: Literal["colour", "grey"] = "colour"
-    """What the model sees: the pixels in [-1, 1], or their grey alone (one channel)."""
+    latents: Literal["vae", "colour", "grey"] = "colour"
+    """What the model sees: the latents of a KL-VAE, or the pixels in [-1, 1], or their grey alone (one channel)."""
+    vae: KLVAEConfig | None = None
+    """The KL-VAE, which does not train."""
+    vae_run: str = ""
+    """The run or the files of the KL-VAE, which are read when a run begins."""
+    sample_latents: bool = False
+    """Whether `encode` draws latents from the KL-VAE's posterior, as the authors' code does, instead of taking their
+    mean; in training they are always drawn."""
     dropout: Literal["pow2", "uniform", "uniform_pow2", "none"] = "pow2"
     """How many of its codes an image keeps in training; see `draw_kept`."""
     null_probability: float = 0.1
@@ -508,7 +519,7 @@ class FlexTokenizer(Task):
 
     def __post_init__(self):
         cfg = self.model
-        for field, allowed in (("latents", ("colour", "grey")), ("dropout", DROPOUTS), ("times", TIMES)):
+        for field, allowed in (("latents", LATENTS), ("dropout", DROPOUTS), ("times", TIMES)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; it must be one of {', '.join(allowed)}.")
         if self.dropout == "pow2" and cfg.registers & (cfg.registers - 1):
@@ -521,7 +532,14 @@ class FlexTokenizer(Task):
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be in [0, 1].")
         if not 0 <= self.corrupt_shares[0] <= self.corrupt:
             raise ValueError(f"corrupt_least is {self.corrupt_least}; it must be in [0, corrupt = {self.corrupt}].")
-        wanted = 3 if self.latents == "colour" else 1
+        if (self.latents == "vae") != (self.vae is not None):
+            raise ValueError(f"latents is {self.latents}, and vae is {self.vae}; give a vae if latents is vae.")
+        if self.vae is not None and (size := (*self.vae.grid, self.vae.z_channels)) != (*cfg.latent_size, cfg.channels):
+            raise ValueError(
+                f"latent_size is {cfg.latent_size} and channels {cfg.channels}, but the latents of the vae are "
+                f"{' x '.join(map(str, size))}; make them equal."
+            )
+        wanted = {"colour": 3, "grey": 1}.get(self.latents, cfg.channels)
         if cfg.channels != wanted:
             raise ValueError(f"channels is {cfg.channels}; with latents = {self.latents} it must be {wanted}.")
         if wrong := [k for k in self.eval_prefixes if not 1 <= k <= cfg.registers]:
@@ -533,11 +551,16 @@ class FlexTokenizer(Task):
 
     # -- an image tokenizer
 
-    draws_codes: ClassVar[bool] = False
     draws_images: ClassVar[bool] = True
 
     @property
+    def draws_codes(self) -> bool:
+        return self.vae is not None and self.sample_latents
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
+        if self.vae is not None:
+            return (self.vae.image_size, self.vae.image_size, self.vae.channels)
         return (*self.model.latent_size, 3)
 
     @property
@@ -555,13 +578,24 @@ class FlexTokenizer(Task):
     def encode(
         self, params: Params, images: Float[Array, "batch height width channels"], rng: jax.Array | None = None
     ) -> Int[Array, "batch positions 1"]:
-        """Codes of images in [0, 1], the most important first; nothing is drawn, so a key is not used.
+        """Codes of images in [0, 1], the most important first.
+
+        Args:
+          rng: a key, if latents are drawn (`sample_latents`).
 
         Raises:
-          ValueError: the images have another shape or type.
+          ValueError: the images have another shape or type; or latents are drawn, and there is no key.
         """
         check_images(images, self.image_shape)
-        return _encode(self, params["flextok"], images)
+        if self.draws_codes and rng is None:
+            raise ValueError("rng is None; it must be a key, as this tokenizer draws its codes (sample_latents).")
+        return _encode(self, self._own(params), images, rng if self.draws_codes else None)
+
+    @staticmethod
+    def _own(params: Params) -> Params:
+        """What encoding and decoding need of the parameters."""
+        vae = params.get(FROZEN, {}).get("vae")
+        return {"flextok": params["flextok"]} | ({} if vae is None else {FROZEN: {"vae": vae}})
 
     def decode(
         self, params: Params, codes: Int[Array, "batch given 1"], rng: jax.Array | None = None
@@ -603,16 +637,27 @@ class FlexTokenizer(Task):
         compact = self.sampling.compact and ids.shape[1] < most
         if not compact:  # id 0 is a valid code: what counts is how many are kept
             ids = jnp.pad(jnp.asarray(ids), [(0, 0), (0, most - ids.shape[1])])
-        return _decode(self, params["flextok"], ids, None if compact else keep, rng)
+        return _decode(self, self._own(params), ids, None if compact else keep, rng)
 
-    def to_latents(self, images: Float[Array, "batch height width 3"]) -> Float[Array, "batch rows columns channels"]:
-        """The latents of images in [0, 1]."""
+    def to_latents(
+        self, params: Params, images: Float[Array, "batch height width 3"], rng: jax.Array | None = None
+    ) -> Float[Array, "batch rows columns channels"]:
+        """The latents of images in [0, 1]; with a key, a sample of the KL-VAE's posterior, else its mean."""
+        if self.vae is not None:
+            return jax.lax.stop_gradient(self._autoencoding().latents(params[FROZEN]["vae"], images, rng))
         x = 2 * images - 1
         return x.mean(-1, keepdims=True) if self.latents == "grey" else x
 
-    def to_images(self, latents: Float[Array, "batch rows columns channels"]) -> Float[Array, "batch height width 3"]:
-        """The images of latents; inverts `to_latents` for grey images."""
+    def to_images(
+        self, params: Params, latents: Float[Array, "batch rows columns channels"]
+    ) -> Float[Array, "batch height width 3"]:
+        """The images of latents."""
+        if self.vae is not None:
+            return self._autoencoding().images(params[FROZEN]["vae"], latents)
         return jnp.broadcast_to((latents + 1) / 2, (*latents.shape[:-1], 3))
+
+    def _autoencoding(self) -> KLAutoencoding:
+        return KLAutoencoding(model=self.vae, discriminator=None, perceptual="none")
 
     # -- a task
 
@@ -622,16 +667,18 @@ class FlexTokenizer(Task):
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         ours, other = jax.random.split(rng)
-        images = as_float(batch["images"])
-        latents = self.to_latents(images)
-        params = {"flextok": self.flextok().init(ours, latents, jnp.zeros(len(latents)))["params"]}
+        cfg, count = self.model, len(batch["images"])
+        latents = jnp.zeros((count, *cfg.latent_size, cfg.channels))
+        params = {"flextok": self.flextok().init(ours, latents, jnp.zeros(count))["params"]}
         params["health"] = {"gap": jnp.zeros(())}
+        if self.vae is not None:
+            params[FROZEN] = {"vae": self._autoencoding().init(other, batch)}
         if self.repa is not None:
             features = jnp.zeros((len(latents), self.model.patches, self.model.decoder_width))
             params["repa"] = self._projection().init(other, features)["params"]
             size = self.repa.teacher.image_size
             teacher = ViT(self.repa.teacher).init(other, jnp.zeros((len(latents), size, size, 3)))
-            params[FROZEN] = {"teacher": teacher["params"]}
+            params[FROZEN] = {**params.get(FROZEN, {}), "teacher": teacher["params"]}
         return params
 
     def _projection(self) -> Projection:
@@ -639,22 +686,20 @@ class FlexTokenizer(Task):
         return Projection(repa.width or cfg.decoder_width, repa.teacher.d_model, cfg.grid, repa.grid)
 
     def load_weights(self, params: Params) -> Params:
-        """The parameters with the teacher's from its run.
+        """The parameters with those of the KL-VAE and of the teacher from their runs.
 
         Raises:
           FileNotFoundError, ValueError: there is no such run, or it is of another model.
         """
-        if self.repa is None:
-            return params
-        from jaxtok.door import open_model
-
-        teacher = open_model(self.repa.run)
-        if not isinstance(teacher.task, ImageClassification) or teacher.task.model != self.repa.teacher:
-            raise ValueError(
-                f"repa.run is {self.repa.run}, a {type(teacher.task).__name__} of another model than repa.teacher; "
-                "give the run of a classifier with that model."
-            )
-        return {**params, FROZEN: {"teacher": teacher.params}}
+        frozen = dict(params.get(FROZEN, {}))
+        if self.vae is not None and self.vae_run:
+            read = _read("vae_run", self.vae_run, KLAutoencoding, self.vae)
+            frozen["vae"] = {name: read[name] for name in frozen["vae"]}
+        elif self.vae is not None:
+            logging.getLogger("jaxtok").warning("vae_run is empty: the KL-VAE's weights are random.")
+        if self.repa is not None:
+            frozen["teacher"] = _read("repa.run", self.repa.run, ImageClassification, self.repa.teacher)
+        return {**params, FROZEN: frozen} if frozen else params
 
     @property
     def corrupt_shares(self) -> tuple[float, float]:
@@ -663,7 +708,7 @@ class FlexTokenizer(Task):
     def draw(self, rng: jax.Array, count: int) -> Draws:
         """The random numbers of a step."""
         cfg = self.model
-        noise, t, keep, null, rounds, corruption = jax.random.split(rng, 6)
+        noise, t, keep, null, rounds, corruption, latents = jax.random.split(rng, 7)
         options = {"shift": self.time_shift} if self.times in ("logit_normal", "stratified") else {}
         return Draws(
             noise=jax.random.normal(noise, (count, *cfg.latent_size, cfg.channels)),
@@ -672,11 +717,13 @@ class FlexTokenizer(Task):
             null=jax.random.bernoulli(null, self.null_probability, (count,)),
             rounds=~jax.random.bernoulli(rounds, self.drop_rounding, (count, 1, 1)),
             corruption=corruption,
+            latents=latents,
         )
 
     def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, Any]:
         images, mask, model = as_float(batch["images"]), batch["mask"], self.flextok()
-        x, scalars, draws = self.to_latents(images), self.model.scalars, self.draw(rng, len(images))
+        scalars, draws = self.model.scalars, self.draw(rng, len(images))
+        x = self.to_latents(params, images, draws.latents)
         given = {"params": params["flextok"]}
         vectors = model.apply(given, x, method="vectors")
         codes = scalars.quantize(vectors, draws.rounds)
@@ -737,7 +784,7 @@ class FlexTokenizer(Task):
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         images, mask, cfg = as_float(batch["images"]), batch["mask"], self.model
-        x, flextok = self.to_latents(images), params["flextok"]
+        x, flextok = self.to_latents(params, images), params["flextok"]
         codes = cfg.scalars.quantize(self.flextok().apply({"params": flextok}, x, method="vectors"))
         ids = cfg.scalars.ids(codes)
         noise_key, start_key = jax.random.split(rng)
@@ -749,7 +796,7 @@ class FlexTokenizer(Task):
             drawn = _sample(self, flextok, codes, jnp.full(len(x), k), start)
             error = jnp.mean(jnp.square(drawn - x), (1, 2, 3))
             sums[f"latent_mse_{k}"] = jnp.sum(error * mask)
-        shown = jnp.clip(self.to_images(drawn), 0, 1)
+        shown = jnp.clip(self.to_images(params, drawn), 0, 1)
         sums["mse"] = jnp.sum(jnp.square(images - shown).mean((1, 2, 3)) * mask)
         sums["psnr"] = jnp.sum(jnp.minimum(psnr(images, shown), 100.0) * mask)
         return sums | code_sums(codes, mask, ids, cfg.scalars.size)
@@ -774,11 +821,13 @@ class FlexTokenizer(Task):
         return super().evaluate(params, batches, jax.random.key(0) if rng is None else rng, **options)
 
     def flops(self, batch: Batch) -> float:
-        """The FLOPs of one training step: three passes of encoder and decoder, and one of the teacher; without the
-        probes."""
+        """The FLOPs of one training step: three passes of encoder and decoder, and one of the teacher and of
+        the KL-VAE's encoder; without the probes."""
         total = 3 * sum(self.model.flops())
         if self.repa is not None:
             total += self.repa.teacher.flops()
+        if self.vae is not None:
+            total += self.vae.encoder_flops()
         return len(batch["images"]) * total
 
 
@@ -808,16 +857,30 @@ def _sample(task: FlexTokenizer, flextok: Params, codes, keep, noise) -> Float[A
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _encode(task: FlexTokenizer, flextok: Params, images):
-    vectors = task.flextok().apply({"params": flextok}, task.to_latents(as_float(images)), method="vectors")
-    return task.model.scalars.ids(task.model.scalars.quantize(vectors))[..., None]
+def _encode(task: FlexTokenizer, params: Params, images, rng):
+    x, scalars = task.to_latents(params, as_float(images), rng), task.model.scalars
+    vectors = task.flextok().apply({"params": params["flextok"]}, x, method="vectors")
+    return scalars.ids(scalars.quantize(vectors))[..., None]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _decode(task: FlexTokenizer, flextok: Params, ids, keep, rng):
+def _decode(task: FlexTokenizer, params: Params, ids, keep, rng):
     codes = task.model.scalars.codes(ids)
-    latents = _sample(task, flextok, codes, keep, _noise(task, rng, len(ids)))
-    return task.to_images(latents)
+    latents = _sample(task, params["flextok"], codes, keep, _noise(task, rng, len(ids)))
+    return task.to_images(params, latents)
+
+
+def _read(field: str, path: str, kind: type, model: Any) -> Params:
+    """The parameters of a run of a task of this kind and of this model."""
+    from jaxtok.door import open_model  # which imports every system's config
+
+    opened = open_model(path)
+    if not isinstance(opened.task, kind) or opened.task.model != model:
+        raise ValueError(
+            f"{field} is {path}, a {type(opened.task).__name__} of other sizes than the config's; give the run of a "
+            f"{kind.__name__} with the same model."
+        )
+    return opened.params
 
 
 _SIZES = {

@@ -21,6 +21,7 @@ from jaxtok.training.mesh import unboxed
 from jaxtok.vision import flextok, flextok_generation
 from jaxtok.vision.flextok import FlexTok, FlexTokConfig, FlexTokenizer, FlowSampling, draw_kept
 from jaxtok.vision.flextok_generation import FlexTokGPT, FlexTokGPTConfig, FlexTokModeling, FlexTokSampling
+from jaxtok.vision.kl_vae import KLVAEConfig
 
 CONFIG = FlexTokConfig(
     latent_size=(8, 8),
@@ -66,7 +67,16 @@ def codes_case() -> Case:
 
 
 TASKS = {"flextok": images_case, "flextok_generation": codes_case}
-IMAGE_TOKENIZERS = {"flextok": lambda: dataclasses.replace(TASK, model=dataclasses.replace(CONFIG, registers=4))}
+IMAGE_TOKENIZERS = {
+    "flextok": lambda: dataclasses.replace(TASK, model=dataclasses.replace(CONFIG, registers=4)),
+    "flextok_vae": lambda: dataclasses.replace(
+        TASK,
+        model=dataclasses.replace(CONFIG, registers=4, channels=2),
+        latents="vae",
+        vae=KLVAEConfig(image_size=16, widths=(8, 8), res_blocks=1, encoder_attention=(), z_channels=2, groups=4),
+        sample_latents=True,
+    ),
+}
 IMAGE_GENERATORS = {"flextok": lambda: FlexTokModeling(model=GPT)}
 
 
@@ -148,7 +158,7 @@ def test_at_first_the_flow_stands_still():
     codes = TASK.encode(params, images)
     rng = jax.random.key(1)
     drawn = TASK.decode(params, codes[:, :3], rng)
-    chex.assert_trees_all_close(drawn, TASK.to_images(flextok._noise(TASK, rng, 2)), atol=1e-6)
+    chex.assert_trees_all_close(drawn, TASK.to_images(params, flextok._noise(TASK, rng, 2)), atol=1e-6)
 
 
 def test_one_function_decodes_any_number_of_codes():
