@@ -67,6 +67,7 @@ def codes_case() -> Case:
 
 
 TASKS = {"flextok": images_case, "flextok_generation": codes_case}
+EVIDENCE = {"flextok_generation": {"generate, cached": "vision/test_flextok.py::test_cached_is_recomputed"}}
 IMAGE_TOKENIZERS = {
     "flextok": lambda: dataclasses.replace(TASK, model=dataclasses.replace(CONFIG, registers=4)),
     "flextok_vae": lambda: dataclasses.replace(
