@@ -79,6 +79,7 @@ LIKE_ANOTHER = (
     "text_classification",
     "masked_words",
     "elm_masked",
+    "flextok_generation",
     "t5",
     "hat_released",
     "lora",
