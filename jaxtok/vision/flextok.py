@@ -793,7 +793,7 @@ class FlexTokenizer(Task):
         start = _noise(self, start_key, len(x))
         sums = {"velocity": cond, "null": null, "images": jnp.sum(mask)}
         for k in dict.fromkeys((*self.eval_prefixes, cfg.registers)):
-            drawn = _sample(self, flextok, codes, jnp.full(len(x), k), start)
+            drawn = sample_latents(cfg, self.sampling, flextok, codes, jnp.full(len(x), k), start)
             error = jnp.mean(jnp.square(drawn - x), (1, 2, 3))
             sums[f"latent_mse_{k}"] = jnp.sum(error * mask)
         shown = jnp.clip(self.to_images(params, drawn), 0, 1)
@@ -838,9 +838,17 @@ def _noise(task: FlexTokenizer, rng: jax.Array, count: int) -> Float[Array, "bat
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def _sample(task: FlexTokenizer, flextok: Params, codes, keep, noise) -> Float[Array, "batch rows columns channels"]:
-    """The latents that the flow carries the noise to, given the first codes of each image."""
-    model, compact = task.flextok(), keep is None
+def sample_latents(
+    config: FlexTokConfig,
+    sampling: FlowSampling,
+    params: Params,
+    codes: Float[Array, "batch given scalars"],
+    keep: Int[Array, " batch"] | None,
+    noise: Float[Array, "batch rows columns channels"],
+) -> Float[Array, "batch rows columns channels"]:
+    """The latents that the flow carries the noise to, given the first `keep` codes of each image (None: only these are
+    given, the same number for each image)."""
+    model, compact = FlexTok(config), keep is None
 
     def field(x, t, guided):
         def twice(array, other=None):
@@ -849,11 +857,11 @@ def _sample(task: FlexTokenizer, flextok: Params, codes, keep, noise) -> Float[A
         null = twice(jnp.zeros(len(x), bool), jnp.ones(len(x), bool))
         kept = None if compact else twice(keep)
         v, _ = model.apply(
-            {"params": flextok}, twice(x), twice(t), twice(codes), kept, null, compact=compact, method="velocity"
+            {"params": params}, twice(x), twice(t), twice(codes), kept, null, compact=compact, method="velocity"
         )
         return (v[: len(x)], v[len(x) :]) if guided else (v, None)
 
-    return euler(field, noise, task.sampling.steps, task.sampling.rule)
+    return euler(field, noise, sampling.steps, sampling.rule)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -866,7 +874,8 @@ def _encode(task: FlexTokenizer, params: Params, images, rng):
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(task: FlexTokenizer, params: Params, ids, keep, rng):
     codes = task.model.scalars.codes(ids)
-    latents = _sample(task, params["flextok"], codes, keep, _noise(task, rng, len(ids)))
+    noise = _noise(task, rng, len(ids))
+    latents = sample_latents(task.model, task.sampling, params["flextok"], codes, keep, noise)
     return task.to_images(params, latents)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_nested_dropout_orders_the_tokens(tmp_path):
         train(digits(tmp_path / dropout, 1000, dropout=dropout), quiet=True).metrics for dropout in ("pow2", "none")
     )
     errors = [nested[f"latent_mse_{k}"] for k in (1, 2, 4, 8, 16)]
-    assert all(more <= 1.02 * fewer for fewer, more in zip(errors, errors[1:])), errors
+    assert all(more <= 1.02 * fewer for fewer, more in itertools.pairwise(errors)), errors
     assert nested["latent_mse_1"] <= plain["latent_mse_1"] / 2, (nested, plain)
     assert plain["latent_mse_16"] < nested["latent_mse_16"], (nested, plain)  # the price
 
