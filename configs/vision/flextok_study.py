@@ -57,7 +57,7 @@ def arm(name, steps=2000, levels=None, **options):
 
 
 def option(name, **options):
-    return arm(name, 1000, eval_prefixes=(1,), **options)
+    return arm(name, 600, eval_prefixes=(1,), **options)
 
 
 config = FlexTokStudy(
@@ -115,7 +115,7 @@ config = FlexTokStudy(
             "spread",
         ),
         curve="loss",
-        title="Codes after 1,000 steps",
+        title="Codes after 600 steps",
         workdir=f"{WORKDIR}/options",
     ),
     workdir=WORKDIR,

@@ -45,7 +45,7 @@ from jaxtok.nn.norms import unit_length
 from jaxtok.nn.quantizers import FiniteScalars, corrupted
 from jaxtok.nn.rectified_flow import TIMES, Guidance, Times, draw_times, euler, noised, velocity_error
 from jaxtok.nn.transformer import DTYPES, PARAM_DTYPES, REMAT_POLICIES, Stack
-from jaxtok.protocols import FROZEN, Batch, Params, Sums, Task
+from jaxtok.protocols import FROZEN, Batch, Data, Params, Sums, Task
 from jaxtok.vision.classification import ImageClassification
 from jaxtok.vision.collapse import CollapseGuard, code_health, code_sums
 from jaxtok.vision.images import as_float, check_codes, check_images
@@ -660,6 +660,17 @@ class FlexTokenizer(Task):
         return KLAutoencoding(model=self.vae, discriminator=None, perceptual="none")
 
     # -- a task
+
+    def fit(self, data: Data, train: Any = None) -> FlexTokenizer:
+        """The task itself. Raises ValueError if the images of the data have another shape."""
+        shape = data.batch_spec()["images"].shape[1:]
+        if shape != self.image_shape:
+            raise ValueError(
+                f"the images of the data are {' x '.join(map(str, shape))}, but the model's are "
+                f"{' x '.join(map(str, self.image_shape))} (height, width, channels); make data.size, or "
+                "task.model.latent_size, fit."
+            )
+        return self
 
     def flextok(self) -> FlexTok:
         """The module of the parameters' part `flextok`."""

@@ -281,6 +281,7 @@ def test_what_is_refused():
         (lambda: FlexTokenizer(model=replace(registers=6)), "registers is 6, but dropout is pow2"),
         (lambda: FlexTokenizer(model=replace(channels=4)), "channels is 4; with latents = colour it must be 3"),
         (lambda: dataclasses.replace(TASK, eval_prefixes=(9,)), "an image has 1 to 8 codes"),
+        (lambda: TASK.fit(ImageData(images="digits", size=9)), "data are 9 x 9 x 3, but the model's are 8 x 8 x 3"),
         (lambda: FlowSampling(steps=0), "steps is 0; it must be at least 1"),
         (lambda: Guidance(scale=float("nan")), "scale is nan"),
     ):
