@@ -57,7 +57,7 @@ def arm(name, steps=2000, levels=None, **options):
 
 
 def option(name, **options):
-    return arm(name, 600, eval_prefixes=(1,), **options)
+    return arm(name, 400, eval_prefixes=(1,), **options)
 
 
 config = FlexTokStudy(
@@ -66,7 +66,7 @@ config = FlexTokStudy(
         arms=(
             arm("nested dropout"),
             arm("no dropout", dropout="none"),
-            arm("nested dropout, 512 codes", levels=LEVELS),
+            arm("nested dropout, 512 codes", 1000, levels=LEVELS),
         ),
         measures=(OrderedCodeUse(),),
         columns=(*(f"latent_mse_{k}" for k in TOKENS), "null_gap", "values_used", "psnr"),
@@ -96,12 +96,12 @@ config = FlexTokStudy(
     options=Comparison(
         arms=(
             option("pow2"),
+            option("none", dropout="none"),
             option("REPA", repa=Repa(teacher=teacher.task.model, run=teacher.workdir)),
             option("corruption 0.5", corrupt=0.5, corrupt_least=0.0),
             option("rounding dropped 0.1", drop_rounding=0.1),
             option("uniform", dropout="uniform"),
             option("uniform_pow2", dropout="uniform_pow2"),
-            option("none", dropout="none"),
         ),
         measures=(OrderedCodeUse(),),
         columns=(
@@ -115,7 +115,7 @@ config = FlexTokStudy(
             "spread",
         ),
         curve="loss",
-        title="Codes after 600 steps",
+        title="Codes after 400 steps",
         workdir=f"{WORKDIR}/options",
     ),
     workdir=WORKDIR,
