@@ -25,6 +25,7 @@ from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.transfer.lora import Lora
 from jaxtok.vision.token_statistics import MapsAttention
+from jaxtok.vision.tokenbridge_tokenizer import DimensionwiseQuantizer
 
 sys.path.insert(0, str(Path(__file__).parent / "interop"))
 from test_formats import CASES as FORMAT_CASES
@@ -54,6 +55,9 @@ def tiny_task(row: str):
     task, data = case.task, case.data
     if row == "flextok_generation":  # as the codes of the row flextok
         return task.with_model(length=16, num_classes=10), dataclasses.replace(data, shape=(16,))
+    if row == "tokenbridge":  # the codes of the row bae, of two sub-codes
+        sizes = {"channels": 2, "channel_order": (), "num_classes": 10, "quantizer": DimensionwiseQuantizer(levels=16)}
+        return task.with_model(**sizes), dataclasses.replace(data, values=(16, 16))
     if isinstance(data, CodeData):  # as the codes of the row bae
         return task.with_model(code_bits=4, sub_codes=2, num_classes=10), dataclasses.replace(
             data, code_bits=4, sub_codes=2

@@ -18,6 +18,7 @@ from jaxtok.interop.kl_vae import DIFFUSERS, KL_VAE
 from jaxtok.interop.mamba import MAMBA
 from jaxtok.interop.peft import PEFT
 from jaxtok.interop.t5 import T5
+from jaxtok.interop.tokenbridge import TOKENBRIDGE
 from jaxtok.interop.tokenformer import TOKENFORMER
 from jaxtok.interop.vqgan import VQGAN
 from jaxtok.interop.word_pooled import WORD_POOLED
@@ -40,6 +41,7 @@ FORMATS: tuple[Format, ...] = (
     DIFFUSERS,
     ELM,
     FLEXTOK,
+    TOKENBRIDGE,
     PEFT,
     GGUF,
 )

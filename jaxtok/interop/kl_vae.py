@@ -305,7 +305,7 @@ class KLVAEFolder:
             raise FileNotFoundError(f"{path} holds neither {files[0].name} nor {files[1].name}; fetch the weights too.")
         if like is not None:
             config = dataclasses.replace(config, image_size=like.model.image_size, dtype=like.model.dtype)
-        task = KLAutoencoding(model=config, perceptual="none") if like is None else like
+        task = KLAutoencoding(model=config, discriminator=None, perceptual="none") if like is None else like
         task = dataclasses.replace(task, model=config)
         return _model(task, vae_params(config, read_weights(held[0]), "diffusers"), path)
 

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from jaxtok.nn.attention import attend
 from jaxtok.nn.linear import Linear, LinearStack
 from jaxtok.nn.norms import Norm, standardized
-from jaxtok.nn.transformer import Block, Call
+from jaxtok.nn.transformer import Block, ModulatedBlock
 
 
 def gated_width(d_model: int, ratio: float) -> int:
@@ -131,28 +131,19 @@ def by_set(
     return [sum(jnp.where(mask, chunks[:, n, None, c], 0) for n, mask in enumerate(own)) for c in range(count)]
 
 
-class FlexBlock(Block):
+class FlexBlock(ModulatedBlock):
     """A block, modulated by the condition [batch, d_model] if the config has sets."""
 
     config: FlexStack
 
-    @nn.compact
-    def __call__(self, carry, layer, call: Call):
-        cfg = self.config
-        if cfg.sets:
-            project = cfg.projection("modulation", 6 * len(cfg.sets) * cfg.d_model, name="modulation")
-            m = by_set(project(nn.silu(call.condition)), cfg.sets, carry[0].shape[1], 6)
-            parts = {"attention": (m[0], m[2], m[3]), "ffn": (m[1], m[4], m[5])}
-            call = call.replace(condition=parts)
-        return super().__call__(carry, layer, call)
+    def modulated(self) -> bool:
+        return bool(self.config.sets)
 
-    def around(self, name, part, x, cache, layer, call: Call):
-        if not self.config.sets:
-            return super().around(name, part, x, cache, layer, call)
-        gate, shift, scale = call.condition[name]
-        norm = self.config.norm_module(f"norm_{name}")
-        y, cache = part(modulate(norm(x), shift, scale), cache, layer, call)
-        return x + self.dropped(gate * y, layer, call), cache
+    def modulations(self, condition: Float[Array, "batch d_model"], length: int) -> dict[str, Sequence[Array]]:
+        cfg = self.config
+        project = cfg.projection("modulation", 6 * len(cfg.sets) * cfg.d_model, name="modulation")
+        gate_a, gate_m, shift_a, scale_a, shift_m, scale_m = by_set(project(nn.silu(condition)), cfg.sets, length, 6)
+        return {"attention": (shift_a, scale_a, gate_a), "ffn": (shift_m, scale_m, gate_m)}
 
 
 class FlexDecoderBlock(nn.Module):

@@ -72,12 +72,16 @@ class LinearStack(StackConfig):
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation is {self.activation!r}; it must be one of {', '.join(ACTIVATIONS)}.")
 
+    def kernel_init(self, axes: tuple[str, str], std: float) -> nn.initializers.Initializer:
+        """How a matrix with these axes begins."""
+        return nn.initializers.normal(std)
+
     def linear(self, features: int, axes: tuple[str, str], std: float, bias: bool | None, name: str | None) -> Linear:
         return Linear(
             features=features,
             axes=axes,
             use_bias=self.use_bias if bias is None else bias,
-            kernel_init=nn.initializers.normal(std),
+            kernel_init=self.kernel_init(axes, std),
             dtype=self.dtype,
             param_dtype=self.param_dtype,
             name=name,

@@ -345,7 +345,7 @@ class Reconstruction(Task, abc.ABC):
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         x, mask = as_float(batch["images"]), batch["mask"]
         rng = rng if self.draws_codes else None
-        fake, quantized = _quantized(self, params["autoencoder"], x, rng, "__call__")
+        fake, quantized = self.reconstruct(params, x, rng)
         l1 = jnp.abs(x - fake).mean((1, 2, 3))
         nll = l1 + self.perceptual_weight * self.distance(params)(x, fake)
         shown = jnp.clip(fake, 0, 1)
@@ -360,6 +360,12 @@ class Reconstruction(Task, abc.ABC):
         if self.model.image_size >= SSIM_WINDOW:
             values["ssim"] = ssim(x, shown)
         return {name: jnp.sum(value * mask) for name, value in values.items()} | self.code_sums(quantized, mask)
+
+    def reconstruct(
+        self, params: Params, images: Float[Array, "batch height width channels"], rng: jax.Array | None
+    ) -> tuple[Float[Array, "batch height width channels"], Quantized]:
+        """What an evaluation compares with the images, and what it is made from."""
+        return _quantized(self, params["autoencoder"], images, rng, "__call__")
 
     def code_sums(self, quantized: Quantized, mask: Float[Array, " batch"]) -> dict[str, jax.Array]:
         """What an evaluation adds up of what is between encoder and generator."""

@@ -81,7 +81,7 @@ def check_guidance(scale: float, schedule: str) -> None:
 
 
 def class_ids(config: Any, labels: Sequence[int | None] | np.ndarray) -> Int[np.ndarray, " batch"]:
-    """The rows of the model's class embedding for these classes; None is no class.
+    """The rows of the class embedding of a model with `num_classes` for these classes; None is no class.
 
     Raises:
       ValueError: there is no label, or one is out of range.

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from jaxtok.nn.convolution import GROUPS, Encoder, Generator, Layer, last_conv, levels_flops
 from jaxtok.nn.quantizers import Quantized
 from jaxtok.nn.transformer import PARAM_DTYPES
-from jaxtok.protocols import Batch, Params
+from jaxtok.protocols import Batch, Data, Params
 from jaxtok.vision.autoencoding import Reconstruction
 from jaxtok.vision.images import check_images
 
@@ -314,6 +314,18 @@ class KLAutoencoding(Reconstruction):
 
     def last(self, features: Float[Array, "batch height width ch"], params: Params) -> Array:
         return (last_conv(self.model, features, params) + 1) / 2
+
+    def fit(self, data: Data, train: Any = None) -> KLAutoencoding:
+        """As `Reconstruction.fit`.
+
+        Raises:
+          ValueError: the data's images have another size.
+        """
+        if (size := getattr(data, "size", self.model.image_size)) != self.model.image_size:
+            raise ValueError(
+                f"task.model.image_size is {self.model.image_size}, but data.size is {size}; make them equal."
+            )
+        return super().fit(data, train)
 
     def scale(self, params: Params) -> Any:
         """What latents are multiplied by."""

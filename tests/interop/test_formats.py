@@ -59,6 +59,9 @@ from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
 from jaxtok.vision.flextok import FlexTokConfig, FlexTokenizer
+from jaxtok.vision.kl_vae import KLAutoencoding, KLVAEConfig
+from jaxtok.vision.tokenbridge import TokenBridgeConfig, TokenBridgeModeling
+from jaxtok.vision.tokenbridge_tokenizer import DimensionwiseQuantizer
 from jaxtok.vision.vqgan import VQGANConfig
 
 HUB_FOLDER = Path(__file__).parents[1] / "goldens" / "llama_gpt2_bricks" / "hf_folder_llama"
@@ -146,6 +149,24 @@ BYTE2WORD = Byte2WordConfig(
 IMAGES = ImageData(images="digits", size=8, batch_size=8)
 TOWERS = {"image_size": 8, "width": 32, "multipliers": (1,), "res_blocks": 1, "attention_resolutions": (8,)}
 ELM = {"num_layers": 2, "d_model": 16, "num_heads": 2, "mlp_dim": 16, "grid": 4, "num_classes": 3}
+VAE = {
+    "model": KLVAEConfig(image_size=8, widths=(8, 16), groups=4, res_blocks=1, encoder_attention=(), z_channels=2),
+    "discriminator": None,
+    "perceptual": "none",
+}
+BRIDGE = TokenBridgeConfig(
+    grid=2,
+    channels=3,
+    quantizer=DimensionwiseQuantizer(levels=5),
+    channel_order=(2, 0, 1),
+    num_classes=3,
+    buffer=2,
+    **{
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder", "head")
+        for name, n in (("width", 8), ("layers", 2), ("heads", 2))
+    },
+)
 BPE = {"begin": (380,), "ends": (381, 383), "pad": 382}
 
 
@@ -237,6 +258,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "bae": lambda: images(BAEConfig(**TOWERS, embed_dim=32, bits=6)),
     "flextok": lambda: Case("flextok", FlexTokenizer(model=FLEXTOK), IMAGES, ".safetensors"),
     "vqgan": lambda: images(VQGANConfig(**TOWERS, embed_dim=32, codebook_size=16)),
+    "kl_vae": lambda: Case("kl_vae", KLAutoencoding(**VAE), IMAGES, ".safetensors"),
+    "kl_vae, diffusers": lambda: Case("kl_vae_diffusers", KLAutoencoding(**VAE), IMAGES),
+    "tokenbridge": lambda: Case(
+        "tokenbridge",
+        TokenBridgeModeling(model=BRIDGE),
+        CodeData(shape=BRIDGE.code_shape, values=BRIDGE.code_values, batch_size=8),
+        ".safetensors",
+    ),
     "elm": lambda: codes(ElmModeling(model=ElmConfig(**ELM, code_bits=3, sub_codes=2)), ".safetensors"),
     "elm, masked": lambda: codes(MaskedElmModeling(model=MaskedElmConfig(**ELM, code_bits=4, sub_codes=2)), ".npz"),
 }
