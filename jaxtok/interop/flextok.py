@@ -501,7 +501,7 @@ class FlexTokFiles:
         if like is None:
             stored = stored_config(path)
             model, options = config_from(stored)
-            like = FlexTokenizer(model=model, **options, **_latents(stored.get("config", stored), model))
+            like = FlexTokenizer(model=model, **options, **latents_of(stored.get("config", stored), model))
         logging.getLogger("jaxtok").warning("%s: %s.", path, LICENCE)
         params = {"flextok": params_from(like.model, tensors), "health": {"gap": np.zeros((), np.float32)}}
         if like.vae is not None:
@@ -528,7 +528,7 @@ def _part(tensors: Tensors, prefix: str) -> Iterator[tuple[str, np.ndarray]]:
     return ((name, tensors[name]) for name in tensors if name.startswith(prefix))
 
 
-def _latents(config: Mapping[str, Any], model: FlexTokConfig) -> dict[str, Any]:
+def latents_of(config: Mapping[str, Any], model: FlexTokConfig) -> dict[str, Any]:
     """Returns the options of the task that say what the latents are.
 
     Raises:

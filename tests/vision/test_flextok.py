@@ -16,12 +16,13 @@ from jaxtok.data.codes import CodeData
 from jaxtok.data.images import ImageData
 from jaxtok.interop import flextok as interop
 from jaxtok.nn.quantizers import FiniteScalars, corrupted
-from jaxtok.nn.rectified_flow import Guidance, euler
+from jaxtok.nn.rectified_flow import Guidance, euler, noised
 from jaxtok.training.mesh import unboxed
 from jaxtok.vision import flextok, flextok_generation
-from jaxtok.vision.flextok import FlexTok, FlexTokConfig, FlexTokenizer, FlowSampling, draw_kept
+from jaxtok.vision.flextok import FlexTok, FlexTokConfig, FlexTokenizer, FlowSampling, Projection, Repa, draw_kept
 from jaxtok.vision.flextok_generation import FlexTokGPT, FlexTokGPTConfig, FlexTokModeling, FlexTokSampling
 from jaxtok.vision.kl_vae import KLVAEConfig
+from jaxtok.vision.vit import LinearViTConfig
 
 CONFIG = FlexTokConfig(
     latent_size=(8, 8),
@@ -259,6 +260,37 @@ def test_euler_is_exact_where_it_can_be():
     assert asked == [False]
 
 
+def test_repa():
+    """The features after a block are drawn towards the teacher's, which does not move, by the mean cosine."""
+    teacher = LinearViTConfig(
+        image_size=8, patch_size=4, num_classes=3, num_layers=1, d_model=8, num_heads=2, mlp_dim=8
+    )
+    task = dataclasses.replace(TASK, repa=Repa(teacher=teacher, run="", weight=0.5, layer=0), probe_every=10**6)
+    params = noisy_params(task)
+    images = jnp.asarray(np.random.default_rng(0).random((3, 8, 8, 3)), jnp.float32)
+    batch = {"images": images, "mask": jnp.array([1.0, 1.0, 0.0])}
+    rng, step = jax.random.key(0), jnp.int32(5)
+    (loss, metrics), gradient = jax.jit(jax.value_and_grad(task.loss, has_aux=True))(params, batch, rng, step)
+    np.testing.assert_allclose(loss, metrics["velocity"] + 0.5 * metrics["repa"], rtol=1e-6)
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient["frozen"]))
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradient["repa"]))
+
+    draws, x = task.draw(rng, 3), task.to_latents(params, images)
+    model, given = FlexTok(CONFIG), {"params": params["flextok"]}
+    codes = CONFIG.scalars.quantize(model.apply(given, x, method="vectors"))
+    arguments = (noised(x, draws.noise, draws.t), draws.t, codes, draws.keep, draws.null)
+    _, state = model.apply(given, *arguments, method="velocity", mutable="intermediates")
+    hidden = state["intermediates"]["decoder"]["stack"]["blocks"]["hidden"][0][0][:, : CONFIG.patches]
+    ours = Projection(CONFIG.decoder_width, 8, (4, 4), (2, 2)).apply({"params": params["repa"]}, hidden)
+    theirs = task.repa.features(params["frozen"]["teacher"], images)
+    assert theirs.shape == ours.shape == (3, 4, 8)
+    lengths = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
+    cosine = np.sum(np.asarray(ours * theirs), -1) / lengths
+    np.testing.assert_allclose(metrics["repa"], -cosine[:2].mean(), rtol=1e-4)
+    with pytest.raises(ValueError, match="repa.layer is 2, but the decoder has 2 blocks"):
+        dataclasses.replace(task, repa=dataclasses.replace(task.repa, layer=2))
+
+
 def test_draws_of_kept_codes():
     for dropout in ("pow2", "uniform", "uniform_pow2", "none"):
         kept = np.asarray(draw_kept(jax.random.key(0), 4000, 8, dropout))
@@ -433,6 +465,28 @@ def test_what_is_unknown_in_a_config_is_named():
     ):
         with pytest.raises(ValueError) as error:
             interop.config_from(wrong)
+        assert message in str(error.value), error.value
+
+
+def test_the_vae_of_a_config():
+    """Its sizes and its scale; a config that does not say the scale is refused."""
+    model = flextok.PUBLISHED["flextok-d12-d12"]
+    vae = entry("StableDiffusionVAE", latent_channels=16, scaling_factor=0.7, hf_hub_path="x/vae", frozen=True)
+    options = interop.latents_of({"vae": vae}, model)
+    assert options["sample_latents"] and options["latents"] == "vae"
+    assert options["vae"].scaling == 0.7 and (options["vae"].image_size, options["vae"].z_channels) == (256, 16)
+    assert FlexTokenizer(model=model, **options).image_shape == (256, 256, 3)
+    for wrong, message in (
+        (
+            {**vae, "scaling_factor": None},
+            "the config of vae has no scaling_factor (it is in the config.json of x/vae)",
+        ),
+        ({**vae, "latent_channels": 4}, "latent_channels = 4"),
+        (entry("VQModel"), "the vae VQModel; only StableDiffusionVAE"),
+        (None, "the config has no vae"),
+    ):
+        with pytest.raises(ValueError) as error:
+            interop.latents_of({"vae": wrong}, model)
         assert message in str(error.value), error.value
 
 
