@@ -287,7 +287,7 @@ def test_repa():
     lengths = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
     cosine = np.sum(np.asarray(ours * theirs), -1) / lengths
     np.testing.assert_allclose(metrics["repa"], -cosine[:2].mean(), rtol=1e-4)
-    with pytest.raises(ValueError, match="repa.layer is 2, but the decoder has 2 blocks"):
+    with pytest.raises(ValueError, match=r"repa\.layer is 2, but the decoder has 2 blocks"):
         dataclasses.replace(task, repa=dataclasses.replace(task.repa, layer=2))
 
 
