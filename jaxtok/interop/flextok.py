@@ -36,8 +36,8 @@ from jaxtok.vision.kl_vae import diffusers_vae
 from jaxtok.weights import read_weights
 
 LICENCE = (
-    "FlexTok's released weights are under the Apple Machine Learning Research Model Licence: for research only, and "
-    "so is whatever is made from them"
+    "if these are FlexTok's released weights, they are under the Apple Machine Learning Research Model Licence: for "
+    "research only, and so is whatever is made from them"
 )
 
 Tensors = Mapping[str, np.ndarray]
@@ -503,7 +503,7 @@ class FlexTokFiles:
             model, options = config_from(stored)
             like = FlexTokenizer(model=model, **options, **latents_of(stored.get("config", stored), model))
         logging.getLogger("jaxtok").warning("%s: %s.", path, LICENCE)
-        params = {"flextok": params_from(like.model, tensors), "health": {"gap": np.zeros((), np.float32)}}
+        params = {"flextok": params_from(like.model, tensors)}
         if like.vae is not None:
             of_vae = {name.removeprefix(_VAE): x for name, x in _part(tensors, _VAE)}
             if not of_vae:

@@ -5,7 +5,8 @@ looks harmless, and nothing wakes it up. Three numbers tell:
 
     code_std     the standard deviation of codes over the images of a batch, the mean over positions and scalars
     codes_used   how many codes occur in the batch; and code_perplexity, that of their shares
-    null_gap     the loss without the condition minus the loss with it
+    null_gap     the loss without the condition minus the loss with it; a task that does not measure it at every step
+                 logs null_gap_measured, too, which is 0 where it did not
 
 A task adds `code_sums` of its codes to its `loss_sums`, gives `code_health` of the batch's sums as metrics, and has a
 `CollapseGuard` as its `guard`, which the training loop asks after each row that it logs (`jaxtok.protocols.Task`).
@@ -102,12 +103,14 @@ class CollapseGuard:
         for name, least, patience, meaning in rules:
             since = None
             for row in reversed(rows):
+                if not row.get(f"{name}_measured", 1):
+                    continue
                 value = row.get(name, math.nan)
                 if not value < least:
                     break
                 since = row["step"]
             if since is not None and rows[-1]["step"] - since >= patience:
-                now = rows[-1]
+                now = next(row for row in reversed(rows) if row.get(f"{name}_measured", 1))
                 return (
                     f"the tokenizer has collapsed: {name} has been below {least:g} since step {since} (it is "
                     f"{now[name]:.2g} at step {now['step']}), so {meaning}; train with a lower learning rate, a longer "

@@ -474,8 +474,7 @@ class FlexTokenizer(Task):
     images  uint8, or float32 in [0, 1]  [batch, height, width, 3]
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
 
-    Parameters are {"flextok": encoder and decoder, "health": what the last probe of the gap said, "repa": the
-    projection, "frozen": the KL-VAE and the teacher}; the first, and the KL-VAE, are needed to encode and decode.
+    Parameters are {"flextok": encoder and decoder, "repa": the projection, "frozen": the KL-VAE and the teacher}; the first, and the KL-VAE, are needed to encode and decode.
     """
 
     counted = "images"
@@ -681,7 +680,6 @@ class FlexTokenizer(Task):
         cfg, count = self.model, len(batch["images"])
         latents = jnp.zeros((count, *cfg.latent_size, cfg.channels))
         params = {"flextok": self.flextok().init(ours, latents, jnp.zeros(count))["params"]}
-        params["health"] = {"gap": jnp.zeros(())}
         if self.vae is not None:
             params[FROZEN] = {"vae": self._autoencoding().init(other, batch)}
         if self.repa is not None:
@@ -777,21 +775,15 @@ class FlexTokenizer(Task):
 
     def loss_of(self, sums: dict[str, Any], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         """The loss of the velocity, plus REPA's with its weight. Metrics have its parts, what tells of a collapse
-        (`jaxtok.vision.collapse`), and under `state` the newest gap."""
+        (`jaxtok.vision.collapse`); null_gap is 0 in the steps between probes, where null_gap_measured is 0."""
         loss = mean(sums["velocity"], sums["images"])
         metrics = {"velocity": loss}
         if self.repa is not None:
             metrics["repa"] = mean(sums["repa"], sums["images"])
             loss = loss + self.repa.weight * metrics["repa"]
         metrics |= code_health(sums["health"])
-        gap = jnp.where(sums["probed"] > 0, mean(sums["gap"], sums["probed"]), params["health"]["gap"])
-        return loss, metrics | {"null_gap": gap, "state": {"gap": gap}}
-
-    def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:
-        return {**params, "health": metrics["state"]}
-
-    def trainable(self, params: Params) -> Params:
-        return {**jax.tree.map(lambda _: 1.0, params), "health": {"gap": 0.0}}
+        measured = (sums["probed"] > 0).astype(jnp.float32)
+        return loss, metrics | {"null_gap": mean(sums["gap"], sums["probed"]), "null_gap_measured": measured}
 
     def sums(self, params: Params, batch: Batch, rng: jax.Array) -> dict[str, jax.Array]:
         images, mask, cfg = as_float(batch["images"]), batch["mask"], self.model

@@ -52,6 +52,13 @@ def test_a_run_that_recovers_or_says_nothing_lives():
     guard = CollapseGuard(patience=100)
     healthy = rows(range(0, 1000, 10), code_std=lambda step: 0.0 if step % 90 else 0.2, null_gap=lambda _: 0.2)
     assert not any(guard(healthy[:n]) for n in range(1, 101))
+    skipped = {"null_gap": lambda step: 0.2 * (step % 20 == 0), "null_gap_measured": lambda step: step % 20 == 0}
+    assert not CollapseGuard(gap_patience=1)(rows(range(0, 1000, 10), **skipped))
+    assert CollapseGuard(gap_patience=1)(rows(range(0, 1000, 10), null_gap=skipped["null_gap"])) == ""
+    always = {**skipped, "null_gap": lambda step: 0.0}
+    assert "null_gap has been below 0.001 since step 0" in CollapseGuard(gap_patience=900)(
+        rows(range(0, 1000, 10), **always)
+    )
     assert not guard(rows(range(0, 1000, 10), loss=lambda _: 1.0))  # none of the numbers
     with pytest.raises(ValueError, match=r"guard\.patience is 0; it must be at least 1"):
         CollapseGuard(patience=0)
