@@ -474,7 +474,8 @@ class FlexTokenizer(Task):
     images  uint8, or float32 in [0, 1]  [batch, height, width, 3]
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
 
-    Parameters are {"flextok": encoder and decoder, "repa": the projection, "frozen": the KL-VAE and the teacher}; the first, and the KL-VAE, are needed to encode and decode.
+    Parameters are {"flextok": encoder and decoder, "repa": the projection, "frozen": the KL-VAE and the teacher}; the
+    first, and the KL-VAE, are needed to encode and decode.
     """
 
     counted = "images"
