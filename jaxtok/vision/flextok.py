@@ -796,11 +796,15 @@ class FlexTokenizer(Task):
         cond, null = self.velocity_errors(flextok, x, noise, GAP_TIME, codes, None, mask)
         start = _noise(self, start_key, len(x))
         sums = {"velocity": cond, "null": null, "images": jnp.sum(mask)}
-        for k in dict.fromkeys((*self.eval_prefixes, cfg.registers)):
-            drawn = sample_latents(cfg, self.sampling, flextok, codes, jnp.full(len(x), k), start)
-            error = jnp.mean(jnp.square(drawn - x), (1, 2, 3))
-            sums[f"latent_mse_{k}"] = jnp.sum(error * mask)
-        shown = jnp.clip(self.to_images(params, drawn), 0, 1)
+        prefixes = sorted({*self.eval_prefixes, cfg.registers})
+
+        def sample(k):
+            return sample_latents(cfg, self.sampling, flextok, codes, jnp.full(len(x), k), start)
+
+        drawn = jax.lax.map(sample, jnp.array(prefixes))  # one after the other, by one compiled loop
+        errors = jnp.mean(jnp.square(drawn - x), (2, 3, 4)) @ mask
+        sums |= {f"latent_mse_{k}": error for k, error in zip(prefixes, errors)}
+        shown = jnp.clip(self.to_images(params, drawn[-1]), 0, 1)
         sums["mse"] = jnp.sum(jnp.square(images - shown).mean((1, 2, 3)) * mask)
         sums["psnr"] = jnp.sum(jnp.minimum(psnr(images, shown), 100.0) * mask)
         return sums | code_sums(codes, mask, ids, cfg.scalars.size)
