@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from jaxtok.nn.quantizers import perplexity
 from jaxtok.protocols import Params
 from jaxtok.studies.comparison import Comparison, key, train_once
 from jaxtok.training.experiment import Experiment
-from jaxtok.verbs.vision import draw_images, open_tokenizer, reconstruct, tokenize
+from jaxtok.verbs.vision import draw_images, open_tokenizer, tokenize
 from jaxtok.vision.grids import image_grid
 
 
@@ -73,9 +74,9 @@ class FlexTokStudy:
         seed = self.prefixes.seeds[0]
         runs = {arm.name: self.prefixes.experiment(arm, seed).directory for arm in self.prefixes.arms}
         for name, run in runs.items():
-            path = folder / f"prefixes_{name}.png"
+            path = folder / f"prefixes_{name.replace(' ', '_')}.png"
             if not path.exists():
-                reconstruct(run, path, prefixes=self.tokens[:-1], count=self.images, columns=self.images, batches=1)
+                self._decode(run, path)
         self._plot(folder / "error_against_tokens.png")
         tokenize(runs[self.source], folder / "codes", flip=False)
         result = train_once(self.generator)
@@ -86,6 +87,16 @@ class FlexTokStudy:
             return False
         console.print(f"pictures: {folder}/*.png", highlight=False, soft_wrap=True)
         return True
+
+    def _decode(self, run: Path, path: Path) -> None:
+        """A picture of held-out images: a row for each number of tokens from which they are decoded, then the images.
+        All rows begin with the same noise."""
+        tokenizer = open_tokenizer(run)
+        images = next(iter(tokenizer.data.eval_batches("validation")))["images"][: self.images]
+        codes, rng = tokenizer.encode(images, jax.random.key(0)), jax.random.key(0)
+        rows = [np.clip(tokenizer.decode(codes[:, :count], rng), 0, 1) for count in self.tokens]
+        titles = [f"{count} tokens" for count in self.tokens for _ in images] + ["image"] * len(images)
+        image_grid(np.concatenate([*rows, images / 255]), self.images, titles).save(path)
 
     def _draw(self, result: Any, tokenizer: Path, path: Path) -> None:
         """A picture of drawn images: a row for each number of tokens at which the same drawing stops."""
@@ -99,8 +110,6 @@ class FlexTokStudy:
 
     def _plot(self, path: Path) -> None:
         """Plots the error of the latents of the test split against the number of tokens."""
-        import json
-
         import matplotlib
 
         matplotlib.use("Agg")
