@@ -93,6 +93,8 @@ config = FlexTokStudy(
         ),
         workdir=f"{WORKDIR}/generator",
     ),
+    # Without times near noise, the decoder need not learn what the codes say.
+    collapse=dataclasses.replace(arm("collapse", time_shift=0.0), workdir=f"{WORKDIR}/collapse"),
     options=Comparison(
         arms=(
             option("pow2"),
