@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from jaxtok.tokenizers import load_tokenizer
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.transfer.lora import Lora
+from jaxtok.vision.token_statistics import MapsAttention
 from jaxtok.vision.tokenbridge_tokenizer import DimensionwiseQuantizer
 
 sys.path.insert(0, str(Path(__file__).parent / "interop"))
@@ -51,6 +53,8 @@ def tiny_task(row: str):
         return case.task, case.data
     case = collect("TASKS")[FROM_TASKS.get(row, row)]()
     task, data = case.task, case.data
+    if row == "flextok_generation":  # as the codes of the row flextok
+        return task.with_model(length=16, num_classes=10), dataclasses.replace(data, shape=(16,))
     if row == "tokenbridge":  # the codes of the row bae, of two sub-codes
         sizes = {"channels": 2, "channel_order": (), "num_classes": 10, "quantizer": DimensionwiseQuantizer(levels=16)}
         return task.with_model(**sizes), dataclasses.replace(data, values=(16, 16))
@@ -141,15 +145,20 @@ def desk(tmp_path, texts, capfdbinary):
 
 
 @pytest.fixture(scope="module")
-def codes(tmp_path_factory) -> Path:
-    """The folder of the codes of a run of the row bae."""
-    folder = tmp_path_factory.mktemp("codes")
-    maker = Desk(folder, "", None)
-    file = maker.config("run", *tiny_task("bae"))
-    assert main(["train", str(file)]) == 0
-    splits = ["--splits", "train", "validation"]
-    assert main(["vision", "tokenize", str(folder / "run"), str(folder / "codes"), *splits]) == 0
-    return folder / "codes"
+def codes(tmp_path_factory):
+    """The folder of the codes of a run of a row of a tokenizer."""
+
+    @functools.cache
+    def make(row: str) -> Path:
+        folder = tmp_path_factory.mktemp("codes")
+        maker = Desk(folder, "", None)
+        file = maker.config("run", *tiny_task(row))
+        assert main(["train", str(file)]) == 0
+        splits = ["--splits", "train", "validation"]
+        assert main(["vision", "tokenize", str(folder / "run"), str(folder / "codes"), *splits]) == 0
+        return folder / "codes"
+
+    return make
 
 
 def suffix_of(form) -> str:
@@ -164,7 +173,8 @@ def test_every_verb(row, desk, request):
     of_text = not isinstance(data, CodeData | ImageData)
     options = {"corpus": desk.texts} if of_text else {}
     if isinstance(data, CodeData):
-        options["path"] = str(request.getfixturevalue("codes"))
+        maker = "flextok" if row.name == "flextok_generation" else "bae"
+        options["path"] = str(request.getfixturevalue("codes")(maker))
     if of_text and hasattr(data, "shuffle_window"):
         options["shuffle_window"] = 8
     data = dataclasses.replace(data, eval_limit=1, **options)
@@ -184,13 +194,14 @@ def test_every_verb(row, desk, request):
         "generate", "generate", run, "--prompt", "number ", "--max-new-tokens", "6", "--temperature", "0", works=writes
     )
     sees, draws = isinstance(inner, ImageTokenizer), isinstance(inner, ImageGenerator)
+    maps = isinstance(inner, MapsAttention)
     desk.call("vision tokenize", "vision", "tokenize", run, folder / "codes", "--splits", "validation", works=sees)
     desk.call("vision reconstruct", "vision", "reconstruct", run, folder / "r.png", "--batches", "1", works=sees)
     statistics = ["vision", "statistics", folder / "codes" if sees else run, "--output", folder / "s.png"]
     desk.call("vision statistics", *statistics, "--split", "validation", works=sees)
     drawn = ["vision", "generate", run, folder / "g.png", "--per-class", "1", "--labels", "3"]
     desk.call("vision generate", *drawn, works=draws)
-    desk.call("vision attention", "vision", "attention", run, "--output", folder / "a.png", works=draws)
+    desk.call("vision attention", "vision", "attention", run, "--output", folder / "a.png", works=maps)
 
     grows = "grow" not in row.cannot
     desk.call("grow", "grow", run, "--times", "2", "--output", folder / "grown", "--steps", "1", works=grows)

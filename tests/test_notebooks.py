@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 FIGURES = {
     "a_real_model": 2,
+    "an_image_in_1_to_256_tokens": 4,
     "fast_and_exact_decoding": 2,
     "images_as_tokens": 4,
     "sharding_on_eight_devices": 5,
@@ -39,6 +40,11 @@ PRINTED = {  # parts of what must be printed
         "after 4 steps",
         "adapter_model.safetensors",
         "differ by at most",
+    ],
+    "an_image_in_1_to_256_tokens": [
+        "one image as tokens",
+        "squared error from 1 token",
+        "nats a token (uniform: 6.24)",
     ],
     "fast_and_exact_decoding": ["all answers are equal: True", "JSON:  {'n':", "equal to no drafts: True"],
     "images_as_tokens": ["of 16 codes used", "nats a position (uniform: 2.77)"],

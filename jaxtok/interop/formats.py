@@ -9,6 +9,7 @@ from jaxtok.interop.byte2word import BYTE2WORD
 from jaxtok.interop.electra import ELECTRA, TENSORFLOW
 from jaxtok.interop.elm import ELM
 from jaxtok.interop.encoders import ENCODERS
+from jaxtok.interop.flextok import FLEXTOK
 from jaxtok.interop.folders import read_options
 from jaxtok.interop.gguf import GGUF
 from jaxtok.interop.hat import HAT
@@ -39,6 +40,7 @@ FORMATS: tuple[Format, ...] = (
     KL_VAE,
     DIFFUSERS,
     ELM,
+    FLEXTOK,
     TOKENBRIDGE,
     PEFT,
     GGUF,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -316,12 +316,15 @@ class ModulatedBlock(Block):
 
     @nn.compact
     def __call__(self, carry, layer, call: Call):
-        cfg = self.config
         if self.modulated():
-            project = cfg.projection("modulation", 6 * cfg.d_model, name="modulation")
-            parts = jnp.split(project(nn.silu(call.condition)), 6, axis=-1)
-            call = call.replace(condition={"attention": parts[:3], "ffn": parts[3:]})
+            call = call.replace(condition=self.modulations(call.condition, carry[0].shape[1]))
         return super().__call__(carry, layer, call)
+
+    def modulations(self, condition: Any, length: int) -> dict[str, Sequence[Array]]:
+        """Shift, scale and gate of each part, for rows of `length` tokens."""
+        project = self.config.projection("modulation", 6 * self.config.d_model, name="modulation")
+        parts = jnp.split(project(nn.silu(condition)), 6, axis=-1)
+        return {"attention": parts[:3], "ffn": parts[3:]}
 
     def around(self, name, part, x, cache, layer, call: Call):
         if not self.modulated():

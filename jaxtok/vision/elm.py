@@ -14,6 +14,7 @@ code is followed: the class token's row of the rotation is zero, so it looks at 
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import math
@@ -124,6 +125,10 @@ class ElmConfig(LlamaStack):
     def code_values(self) -> tuple[int, ...]:
         """How many values each sub-code has."""
         return (self.codebook,) * self.sub_codes
+
+    def module(self) -> Elm:
+        """The module of the model."""
+        return Elm(self)
 
     def cells(self) -> Int[np.ndarray, "positions 2"]:
         """The row and column of each position."""
@@ -360,12 +365,12 @@ def init_params(config: ElmConfig, rng: jax.Array) -> Params:
 
 
 class ModelOfCodes:
-    """The properties of a `jaxtok.protocols.ImageGenerator` that the tasks of both models share."""
+    """The properties of a `jaxtok.protocols.ImageGenerator` that the tasks of models of codes share."""
 
-    model: ElmConfig
+    model: Any
 
     @property
-    def code_shape(self) -> tuple[int, int]:
+    def code_shape(self) -> tuple[int, ...]:
         return self.model.code_shape
 
     @property
@@ -378,25 +383,26 @@ class ModelOfCodes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ElmModeling(ModelOfCodes, Task):
-    """Trains the autoregressive model, and draws images from it, on batches of codes (`jaxtok.data.codes.CodeData`):
+class CodeModeling(ModelOfCodes, Task):
+    """Trains an autoregressive model on batches of codes (`jaxtok.data.codes.CodeData`):
 
     codes   int32    [batch, positions, sub_codes]
     labels  int32    [batch], the class; num_classes stands for none
     mask    float32  [batch], 1 where the image counts, 0 where it only fills the batch
+
+    The model's config makes its `module`, whose method `nats` gives -log p of each sub-code.
     """
 
     counted = "images"
 
-    model: ElmConfig
+    model: Any
 
-    def module(self) -> Elm:
-        return Elm(self.model)
+    def module(self) -> nn.Module:
+        return self.model.module()
 
-    def fit(self, data: Data, train: Any = None) -> ElmModeling:
-        """The task itself. Raises ValueError if the data do not fit the model (`check_data`)."""
-        check_data(self.model, data)
-        return self
+    @abc.abstractmethod
+    def draw(self, params: Params, conditions: Sequence[int | None], rng: jax.Array, **options: Any) -> Array:
+        """See `jaxtok.protocols.ImageGenerator`."""
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         return self.module().init(rng, batch["codes"], batch["labels"])["params"]
@@ -432,6 +438,18 @@ class ElmModeling(ModelOfCodes, Task):
             method="nats",
         )
         return nats.mean((1, 2))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ElmModeling(CodeModeling):
+    """Trains ELM's autoregressive model, and draws images from it."""
+
+    model: ElmConfig
+
+    def fit(self, data: Data, train: Any = None) -> ElmModeling:
+        """The task itself. Raises ValueError if the data do not fit the model (`check_data`)."""
+        check_data(self.model, data)
+        return self
 
     @property
     def sampling(self) -> type[ElmSampling]:

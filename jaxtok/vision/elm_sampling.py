@@ -30,7 +30,7 @@ from jaxtok.decoding.engine import Engine
 from jaxtok.decoding.sampling import Sampling, sampling_key
 from jaxtok.nn.cache import KVCache
 from jaxtok.protocols import OnProgress, Params
-from jaxtok.vision.elm import Elm, ElmConfig
+from jaxtok.vision.elm import ElmConfig
 
 SCHEDULES = {
     "constant": lambda r, _: np.ones_like(r),
@@ -191,7 +191,7 @@ def draw(
     if on_progress is None:
         state = _draw(engine, params, given)
     else:
-        state = _begin(engine, params, given)
+        state = begin(engine, params, given)
         for made in [*range(config.grid, new, config.grid), new]:
             state = engine.run(params, state, made)
             jax.block_until_ready(state.length)
@@ -200,7 +200,8 @@ def draw(
 
 
 @functools.partial(jax.jit, static_argnames="engine")
-def _begin(engine, params, given):
+def begin(engine, params, given):
+    """The engine's state before the first new position."""
     labels, prefix, weights, rng, uniforms, fixed = given
     config = engine.model.config
     state = engine.model.start(params, labels, prefix, weights)
@@ -212,7 +213,7 @@ def _begin(engine, params, given):
 
 @functools.partial(jax.jit, static_argnames="engine")
 def _draw(engine, params, given):
-    return engine.run(params, _begin(engine, params, given))
+    return engine.run(params, begin(engine, params, given))
 
 
 @flax.struct.dataclass
@@ -231,9 +232,10 @@ class _State:
 
 @dataclasses.dataclass(frozen=True)
 class GuidedCodes:
-    """An ELM as the `jaxtok.decoding.TokenModel` of images, whose tokens are the sub-codes of a position."""
+    """An ELM, or a model with its methods, as the `jaxtok.decoding.TokenModel` of images. A token is the sub-codes of a
+    position."""
 
-    config: ElmConfig
+    config: Any
     guided: bool
 
     def start(
@@ -248,7 +250,7 @@ class GuidedCodes:
         if self.guided:
             labels = jnp.stack([labels, jnp.full_like(labels, config.num_classes)], 1).reshape(-1)
         condition = apply("embed_class", labels)
-        cache = Elm(config).init_cache(len(labels), given + len(weights))
+        cache = config.module().init_cache(len(labels), given + len(weights))
         if given:
             inputs = jnp.concatenate([condition, apply("embed", self._both(prefix[:, :-1]))], axis=1)
             _, cache = apply("hidden", inputs, condition, cache=cache)
@@ -268,7 +270,7 @@ class GuidedCodes:
         return jnp.repeat(x, 2, axis=0) if self.guided else x
 
     def _apply(self, params):
-        model = Elm(self.config)
+        model = self.config.module()
         return lambda method, *args, **options: model.apply({"params": params}, *args, method=method, **options)
 
 
@@ -295,7 +297,7 @@ class Drawing:
         return self.sampling.draws
 
     @staticmethod
-    def start(batch: int, config: ElmConfig, uniforms, fixed) -> _Draws:
+    def start(batch: int, config: Any, uniforms, fixed) -> _Draws:
         known, where = (None, None) if fixed is None else fixed
         return _Draws(
             number=jnp.zeros(batch, jnp.int32),

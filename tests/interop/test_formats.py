@@ -58,6 +58,7 @@ from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
+from jaxtok.vision.flextok import FlexTokConfig, FlexTokenizer
 from jaxtok.vision.kl_vae import KLAutoencoding, KLVAEConfig
 from jaxtok.vision.tokenbridge import TokenBridgeConfig, TokenBridgeModeling
 from jaxtok.vision.tokenbridge_tokenizer import DimensionwiseQuantizer
@@ -66,6 +67,18 @@ from jaxtok.vision.vqgan import VQGANConfig
 HUB_FOLDER = Path(__file__).parents[1] / "goldens" / "llama_gpt2_bricks" / "hf_folder_llama"
 SIZES = {"num_layers": 2, "d_model": 16, "num_heads": 2, "mlp_dim": 24}
 TEXT = {"length": 32, "batch_size": 8}
+FLEXTOK = FlexTokConfig(
+    latent_size=(8, 8),
+    channels=3,
+    registers=8,
+    encoder_width=16,
+    encoder_depth=2,
+    decoder_width=24,
+    decoder_depth=2,
+    head_dim=8,
+    time_channels=16,
+    head_modulation=True,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,6 +256,7 @@ CASES: dict[str, Callable[[], Case]] = {
         WordPieceText(length=16, batch_size=8, max_bytes=6, max_pieces=6),
     ),
     "bae": lambda: images(BAEConfig(**TOWERS, embed_dim=32, bits=6)),
+    "flextok": lambda: Case("flextok", FlexTokenizer(model=FLEXTOK), IMAGES, ".safetensors"),
     "vqgan": lambda: images(VQGANConfig(**TOWERS, embed_dim=32, codebook_size=16)),
     "kl_vae": lambda: Case("kl_vae", KLAutoencoding(**VAE), IMAGES, ".safetensors"),
     "kl_vae, diffusers": lambda: Case("kl_vae_diffusers", KLAutoencoding(**VAE), IMAGES),

@@ -80,6 +80,7 @@ LIKE_ANOTHER = (
     "masked_words",
     "elm_masked",
     "tokenbridge_tokenizer",
+    "flextok_generation",
     "t5",
     "hat_released",
     "lora",

@@ -163,8 +163,12 @@ def test_a_task_fits_its_data_or_refuses_them(name, tmp_path):
         fitting = {"num_classes": 10}
         refused(experiment(), r"task\.model\.num_classes is 4; it must be at least 10, .* \(0, 1, 2,")
     elif isinstance(case.data, CodeData):
-        other = dataclasses.replace(case.data, grid=9)
-        refused(experiment(other), r"task\.model\.grid is 4, but data\.grid is 9; make them equal")
+        if hasattr(model, "grid"):
+            other = dataclasses.replace(case.data, grid=9)
+            refused(experiment(other), r"task\.model\.grid is 4, but data\.grid is 9; make them equal")
+        else:
+            other = dataclasses.replace(case.data, shape=(9,))
+            refused(experiment(other), r"data\.shape is \(9,\), but the model has \(8,\); make them equal")
         return  # the rest of its data are files of codes: tests/data/test_codes.py
     fitted = experiment(**fitting).fitted()
     assert fitted.fitted() == fitted
