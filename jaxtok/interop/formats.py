@@ -15,6 +15,7 @@ from jaxtok.interop.hat import HAT
 from jaxtok.interop.huggingface import DECODERS
 from jaxtok.interop.mamba import MAMBA
 from jaxtok.interop.peft import PEFT
+from jaxtok.interop.seed import SEED
 from jaxtok.interop.t5 import T5
 from jaxtok.interop.tokenformer import TOKENFORMER
 from jaxtok.interop.vqgan import VQGAN
@@ -35,6 +36,7 @@ FORMATS: tuple[Format, ...] = (
     BYTE2WORD,
     VQGAN,
     ELM,
+    SEED,
     PEFT,
     GGUF,
 )

@@ -152,8 +152,9 @@ class ViTStack(LinearStack):
     """Whether keys have a bias, which softmax does not see (EVA's have none)."""
 
     def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
-        module = super().projection(group, features, name)
-        return module.clone(use_bias=False) if group == "key" and not self.key_bias else module
+        if group == "key" and not self.key_bias:
+            return self.linear(features, ("d_model", "heads"), self.init_std, False, name)
+        return super().projection(group, features, name)
 
     @property
     def output_init_std(self) -> float:

@@ -128,7 +128,8 @@ class _Layer(nn.Module):
         if n:
             q = x[:, :n]
             if self.cross:
-                visible = None if call.image_mask is None else call.image_mask[:, None, None]
+                seen = jnp.ones((1, call.image.shape[1]), bool) if call.image_mask is None else call.image_mask
+                visible = jnp.broadcast_to(seen[:, None, None], (len(seen), 1, n, seen.shape[1]))
                 y, _ = _Attention(cfg, name="cross")(q, call.image, visible=visible, deterministic=call.deterministic)
                 q = added(q, y, "cross")
             parts.append(added(q, MLP(cfg, cfg.d_model, name="query_ffn")(q), "query"))

@@ -41,7 +41,6 @@ from jaxtok.nn.norms import Norm, unit_length
 from jaxtok.nn.quantizers import CodebookAverages, NearestQuantizer, Quantized, code_counts, code_sums, perplexity
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import FROZEN, Batch, Data, Params, Sums, Task
-from jaxtok.training.mesh import unboxed
 from jaxtok.vision.eva_vit import EvaViTConfig, scale_by_depth
 from jaxtok.vision.images import as_float, check_codes, check_images
 from jaxtok.vision.metrics import psnr
@@ -322,7 +321,7 @@ class Codes(nn.Module):
         """r, which should be h again. `seen` [batch, codes]: which codes are known; default: all."""
         return self._run(self.blocks, self.positions, u, seen)
 
-    def generation(self, u: Float[Array, "batch codes d_model"], seen=None) -> Float[Array, "batch *features"]:
+    def generation(self, u: Float[Array, "batch codes d_model"], seen=None) -> Float[Array, "batch ..."]:
         """The generation embedding y, in float32."""
         cfg, g = self.config, self._run(self.image_blocks, self.image_positions, u, seen)
         if cfg.head == "mlp":
@@ -339,7 +338,7 @@ class Codes(nn.Module):
         mask = None if seen is None else jnp.broadcast_to(seen[:, None], (len(u), u.shape[1], u.shape[1]))
         return stack(x, None, mask=mask)[0]
 
-    def decode(self, codes: Int[Array, "batch codes 1"], seen=None) -> Float[Array, "batch *features"]:
+    def decode(self, codes: Int[Array, "batch codes 1"], seen=None) -> Float[Array, "batch ..."]:
         """The generation embedding of codes."""
         return self.generation(self.lift(self.quantizer.embed(codes)), seen)
 
@@ -422,7 +421,8 @@ class SeedAlignment(Task):
             raise ValueError(f"task.part is {self.part}; it must divide data.batch_size = {batch}.")
         if spec["images"].shape[1:] != self.model.image_shape:
             raise ValueError(
-                f"the data's images are {spec['images'].shape[1:]}; for this model they must be {self.model.image_shape}."
+                f"the data's images are {spec['images'].shape[1:]}; for this model they must be "
+                f"{self.model.image_shape}."
             )
         if length > self.model.qformer.max_positions:
             raise ValueError(f"data.length is {length}, more than max_positions = {self.model.qformer.max_positions}.")
@@ -501,7 +501,7 @@ class SeedAlignment(Task):
 
         def of_part(images, tokens, mask, number):
             key = None if rng is None else jax.random.fold_in(rng, number[0, 0])
-            begun = tokens[0].at[:, 0].set(bos)
+            begun = jnp.asarray(tokens[0]).at[:, 0].set(bos)
             logits = self._apply(params, "caption", _see(self, params, images[0]), begun, mask[0], rng=key)
             return cross_entropy(logits[:, :-1], begun[:, 1:], self.smoothing)[None]
 
@@ -627,7 +627,8 @@ class Seed(Task):
         rising = all(a < b for a, b in zip((0, *self.prefixes), self.prefixes))
         if self.prefixes and (not rising or self.prefixes[-1] != cfg.num_codes):
             raise ValueError(
-                f"prefixes is {self.prefixes}; it must be numbers of codes in rising order, the last one {cfg.num_codes}."
+                f"prefixes is {self.prefixes}; it must be numbers of codes in rising order, the last one "
+                f"{cfg.num_codes}."
             )
 
     # -- an image tokenizer
@@ -672,9 +673,7 @@ class Seed(Task):
             )
         return self.decode_to_embedding(params, codes).reshape(-1, *self.image_shape)
 
-    def decode_to_embedding(
-        self, params: Params, codes: Int[Array, "batch codes 1"]
-    ) -> Float[Array, "batch *features"]:
+    def decode_to_embedding(self, params: Params, codes: Int[Array, "batch codes 1"]) -> Float[Array, "batch ..."]:
         """The generation embeddings of codes, float32.
 
         The released model's are image embeddings of CLIP ViT-H/14 (1024 numbers, not normalised). Stable Diffusion 2.1
@@ -741,7 +740,7 @@ class Seed(Task):
         states = jnp.zeros((1, self.model.num_codes, self.model.width))
         params = {FROZEN: frozen, "codes": self.codes().init(rng, states)["params"]}
         if self.ema_decay:
-            table = unboxed(params["codes"]["quantizer"]["embedding"])
+            table = nn.meta.unbox(params["codes"]["quantizer"]["embedding"])
             params["averages"] = CodebookAverages.init(table)
         return params
 
@@ -750,7 +749,7 @@ class Seed(Task):
             return batch["states"].astype(jnp.float32)
         return _read(self, _reading(params), as_float(batch["images"]))
 
-    def _target(self, batch: Batch) -> Float[Array, "batch *features"]:
+    def _target(self, batch: Batch) -> Float[Array, "batch ..."]:
         if self.target == "embedding":
             return batch["targets"].astype(jnp.float32)
         return as_float(batch["images"]).reshape(len(batch["images"]), -1)
@@ -890,7 +889,7 @@ def _codes_of(task: Seed, params: Params, images: Array) -> Int[Array, "batch co
     return task.codes().apply({"params": params["codes"]}, states, method="quantize")[1].codes
 
 
-def _decoded(task: Seed, codes: Params, ids: Array, known: Array | None) -> Float[Array, "batch *features"]:
+def _decoded(task: Seed, codes: Params, ids: Array, known: Array | None) -> Float[Array, "batch ..."]:
     seen = None if known is None else jnp.broadcast_to(jnp.arange(ids.shape[1]) < known, ids.shape[:2])
     return task.codes().apply({"params": codes}, ids, seen, method="decode")
 
