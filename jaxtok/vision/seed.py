@@ -92,7 +92,7 @@ class Patches(nn.Module):
 
     def __call__(
         self, images: Float[Array, "batch height width channels"], deterministic: bool = True
-    ) -> Float[Array, "batch patches width"]:
+    ) -> Float[Array, "batch patches features"]:
         cfg = self.config
         images = images.mean(-1, keepdims=True) if cfg.grey else images
         x = patchify(images, cfg.patch_size)
