@@ -1,6 +1,6 @@
 """SEED in small on digits: both stages, with causal and with bidirectional queries.
 
-    jaxtok study seed_study digits
+    jaxtok study seed_digits_study
 
 PLACEHOLDER
 """
@@ -75,7 +75,7 @@ def digit_arm(name: str, causal: bool, codes: int = 128, steps: int = 500) -> Tw
 
 
 configs = {
-    "digits": lambda: SeedStudy(
+    "seed_digits_study": lambda: SeedStudy(
         arms=(digit_arm("causal", True), digit_arm("bidirectional", False)),
         workdir=f"{WORKDIR}/digits",
         by_class=True,

@@ -1,7 +1,7 @@
 """Language models of text and images in turn (SEED-LLaMA, arXiv 2310.01218, sections 3.2 and 3.3).
 
-An image is `<img>`, its codes, `</img>` (`jaxtok.multimodal.image_tokens`), and a model predicts these tokens as it does
-those of text. Pre-training reads pairs in both orders, documents of texts and images in turn, and plain text;
+An image is `<img>`, its codes, `</img>` (`jaxtok.multimodal.image_tokens`), and a model predicts these tokens as it
+does those of text. Pre-training reads pairs in both orders, documents of texts and images in turn, and plain text;
 instruction tuning reads questions and counts the answers only. `AddImageTokens` gives a language model the new tokens;
 with LoRA (`lora_config`), the tables and norms train whole.
 """
@@ -21,11 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxtok.lm.language_modeling import LanguageModeling
+from jaxtok.lm.llama import LlamaConfig
 from jaxtok.multimodal.image_tokens import ImageTextTokenizer
 from jaxtok.nn.lora import LoraConfig
 from jaxtok.nn.losses import mean
 from jaxtok.protocols import ArraySpec, Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers import load_tokenizer
+from jaxtok.transfer.lora import Lora
 
 REQUESTS = (
     "Draw",
@@ -49,7 +51,7 @@ REQUESTS = (
     "Could you create an image of",
     "Will you illustrate",
 )
-"""Requests for an image; the last six are questions. (The authors' have the same number of each; the words are ours.)"""
+"""Requests for an image; the last six are questions. (The authors have as many of each; the words are ours.)"""
 QUESTIONS_FROM = 14
 REPLIES = ("Here is the image:", "Here is a picture of it:", "This is what I drew:", "Of course. Here it is:")
 
@@ -61,7 +63,7 @@ def write_documents(path: str | Path, documents: Iterable[Mapping[str, Any]]) ->
     """Writes documents as lines of JSON, for `ImageTextData`: a file for each split, `train.jsonl` and so on.
 
     A document is {"parts": [...]} or, for instruction tuning, {"user": [...], "assistant": [...]}, or {"draw": caption,
-    "image": codes}. A part is a text, or {"image": codes}.
+    "image": codes}. A part is a text, or {"image": codes}, or the codes alone.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -322,7 +324,9 @@ def _part(part: Any) -> Part:
     if isinstance(part, str):
         return part
     if isinstance(part, Mapping) and "image" in part:
-        return part["image"]
+        part = part["image"]
+    if isinstance(part, Sequence | np.ndarray) and all(isinstance(code, int | np.integer) for code in part):
+        return part
     raise ValueError(f'a part of a document is {part!r}; it must be a text or {{"image": codes}}.')
 
 
@@ -403,6 +407,8 @@ class AddImageTokens:
     run's own task."""
     data: ImageTextData | None = None
     """The data afterwards; None: those of the run."""
+    lora: LoraConfig | None = None
+    """The adapter that trains afterwards (`lora_config`); None: all parameters train."""
     first: int = 0
     """The first id whose row is new: the number of ids of the text's tokenizer. 0: the old model's vocab_size."""
     steps: int = 1000
@@ -427,10 +433,10 @@ class AddImageTokens:
             raise ValueError("the model with image tokens must be the old one but for its vocab_size; copy the config.")
         if new.vocab_size <= (self.first or old.vocab_size):
             raise ValueError(
-                f"the model with image tokens has {new.vocab_size} ids, and the text's are {self.first or old.vocab_size}; "
-                "its vocab_size must be larger."
+                f"the model with image tokens has {new.vocab_size} ids, and the text's are "
+                f"{self.first or old.vocab_size}; its vocab_size must be larger."
             )
-        return self.to, self.data or data
+        return Lora(task=self.to, lora=self.lora) if self.lora else self.to, self.data or data
 
     def params(self, task: Task, data: Data, params: Params, opt_state: Any, rng: jax.Array) -> tuple[Params, Any]:
         model = self.to.model
@@ -441,15 +447,21 @@ class AddImageTokens:
             key = jax.random.fold_in(rng, number)
             rows = model.init_std * jax.random.normal(key, (model.vocab_size - kept, table.shape[1]))
             new[name] = jnp.concatenate([table[:kept], rows.astype(table.dtype)])
+        if self.lora:
+            new = Lora(task=self.to, lora=self.lora).start(new, jax.random.fold_in(rng, 2))
         return new, None
 
     def towards(self, task: Task) -> AddImageTokens:
-        return self if self.to is not None else dataclasses.replace(self, to=task)
+        if self.to is not None:
+            return self
+        if isinstance(task, Lora):
+            return dataclasses.replace(self, to=task.task, lora=task.lora)
+        return dataclasses.replace(self, to=task)
 
 
 def lora_config(tied: bool = False) -> LoraConfig:
-    """SEED-LLaMA's LoRA for a Llama: rank 16, alpha 32, dropout 0.05 on all projections; the embedding, the head and all
-    norms are trained whole.
+    """SEED-LLaMA's LoRA for a Llama: rank 16, alpha 32, dropout 0.05 on all projections; the embedding, the head and
+    all norms are trained whole.
 
     Args:
       tied: whether the head is the embedding.
@@ -466,3 +478,14 @@ def lora_config(tied: bool = False) -> LoraConfig:
             r"final_norm/scale",
         ),
     )
+
+
+_IMAGES = 8192 + 2
+
+PUBLISHED = {
+    "seed-llama-8b": LlamaConfig(norm_eps=1e-6, max_length=2048, vocab_size=32_000 + _IMAGES),
+    "seed-llama-14b": LlamaConfig(
+        num_layers=40, d_model=5120, num_heads=40, mlp_dim=13824, vocab_size=32_000 + _IMAGES
+    ),
+}
+"""SEED-LLaMA: Vicuna 7B and Llama 2 13B (chat) with 8192 codes, `<img>` and `</img>`."""

@@ -149,7 +149,8 @@ class ImageTextTokenizer:
             whole = len(inside) == self.length and codes.min() >= 0 and codes.max() < self.codes
             if not whole or ids[at + 1 + self.length : at + 2 + self.length] != [self.end]:
                 raise ValueError(
-                    f"the image at position {at} is not {BEGIN}, {self.length} codes and {END}; every {BEGIN} needs them."
+                    f"the image at position {at} is not {BEGIN}, {self.length} codes and {END}, as every image has to "
+                    "be."
                 )
             parts.append(codes)
             at += self.length + 2

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxtok.axes import constrain, gather
 from jaxtok.nn.activations import gelu
-from jaxtok.nn.linear import MLP, LinearStack
+from jaxtok.nn.linear import MLP, Linear, LinearStack
 from jaxtok.nn.transformer import REMAT_POLICIES, MultiHead
 
 MASKED = -10000.0
@@ -61,6 +61,13 @@ class QFormerConfig(LinearStack):
     @property
     def output_init_std(self) -> float:
         return self.init_std
+
+    def linear(self, features: int, axes: tuple[str, str], std: float, bias: bool | None, name: str | None) -> Linear:
+        """A projection; an `init_std` of 0 stands for 1 / sqrt(fan-in), which narrow models need to learn at all."""
+        if std:
+            return super().linear(features, axes, std, bias, name)
+        fan_in, dtypes = nn.initializers.lecun_normal(), {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return Linear(features, axes, self.use_bias if bias is None else bias, fan_in, **dtypes, name=name)
 
     @property
     def bos_id(self) -> int:
@@ -162,7 +169,7 @@ class QFormer(nn.Module):
 
     def setup(self):
         cfg = self.config
-        init = nn.initializers.normal(cfg.init_std)
+        init = nn.initializers.normal(cfg.init_std or 0.02)
 
         def table(name, rows, axis):
             value = self.param(

@@ -176,7 +176,8 @@ class SeedConfig:
 
     def blocks(self) -> ViTStack:
         """The ViT blocks after the codes."""
-        same = {name: getattr(self.qformer, name) for name in ("dtype", "param_dtype", "remat", "init_std")}
+        same: dict[str, Any] = {name: getattr(self.qformer, name) for name in ("dtype", "param_dtype", "remat")}
+        same["init_std"] = self.qformer.init_std or self.width**-0.5
         return ViTStack(
             num_layers=self.depth, d_model=self.width, num_heads=self.block_heads, mlp_dim=4 * self.width, **same
         )
@@ -932,7 +933,7 @@ class LearnCodes:
 
     def params(self, task: Task, data: Data, params: Params, opt_state: Any, rng: jax.Array) -> tuple[Params, Any]:
         to, _ = self.task(task, data)
-        return to.start(reader_of(params), rng), None
+        return nn.meta.unbox(to.start(reader_of(params), rng)), None
 
     def towards(self, task: Task) -> LearnCodes:
         return self if self.to is not None else dataclasses.replace(self, to=task)

@@ -58,6 +58,9 @@ from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
+from jaxtok.vision.eva_vit import EvaViTConfig
+from jaxtok.vision.qformer import QFormerConfig
+from jaxtok.vision.seed import Seed, SeedConfig
 from jaxtok.vision.vqgan import VQGANConfig
 
 HUB_FOLDER = Path(__file__).parents[1] / "goldens" / "llama_gpt2_bricks" / "hf_folder_llama"
@@ -150,6 +153,18 @@ def codes(task: Any, suffix: str) -> Case:
     return Case("elm", task, data, suffix)
 
 
+SEED = Seed(
+    model=SeedConfig(
+        vision=EvaViTConfig(image_size=8, patch_size=4, num_layers=1, d_model=16, num_heads=2, mlp_dim=24),
+        qformer=QFormerConfig(**SIZES | {"num_layers": 3}, num_queries=3, context_width=16, vocab_size=0),
+        codebook_size=8,
+        code_dim=4,
+        depth=1,
+        block_heads=2,
+        feature_dim=8 * 8 * 3,
+    ),
+    target="image",
+)
 LM_SIZES = {**SIZES, "vocab_size": 400, "max_length": 32}
 HUB_SIZES = {**LM_SIZES, "head_size": 8, "mlp_bias": False}
 CASES: dict[str, Callable[[], Case]] = {
@@ -223,6 +238,7 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "bae": lambda: images(BAEConfig(**TOWERS, embed_dim=32, bits=6)),
     "vqgan": lambda: images(VQGANConfig(**TOWERS, embed_dim=32, codebook_size=16)),
+    "seed": lambda: Case("seed", SEED, dataclasses.replace(IMAGES, size=8), ".safetensors"),
     "elm": lambda: codes(ElmModeling(model=ElmConfig(**ELM, code_bits=3, sub_codes=2)), ".safetensors"),
     "elm, masked": lambda: codes(MaskedElmModeling(model=MaskedElmConfig(**ELM, code_bits=4, sub_codes=2)), ".npz"),
 }

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import Case, typed
+from tiny import Case, Operation, typed
 
 from jaxtok.data.captions import CaptionedImages, clean
 from jaxtok.data.images import ImageData
@@ -398,3 +398,12 @@ def test_captions():
     assert bytes(batch["tokens"][0, 1:2].tolist()) == str(batch["labels"][0]).encode()
     with pytest.raises(ValueError, match="only emoji have keywords"):
         CaptionedImages(images="digits")
+
+
+def operation() -> Operation:
+    before = dataclasses.replace(MESHABLE, qformer=dataclasses.replace(MESHABLE.qformer, num_layers=2))
+    to = Seed(model=before, target="image")
+    return Operation(LearnCodes(to=to), pairs(SeedAlignment(model=before)), to)
+
+
+SURGERIES = {"seed_codes": operation}
