@@ -8,9 +8,12 @@ PLACEHOLDER
 import dataclasses
 
 from jaxtok.data.captions import CaptionedImages
-from jaxtok.studies.seed import SeedStudy, TwoStages
+from jaxtok.lm.llama import LlamaConfig
+from jaxtok.multimodal.image_text import ImageTextData, ImageTextModeling
+from jaxtok.studies.seed import ImageTextStudy, SeedStudy, TwoStages
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.optimizer import OptimizerConfig
+from jaxtok.vision.eva_vit import EvaViTConfig
 from jaxtok.vision.qformer import QFormerConfig
 from jaxtok.vision.seed import PatchesConfig, Seed, SeedAlignment, SeedConfig
 
@@ -74,10 +77,101 @@ def digit_arm(name: str, causal: bool, codes: int = 128, steps: int = 500) -> Tw
     )
 
 
+# --- Emoji, by their names and keywords. There is no trained ViT here, so that stage I trains a small one, too. ---
+
+emoji = CaptionedImages(
+    images="emoji",
+    captions="keywords",
+    tokenizer=f"{WORKDIR}/emoji/words.model",
+    size=32,
+    batch_size=64,
+    length=24,
+    crop="random",
+    crop_area=(0.6, 1.0),
+    shuffle_words=True,
+)
+SUBWORDS = 1500
+emoji_model = SeedConfig(
+    vision=EvaViTConfig(
+        image_size=32, patch_size=4, num_layers=3, d_model=64, num_heads=4, mlp_dim=128, init_std=64**-0.5
+    ),
+    qformer=QFormerConfig(
+        num_layers=4,
+        d_model=64,
+        num_heads=4,
+        mlp_dim=128,
+        context_width=64,
+        vocab_size=SUBWORDS + 1,
+        max_positions=24,
+        init_std=0.0,
+    ),
+    projection_dim=64,
+    codebook_size=512,
+    code_dim=16,
+    depth=2,
+    block_heads=4,
+    head="mlp",
+    feature_dim=32 * 32 * 3,
+)
+
+
+def emoji_arm(name: str, causal: bool) -> TwoStages:
+    model = dataclasses.replace(emoji_model, qformer=dataclasses.replace(emoji_model.qformer, causal=causal))
+    return TwoStages(
+        name=name,
+        alignment=Experiment(
+            task=SeedAlignment(model=model, train_vision=True), data=emoji, train=schedule(600, 1e-3, 60)
+        ),
+        codes=Experiment(task=Seed(model=model, target="image"), data=emoji, train=schedule(600, 2e-3, 50)),
+    )
+
+
+def emoji_study() -> SeedStudy:
+    return SeedStudy(
+        arms=(emoji_arm("causal", True), emoji_arm("bidirectional", False)),
+        workdir=f"{WORKDIR}/emoji",
+        subwords=SUBWORDS,
+    )
+
+
+def language_model() -> ImageTextStudy:
+    """Four layers of a Llama on the codes of emoji."""
+    return ImageTextStudy(
+        codes=emoji_study(),
+        model=Experiment(
+            name="emoji_llama",
+            task=ImageTextModeling(
+                model=LlamaConfig(
+                    num_layers=4,
+                    d_model=128,
+                    num_heads=4,
+                    mlp_dim=256,
+                    vocab_size=SUBWORDS + 512 + 2,
+                    max_length=64,
+                    tie_embeddings=True,
+                    dropout=0.1,
+                )
+            ),
+            data=ImageTextData(
+                path=f"{WORKDIR}/emoji_llama/documents",
+                tokenizer=f"{WORKDIR}/emoji/words.model",
+                codes=512,
+                image_codes=32,
+                length=56,
+                batch_size=32,
+            ),
+            train=schedule(800, 2e-3, 60),
+        ),
+        workdir=f"{WORKDIR}/emoji_llama",
+    )
+
+
 configs = {
     "seed_digits_study": lambda: SeedStudy(
         arms=(digit_arm("causal", True), digit_arm("bidirectional", False)),
         workdir=f"{WORKDIR}/digits",
         by_class=True,
     ),
+    "seed_emoji_study": lambda: emoji_study(),
+    "seed_llama_study": lambda: language_model(),
 }

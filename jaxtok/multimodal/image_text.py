@@ -24,7 +24,7 @@ from jaxtok.lm.language_modeling import LanguageModeling
 from jaxtok.lm.llama import LlamaConfig
 from jaxtok.multimodal.image_tokens import ImageTextTokenizer
 from jaxtok.nn.lora import LoraConfig
-from jaxtok.nn.losses import mean
+from jaxtok.nn.losses import bits_per_byte, mean
 from jaxtok.protocols import ArraySpec, Batch, Data, Params, Sums, Task
 from jaxtok.tokenizers import load_tokenizer
 from jaxtok.transfer.lora import Lora
@@ -373,14 +373,15 @@ class ImageTextModeling(LanguageModeling):
         return self._both(self._nats(params, batch), batch)
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Loss (nats a token), that of text and of images, bits_per_byte of the text, and the tokens of both."""
+        """Returns the loss (nats a token), text_loss and image_loss (that of either), bits_per_byte of the text, and
+        the number of tokens and of image_tokens."""
         text = sums["tokens"] - sums["image_tokens"]
         text_nats = sums["nats"] - sums["image_nats"]
         return {
             "loss": sums["nats"] / sums["tokens"],
             "text_loss": text_nats / max(text, 1),
             "image_loss": sums["image_nats"] / max(sums["image_tokens"], 1),
-            "bits_per_byte": text_nats / np.log(2) / max(sums["bytes"], 1),
+            "bits_per_byte": bits_per_byte(text_nats, sums["bytes"]),
             "tokens": sums["tokens"],
             "image_tokens": sums["image_tokens"],
         }

@@ -461,11 +461,11 @@ class SeedAlignment(Task):
 
         def of_part(images, tokens, mask, number):
             key = None if rng is None else jax.random.fold_in(rng, number[0, 0])
-            v = self._apply(params, "image_feature", _see(self, params, images[0]), rng=key)
+            v = self._apply(params, "image_feature", _see(self, params, as_float(images[0])), rng=key)
             t = self._apply(params, "text_feature", tokens[0], mask[0], rng=key)
             return jnp.concatenate([v, t], -1)[None]
 
-        arrays = as_float(images), tokens, text_mask, jnp.arange(len(images))
+        arrays = images, tokens, text_mask, jnp.arange(len(images))
         both = by_parts(of_part, self.part, *(x[None] for x in arrays))[0]
         return tuple(jnp.split(both, 2, axis=-1))
 
@@ -503,10 +503,11 @@ class SeedAlignment(Task):
         def of_part(images, tokens, mask, number):
             key = None if rng is None else jax.random.fold_in(rng, number[0, 0])
             begun = jnp.asarray(tokens[0]).at[:, 0].set(bos)
-            logits = self._apply(params, "caption", _see(self, params, images[0]), begun, mask[0], rng=key)
+            seen = _see(self, params, as_float(images[0]))
+            logits = self._apply(params, "caption", seen, begun, mask[0], rng=key)
             return cross_entropy(logits[:, :-1], begun[:, 1:], self.smoothing)[None]
 
-        arrays = as_float(batch["images"]), tokens, batch["text_mask"], jnp.arange(len(tokens))
+        arrays = batch["images"], tokens, batch["text_mask"], jnp.arange(len(tokens))
         nats = by_parts(of_part, self.part, *(x[None] for x in arrays))[0]
         return nats, batch["text_mask"][:, 1:] * batch["mask"][:, None]
 
@@ -519,7 +520,7 @@ class SeedAlignment(Task):
         temperature = params["aligner"]["temperature"]
         texts = hard_negatives(v, t, temperature, first, part=self.part)
         pictures = hard_negatives(t, v, temperature, second, part=self.part)
-        images, tokens, mask = as_float(batch["images"]), batch["tokens"], batch["text_mask"]
+        images, tokens, mask = batch["images"], batch["tokens"], batch["text_mask"]
         arrays = (
             images, tokens, mask, jnp.take(images, pictures, axis=0), jnp.take(tokens, texts, axis=0),
             jnp.take(mask, texts, axis=0), jnp.arange(len(images)),
@@ -527,7 +528,7 @@ class SeedAlignment(Task):
 
         def of_part(images, tokens, mask, other_images, other_tokens, other_mask, number):
             key = None if dropout is None else jax.random.fold_in(dropout, number[0, 0])
-            own, other = (_see(self, params, x[0]) for x in (images, other_images))
+            own, other = (_see(self, params, as_float(x[0])) for x in (images, other_images))
             logits = self._apply(
                 params,
                 "match",
@@ -557,8 +558,9 @@ class SeedAlignment(Task):
         return found
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Means over pairs of the contrastive loss, and of whether the right text (image) of a batch is the nearest;
-        with captioning, the nats of a caption's token."""
+        """Means over pairs of the contrastive loss, and of whether the nearest text of the batch is an image's own
+        (image_to_text) and the nearest image a text's own (text_to_image); with captioning, caption_loss, the nats of a
+        caption's token; and the number of images."""
         row = {name: sums[name] / sums["images"] for name in ("loss", "image_to_text", "text_to_image")}
         if "caption_nats" in sums:
             row["caption_loss"] = sums["caption_nats"] / max(sums["caption_tokens"], 1)
@@ -839,8 +841,9 @@ class Seed(Task):
         return sums | {"codes": constrain(code_counts(counted, size), None)}
 
     def metrics(self, sums: Sums) -> dict[str, float]:
-        """Means over images of the loss and its parts (`semantic` is 1 - cos); with `target="image"`, mse and psnr of
-        pixels limited to [0, 1]; codes_used and their perplexity; and the number of images."""
+        """Means over images of the loss and its parts without their weights: code_loss, semantic (1 - cos) and
+        generation (the squared error); with `target="image"`, mse and psnr of pixels limited to [0, 1]; codes_used and
+        their perplexity; and the number of images."""
         images = sums["images"]
         row = {name: sums[name] / images for name in sums if name not in ("images", "codes")}
         loss = (
