@@ -169,7 +169,7 @@ class QFormer(nn.Module):
 
     def setup(self):
         cfg = self.config
-        init = nn.initializers.normal(cfg.init_std or 0.02)
+        init = nn.initializers.normal(cfg.init_std or cfg.d_model**-0.5)
 
         def table(name, rows, axis):
             value = self.param(
