@@ -251,6 +251,10 @@ class Task(abc.ABC):
     """The name of the sum that counts what is evaluated (tokens, words, images); an evaluation of 0 is an error."""
     model: Any
     """The config of the model that learns."""
+    guard: Callable[[Sequence[Mapping[str, float]]], str] | None = None
+    """A rule that ends a run which is not worth going on with, a frozen dataclass (`jaxtok.vision.collapse`). The loop
+    calls it with the newest logged rows of training (at most 1,000, each with its `step`) and ends the run with the
+    sentence that it returns, unless that is empty. With a rule, the first step is logged too. None: there is none."""
 
     def module(self) -> Any | None:
         """Returns the Linen module whose parameters are the task's: `task.module().apply({"params": params}, ...)`.

@@ -52,8 +52,7 @@ class Norm(nn.Module):
             case "none":
                 pass
             case "layernorm" | "layernorm_nonparam":
-                y = y - y.mean(-1, keepdims=True)
-                y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
+                y = standardized(y, eps)
                 if self.kind == "layernorm":
                     y = y * param("scale", ones, width, ("channels",)) + param("bias", zeros, width, ("channels",))
             case "rmsnorm":
@@ -70,6 +69,13 @@ class Norm(nn.Module):
             case _:
                 raise ValueError(f"the kind of norm is {self.kind!r}; it must be one of {', '.join(NORMS)}.")
         return y.astype(self.dtype)
+
+
+def standardized(x: Float[Array, "*batch d_model"], eps: float) -> Float[Array, "*batch d_model"]:
+    """(x - mean) / sqrt(var + eps) over the last axis, in float32: a layer norm without scale and bias."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
 
 
 def unit_length(x: Float[Array, "*batch d_model"]) -> Float[Array, "*batch d_model"]:

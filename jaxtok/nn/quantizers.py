@@ -1,18 +1,22 @@
 """Quantisers: vectors to codes of a finite vocabulary, with gradients that pass straight through. All in float32.
 
 Nearest neighbour (VQ-VAE, arXiv 1711.00937, as in VQGAN), Gumbel softmax (arXiv 1611.01144), and independent bits
-(binary latents, arXiv 2304.04820, which ELM, arXiv 2410.16257, calls BAE).
+(binary latents, arXiv 2304.04820, which ELM, arXiv 2410.16257, calls BAE). Finite scalars (FSQ, arXiv 2309.15505) are
+the one without parameters: a plain dataclass.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxtok.axes import gather
 from jaxtok.nn.bits import pack_bits, unpack_bits
@@ -247,3 +251,89 @@ class BinaryQuantizer(nn.Module):
     def _vectors(self, code: Float[Array, "*shape bits"]) -> Float[Array, "*shape features"]:
         table = gather(self.embedding.astype(jnp.float32), None, "d_model")
         return jnp.einsum("...k,kd->...d", code, table, precision="highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class FiniteScalars:
+    """FSQ (arXiv 2309.15505): each number of a vector is bounded and rounded to one of a few levels; no codebook.
+
+    With L levels, h = (L - 1)(1 + 1e-3) / 2, o = 1/2 if L is even, else 0, and w = floor(L / 2),
+
+        bound(z) = tanh(z + atanh(o / h)) h - o,   code = round(bound(z)) / w,   id = sum_i (round_i + w_i) basis_i,
+
+    with basis = (1, L_1, L_1 L_2, ...), so that the first number changes fastest. Rounding is half to even, and the
+    gradient passes through it. Quantising a code again does not give it back in general, as `bound` shrinks.
+    """
+
+    levels: tuple[int, ...] = (8, 8, 8, 5, 5, 5)
+
+    def __post_init__(self):
+        if not self.levels or min(self.levels) < 2:
+            raise ValueError(f"levels is {self.levels}; it must have at least one number, and each must be 2 or more.")
+        if self.size > 2**31 - 1:
+            raise ValueError(f"levels is {self.levels}, whose product is {self.size}; it must be below 2^31.")
+
+    @property
+    def size(self) -> int:
+        """The number of codes."""
+        return math.prod(self.levels)
+
+    @property
+    def basis(self) -> Int[np.ndarray, " scalars"]:
+        return np.cumprod([1, *self.levels[:-1]]).astype(np.int32)
+
+    @property
+    def _halves(self) -> Int[np.ndarray, " scalars"]:
+        return np.array(self.levels, np.int32) // 2
+
+    def bound(self, z: Float[Array, "*shape scalars"]) -> Float[Array, "*shape scalars"]:
+        """z in the range of the levels, in float32, before rounding."""
+        levels = np.array(self.levels, np.float32)
+        half = (levels - 1) * np.float32(1 + 1e-3) / 2
+        offset = np.where(levels % 2 == 0, 0.5, 0.0).astype(np.float32)
+        return jnp.tanh(z.astype(jnp.float32) + np.arctanh(offset / half)) * half - offset
+
+    def quantize(
+        self, z: Float[Array, "*shape scalars"], rounds: Bool[Array, ...] | bool = True
+    ) -> Float[Array, "*shape scalars"]:
+        """Codes in [-1, 1], with the gradient of the bounded vectors.
+
+        Args:
+          rounds: where to round; elsewhere codes stay bounded vectors (the authors' `drop_quant_p`). It broadcasts.
+        """
+        bounded = self.bound(z)
+        return straight_through(jnp.where(rounds, jnp.round(bounded), bounded), bounded) / self._halves
+
+    def ids(self, codes: Float[Array, "*shape scalars"]) -> Int[Array, "*shape"]:
+        """The numbers of codes, which are rounded to whole levels first."""
+        digits = jnp.round(codes.astype(jnp.float32) * self._halves).astype(jnp.int32) + self._halves
+        return jnp.sum(digits * self.basis, -1)
+
+    def codes(self, ids: Int[Array, "*shape"]) -> Float[Array, "*shape scalars"]:
+        """The codes of these numbers; it inverts `ids`."""
+        digits = ids[..., None] // self.basis % np.array(self.levels, np.int32)
+        return (digits - self._halves).astype(jnp.float32) / self._halves
+
+
+def corrupted(
+    codes: Float[Array, "batch positions scalars"],
+    scalars: FiniteScalars,
+    rng: jax.Array,
+    *,
+    share: tuple[float, float],
+    probability: float = 0.2,
+) -> Float[Array, "batch positions scalars"]:
+    """Codes in which a share of the positions have a random code instead, without gradient (the authors'
+    `corrupt_tokens_p`).
+
+    Args:
+      share: the least and the greatest share of an image's positions; each image draws its own.
+      probability: that of an image to be corrupted at all. (In the authors' code, this and the share are drawn once for
+        a whole batch, although it says of both that they are drawn for each sample.)
+    """
+    chosen, of_image, where, what = jax.random.split(rng, 4)
+    batch, positions = codes.shape[:2]
+    shares = jax.random.uniform(of_image, (batch, 1), minval=share[0], maxval=share[1])
+    shares = jnp.where(jax.random.bernoulli(chosen, probability, (batch, 1)), shares, 0.0)
+    random = scalars.codes(jax.random.randint(what, (batch, positions), 0, scalars.size))
+    return jnp.where((jax.random.uniform(where, (batch, positions)) < shares)[..., None], random, codes)

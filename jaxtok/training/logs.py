@@ -13,6 +13,9 @@ from typing import Any
 import rich.console
 import rich.progress
 
+GUARDED = 1000
+"""The number of rows that a task's guard is given."""
+
 
 class MetricsLog:
     """Appends to metrics.jsonl and TensorBoard; when a run is resumed, it drops the lines after the checkpoint."""
@@ -21,9 +24,12 @@ class MetricsLog:
         self.path = directory / "metrics.jsonl"
         self.evaluated = -1
         """The step of the last evaluation that was logged before the run was resumed."""
+        self.trained: list[dict[str, Any]] = []
+        """The newest rows of training, at most `GUARDED`, that were logged before the run was resumed."""
         if self.path.exists():
             kept = [row for row in read_metrics(directory) if row["step"] <= step]
             self.evaluated = max((row["step"] for row in kept if row["split"] == "validation"), default=-1)
+            self.trained = [row for row in kept if row["split"] == "train"][-GUARDED:]
             write_whole(self.path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("ab", buffering=0)
         self._pending = b""
@@ -58,6 +64,7 @@ class NoLog:
     """The log of processes that write none."""
 
     evaluated = -1
+    trained: tuple[()] = ()
 
     def write(self, step: int, split: str, values: dict[str, float]) -> None:
         pass

@@ -39,7 +39,7 @@ from jaxtok.training.checkpoints import (
 from jaxtok.training.distributed import barrier, gather, is_main
 from jaxtok.training.experiment import MAY_CHANGE, Experiment, TrainConfig
 from jaxtok.training.lock import RunLock
-from jaxtok.training.logs import Display, MetricsLog, NoLog
+from jaxtok.training.logs import GUARDED, Display, MetricsLog, NoLog
 from jaxtok.training.mesh import Layout, make_layout, one_device, unboxed
 from jaxtok.training.optimizer import (
     descend,
@@ -54,6 +54,10 @@ from jaxtok.training.peak import peak_flops
 
 INTERRUPTED = 75
 """The exit code of a run that SIGTERM or Ctrl-C ended, that has saved, and that the same command resumes."""
+
+
+class DeadRun(ValueError):
+    """A run that its task's guard has ended (`jaxtok.protocols.Task.guard`); the message is the guard's sentence."""
 
 
 @flax.struct.dataclass
@@ -98,6 +102,7 @@ def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, qui
     Raises:
       ValueError: the folder holds a run of another config; the message names the fields that differ.
       FloatingPointError: the loss or a gradient is not finite; the batch is saved in the run's folder.
+      DeadRun: the task's guard says that the run is not worth going on with.
     """
     experiment = experiment.fitted()
     directory, config = experiment.directory, experiment.train
@@ -119,11 +124,11 @@ def train(experiment: Experiment, *, start: Callable[[], Any] | None = None, qui
         if is_main():
             write_config(directory, experiment)
         log = MetricsLog(directory, run.meta.step, config.tensorboard) if is_main() else NoLog()
-        evaluated = gather(log.evaluated)[0]
+        evaluated, guarded = gather(log.evaluated)[0], deque(gather(list(log.trained))[0], GUARDED)
         total = experiment.total_steps
 
         def fit() -> _Run:
-            return _fit(run, experiment, evaluated, layout, checkpoints, log, display, interrupt, lock)
+            return _fit(run, experiment, evaluated, guarded, layout, checkpoints, log, display, interrupt, lock)
 
         try:
             with Display(experiment.name, total, run.meta.step, enabled=is_main() and not quiet) as display:
@@ -489,12 +494,22 @@ def make_train_step(task: Any, train_config: TrainConfig, steps: int, data: Any,
 
 
 def _fit(
-    run: _Run, experiment: Experiment, evaluated: int, layout: Layout, checkpoints, log, display, interrupt, lock
+    run: _Run,
+    experiment: Experiment,
+    evaluated: int,
+    guarded: deque,
+    layout: Layout,
+    checkpoints,
+    log,
+    display,
+    interrupt,
+    lock,
 ) -> _Run:
     """Trains up to the end of the run's schedule, or until interrupted.
 
     Args:
       evaluated: the step of the last evaluation before the run was resumed.
+      guarded: the rows of training that the task's guard is to see; new ones are added.
     """
     config, task = experiment.train, run.meta.task
     step, state, end = run.meta.step, run.state, run.meta.schedule_end
@@ -575,7 +590,7 @@ def _fit(
         fetch(1)  # one update stays in flight while the host goes on
         display.advance(step)
         meta = dataclasses.replace(meta, step=step, flops=meta.flops + flops)
-        if step % config.log_every == 0 or step == end:
+        if step % config.log_every == 0 or step == end or (step == 1 and task.guard is not None):
             fetch(0)
             seconds = time.perf_counter() - clock - idle
             meta = dataclasses.replace(meta, elapsed=meta.elapsed + seconds)
@@ -585,6 +600,11 @@ def _fit(
                 row["fraction_of_peak"] = speed * flops / (peak * devices)
             log.write(step, "train", row)
             display.numbers(step, "train", row)
+            if task.guard is not None:
+                guarded.append({"step": step} | row)
+                if verdict := task.guard(guarded):
+                    checkpoints.wait()
+                    raise DeadRun(verdict)
             clock, logged, idle = time.perf_counter(), step, 0.0
         pause = time.perf_counter()
         if step == end or step % config.checkpoint_every == 0:

@@ -125,6 +125,27 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_batch(short, monkeypatch)
     assert load(short.workdir).meta.step == 2
 
 
+def test_a_guard_sees_every_logged_row_and_ends_a_dead_run(short, monkeypatch):
+    """The first step is logged too; a resumed run is judged by the rows before it as well."""
+    seen = []
+
+    def guard(rows):
+        seen.append([row["step"] for row in rows])
+        return "it is dead." if len(rows) == 4 else ""
+
+    short = dataclasses.replace(short, train=dataclasses.replace(short.train, log_every=2, checkpoint_every=2))
+    monkeypatch.setattr(LanguageModeling, "guard", staticmethod(guard))
+    with pytest.raises(loop.DeadRun, match=r"^it is dead\.$"):
+        train(short, quiet=True)
+    assert seen == [[1], [1, 2], [1, 2, 4], [1, 2, 4, 6]]
+    assert [row["step"] for row in read_metrics(short.workdir, "train")] == [1, 2, 4, 6]
+    assert load(short.workdir).meta.step == 4
+    seen.clear()
+    with pytest.raises(loop.DeadRun):
+        train(short, quiet=True)
+    assert seen == [[1, 2, 4, 6]]
+
+
 def test_another_config_in_the_same_folder_is_refused(short):
     train(short, quiet=True)
     other = dataclasses.replace(short, data=dataclasses.replace(short.data, seed=1))
