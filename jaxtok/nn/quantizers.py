@@ -129,7 +129,7 @@ class CodebookAverages:
     def update(
         self, counts: Float[Array, " codes"], sums: Float[Array, "codes features"], decay: float = 0.99
     ) -> CodebookAverages:
-        """The averages after a batch, whose counts and sums are those of `code_sums`."""
+        """The averages after a batch, whose counts and sums are those of `assigned_sums`."""
         return CodebookAverages(decay * self.counts + (1 - decay) * counts, decay * self.sums + (1 - decay) * sums)
 
     def table(self, eps: float = 1e-5) -> Float[Array, "codes features"]:
@@ -139,7 +139,7 @@ class CodebookAverages:
         return self.sums / smoothed[:, None]
 
 
-def code_sums(
+def assigned_sums(
     x: Float[Array, "*batch features"],
     codes: Int[Array, "*batch 1"],
     size: int,

@@ -38,9 +38,10 @@ from jaxtok.nn.contrastive import contrastive_nats, hard_negatives
 from jaxtok.nn.linear import Linear, ViTStack
 from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean, mean
 from jaxtok.nn.norms import Norm, unit_length
-from jaxtok.nn.quantizers import CodebookAverages, NearestQuantizer, Quantized, code_counts, code_sums, perplexity
+from jaxtok.nn.quantizers import CodebookAverages, NearestQuantizer, Quantized, assigned_sums, code_counts, perplexity
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import FROZEN, Batch, Data, Params, Sums, Task
+from jaxtok.vision.collapse import CollapseGuard, code_health, code_sums
 from jaxtok.vision.eva_vit import EvaViTConfig, scale_by_depth
 from jaxtok.vision.images import as_float, check_codes, check_images
 from jaxtok.vision.metrics import psnr
@@ -610,6 +611,10 @@ class Seed(Task):
     """The numbers of first codes that the decoder is trained on, in rising order, the last of which is all. Each image
     of a batch gets one of them. (): all codes always, as in SEED."""
 
+    guard: CollapseGuard | None = CollapseGuard(least_std=1e-3)
+    """The rule that ends a run whose codes have collapsed; `code_std` is that of z, before quantisation. None: there is
+    none."""
+
     draws_codes: ClassVar[bool] = False
     draws_images: ClassVar[bool] = False
 
@@ -781,31 +786,26 @@ class Seed(Task):
     def loss_sums(self, params: Params, batch: Batch, rng: jax.Array, step: jax.Array) -> dict[str, Any]:
         mask, terms = batch["mask"], self._terms(params, batch, rng)
         sums = {name: jnp.sum(terms[name] * mask) for name in _LOSSES} | {"images": jnp.sum(mask)}
-        weights = jnp.broadcast_to(mask[:, None], terms["codes"].shape[:2])
-        counts, vectors = code_sums(terms["z"], terms["codes"], self.model.codebook_size, weights)
-        z = terms["z"] * mask[:, None, None]
-        sums |= {"counts": counts, "z": z.sum(0), "squares": jnp.sum(jnp.square(z))}
-        return sums | ({"vectors": vectors} if self.ema_decay else {})
+        still = jax.lax.stop_gradient
+        codes, z = terms["codes"], still(terms["z"])
+        sums["health"] = code_sums(z, mask, codes[..., 0], self.model.codebook_size)
+        if self.ema_decay:
+            weights = jnp.broadcast_to(mask[:, None], codes.shape[:2])
+            sums["assigned"] = assigned_sums(z, codes, self.model.codebook_size, weights)
+        return sums
 
     def loss_of(self, sums: dict[str, Any], params: Params, step: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
-        """5 L_vq + 2 L_semantic + 0.5 L_generation, and its parts without their weights. Also logs how many codes the
-        batch uses, their perplexity, and how much images differ before quantisation (`spread`)."""
+        """5 L_vq + 2 L_semantic + 0.5 L_generation, and its parts without their weights. Also logs what tells of a
+        collapse (`jaxtok.vision.collapse`)."""
         metrics = {name: mean(sums[name], sums["images"]) for name in _LOSSES}
         loss = (
             self.code_weight * metrics["code_loss"]
             + self.semantic_weight * metrics["semantic"]
             + self.generation_weight * metrics["generation"]
         )
-        still = jax.lax.stop_gradient
-        counts, n = still(sums["counts"]), jnp.maximum(sums["images"], 1)
-        varied = still(sums["squares"] - jnp.sum(jnp.square(sums["z"])) / n)
-        metrics |= {
-            "codes_used": jnp.sum(counts > 0, dtype=jnp.float32),
-            "perplexity": perplexity(counts),
-            "code_std": jnp.sqrt(jnp.maximum(varied, 0) / jnp.maximum(still(sums["squares"]), 1e-12)),
-        }
+        metrics |= code_health(sums["health"])
         if self.ema_decay:
-            metrics["state"] = (counts, still(sums["vectors"]))
+            metrics["state"] = sums["assigned"]
         return loss, metrics
 
     def after_step(self, params: Params, metrics: dict[str, Any], step: jax.Array) -> Params:

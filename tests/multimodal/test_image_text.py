@@ -45,10 +45,7 @@ def case() -> Case:
 TASKS = {"seed_llama": case}
 
 EVIDENCE = {
-    "seed_llama": {
-        "generate, cached": "multimodal/test_image_text.py::test_images_that_are_drawn_are_whole",
-        "formats": ("mistral",),  # its files are a Llama's
-    }
+    "seed_llama": {"generate, cached": "multimodal/test_image_text.py::test_images_that_are_drawn_are_whole"},
 }
 
 

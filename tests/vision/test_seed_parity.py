@@ -13,7 +13,7 @@ from jaxtok.interop.seed import block_names, from_official, names_of, qformer_na
 from jaxtok.interop.tensors import read_params, shapes_of, write_params
 from jaxtok.nn.linear import ViTStack
 from jaxtok.nn.losses import cross_entropy
-from jaxtok.nn.quantizers import CodebookAverages, NearestQuantizer, code_sums
+from jaxtok.nn.quantizers import CodebookAverages, NearestQuantizer, assigned_sums
 from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import FROZEN
 from jaxtok.vision.eva_vit import EvaViT, EvaViTConfig
@@ -121,7 +121,7 @@ def test_nearest_quantizer(golden, parity):
         z = golden[f"in/ema/z{step}"]
         codes = module.apply({"params": {"embedding": table}}, z[None]).codes[0]
         assert np.array_equal(codes[:, 0], golden[f"out/ema/indices{step}"])
-        averages = averages.update(*code_sums(z, codes, c["n_e"]), decay=c["ema_decay"])
+        averages = averages.update(*assigned_sums(z, codes, c["n_e"]), decay=c["ema_decay"])
         table, theirs = averages.table(c["ema_eps"]), golden[f"out/ema/weight{step}"]
         parity(f"counts {step}", averages.counts, golden[f"out/ema/cluster_size{step}"], 1e-5)
         for ours_row, row in zip(np.asarray(table), theirs):
