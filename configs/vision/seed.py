@@ -53,6 +53,7 @@ def alignment() -> Experiment:
             size=224,
             batch_size=4096,
             length=32,
+            squash=True,
             crop="random",
             crop_area=(0.5, 1.0),
             workers=16,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,7 @@ def test_nearest_quantizer(golden, parity):
             found = module.apply({"params": {"embedding": table}}, z)
             return jnp.sum(found.vectors * golden["in/cotangent"]) + 3 * found.loss.mean(), found
 
-        (_, found), grads = jax.value_and_grad(objective, (0, 1), has_aux=True)(table, golden["in/z"])
+        (_, found), grads = jax.jit(jax.value_and_grad(objective, (0, 1), has_aux=True))(table, golden["in/z"])
         assert np.array_equal(found.codes.reshape(-1), golden[f"out/{kind}/indices"])
         parity(f"{kind} z_q", found.vectors, golden[f"out/{kind}/zq"], 2e-5)
         parity(f"{kind} loss", found.loss.mean(), golden[f"out/{kind}/loss"], 1e-5)
@@ -117,12 +118,17 @@ def test_nearest_quantizer(golden, parity):
     entries = module.apply({"params": {"embedding": table}}, ids, method="embed")
     parity("entries", entries, golden["out/codebook_entry"], 1e-6)
     averages = CodebookAverages.init(table, 0.0)
-    for step in range(3):
-        z = golden[f"in/ema/z{step}"]
+
+    @jax.jit
+    def updated(averages, table, z):
         codes = module.apply({"params": {"embedding": table}}, z[None]).codes[0]
-        assert np.array_equal(codes[:, 0], golden[f"out/ema/indices{step}"])
         averages = averages.update(*assigned_sums(z, codes, c["n_e"]), decay=c["ema_decay"])
-        table, theirs = averages.table(c["ema_eps"]), golden[f"out/ema/weight{step}"]
+        return averages, averages.table(c["ema_eps"]), codes
+
+    for step in range(3):
+        averages, table, codes = updated(averages, table, golden[f"in/ema/z{step}"])
+        assert np.array_equal(codes[:, 0], golden[f"out/ema/indices{step}"])
+        theirs = golden[f"out/ema/weight{step}"]
         parity(f"counts {step}", averages.counts, golden[f"out/ema/cluster_size{step}"], 1e-5)
         for ours_row, row in zip(np.asarray(table), theirs):
             np.testing.assert_allclose(ours_row, row, atol=1e-5 * np.abs(row).max())
@@ -251,16 +257,17 @@ def test_codebook_training(golden, parity):
     batch = {"images": images, "targets": golden["in/clip_image_embeds"], "mask": np.ones(len(images), np.float32)}
 
     @jax.jit
-    def run(params):
+    def run(params, images):
         (loss, metrics), grads = jax.value_and_grad(task.loss, has_aux=True)(
             params, batch, jax.random.key(0), jnp.zeros((), jnp.int32)
         )
         states = task._states_of(params, batch)
         z, quantized = task.codes().apply({"params": params["codes"]}, states, method="quantize")
         u = task.codes().apply({"params": params["codes"]}, quantized.vectors, method="lift")
-        return loss, metrics, grads, states, z, quantized, u
+        codes = task.encode(params, images)
+        return loss, metrics, grads, states, z, quantized, u, codes, task.decode_to_embedding(params, codes)
 
-    loss, metrics, grads, states, z, quantized, u = run(params)
+    loss, metrics, grads, states, z, quantized, u, codes, embedding = run(params, images)
     parity("causal embeddings", states, golden["mid/causal_embeddings"], 2e-5)
     parity("before quantisation", z, golden["mid/pre_vq"], 2e-5)
     assert np.array_equal(quantized.codes[..., 0], golden["out/indices"])
@@ -270,9 +277,8 @@ def test_codebook_training(golden, parity):
     parity("code loss", task.code_weight * metrics["code_loss"], golden["out/loss_embed"], 1e-5)
     parity("semantic loss", task.semantic_weight * metrics["semantic"], golden["out/loss_recon_s"], 1e-5)
     parity("image loss", task.generation_weight * metrics["generation"], golden["out/loss_distill_image"], 1e-5)
-    codes = task.encode(params, images)
     assert np.array_equal(codes[..., 0], golden["out/indices"])
-    parity("embedding", task.decode_to_embedding(params, codes), golden["out/generation_embedding"], 1e-4)
+    parity("embedding", embedding, golden["out/generation_embedding"], 1e-4)
     assert all(not np.any(g) for g in jax.tree.leaves(grads[FROZEN]))
     gradients(parity, "gradients", to_official(task, grads), golden.under("grad"))
 
@@ -283,17 +289,22 @@ def test_tokenizer(golden, parity):
     params = jax.tree.map(jnp.asarray, from_official(task, golden.under("params")))
     returns(task, params, golden)
     images = nhwc(golden["in/image"])
-    seen = task.model.vision.module().apply({"params": params[FROZEN]["vision"]}, images)
+
+    @jax.jit
+    def run(params, images, ids):
+        apply = functools.partial(task.codes().apply, {"params": params["codes"]})
+        seen = task.model.vision.module().apply({"params": params[FROZEN]["vision"]}, images)
+        states = task.causal_embeddings(params, images)
+        z, quantized = apply(states, method="quantize")
+        codes = task.encode(params, images)
+        both = task.decode_to_embedding(params, jnp.concatenate([codes, ids]))
+        return seen, states, z, apply(quantized.vectors, method="lift"), codes, both
+
+    seen, states, z, u, codes, both = run(params, images, golden["in/random_ids"][..., None])
     parity("vit", seen, golden["mid/vit_out"], 2e-5)
-    states = task.causal_embeddings(params, images)
     parity("causal embeddings", states, golden["mid/causal_embeddings"], 2e-5)
-    z, quantized = task.codes().apply({"params": params["codes"]}, states, method="quantize")
     parity("before quantisation", z, golden["mid/pre_vq"], 2e-5)
-    u = task.codes().apply({"params": params["codes"]}, quantized.vectors, method="lift")
     parity("decoded", u, golden["mid/decode_task_out"], 2e-5)
-    codes = task.encode(params, images)
     assert np.array_equal(codes[..., 0], golden["out/indices"])
-    parity("embedding", task.decode_to_embedding(params, codes), golden["out/generation_embedding"], 1e-4)
-    ids = golden["in/random_ids"][..., None]
-    theirs = golden["out/generation_embedding_random_ids"]
-    parity("embedding of random ids", task.decode_to_embedding(params, ids), theirs, 1e-4)
+    parity("embedding", both[: len(codes)], golden["out/generation_embedding"], 1e-4)
+    parity("embedding of random ids", both[len(codes) :], golden["out/generation_embedding_random_ids"], 1e-4)
