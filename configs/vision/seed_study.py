@@ -120,9 +120,9 @@ def emoji_arm(name: str, causal: bool) -> TwoStages:
     return TwoStages(
         name=name,
         alignment=Experiment(
-            task=SeedAlignment(model=model, train_vision=True), data=emoji, train=schedule(600, 1e-3, 60)
+            task=SeedAlignment(model=model, train_vision=True), data=emoji, train=schedule(450, 1e-3, 50)
         ),
-        codes=Experiment(task=Seed(model=model, target="image"), data=emoji, train=schedule(600, 2e-3, 50)),
+        codes=Experiment(task=Seed(model=model, target="image"), data=emoji, train=schedule(400, 2e-3, 40)),
     )
 
 
@@ -135,15 +135,15 @@ def emoji_study() -> SeedStudy:
 
 
 def language_model() -> ImageTextStudy:
-    """Four layers of a Llama on the codes of emoji."""
+    """Three layers of a Llama on the codes of emoji."""
     return ImageTextStudy(
         codes=emoji_study(),
         model=Experiment(
             name="emoji_llama",
             task=ImageTextModeling(
                 model=LlamaConfig(
-                    num_layers=4,
-                    d_model=128,
+                    num_layers=3,
+                    d_model=96,
                     num_heads=4,
                     mlp_dim=256,
                     vocab_size=SUBWORDS + 512 + 2,
@@ -160,7 +160,7 @@ def language_model() -> ImageTextStudy:
                 length=56,
                 batch_size=32,
             ),
-            train=schedule(800, 2e-3, 60),
+            train=schedule(600, 2e-3, 50),
         ),
         workdir=f"{WORKDIR}/emoji_llama",
     )

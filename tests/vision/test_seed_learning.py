@@ -11,7 +11,6 @@ import pytest
 
 from jaxtok.configuration import load_config
 from jaxtok.data.captions import CaptionedImages
-from jaxtok.systems import configs
 from jaxtok.training.checkpoints import abstract_params
 from jaxtok.training.mesh import MeshConfig, make_layout
 from jaxtok.vision.eva_vit import EvaViTConfig
@@ -24,7 +23,7 @@ pytestmark = pytest.mark.slow
 def test_digits(tmp_path):
     """The specification's experiment (section 6c): both kinds of queries reach 0.90, and differ by 0.03 at most; codes
     are far above chance (0.10) and below embeddings."""
-    study = load_config(configs()["seed_digits_study"].file, "seed_digits_study")
+    study = load_config("seed_digits_study")
     study = dataclasses.replace(study, workdir=str(tmp_path))
     assert study.run()
     rows = json.loads((tmp_path / "results.json").read_text())
