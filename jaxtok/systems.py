@@ -290,7 +290,6 @@ SYSTEMS: tuple[System, ...] = (
         does="a Llama reads and writes text and the codes of images",
         paper="https://arxiv.org/abs/2310.01218",
         modules=("multimodal/image_text.py", "multimodal/image_tokens.py", "decoding/image_grammar.py"),
-        configs=("vision/seed.py", "vision/seed_study.py"),
         checked="exact properties (of rows, masks and the grammar)",
         cannot={**_NO_GROWTH, "import": "g", "export": "g"},
         published=("seed-llama-8b", "seed-llama-14b"),
