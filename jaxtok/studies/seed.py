@@ -128,6 +128,8 @@ class ImageTextStudy:
     model: Experiment
     """The run of the language model; its `data.path` is where the documents are written."""
     workdir: str
+    words: int = 8
+    """The most words of a text."""
     draws: int = 64
     """How many held-out images are described, and how many texts are drawn."""
     temperature: float = 0.7
@@ -161,10 +163,13 @@ class ImageTextStudy:
                 images = np.asarray(batch["images"], np.float32) / 255
                 parts.append(np.asarray(second.task.encode(second.params, images))[batch["mask"] > 0])
             found[split] = np.concatenate(parts)[..., 0]
-            pairs = zip(data.texts(split), found[split].tolist(), strict=True)
+            pairs = zip(self._texts(data, split), found[split].tolist(), strict=True)
             rows = ({"parts": [text, {"image": row}]} for text, row in pairs)
             write_documents(Path(self.model.data.path) / f"{split}.jsonl", rows)
         return found
+
+    def _texts(self, data: CaptionedImages, split: str) -> list[str]:
+        return [" ".join(text.split()[: self.words]) for text in data.texts(split)]
 
     @staticmethod
     def _swapped(result: Any, experiment: Experiment) -> dict[str, float]:
@@ -187,7 +192,8 @@ class ImageTextStudy:
     def _drawn(self, result, experiment, data, first, second, codes) -> dict[str, float]:
         """Describes held-out images and draws held-out texts; how well both fit, by stage I's own vectors."""
         tokenizer = experiment.data.loaded_tokenizer
-        texts, count = data.texts("test")[: self.draws], self.draws
+        texts = self._texts(data, "test")[: self.draws]
+        count = len(texts)
         grammar = ImageGrammar(
             begin=tokenizer.begin,
             end=tokenizer.end,
