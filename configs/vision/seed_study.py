@@ -27,6 +27,7 @@ def schedule(steps: int, rate: float, warmup: int) -> TrainConfig:
         warmup=warmup / steps,
         b2=0.999,
         weight_decay=0.05,
+        clip=0.0,
     )
     return TrainConfig(
         steps=steps, optimizer=optimizer, log_every=10, eval_every=200, checkpoint_every=steps, tensorboard=False
@@ -40,7 +41,6 @@ digits = CaptionedImages(
 )
 digit_model = SeedConfig(
     vision=PatchesConfig(image_size=8, patch_size=2),
-    vision_norm=False,
     qformer=QFormerConfig(
         num_layers=4,
         d_model=48,
@@ -49,7 +49,7 @@ digit_model = SeedConfig(
         context_width=20,
         vocab_size=258,
         max_positions=4,
-        init_std=48**-0.5,
+        init_std=0.0,
         dropout=0.0,
         attention_dropout=0.0,
     ),
