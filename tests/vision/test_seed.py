@@ -75,7 +75,10 @@ TASKS = {
         ),
         unfit={"sequence": "a single query cannot be divided"},
     ),
-    "seed_alignment": lambda: pairs(SeedAlignment(model=MESHABLE, train_vision=True, captioning=True, matching=True)),
+    "seed_alignment": lambda: dataclasses.replace(
+        pairs(SeedAlignment(model=MESHABLE, train_vision=True, captioning=True, matching=True)),
+        drawn=True,  # pairs are compared with those of their batch
+    ),
 }
 
 IMAGE_TOKENIZERS = {"seed": lambda: CODES}
