@@ -83,7 +83,7 @@ emoji = CaptionedImages(
     images="emoji",
     captions="keywords",
     tokenizer=f"{WORKDIR}/emoji/words.model",
-    size=32,
+    size=16,
     batch_size=64,
     length=24,
     crop="random",
@@ -93,7 +93,7 @@ emoji = CaptionedImages(
 SUBWORDS = 1500
 emoji_model = SeedConfig(
     vision=EvaViTConfig(
-        image_size=32, patch_size=4, num_layers=3, d_model=64, num_heads=4, mlp_dim=128, init_std=64**-0.5
+        image_size=16, patch_size=4, num_layers=3, d_model=64, num_heads=4, mlp_dim=128, init_std=64**-0.5
     ),
     qformer=QFormerConfig(
         num_layers=4,
@@ -111,7 +111,7 @@ emoji_model = SeedConfig(
     depth=2,
     block_heads=4,
     head="mlp",
-    feature_dim=32 * 32 * 3,
+    feature_dim=16 * 16 * 3,
 )
 
 
@@ -120,7 +120,7 @@ def emoji_arm(name: str, causal: bool) -> TwoStages:
     return TwoStages(
         name=name,
         alignment=Experiment(
-            task=SeedAlignment(model=model, train_vision=True), data=emoji, train=schedule(450, 1e-3, 50)
+            task=SeedAlignment(model=model, train_vision=True), data=emoji, train=schedule(400, 1e-3, 50)
         ),
         codes=Experiment(task=Seed(model=model, target="image"), data=emoji, train=schedule(400, 2e-3, 40)),
     )
