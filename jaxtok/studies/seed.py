@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ class TwoStages:
 class SeedStudy:
     """Trains both stages of each arm, and measures retrieval and reconstruction on held-out images.
 
-    It writes results.json and results.md; if it is run again, runs that are there are opened and not trained.
+    It writes results.json, results.md and losses.png; if it is run again, runs that are there are opened and not
+    trained.
     """
 
     arms: tuple[TwoStages, ...]
@@ -73,6 +75,7 @@ class SeedStudy:
             lines.append(f"| {name} | {' | '.join(cells)} |")
         (folder / "results.md").write_text("\n".join(lines) + "\n")
         rich.console.Console().print(table)
+        plot_losses(folder / "losses.png", {arm.name: self.runs(arm) for arm in self.arms})
         return True
 
     def runs(self, arm: TwoStages) -> tuple[Experiment, Experiment]:
@@ -90,10 +93,9 @@ class SeedStudy:
         two = train(second, start=lambda: open_model(first.directory))
         if two.interrupted:
             return None
-        return self.measure(one.task, one.params, two.task, two.params, first) | {
-            "code_std_first": read_metrics(second.directory, "train")[0]["code_std"],
-            "code_std": read_metrics(second.directory, "train")[-1]["code_std"],
-        }
+        rows = read_metrics(second.directory, "train")
+        spreads = {"code_std_first": rows[0]["code_std"], "code_std": rows[-1]["code_std"]}
+        return self.measure(one.task, one.params, two.task, two.params, first) | spreads
 
     def measure(self, task: Any, params: Any, codes: Seed, codes_params: Any, run: Experiment) -> dict[str, float]:
         """Numbers of held-out pairs."""
@@ -107,6 +109,28 @@ class SeedStudy:
         numbers = codes.evaluate(codes_params, data.eval_batches(self.split))
         kept = ("semantic", "codes_used", "perplexity", "psnr")
         return found | {name: float(np.asarray(numbers[name])) for name in kept if name in numbers}
+
+
+def plot_losses(path: Path, arms: Mapping[str, tuple[Experiment, Experiment]]) -> None:
+    """Plots the losses of both stages, step by step: the contrastive one, and the three terms of the second stage."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    terms = ("contrastive", "code_loss", "semantic", "generation")
+    figure, axes = plt.subplots(1, len(terms), figsize=(4 * len(terms), 3.4))
+    for name, (first, second) in arms.items():
+        for term, axis in zip(terms, axes):
+            rows = read_metrics((first if term == "contrastive" else second).directory, "train")
+            axis.plot([row["step"] for row in rows], [row[term] for row in rows], label=name, linewidth=1)
+            axis.set_title(term.replace("_", " "))
+            axis.set_xlabel("step")
+            axis.set_yscale("linear" if term == "contrastive" else "log")
+            axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    plt.close(figure)
 
 
 def make_subwords(data: CaptionedImages, size: int) -> None:
