@@ -7,6 +7,7 @@
 
 seed_alignment  the causal Q-Former by contrast with captions; 4096 pairs a batch
 seed_codes  codes of its outputs, on outputs and CLIP embeddings computed once (`jaxtok.data.arrays.write_arrays`)
+seed_released  the same with the released tokenizer's head: `jaxtok convert FILE RUN --config seed_released` reads it
 seed_llama_7b  a Llama of 7B with 8192 codes, by LoRA with tables and norms trained whole
 
 The captions and images are CC3M's in the paper (5M pairs with Unsplash and COCO); here a folder of pictures with
@@ -64,12 +65,12 @@ def alignment() -> Experiment:
     )
 
 
-def codes() -> Experiment:
-    """256 images on each of 64 GPUs; the head is the training script's."""
+def codes(name: str, head: str) -> Experiment:
+    """256 images on each of 64 GPUs; the head is the training script's, or the MLP of the released tokenizer."""
     qformer = dataclasses.replace(SIZES.qformer, dtype="bfloat16")
     return Experiment(
-        name="seed_codes",
-        task=Seed(model=dataclasses.replace(SIZES, qformer=qformer, head="qformer")),
+        name=name,
+        task=Seed(model=dataclasses.replace(SIZES, qformer=qformer, head=head)),
         data=ArrayData(
             path="data/seed_states",
             arrays=(("states", (32, 768)), ("targets", (1024,))),
@@ -100,6 +101,7 @@ def llama(name: str = "seed-llama-8b") -> Experiment:
 
 configs = {
     "seed_alignment": lambda: alignment(),
-    "seed_codes": lambda: codes(),
+    "seed_codes": lambda: codes("seed_codes", "qformer"),
+    "seed_released": lambda: codes("seed_released", "mlp"),
     "seed_llama_7b": lambda: llama(),
 }
