@@ -95,7 +95,7 @@ def llama(name: str = "seed-llama-8b") -> Experiment:
         data=ImageTextData(path="data/image_text", tokenizer="data/llama", length=1024, batch_size=512),
         start=AddImageTokens(first=32_000),
         train=TrainConfig(steps=30_000, optimizer=optimizer, log_every=100, eval_every=2000, checkpoint_every=2000),
-        mesh=MeshConfig(fsdp=-1),
+        mesh=MeshConfig(data=1, fsdp=-1),
     )
 
 

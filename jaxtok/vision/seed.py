@@ -39,7 +39,7 @@ from jaxtok.nn.linear import Linear, ViTStack
 from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean, mean
 from jaxtok.nn.norms import Norm, unit_length
 from jaxtok.nn.quantizers import CodebookAverages, NearestQuantizer, Quantized, assigned_sums, code_counts, perplexity
-from jaxtok.nn.transformer import Stack
+from jaxtok.nn.transformer import Stack, StackConfig
 from jaxtok.protocols import FROZEN, Batch, Data, Params, Sums, Task
 from jaxtok.vision.collapse import CollapseGuard, code_health, code_sums
 from jaxtok.vision.eva_vit import EvaViTConfig, scale_by_depth
@@ -927,11 +927,9 @@ class LearnCodes:
             raise ValueError(f"a {type(task).__name__} has no codes to learn; it must be a SeedAlignment (stage I).")
         if self.to is None:
             raise ValueError("to is None; it must be the task of stage II (a Seed).")
-        for field in ("vision", "vision_norm", "image_mean", "image_std"):
-            if getattr(task.model, field) != getattr(self.to.model, field):
+        for field in ("vision", "qformer", "vision_norm", "image_mean", "image_std"):
+            if _reads(getattr(task.model, field)) != _reads(getattr(self.to.model, field)):
                 raise ValueError(f"stage II's model.{field} is not stage I's; give both the same.")
-        if task.model.qformer.without_text() != self.to.model.qformer.without_text():
-            raise ValueError("stage II's model.qformer is not stage I's; give both the same.")
         return self.to, data
 
     def params(self, task: Task, data: Data, params: Params, opt_state: Any, rng: jax.Array) -> tuple[Params, Any]:
@@ -940,6 +938,17 @@ class LearnCodes:
 
     def towards(self, task: Task) -> LearnCodes:
         return self if self.to is not None else dataclasses.replace(self, to=task)
+
+
+def _reads(value: Any) -> Any:
+    """A part of a model's config, without what does not change its outputs outside of training, or only rounds them."""
+    if isinstance(value, QFormerConfig):
+        value = value.without_text()
+    if not isinstance(value, StackConfig):
+        return value
+    free = ("dtype", "param_dtype", "remat", "attention", "unroll", "dropout", "attention_dropout", "init_std")
+    defaults = {field.name: field.default for field in dataclasses.fields(StackConfig) if field.name in free}
+    return dataclasses.replace(value, **defaults)
 
 
 TEXT_ONLY = ("embedding", "position_embedding", "head_dense", "head_norm", "head_bias")
