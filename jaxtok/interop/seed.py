@@ -28,7 +28,11 @@ from jaxtok.vision.seed import DOWN, Seed, SeedAlignment, SeedConfig
 Tensors = Mapping[str, np.ndarray]
 Names = dict[Place, Source]
 
-_DECODER = "Qformer.cls.predictions.decoder.weight"
+_TIED = {
+    "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
+    "Qformer.cls.predictions.decoder.bias": "Qformer.cls.predictions.bias",
+}
+"""Second names of tensors, under which some files hold them again."""
 _UNUSED = ("clip_model.", "text_encoder.")
 """How the names begin of models that only made the targets of training."""
 
@@ -157,10 +161,10 @@ def from_official(task: SeedAlignment | Seed, tensors: Tensors) -> Params:
       ValueError: tensors are missing or unknown, or have another shape; or the caption head is not tied.
     """
     tensors, names = dict(tensors), names_of(task)
-    if (head := tensors.pop(_DECODER, None)) is not None and isinstance(task, SeedAlignment):
-        words = tensors.get("Qformer.bert.embeddings.word_embeddings.weight")
-        if words is not None and not np.array_equal(np.asarray(head), np.asarray(words)):
-            raise ValueError(f"{_DECODER} is not the word embedding; here the caption head is tied to it.")
+    for again, name in _TIED.items() if isinstance(task, SeedAlignment) else ():
+        held = tensors.pop(again, None)
+        if held is not None and name in tensors and not np.array_equal(np.asarray(held), np.asarray(tensors[name])):
+            raise ValueError(f"{again} is not {name}; here the caption head is tied to the word embedding.")
     positions = "visual_encoder.pos_embed"
     if isinstance(task.model.vision, EvaViTConfig) and positions in tensors:
         rows = np.asarray(tensors[positions])
