@@ -385,6 +385,18 @@ def test_files_of_the_authors_are_refused_by_name():
         from_official(CODES, tensors)
 
 
+def test_files_of_blip2_hold_some_tensors_twice():
+    """And a matching head, which stage I leaves out."""
+    tensors = to_official(ALIGNMENT, noisy(ALIGNMENT))
+    words = tensors["Qformer.bert.embeddings.word_embeddings.weight"]
+    more = {"itm_head.weight": words, "Qformer.cls.predictions.decoder.bias": tensors["Qformer.cls.predictions.bias"]}
+    decoder = "Qformer.cls.predictions.decoder.weight"
+    back = from_official(ALIGNMENT, {**tensors, **more, decoder: words})
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, noisy(ALIGNMENT)))
+    with pytest.raises(ValueError, match="the caption head is tied"):
+        from_official(ALIGNMENT, {**tensors, decoder: words + 1})
+
+
 def test_what_the_systems_refuse():
     with pytest.raises(ValueError, match="feature_dim is 9"):
         Seed(model=dataclasses.replace(MODEL, feature_dim=9), target="image")
