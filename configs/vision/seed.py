@@ -50,7 +50,7 @@ def alignment() -> Experiment:
         data=CaptionedImages(
             images="folder:data/pairs",
             captions="beside",
-            tokenizer="data/bert-base-uncased",
+            text_tokenizer="data/bert-base-uncased",
             size=224,
             batch_size=4096,
             length=32,
@@ -92,7 +92,7 @@ def llama(name: str = "seed-llama-8b") -> Experiment:
     return Experiment(
         name="seed_llama_7b",
         task=Lora(task=ImageTextModeling(model=model), lora=lora_config()),
-        data=ImageTextData(path="data/image_text", tokenizer="data/llama", length=1024, batch_size=512),
+        data=ImageTextData(path="data/image_text", text_tokenizer="data/llama", length=1024, batch_size=512),
         start=AddImageTokens(first=32_000),
         train=TrainConfig(steps=30_000, optimizer=optimizer, log_every=100, eval_every=2000, checkpoint_every=2000),
         mesh=MeshConfig(data=1, fsdp=-1),

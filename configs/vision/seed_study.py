@@ -82,7 +82,7 @@ def digit_arm(name: str, causal: bool, codes: int = 128, steps: int = 500) -> Tw
 emoji = CaptionedImages(
     images="emoji",
     captions="keywords",
-    tokenizer=f"{WORKDIR}/emoji/words.model",
+    text_tokenizer=f"{WORKDIR}/emoji/words.model",
     size=16,
     batch_size=64,
     length=24,
@@ -154,7 +154,7 @@ def language_model() -> ImageTextStudy:
             ),
             data=ImageTextData(
                 path=f"{WORKDIR}/emoji_llama/documents",
-                tokenizer=f"{WORKDIR}/emoji/words.model",
+                text_tokenizer=f"{WORKDIR}/emoji/words.model",
                 codes=512,
                 image_codes=32,
                 length=56,

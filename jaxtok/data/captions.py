@@ -57,7 +57,7 @@ class CaptionedImages(ImageData):
     captions: Literal["keywords", "beside", "classes"] = "keywords"
     """Where the texts come from. keywords: an emoji's name and its keywords (npm's emojilib 4.0.3); beside: NAME.txt
     beside each picture of a folder; classes: the name of the picture's class."""
-    tokenizer: str = "bytes"
+    text_tokenizer: str = "bytes"
     """The tokenizer; see `jaxtok.tokenizers.load_tokenizer`. SEED's is BERT's, uncased."""
     length: int = 32
     """The tokens of a row."""
@@ -78,7 +78,7 @@ class CaptionedImages(ImageData):
 
     @functools.cached_property
     def loaded_tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.tokenizer)
+        return load_tokenizer(self.text_tokenizer)
 
     @property
     def vocab_size(self) -> int:

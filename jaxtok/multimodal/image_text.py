@@ -94,7 +94,7 @@ class ImageTextData:
     """The folder of train.jsonl, validation.jsonl and test.jsonl (`write_documents`)."""
     mixture: tuple[tuple[str, float], ...] = ()
     """Other folders, and how often training takes a row of them, beside `path` with weight 1."""
-    tokenizer: str = "bytes"
+    text_tokenizer: str = "bytes"
     """The tokenizer of text, which may have the image tokens already."""
     codes: int = 8192
     """How many values a code has."""
@@ -136,7 +136,7 @@ class ImageTextData:
 
     @functools.cached_property
     def loaded_tokenizer(self) -> ImageTextTokenizer:
-        return ImageTextTokenizer(load_tokenizer(self.tokenizer), self.codes, self.image_codes)
+        return ImageTextTokenizer(load_tokenizer(self.text_tokenizer), self.codes, self.image_codes)
 
     @property
     def opening_id(self) -> int:

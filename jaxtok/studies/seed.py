@@ -51,7 +51,7 @@ class SeedStudy:
     """The split of the measurements."""
     subwords: int = 0
     """The size of a vocabulary of subwords that is made first from the training texts; its file is the data's
-    `tokenizer`. 0: there is one already."""
+    `text_tokenizer`. 0: there is one already."""
     by_class: bool = False
     """Whether texts are classes, so that an image is compared with the texts of all classes, and not with those of
     other images."""
@@ -135,8 +135,8 @@ def plot_losses(path: Path, arms: Mapping[str, tuple[Experiment, Experiment]]) -
 
 def make_subwords(data: CaptionedImages, size: int) -> None:
     """Makes the data's tokenizer from its training texts, if it is not there."""
-    if size and not (file := Path(data.tokenizer)).exists():
-        texts = dataclasses.replace(data, tokenizer="bytes").texts("train")
+    if size and not (file := Path(data.text_tokenizer)).exists():
+        texts = dataclasses.replace(data, text_tokenizer="bytes").texts("train")
         train_sentencepiece(texts, file, vocab_size=size)
 
 

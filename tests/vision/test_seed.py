@@ -479,3 +479,9 @@ def operation() -> Operation:
 
 
 SURGERIES = {"seed_codes": operation}
+
+DATASETS = {
+    "captions": lambda texts, folder: CaptionedImages(
+        images="digits", captions="classes", size=8, batch_size=64, length=4, workers=0
+    ),
+}
