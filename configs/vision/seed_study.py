@@ -1,8 +1,15 @@
-"""SEED in small on digits: both stages, with causal and with bidirectional queries.
+"""SEED in small: both stages on digits and on emoji with their keywords, and a language model of text and codes.
 
     jaxtok study seed_digits_study
+    jaxtok study seed_emoji_study
+    jaxtok study seed_llama_study      # also runs seed_emoji_study
 
-PLACEHOLDER
+seed_digits_study  causal and bidirectional queries on ten classes; 7 minutes on one core
+seed_emoji_study  the same on emoji, with a small ViT that trains in stage I
+seed_llama_study  a small Llama describes and draws emoji that it has not seen
+
+Expect 0.96 to 0.97 of digits by the embedding of the last query, causal or not, and 0.82 by the codes. Emoji and their
+keywords are downloaded once by npm.
 """
 
 import dataclasses
