@@ -51,9 +51,11 @@ EVIDENCE = {
 
 def surgery() -> Operation:
     before = text(dataclasses.replace(LLAMA, vocab_size=288))
+    no_images = np.zeros_like(before.batch["mask"])
+    before = dataclasses.replace(before, batch={**before.batch, "images": no_images})
     to = ImageTextModeling(model=LLAMA)
     refused = ImageTextModeling(model=dataclasses.replace(LLAMA, vocab_size=288))
-    return Operation(AddImageTokens(to=to, data=DATA, first=257), before, refused)
+    return Operation(AddImageTokens(to=to, data=DATA, first=257), before, refused, staged=False)
 
 
 def surgery_with_lora() -> Operation:

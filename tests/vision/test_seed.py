@@ -475,7 +475,7 @@ def test_captions():
 def operation() -> Operation:
     before = dataclasses.replace(MESHABLE, qformer=dataclasses.replace(MESHABLE.qformer, num_layers=2))
     to = Seed(model=before, target="image")
-    return Operation(LearnCodes(to=to), pairs(SeedAlignment(model=before)), to)
+    return Operation(LearnCodes(to=to), pairs(SeedAlignment(model=before)), to, staged=False)
 
 
 SURGERIES = {"seed_codes": operation}
