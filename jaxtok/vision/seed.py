@@ -442,11 +442,12 @@ class SeedAlignment(Task):
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         vision, aligner = jax.random.split(rng)
         cfg = self.model
-        tokens = jnp.zeros((1, 2), jnp.int32)
-        features = jnp.zeros((1, 1, cfg.vision.width))
-        params = {"aligner": self.aligner().init(aligner, features, tokens, method="everything")["params"]}
-        if found := _new_vision(cfg, vision):
-            params |= {"vision": found} if self.train_vision else {FROZEN: {"vision": found}}
+        with nn.logical_axis_rules(()):  # a batch of one, which no mesh divides
+            tokens = jnp.zeros((1, 2), jnp.int32)
+            features = jnp.zeros((1, 1, cfg.vision.width))
+            params = {"aligner": self.aligner().init(aligner, features, tokens, method="everything")["params"]}
+            if found := _new_vision(cfg, vision):
+                params |= {"vision": found} if self.train_vision else {FROZEN: {"vision": found}}
         return params
 
     def _apply(self, params: Params, method: str, *arguments: Any, rng: Any = None, **options: Any) -> Any:
@@ -738,10 +739,11 @@ class Seed(Task):
 
     def init(self, rng: jax.Array, batch: Batch) -> Params:
         vision, reader = jax.random.split(rng)
-        frozen = {"reader": Reader(self.model).init(reader, jnp.zeros((1, 1, self.model.vision.width)))["params"]}
-        if found := _new_vision(self.model, vision):
-            frozen["vision"] = found
-        return self.start(frozen, jax.random.fold_in(rng, 1))
+        with nn.logical_axis_rules(()):  # a batch of one, which no mesh divides
+            frozen = {"reader": Reader(self.model).init(reader, jnp.zeros((1, 1, self.model.vision.width)))["params"]}
+            if found := _new_vision(self.model, vision):
+                frozen["vision"] = found
+            return self.start(frozen, jax.random.fold_in(rng, 1))
 
     def start(self, frozen: Params, rng: jax.Array) -> Params:
         """New parameters on top of stage I's."""
