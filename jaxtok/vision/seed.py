@@ -23,8 +23,9 @@ inference package has an MLP for a head, the training script a reverse Q-Former.
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
@@ -34,6 +35,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxtok.axes import constrain
+from jaxtok.data.arrays import write_arrays
 from jaxtok.nn.contrastive import contrastive_nats, hard_negatives
 from jaxtok.nn.linear import Linear, ViTStack
 from jaxtok.nn.losses import by_parts, cross_entropy, masked_mean, mean
@@ -53,8 +55,6 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 HEADS = ("mlp", "qformer", "text77")
 DOWN = (256, 128, 32)
 """The widths of the MLP head, which is applied to each token."""
-
-logger = logging.getLogger("jaxtok")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -970,6 +970,41 @@ def reader_of(params: Params) -> Params:
     reader = {"qformer": qformer} | ({"vision_norm": aligner["vision_norm"]} if "vision_norm" in aligner else {})
     vision = params.get("vision") or params.get(FROZEN, {}).get("vision")
     return {"reader": reader} | ({"vision": vision} if vision else {})
+
+
+def write_states(
+    task: SeedAlignment,
+    params: Params,
+    data: Data,
+    folder: str | Path,
+    *,
+    splits: Sequence[str] = ("train", "validation", "test"),
+    targets: Callable[[Float[np.ndarray, "batch height width channels"]], np.ndarray] | None = None,
+) -> Path:
+    """Writes the queries' outputs for the images of each split, for stage II with `jaxtok.data.arrays.ArrayData`: the
+    image encoder, nearly all of the work, then runs once and not in every step.
+
+    Args:
+      task, params: stage I.
+      data: images; see `jaxtok.protocols.ImageSource`.
+      targets: maps images in [0, 1] to what the generation embedding is compared with (CLIP's image embeddings, in
+        SEED), which is written too.
+
+    Raises:
+      FileExistsError: there is something in the folder of a split.
+    """
+    second, frozen = Seed(model=task.model), {FROZEN: reader_of(params), "codes": {}}
+
+    def parts(split: str) -> Iterator[dict[str, np.ndarray]]:
+        for batch in data.eval_batches(split):
+            real = batch["mask"] > 0
+            images = np.asarray(as_float(batch["images"]))
+            part = {"states": np.asarray(second.causal_embeddings(frozen, images))[real]}
+            yield part | ({"targets": np.asarray(targets(images))[real]} if targets else {})
+
+    for split in splits:
+        write_arrays(Path(folder) / split, parts(split))
+    return Path(folder)
 
 
 PUBLISHED = {"seed-tokenizer-2": SeedConfig()}

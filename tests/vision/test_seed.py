@@ -23,7 +23,16 @@ from jaxtok.training.mesh import unboxed
 from jaxtok.vision.eva_vit import EvaViTConfig, resize_positions, scale_by_depth
 from jaxtok.vision.qformer import QFormer, QFormerConfig
 from jaxtok.vision.retrieval import class_accuracy, pair_recall, recall
-from jaxtok.vision.seed import LearnCodes, PatchesConfig, Seed, SeedAlignment, SeedConfig, reader_of, spread
+from jaxtok.vision.seed import (
+    LearnCodes,
+    PatchesConfig,
+    Seed,
+    SeedAlignment,
+    SeedConfig,
+    reader_of,
+    spread,
+    write_states,
+)
 
 STILL = {"dropout": 0.0, "attention_dropout": 0.0}
 QFORMER = QFormerConfig(
@@ -344,7 +353,7 @@ def test_a_prefix_of_codes_is_that_of_fewer_queries():
     assert np.array_equal(first, codes[:, :2])
 
 
-def test_stage_two_keeps_what_reads_images():
+def test_stage_two_keeps_what_reads_images(tmp_path):
     two = dataclasses.replace(CODES, prefixes=())
     surgery = LearnCodes(to=two)
     before = noisy(ALIGNMENT)
@@ -362,6 +371,14 @@ def test_stage_two_keeps_what_reads_images():
         return own, ALIGNMENT.aligner().apply({"params": params["aligner"]}, states, method="of_states")
 
     np.testing.assert_allclose(*vectors(before, states), atol=1e-5)
+
+    class Two:
+        def eval_batches(self, split):
+            yield {"images": images, "mask": np.array([0.0, 1.0])}
+
+    write_states(ALIGNMENT, before, Two(), tmp_path, splits=("train",), targets=lambda x: x.mean((1, 2)))
+    np.testing.assert_allclose(np.load(tmp_path / "train" / "states.npy"), states[1:], atol=1e-2)
+    assert np.load(tmp_path / "train" / "targets.npy").shape == (1, 3)
     other = {"vision": dataclasses.replace(VISION, num_layers=1), "qformer": dataclasses.replace(QFORMER, causal=False)}
     for field, value in other.items():
         changed = Seed(model=dataclasses.replace(MODEL, **{field: value}), target="image")
