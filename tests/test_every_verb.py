@@ -18,6 +18,7 @@ from jaxtok.data.codes import CodeData
 from jaxtok.data.images import ImageData
 from jaxtok.decoding.trigram_table import build_table, save_table
 from jaxtok.interop.formats import FORMATS
+from jaxtok.multimodal.image_text import ImageTextData, write_documents
 from jaxtok.protocols import ImageGenerator, ImageTokenizer
 from jaxtok.systems import SYSTEMS, config_entries, configs_folder
 from jaxtok.tokenizers import load_tokenizer
@@ -64,7 +65,9 @@ def tiny_task(row: str):
         )
     if row == "vit":
         return task.with_model(num_classes=10), data
-    return (task if isinstance(data, ImageData) or row == "hat" else task.with_model(vocab_size=384)), data
+    return (
+        task if isinstance(data, ImageData | ImageTextData) or row == "hat" else task.with_model(vocab_size=384)
+    ), data
 
 
 @dataclasses.dataclass
@@ -170,11 +173,17 @@ def suffix_of(form) -> str:
 def test_every_verb(row, desk, request):
     desk.row, folder = row.name, desk.folder
     task, data = tiny_task(row.name)
-    of_text = not isinstance(data, CodeData | ImageData)
+    of_text = not isinstance(data, CodeData | ImageData | ImageTextData)
     options = {"corpus": desk.texts} if of_text else {}
     if isinstance(data, CodeData):
         maker = "flextok" if row.name == "flextok_generation" else "bae"
         options["path"] = str(request.getfixturevalue("codes")(maker))
+        options["path"] = str(request.getfixturevalue("codes"))
+    if isinstance(data, ImageTextData):
+        options["path"] = str(folder / "documents")
+        codes = list(range(data.image_codes))
+        for split in ("train", "validation", "test"):
+            write_documents(folder / "documents" / f"{split}.jsonl", [{"parts": ["a", codes]}] * 40)
     if of_text and hasattr(data, "shuffle_window"):
         options["shuffle_window"] = 8
     data = dataclasses.replace(data, eval_limit=1, **options)

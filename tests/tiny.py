@@ -50,6 +50,8 @@ class Operation:
     before: Case
     refused: Any
     """A task that it cannot change."""
+    staged: bool = True
+    """Whether it can be a stage of a run on texts with a vocabulary of any size, as which it is then tested."""
 
 
 def zeros(data: Any) -> dict[str, np.ndarray]:

@@ -53,6 +53,8 @@ class ImageData:
     evaluation always takes the centre."""
     crop_area: tuple[float, float] = (0.08, 1.0)
     """The least and greatest share of the picture that a random crop covers; its aspect is within 3:4 and 4:3."""
+    squash: bool = False
+    """Whether the whole picture is resized (bicubic) to a square, in place of the centre that is cut out (SEED)."""
     flip: bool = True
     """Whether each training image is mirrored with probability 1/2."""
     shuffle: bool = True
@@ -198,6 +200,9 @@ class ImageData:
             image = decode(picture.content)
             if rng is not None and self.crop == "random":
                 return random_crop(image, self.size, rng, self.crop_area), picture.label
+            if self.squash:
+                square = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+                return np.asarray(square), picture.label
             return centre_crop(image, self.size), picture.label
         except Exception as error:  # no file or record may end a run
             pictures.unreadable.add(index)

@@ -17,6 +17,7 @@ from jaxtok.interop.huggingface import DECODERS
 from jaxtok.interop.kl_vae import DIFFUSERS, KL_VAE
 from jaxtok.interop.mamba import MAMBA
 from jaxtok.interop.peft import PEFT
+from jaxtok.interop.seed import SEED
 from jaxtok.interop.t5 import T5
 from jaxtok.interop.tokenbridge import TOKENBRIDGE
 from jaxtok.interop.tokenformer import TOKENFORMER
@@ -42,6 +43,7 @@ FORMATS: tuple[Format, ...] = (
     ELM,
     FLEXTOK,
     TOKENBRIDGE,
+    SEED,
     PEFT,
     GGUF,
 )

@@ -54,8 +54,14 @@ class Source:
     """The number of leading axes of size 1 that theirs has and ours lacks; negative: that ours has and theirs lacks."""
     first: int = 0
     """The number of the stack's first layer."""
+    step: int = 1
+    """How far apart the numbers of the stack's layers are."""
     also: tuple[str, ...] = ()
     """Other names under which it is found."""
+
+    def number(self, index: int) -> int:
+        """Returns their number of a layer of our stack."""
+        return self.first + self.step * index
 
     def theirs(self, array: np.ndarray) -> np.ndarray:
         """Returns a parameter, or one layer of it, as it is laid out there."""
@@ -97,7 +103,7 @@ def _tensors(table: Table, shapes: Shapes) -> dict[str, list[_Piece]]:
         shape = shapes[place][1:] if stacked else shapes[place]
         theirs = source.theirs(np.broadcast_to(np.float32(0), shape)).shape
         for index in range(shapes[place][0]) if stacked else [None]:
-            name = source.name if index is None else source.name.format(layer=source.first + index)
+            name = source.name if index is None else source.name.format(layer=source.number(index))
             found.setdefault(name, []).append(_Piece(place, index, source, theirs))
     return {name: sorted(pieces, key=lambda piece: piece.source.part or 0) for name, pieces in found.items()}
 
@@ -136,7 +142,7 @@ def read_params(
     problems: list[str] = []
     for name, pieces in _tensors(table, shapes).items():
         wanted, source = _joined_shape(pieces), pieces[0].source
-        layer = {} if pieces[0].index is None else {"layer": source.first + pieces[0].index}
+        layer = {} if pieces[0].index is None else {"layer": source.number(pieces[0].index)}
         names = [name, *(other.format(**layer) for other in source.also)]
         held = next((n for known in names for n in aliases(known) if n in tensors), None)
         if held is None:

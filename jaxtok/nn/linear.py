@@ -145,3 +145,23 @@ class LlamaStack(LinearStack):
             return super().window_of(layer)
         full = jnp.isin(layer, jnp.array(self.full_layers, jnp.int32))
         return jnp.where(full, jnp.iinfo(jnp.int32).max // 2, self.window)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ViTStack(LinearStack):
+    """Blocks as in timm's ViT: pre-norm with epsilon 1e-6, every token sees every token, an MLP with the exact GELU."""
+
+    norm_eps: float = 1e-6
+    causal: bool = False
+    rotary_fraction: float = 0.0
+    key_bias: bool = True
+    """Whether keys have a bias, which softmax does not see (EVA's have none)."""
+
+    def projection(self, group: str, features: int, name: str | None = None) -> nn.Module:
+        if group == "key" and not self.key_bias:
+            return self.linear(features, ("d_model", "heads"), self.init_std, False, name)
+        return super().projection(group, features, name)
+
+    @property
+    def output_init_std(self) -> float:
+        return self.init_std

@@ -21,15 +21,16 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxtok.axes import gather
 from jaxtok.nn.bits import pack_bits, unpack_bits
 from jaxtok.nn.convolution import Conv
+from jaxtok.nn.norms import unit_length
 
 
 @flax.struct.dataclass
 class Quantized:
     """The result of quantising vectors."""
 
-    vectors: Float[Array, "batch rows columns embed_dim"]
+    vectors: Float[Array, "batch *positions embed_dim"]
     """The input of the generator."""
-    codes: Int[Array, "batch rows columns sub_codes"]
+    codes: Int[Array, "batch *positions sub_codes"]
     loss: Float[Array, " batch"]
     """The quantiser's own loss for each image."""
     metrics: dict[str, Any]
@@ -60,19 +61,25 @@ class Codebook(nn.Module):
     def table(self) -> Float[Array, "codes features"]:
         return gather(self.embedding.astype(jnp.float32), "vocab", "d_model")
 
-    def embed(self, codes: Int[Array, "batch rows columns 1"]) -> Float[Array, "batch rows columns features"]:
+    def embed(self, codes: Int[Array, "batch *positions 1"]) -> Float[Array, "batch *positions features"]:
         return jnp.take(self.table(), codes[..., 0], axis=0)
 
 
 class NearestQuantizer(Codebook):
     """Replaces a vector by the nearest of K learned ones (of several equally near, the first).
 
-    L = mean((sg(z_q) - z)^2) + beta mean((z_q - sg(z))^2): as in the authors' code, beta weighs the codebook's term and
-    not the commitment.
+    L = mean((sg(z_q) - z)^2) + beta mean((z_q - sg(z))^2): as in the authors' code of VQGAN, ELM and SEED, beta weighs
+    the codebook's term and not the commitment. If not `legacy`, beta weighs the commitment, as in VQ-VAE's paper; the
+    value is the same, and only the gradients differ.
     """
 
     beta: float = 0.25
     param_dtype: Any = jnp.float32
+    legacy: bool = True
+    moving: bool = False
+    """Whether the vectors are moving averages (`CodebookAverages`), so that the loss has the commitment only."""
+    cosine: bool = False
+    """Whether vectors and table are scaled to length 1 first, so that the nearest has the greatest cosine."""
 
     def setup(self):
         bound = 1 / self.codebook_size
@@ -83,20 +90,66 @@ class NearestQuantizer(Codebook):
         init = nn.with_logical_partitioning(uniform, ("vocab", "d_model"))
         self.embedding = self.param("embedding", init, (self.codebook_size, self.features), self.param_dtype)
 
-    def __call__(self, x: Float[Array, "batch rows columns features"], draws: None = None, **options: Any) -> Quantized:
+    def table(self) -> Float[Array, "codes features"]:
+        return unit_length(super().table()) if self.cosine else super().table()
+
+    def __call__(self, x: Float[Array, "batch *positions features"], draws: None = None, **options: Any) -> Quantized:
         """Quantises x. Nothing is drawn, and options, which other quantisers have, are ignored."""
         x, table = x.astype(jnp.float32), self.table()
+        x = unit_length(x) if self.cosine else x
         distances = jnp.sum(jnp.square(x), -1, keepdims=True) + jnp.sum(jnp.square(table), -1)
         distances -= 2 * jnp.einsum("...d,kd->...k", x, table, precision="highest")
         codes = jnp.argmin(distances, -1)
         nearest = jnp.take(table, codes, axis=0)
-        axes, still = (1, 2, 3), jax.lax.stop_gradient
-        loss = jnp.mean(jnp.square(still(nearest) - x), axes) + self.beta * jnp.mean(
-            jnp.square(nearest - still(x)), axes
-        )
+        axes, still = tuple(range(1, x.ndim)), jax.lax.stop_gradient
+        commitment = jnp.mean(jnp.square(still(nearest) - x), axes)
+        if self.moving:
+            loss = self.beta * commitment
+        else:
+            codebook = jnp.mean(jnp.square(nearest - still(x)), axes)
+            loss = commitment + self.beta * codebook if self.legacy else self.beta * commitment + codebook
         counts = code_counts(codes, self.codebook_size)
         metrics = {"perplexity": perplexity(counts), "mean_distance": still(distances.mean())}
         return Quantized(straight_through(nearest, x), codes[..., None].astype(jnp.int32), loss, metrics)
+
+
+@flax.struct.dataclass
+class CodebookAverages:
+    """Moving averages of how often each code is used, and of the sum of what it stands for (VQ-VAE, appendix A.1)."""
+
+    counts: Float[Array, " codes"]
+    sums: Float[Array, "codes features"]
+
+    @classmethod
+    def init(cls, table: Float[Array, "codes features"], count: float = 1.0) -> CodebookAverages:
+        """Averages of a table as if each code had been used `count` times. (With SEED's 0, the vector of a code that is
+        never used grows to about 1 / eps times its length.)"""
+        return cls(jnp.full(len(table), count, jnp.float32), (count or 1.0) * table.astype(jnp.float32))
+
+    def update(
+        self, counts: Float[Array, " codes"], sums: Float[Array, "codes features"], decay: float = 0.99
+    ) -> CodebookAverages:
+        """The averages after a batch, whose counts and sums are those of `assigned_sums`."""
+        return CodebookAverages(decay * self.counts + (1 - decay) * counts, decay * self.sums + (1 - decay) * sums)
+
+    def table(self, eps: float = 1e-5) -> Float[Array, "codes features"]:
+        """sums / N, where N is the smoothed count (N_i + eps) / (n + codes eps) n with n the sum of all N_i."""
+        total = self.counts.sum()
+        smoothed = (self.counts + eps) / (total + len(self.counts) * eps) * total
+        return self.sums / smoothed[:, None]
+
+
+def assigned_sums(
+    x: Float[Array, "*batch features"],
+    codes: Int[Array, "*batch 1"],
+    size: int,
+    mask: Float[Array, "*batch"] | None = None,
+) -> tuple[Float[Array, " codes"], Float[Array, "codes features"]]:
+    """How often each of `size` codes occurs, and the sum of the vectors that it stands for."""
+    x, flat = x.astype(jnp.float32).reshape(-1, x.shape[-1]), codes.reshape(-1)
+    weights = jnp.ones(len(x)) if mask is None else mask.reshape(-1)
+    counts = jnp.zeros(size, jnp.float32).at[flat].add(weights)
+    return counts, jnp.zeros((size, x.shape[-1]), jnp.float32).at[flat].add(x * weights[:, None])
 
 
 def gumbel_temperature(step: Any) -> Float[Array, ""]:

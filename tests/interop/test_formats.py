@@ -58,8 +58,11 @@ from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
+from jaxtok.vision.eva_vit import EvaViTConfig
 from jaxtok.vision.flextok import FlexTokConfig, FlexTokenizer
 from jaxtok.vision.kl_vae import KLAutoencoding, KLVAEConfig
+from jaxtok.vision.qformer import QFormerConfig
+from jaxtok.vision.seed import Seed, SeedConfig
 from jaxtok.vision.tokenbridge import TokenBridgeConfig, TokenBridgeModeling
 from jaxtok.vision.tokenbridge_tokenizer import DimensionwiseQuantizer
 from jaxtok.vision.vqgan import VQGANConfig
@@ -184,6 +187,18 @@ def codes(task: Any, suffix: str) -> Case:
     return Case("elm", task, data, suffix)
 
 
+SEED = Seed(
+    model=SeedConfig(
+        vision=EvaViTConfig(image_size=8, patch_size=4, num_layers=1, d_model=16, num_heads=2, mlp_dim=24),
+        qformer=QFormerConfig(**SIZES | {"num_layers": 3}, num_queries=3, context_width=16, vocab_size=0),
+        codebook_size=8,
+        code_dim=4,
+        depth=1,
+        block_heads=2,
+        feature_dim=8 * 8 * 3,
+    ),
+    target="image",
+)
 LM_SIZES = {**SIZES, "vocab_size": 400, "max_length": 32}
 HUB_SIZES = {**LM_SIZES, "head_size": 8, "mlp_bias": False}
 CASES: dict[str, Callable[[], Case]] = {
@@ -266,6 +281,7 @@ CASES: dict[str, Callable[[], Case]] = {
         CodeData(shape=BRIDGE.code_shape, values=BRIDGE.code_values, batch_size=8),
         ".safetensors",
     ),
+    "seed": lambda: Case("seed", SEED, dataclasses.replace(IMAGES, size=8), ".safetensors"),
     "elm": lambda: codes(ElmModeling(model=ElmConfig(**ELM, code_bits=3, sub_codes=2)), ".safetensors"),
     "elm, masked": lambda: codes(MaskedElmModeling(model=MaskedElmConfig(**ELM, code_bits=4, sub_codes=2)), ".npz"),
 }

@@ -1,0 +1,1 @@
+"""Systems that join text and image."""
