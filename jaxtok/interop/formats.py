@@ -17,6 +17,7 @@ from jaxtok.interop.mamba import MAMBA
 from jaxtok.interop.peft import PEFT
 from jaxtok.interop.t5 import T5
 from jaxtok.interop.tokenformer import TOKENFORMER
+from jaxtok.interop.tokenunify import TOKENUNIFY
 from jaxtok.interop.vqgan import VQGAN
 from jaxtok.interop.word_pooled import WORD_POOLED
 from jaxtok.protocols import Format
@@ -35,6 +36,7 @@ FORMATS: tuple[Format, ...] = (
     BYTE2WORD,
     VQGAN,
     ELM,
+    TOKENUNIFY,
     PEFT,
     GGUF,
 )
