@@ -35,11 +35,11 @@ LABELS = ("main", "stack", "labels", "volumes/labels/neuron_ids", "label", "data
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def _package(name: str, path: Path) -> Any:
+def _package(name: str, path: Path, what: str = "reading") -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise ValueError(f"reading {path.name} needs {name}; pip install 'jaxtok[volumes]'.") from None
+        raise ValueError(f"{what} {path.name} needs {name}; pip install 'jaxtok[volumes]'.") from None
 
 
 def open_volume(source: str, names: tuple[str, ...] = IMAGES) -> Any:
@@ -114,6 +114,44 @@ def _data_sets(group: Any, prefix: str = "") -> list[str]:
         else:
             found += _data_sets(member, f"{prefix}{name}/")
     return sorted(found)
+
+
+class VolumeFile:
+    """A new file of volumes by name, which are written part by part: .zarr, or .h5. Used in a `with` statement.
+
+    Raises:
+      FileExistsError: there is such a file already.
+      ValueError: the name has another ending, or the package is missing.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if self.path.suffix not in (".zarr", ".h5", ".hdf5"):
+            raise ValueError(f"output is {path}; it must end in .zarr or .h5.")
+        if self.path.exists():
+            raise FileExistsError(f"{path} exists already; choose another name (nothing was written).")
+        self._is_zarr = self.path.suffix == ".zarr"
+        self._package = _package("zarr" if self._is_zarr else "h5py", self.path, "writing")
+        self._file: Any = None
+
+    def __enter__(self) -> VolumeFile:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = (
+            self._package.open_group(str(self.path), mode="w-")
+            if self._is_zarr
+            else self._package.File(self.path, "w-")
+        )
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if not self._is_zarr:
+            self._file.close()
+
+    def create(self, name: str, shape: tuple[int, ...], dtype: str, chunks: tuple[int, ...]) -> Any:
+        """An array of the file, to which slices are assigned."""
+        chunks = tuple(map(min, chunks, shape))
+        make = self._file.create_array if self._is_zarr else self._file.create_dataset
+        return make(name, shape=shape, dtype=dtype, chunks=chunks)
 
 
 class Volume(NamedTuple):

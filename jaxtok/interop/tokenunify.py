@@ -69,7 +69,7 @@ def sources(config: SegMambaConfig) -> dict[Place, Source]:
     if config.next_head:
         for name in ("conv1", "conv2", "conv3"):
             conv(("next_head", name), f"preciever.{name}")
-        found["next_head", "mlp", "kernel"] = Source("preciever.mlp.weight", transpose=True, ones=-3)
+        found["next_head", "mlp", "kernel"] = Source("preciever.mlp.weight", transpose=True)
         found["next_head", "mlp", "bias"] = Source("preciever.mlp.bias")
     return found
 
@@ -90,7 +90,7 @@ def params_from(config: SegMambaConfig, tensors: Tensors) -> Params:
     known = shapes(config)
     if config.next_head and "preciever.mlp.weight" in tensors:
         theirs, ours = np.shape(tensors["preciever.mlp.weight"]), known["next_head", "mlp", "kernel"]
-        if theirs != (wanted := (ours[-1], ours[-2])):
+        if theirs != (wanted := ours[::-1]):
             raise ValueError(
                 f"preciever.mlp.weight has the shape {theirs}, but a crop of {config.crop} needs {wanted}; give the "
                 f"crop that the head was trained with ({512 * theirs[1]} voxels), or next_head = False."

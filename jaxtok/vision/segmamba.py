@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from jaxtok.axes import constrain, gather
 from jaxtok.nn.activations import gelu
 from jaxtok.nn.convolution import conv2d
+from jaxtok.nn.linear import Linear
 from jaxtok.nn.mamba import METHODS, Mixer, MixerConfig
 from jaxtok.nn.norms import Norm
 
@@ -334,14 +335,14 @@ class NextHead(nn.Module):
     config: SegMambaConfig
 
     @nn.compact
-    def __call__(self, logits: Volume) -> Float[Array, "batch depth height width"]:
+    def __call__(self, logits: Volume) -> Float[Array, "batch pd ph pw"]:
         cfg = self.config
         kinds = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype, "axis": "channels"}
         x = jax.nn.relu(Conv3d(12, (3, 3, 3), 2, (1, 1, 1), **kinds, name="conv1")(logits))
         x = jax.nn.relu(Conv3d(12, (3, 3, 3), 2, (1, 1, 1), **kinds, name="conv2")(x))
         x = Conv3d(1, (3, 3, 3), 2, (1, 1, 1), **kinds, name="conv3")(x)
-        x = x.reshape(len(x), 1, 1, 1, -1)
-        y = Conv3d(math.prod(cfg.patch), (1, 1, 1), **kinds, name="mlp")(x)
+        mlp = Linear(math.prod(cfg.patch), (None, "channels"), dtype=cfg.dtype, param_dtype=cfg.param_dtype, name="mlp")
+        y = mlp(x.reshape(len(x), -1))
         return y.reshape(len(x), *cfg.patch).astype(jnp.float32)
 
 

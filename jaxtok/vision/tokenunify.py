@@ -648,6 +648,10 @@ class AffinityPrediction(Task):
         return 3 * len(batch["images"]) * self.model.flops()
 
 
+affinities_of = jax.jit(lambda task, params, crops: task.affinities(params, crops), static_argnums=0)
+"""`AffinityPrediction.affinities`, compiled once for each task and size of batches."""
+
+
 def _must_have_crops(data: Data, model: Model) -> None:
     shape = data.batch_spec()["images"].shape[1:]
     if shape != (*model.crop, 1):

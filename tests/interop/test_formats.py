@@ -23,6 +23,7 @@ from jaxtok.data.encoders import EncoderData
 from jaxtok.data.images import ImageData
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
+from jaxtok.data.volumes import VolumeData
 from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.data.word_units import NormalizedText, WordUnitText
 from jaxtok.door import open_model
@@ -58,6 +59,8 @@ from jaxtok.vision.autoencoding import Autoencoding
 from jaxtok.vision.binary_autoencoder import BAEConfig
 from jaxtok.vision.elm import ElmConfig, ElmModeling
 from jaxtok.vision.elm_masked import MaskedElmConfig, MaskedElmModeling
+from jaxtok.vision.segmamba import SegMambaConfig
+from jaxtok.vision.tokenunify import AffinityPrediction
 from jaxtok.vision.vqgan import VQGANConfig
 
 HUB_FOLDER = Path(__file__).parents[1] / "goldens" / "llama_gpt2_bricks" / "hf_folder_llama"
@@ -144,6 +147,12 @@ def images(model: Any) -> Case:
     return Case("vqgan", Autoencoding(model=model, discriminator=None, perceptual="none"), IMAGES, ".safetensors")
 
 
+def volumes(out_channels: int) -> Case:
+    sizes = {"crop": (16, 16, 16), "features": (4, 4, 6, 6), "hidden": 6, "depths": (2, 1, 1, 1), "slices": 1}
+    model = SegMambaConfig(**sizes, kernel=3, out_channels=out_channels)
+    return Case("tokenunify", AffinityPrediction(model=model), VolumeData(crop=(16, 16, 16)), ".safetensors")
+
+
 def codes(task: Any, suffix: str) -> Case:
     model = task.model
     data = CodeData(grid=model.grid, sub_codes=model.sub_codes, code_bits=model.code_bits, batch_size=8)
@@ -222,6 +231,7 @@ CASES: dict[str, Callable[[], Case]] = {
         WordPieceText(length=16, batch_size=8, max_bytes=6, max_pieces=6),
     ),
     "bae": lambda: images(BAEConfig(**TOWERS, embed_dim=32, bits=6)),
+    "tokenunify": lambda: volumes(3),
     "vqgan": lambda: images(VQGANConfig(**TOWERS, embed_dim=32, codebook_size=16)),
     "elm": lambda: codes(ElmModeling(model=ElmConfig(**ELM, code_bits=3, sub_codes=2)), ".safetensors"),
     "elm, masked": lambda: codes(MaskedElmModeling(model=MaskedElmConfig(**ELM, code_bits=4, sub_codes=2)), ".npz"),
