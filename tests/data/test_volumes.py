@@ -85,9 +85,9 @@ def test_what_is_refused(tmp_path, monkeypatch):
         load_volume(images, write(tmp_path / "float.tif", LABELS.astype(np.float32)))
     with pytest.raises(ValueError, match="has the label -1; labels must be 0"):
         load_volume(images, write(tmp_path / "negative.tif", LABELS.astype(np.int16) - 1))
-    with pytest.raises(ValueError, match="has the shape .* a volume must be"):
+    with pytest.raises(ValueError, match=r"has the shape .* a volume must be"):
         load_volume(write(tmp_path / "plane.tif", IMAGES[0]))
-    with pytest.raises(ValueError, match="crop is .* no side of a crop may be larger"):
+    with pytest.raises(ValueError, match=r"crop is .* no side of a crop may be larger"):
         VolumeData(volumes=(images,), crop=(6, 8, 8)).open("train")
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(ValueError, match=r"reading image.tif needs tifffile; pip install 'jaxtok\[volumes\]'"):

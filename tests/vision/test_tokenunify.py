@@ -149,10 +149,9 @@ def test_crops_that_fill_a_batch_do_not_count(masked):
     batch, params = random_batch(), params_of(masked)
     changed = np.array(batch["clean"])
     changed[-1] = 0.0
-    both = [
-        loss_of(masked, params, {**batch, "clean": c}, jax.random.key(0), 0)[0][0] for c in (batch["clean"], changed)
-    ]
-    assert both[0] == both[1]
+    (one, _), _ = loss_of(masked, params, batch, jax.random.key(0), 0)
+    (two, _), _ = loss_of(masked, params, {**batch, "clean": changed}, jax.random.key(0), 0)
+    assert one == two
 
 
 def test_one_program_serves_all_tasks_of_the_mixture():
@@ -202,11 +201,9 @@ def test_the_papers_form_is_causal_and_its_pairs_are_weighted_fairly():
 
 def test_labels_may_be_renumbered():
     labels = random_batch()["segments"]
-    table = np.array([0, 70, 3])
-    for one, two in zip(
-        *(map(np.asarray, (affinities(widen_borders(x)), balance(affinities(x)))) for x in (labels, table[labels]))
-    ):
-        np.testing.assert_array_equal(one, two)
+    renamed = np.array([0, 70, 3], np.int32)[labels]
+    for of in (lambda x: affinities(widen_borders(x)), lambda x: balance(affinities(x))):
+        np.testing.assert_array_equal(of(labels), of(renamed))
 
 
 def test_a_single_segment():
@@ -339,18 +336,9 @@ def test_streaming_takes_a_third_of_the_memory_and_changes_nothing():
 # ------------------------------------------------------------------------------------------------- networks and weights
 
 
-def test_published_sizes():
-    expected = {
-        "base": 28_296_131,
-        "small": 112_534_403,
-        "mid": 206_577_475,
-        "large": 506_567_395,
-        "huge": 1_008_908_931,
-    }
-    three = {"base": 15_712_707, "small": 62_201_731, "mid": 120_592_707, "large": 283_251_171, "huge": 555_921_027}
-    # One tracing; of the others, sizes differ by convolutions of the U-net alone, which the slow test traces.
-    count = sum(int(np.prod(s)) for s in shapes(PUBLISHED["tokenunify-base"]).values())
-    assert count == expected["base"] and set(PUBLISHED) == {f"tokenunify-{name}" for name in expected | three}
+def test_the_published_size():
+    """The others are traced by the slow test."""
+    assert sum(int(np.prod(s)) for s in shapes(PUBLISHED["tokenunify-base"]).values()) == 28_296_131
 
 
 @pytest.mark.slow
@@ -422,8 +410,8 @@ def runs(tmp_path_factory):
     return folder, first, second
 
 
-def test_fine_tuning_starts_with_the_pretrained_body(runs, caplog):
-    folder, first, second = runs
+def test_fine_tuning_starts_with_the_pretrained_body(runs):
+    _, first, second = runs
     fresh = [n for n in ("layers", "embedding") if n in second.params]
     assert fresh == ["layers", "embedding"]
     drift = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first.params["embedding"], second.params["embedding"])
@@ -463,14 +451,14 @@ def test_a_volume_is_segmented_by_the_verb(runs, tmp_path, capsys):
     [
         (
             lambda: PatchConfig(crop=(16, 50, 48)),
-            r"crop is \(16, 50, 48\); its sides must be multiples of those of patch",
+            r"\(16, 50, 48\); its sides must be multiples of those of patch",
         ),
         (lambda: PatchConfig(crop=(4, 8, 8)), "a crop must have at least 2 patches"),
         (lambda: PatchConfig(slices=5), "slices is 5; it must divide the number of tokens in a crop, 144"),
         (lambda: SegMambaConfig(crop=(16, 160, 168), patch=(4, 8, 8)), "its sides must be multiples of 16"),
         (
             lambda: SegMambaConfig(crop=(16, 96, 96)),
-            "stage 1 has 18432 positions; their number must be a multiple of slices",
+            "stage 1 has 18432 positions; their number must",
         ),
         (lambda: VolumePretraining(model=PATCHES, mask_ratio=(0.0, 0.5)), "mask_ratio is .* two shares in"),
         (lambda: VolumePretraining(model=PATCHES, objective="paper"), "needs a causal model of patches"),
@@ -479,7 +467,7 @@ def test_a_volume_is_segmented_by_the_verb(runs, tmp_path, capsys):
         (lambda: AffinityPrediction(model=PATCHES), "model.out_channels is 1; for affinities it must be 3"),
         (lambda: Windows(crop=(4, 8, 8), overlap=1.0), r"overlap is 1.0; it must be in \[0, 1\)"),
         (
-            lambda: list(slide(lambda b: b, np.zeros((2, 8, 8)), Windows(crop=(4, 8, 8)))),
+            lambda: next(slide(None, np.zeros((2, 8, 8)), Windows(crop=(4, 8, 8)))),
             "the depth of the volume is 2",
         ),
         (lambda: segmentation.segment(np.full((3, 1, 2, 2), 1.5)), r"go from 1.5 to 1.5; they must be in \[0, 1\]"),
