@@ -25,8 +25,8 @@ REASONS = {
     "e": "it decodes the codes that others generate",
     "f": "it classifies images: it does not generate",
     "g": "weights in the layout of others are neither read nor written here",
-    "i": "it segments volumes: it does not generate",
     "h": "a way to generate from any language model: it has no parameters of its own",
+    "i": "it segments volumes: it does not generate",
 }
 """The reasons why a system cannot be used for something."""
 
