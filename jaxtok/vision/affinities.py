@@ -6,6 +6,7 @@ where segments meet in a plane. All as in TokenUnify's code (arXiv 2405.16847).
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax.numpy as jnp
@@ -18,10 +19,11 @@ def widen_borders(segments: Int[Array, "batch depth height width"]) -> Int[Array
     """Segments, with 0 at each voxel whose 3 x 3 window in the plane holds more than one of them (0 is none)."""
     height, width = segments.shape[2:]
     framed = jnp.pad(segments, ((0, 0), (0, 0), (1, 1), (1, 1)), mode="reflect" if min(height, width) > 1 else "edge")
-    windows = jnp.stack([framed[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)])
-    highest = windows.max(0)
-    lowest = jnp.where(windows > 0, windows, highest).min(0)
-    return jnp.where(highest == lowest, segments, 0)
+    windows = [framed[:, :, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    highest = functools.reduce(jnp.maximum, windows)
+    none = jnp.iinfo(segments.dtype).max
+    lowest = functools.reduce(jnp.minimum, [jnp.where(window > 0, window, none) for window in windows])
+    return jnp.where(highest == lowest, segments, 0)  # of a window of zeros, the middle is 0, too
 
 
 def affinities(
