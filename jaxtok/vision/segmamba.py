@@ -371,7 +371,7 @@ class SegMamba(nn.Module):
 
         def block(name, features, y):
             y = residual(features, cfg.kernel, **kinds, name=name)(y)
-            return constrain(y, None, None, None)
+            return constrain(y, None, None, None, None)
 
         x = x.astype(cfg.dtype)
         skips, y, outputs = [block("encoder1", f[0], x)], x, []

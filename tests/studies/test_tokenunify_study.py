@@ -1,4 +1,4 @@
-"""TokenUnify's study: it runs to its end, a second run finds everything; and pre-training helps on generated volumes."""
+"""TokenUnify's study runs to its end, and a second run finds everything; pre-training helps on generated volumes."""
 
 from __future__ import annotations
 
