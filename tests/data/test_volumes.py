@@ -111,13 +111,13 @@ def test_settings_that_are_refused(fields, message):
 
 
 def test_the_generator():
-    one, same, other = toy_volume(0, (6, 32, 32)), toy_volume(0, (6, 32, 32)), toy_volume(1, (6, 32, 32))
+    one, same, other = (toy_volume(seed, (6, 48, 48), cells=20) for seed in (0, 0, 1))
     np.testing.assert_array_equal(one.images, same.images)
     assert not np.array_equal(one.images, other.images)
     ids = np.unique(one.segments)
-    assert 20 < len(ids) <= 50 and ids.min() >= 1
+    assert 10 < len(ids) <= 20 and ids.min() >= 1
     shares = (one.segments[1:] == one.segments[:-1]).mean()
-    assert 0.6 < shares < 1  # cells drift, but slowly
+    assert 0.8 < shares < 1  # cells drift, but slowly
     edges = np.zeros(one.shape, bool)
     edges[:, :, 1:] = one.segments[:, :, 1:] != one.segments[:, :, :-1]
     assert one[0:6][edges].mean() < one[0:6][~edges].mean() - 0.1  # membranes are dark
