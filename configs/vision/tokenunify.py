@@ -7,7 +7,7 @@
 
 This is the order of the authors' code: random prediction, then next and next-all together, then affinities. Their
 classes differ in the kernel of the U-net, so that 19.66M of 28.30M parameters start anew in fine-tuning; here both
-stages have kernel 5, and 1,249 parameters of the last layers do (the head for the next token is left behind).
+stages have kernel 5, and only the 99 of the last convolution do (the head for the next token is left behind).
 
 tokenunify_random           random tokens are hidden (first stage); 28M parameters, batch 320, 800 epochs of 20 batches
 tokenunify_joint            the rest after a prefix, and its first token (second stage), batch 160
