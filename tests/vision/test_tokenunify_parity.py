@@ -64,7 +64,8 @@ def check_gradients(golden, parity, config, gradient):
     zeros = [name for name in ours if "gscs" in name and name.endswith("bias")]  # they stand before a norm
     assert zeros and all(np.abs(ours[name]).max() < 1e-6 for name in zeros)
     arrays = [name for name in ours if name in theirs and name not in zeros]
-    parity("gradient", {name: ours[name] for name in arrays}, {name: theirs[name] for name in arrays}, rtol=1e-2)
+    if arrays:  # some files have norms only
+        parity("gradient", {name: ours[name] for name in arrays}, {name: theirs[name] for name in arrays}, rtol=1e-2)
     norms = {name: theirs[f"norm/{name}"] for name in ours if name not in zeros}
     parity("norms of gradients", {name: np.linalg.norm(ours[name]) for name in norms}, norms, rtol=3e-2)
 
