@@ -293,6 +293,10 @@ def test_blending_a_pointwise_function_returns_it():
         parts = list(slide(lambda batch: np.concatenate([batch, batch**2], -1), x, windows))
         assert [first for first, _ in parts] == [0, 2, 4, 5]
         np.testing.assert_allclose(np.concatenate([part for _, part in parts], 1), [x, x**2], atol=1e-6)
+    own = Windows(crop=(4, 8, 8), steps=(3, 5, 4), margin=(2, 3, 1), weight="official")
+    parts = list(slide(lambda batch: batch, x, own))
+    assert parts[0][0] == 0 and sum(part.shape[1] for _, part in parts) == 9
+    np.testing.assert_allclose(np.concatenate([part for _, part in parts], 1)[0], x, atol=1e-6)
     small = np.random.default_rng(0).random((3, 21, 6)).astype(np.float32)  # is continued by its mirror image
     parts = list(slide(lambda batch: batch, small, Windows(crop=(4, 8, 8))))
     np.testing.assert_allclose(np.concatenate([part for _, part in parts], 1)[0], small, atol=1e-6)
@@ -471,7 +475,7 @@ def test_a_volume_is_segmented_by_the_verb(runs, tmp_path, capsys):
         (lambda: Windows(crop=(4, 8, 8), overlap=1.0), r"overlap is 1.0; it must be in \[0, 1\)"),
         (
             lambda: next(slide(None, np.zeros((2, 8, 8)), Windows(crop=(4, 8, 8)))),
-            "the depth of the volume is 2",
+            "the depth of the volume is 2, and its mirror image cannot",
         ),
         (lambda: segmentation.segment(np.full((3, 1, 2, 2), 1.5)), r"go from 1.5 to 1.5; they must be in \[0, 1\]"),
         (lambda: segmentation.segment(np.full((3, 1, 2, 2), np.nan)), "and not NaN"),
@@ -486,3 +490,11 @@ def test_a_volume_is_segmented_by_the_verb(runs, tmp_path, capsys):
 def test_what_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_a_margin_is_the_mirror_image():
+    seen = []
+    x = np.arange(3.0 * 4 * 5).reshape(3, 4, 5).astype(np.float32)
+    windows = Windows(crop=(5, 8, 7), margin=(1, 2, 1), batch_size=1)
+    list(slide(lambda batch: seen.append(batch[0, ..., 0]) or batch, x, windows))
+    np.testing.assert_array_equal(seen[0], np.pad(x, ((1, 1), (2, 2), (1, 1)), mode="reflect"))
