@@ -35,7 +35,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxtok.nn.linear import Linear
 from jaxtok.nn.losses import mean
@@ -57,8 +57,8 @@ SCHEDULES = ("phases", "random", "next", "next_all", "joint", "alternating")
 
 
 def tokenise(
-    crops: Float[Array, "batch d h w *channels"], patch: Size
-) -> Float[Array, "batch tokens pd ph pw *channels"]:
+    crops: Shaped[Array, "batch d h w *channels"], patch: Size
+) -> Shaped[Array, "batch tokens pd ph pw *channels"]:
     """The patches of crops in raster order."""
     batch, *sides = crops.shape[:4]
     rest = crops.shape[4:]
@@ -69,8 +69,8 @@ def tokenise(
 
 
 def untokenise(
-    tokens: Float[Array, "batch tokens pd ph pw *channels"], crop: Size
-) -> Float[Array, "batch d h w *channels"]:
+    tokens: Shaped[Array, "batch tokens pd ph pw *channels"], crop: Size
+) -> Shaped[Array, "batch d h w *channels"]:
     """The inverse of `tokenise`."""
     batch, patch, rest = len(tokens), tokens.shape[2:5], tokens.shape[5:]
     z, y, x = (side // p for side, p in zip(crop, patch))
@@ -300,7 +300,7 @@ class PatchModel(nn.Module):
         states = self.states(self.embed(x))
         first = jnp.broadcast_to(self.first_state.astype(states.dtype), (len(x), 1, states.shape[-1]))
         states = jnp.concatenate([first, states[:, :-1]], 1)
-        pairs = states[:, :, None] + self.pair_positions.astype(states.dtype)[later]
+        pairs = states[:, :, None] + jnp.take(self.pair_positions.astype(states.dtype), later, axis=0)
         return self.next_out(states), self.pair_out(jax.nn.gelu(self.pair_up(pairs)))
 
 

@@ -16,8 +16,10 @@ from tiny import Case
 
 from jaxtok.cli import main
 from jaxtok.data.volumes import VolumeData, toy_volume
+from jaxtok.door import open_model
 from jaxtok.interop.tokenunify import params_from, params_to, shapes
 from jaxtok.studies.tokenunify import predict_affinities
+from jaxtok.training.checkpoints import begin
 from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.loop import train
 from jaxtok.vision import segmentation
@@ -400,37 +402,45 @@ def test_a_head_of_another_crop_is_refused():
 # ------------------------------------------------------------------------------------------------------ runs and verbs
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A pre-trained run, and one for affinities that starts with it."""
-    folder = tmp_path_factory.mktemp("runs")
-    steps = TrainConfig(steps=2, checkpoint_every=2, eval_every=0, tensorboard=False)
-    cases = pretraining_case(), affinities_case()
-    before, after = (
-        Experiment(task=case.task, data=DATA, train=steps, workdir=str(folder / name), start=start)
-        for case, name, start in zip(cases, ("before", "after"), (None, ToAffinities()))
-    )
-    from jaxtok.door import open_model
+def test_fine_tuning_starts_with_the_pretrained_body():
+    before = VolumePretraining(model=PATCHES)  # with an autoencoder's decoder, which is left behind
+    after, given = affinities_case().task, params_of(before)
+    surgery = ToAffinities().towards(after)
+    assert surgery.task(before, DATA) == (after, DATA)
+    found, state = jax.jit(lambda p, key: surgery.params(before, DATA, p, None, key))(given, jax.random.key(0))
+    assert state is None and jax.tree.structure(found) == jax.tree.structure(params_of(after))
+    adopted = adopt(jax.device_get(found), given)
+    assert set(adopted.fresh) == {"out/kernel", "out/bias"} and 0 < adopted.share < 0.5
+    for name in ("embedding", "layers", "norm", "positions"):
+        jax.tree.map(np.testing.assert_array_equal, found[name], given[name])
+    with pytest.raises(ValueError, match="to is None; as a stage of a run, it must be the task"):
+        ToAffinities().task(before, DATA)
 
+
+@pytest.mark.slow
+def test_a_run_starts_with_a_pretrained_one(tmp_path):
+    steps = TrainConfig(steps=2, checkpoint_every=2, eval_every=0, tensorboard=False)
+    before, after = (
+        Experiment(task=case.task, data=DATA, train=steps, workdir=str(tmp_path / name), start=start)
+        for case, name, start in zip((pretraining_case(), affinities_case()), ("a", "b"), (None, ToAffinities()))
+    )
     first = train(before, quiet=True)
     second = train(after, start=functools.partial(open_model, before.directory), quiet=True)
-    return folder, first, second
+    kernels = first.params["embedding"]["kernel"], second.params["embedding"]["kernel"]
+    assert 0 < np.abs(np.subtract(*map(np.asarray, kernels))).max() < 5e-3  # two steps away
 
 
-def test_fine_tuning_starts_with_the_pretrained_body(runs):
-    _, first, second = runs
-    fresh = [n for n in ("layers", "embedding") if n in second.params]
-    assert fresh == ["layers", "embedding"]
-    drift = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), first.params["embedding"], second.params["embedding"])
-    assert max(jax.tree.leaves(drift)) < 5e-3  # two steps away
-    assert "decoder" not in second.params
-    adopted = adopt(jax.device_get(second.params), jax.device_get(first.params))
-    assert set(adopted.fresh) == {"out/kernel", "out/bias"} and 0 < adopted.share < 0.5
+@pytest.fixture
+def runs(tmp_path):
+    """Runs of both tasks that were not trained."""
+    for name, case in (("before", pretraining_case()), ("after", affinities_case())):
+        begin(Experiment(task=case.task, data=DATA, workdir=str(tmp_path / name)), params_of(case.task))
+    return tmp_path
 
 
 def test_a_volume_is_segmented_by_the_verb(runs, tmp_path, capsys):
     h5py = pytest.importorskip("h5py")
-    folder, _, second = runs
+    folder, task = runs, affinities_case().task
     volume = toy_volume(3, (7, 20, 24), cells=5)
     with h5py.File(tmp_path / "volume.h5", "w") as file:
         file["main"] = volume.images
@@ -440,7 +450,7 @@ def test_a_volume_is_segmented_by_the_verb(runs, tmp_path, capsys):
     options = ["--truth", f"{tmp_path}/truth.h5", "--batch-size", "3"]
     assert main(["vision", "segment", str(folder / "after"), f"volume:{tmp_path}/volume.h5", str(out), *options]) == 0
     assert "voi" in capsys.readouterr().out
-    expected = predict_affinities(second.task, second.params, volume)
+    expected = predict_affinities(task, params_of(task), volume)
     with h5py.File(out) as file:
         np.testing.assert_allclose(file["affinities"][:], expected, atol=1e-5)
         assert file["segments"].shape == (7, 20, 24) and file["segments"][:].min() >= 1
