@@ -98,25 +98,31 @@ def test_pretraining_network(golden, parity):
     check_gradients(golden, parity, config, gradient)
 
 
+def weighted_loss(golden, task, params):
+    """The loss, and the affinities with their mean squared error."""
+    x, target, weight = (inside(golden[f"in/{name}"]) for name in ("x", "target", "weight"))
+    found = task.affinities(params, x)
+    error = jnp.square(found - target)
+    return jnp.sum(weight * error) / (error.size / 3), (found, error.mean())
+
+
 @pytest.mark.parity("tokenunify/segmamba_finetune*.npz")
 def test_affinity_network(golden, parity):
     config, params = load(golden, out_channels=3)
     task = AffinityPrediction(model=config)
-    x, target, weight = (inside(golden[f"in/{name}"]) for name in ("x", "target", "weight"))
-
-    @jax.jit
-    def run(params):
-        def loss(params):
-            found = task.affinities(params, x)
-            error = jnp.square(found - target)
-            return jnp.sum(weight * error) / (error.size / 3), (found, error.mean())
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    (loss, (found, mse)), gradient = run(params)
+    loss, (found, mse) = jax.jit(lambda params: weighted_loss(golden, task, params))(params)
     parity("affinities", outside(found), golden["out/affinity"], rtol=5e-4)
     parity("weighted loss", loss, golden["out/weighted_mse"], rtol=1e-5)
     parity("mean squared error", mse, golden["out/plain_mse"], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parity("tokenunify/segmamba_finetune*.npz")
+def test_gradient_of_the_affinity_network(golden, parity):
+    """The gradient of a U-net takes half a minute to compile; by default that of the other network is tested."""
+    config, params = load(golden, out_channels=3)
+    task = AffinityPrediction(model=config)
+    gradient = jax.jit(jax.grad(lambda params: weighted_loss(golden, task, params)[0]))(params)
     check_gradients(golden, parity, config, gradient)
 
 
