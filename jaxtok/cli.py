@@ -324,6 +324,7 @@ VISION = {
     "generate": "jaxtok.verbs.vision:generate",
     "statistics": "jaxtok.verbs.vision:statistics",
     "attention": "jaxtok.verbs.vision:attention",
+    "segment": "jaxtok.verbs.vision:segment",
 }
 """The verbs of `jaxtok vision`."""
 

@@ -26,6 +26,7 @@ REASONS = {
     "f": "it classifies images: it does not generate",
     "g": "weights in the layout of others are neither read nor written here",
     "h": "a way to generate from any language model: it has no parameters of its own",
+    "i": "it segments volumes: it does not generate",
 }
 """The reasons why a system cannot be used for something."""
 
@@ -262,6 +263,32 @@ SYSTEMS: tuple[System, ...] = (
         cannot={**_NO_GROWTH, "generate, cached": "e"},
         formats=("vqgan",),
         published=("vqgan-1024",),
+        page=VISION,
+    ),
+    System(
+        name="tokenunify",
+        title="TokenUnify",
+        does="patches of volumes are predicted in three ways; then voxels get affinities, and neurons are cut out",
+        paper="https://arxiv.org/abs/2405.16847",
+        modules=(
+            "vision/tokenunify.py",
+            "vision/segmamba.py",
+            "vision/segmentation.py",
+            "vision/affinities.py",
+            "vision/windows.py",
+            "data/volumes.py",
+        ),
+        configs=("vision/tokenunify.py", "vision/tokenunify_study.py"),
+        checked="the authors' code, `waterz`, MONAI",
+        cannot={**_NO_GROWTH, "generate, cached": "i"},
+        formats=("tokenunify",),
+        published=(
+            "tokenunify-base",
+            "tokenunify-small",
+            "tokenunify-mid",
+            "tokenunify-large",
+            "tokenunify-huge",
+        ),
         page=VISION,
     ),
     System(

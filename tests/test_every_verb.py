@@ -16,6 +16,7 @@ from jaxtok.cli import main
 from jaxtok.configuration import load_config, to_json
 from jaxtok.data.codes import CodeData
 from jaxtok.data.images import ImageData
+from jaxtok.data.volumes import VolumeData
 from jaxtok.decoding.trigram_table import build_table, save_table
 from jaxtok.interop.formats import FORMATS
 from jaxtok.multimodal.image_text import ImageTextData, write_documents
@@ -42,7 +43,7 @@ FROM_FORMATS = {
     "llama": "llama, a tokenizer.json",
     "electra": "electra, variables",
     "hat_released": "hat",
-    **{name: name for name in ("mamba", "tokenformer", "bert", "t5", "mrt5", "word_pooled", "byte2word")},
+    **{name: name for name in ("mamba", "tokenformer", "bert", "t5", "mrt5", "word_pooled", "byte2word", "tokenunify")},
 }
 """Rows whose tiny case is one of those with which formats are tested."""
 
@@ -174,6 +175,7 @@ def test_every_verb(row, desk, request):
     desk.row, folder = row.name, desk.folder
     task, data = tiny_task(row.name)
     of_text = not isinstance(data, CodeData | ImageData | ImageTextData)
+    of_text = not isinstance(data, CodeData | ImageData | VolumeData)
     options = {"corpus": desk.texts} if of_text else {}
     if isinstance(data, CodeData):
         maker = "flextok" if row.name == "flextok_generation" else "bae"

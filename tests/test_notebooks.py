@@ -31,6 +31,7 @@ FIGURES = {
     "an_image_in_1_to_256_tokens": 4,
     "fast_and_exact_decoding": 2,
     "images_as_tokens": 4,
+    "segmenting_neurons": 5,
     "sharding_on_eight_devices": 5,
     "train_and_grow": 4,
 }
@@ -48,6 +49,7 @@ PRINTED = {  # parts of what must be printed
     ],
     "fast_and_exact_decoding": ["all answers are equal: True", "JSON:  {'n':", "equal to no drafts: True"],
     "images_as_tokens": ["of 16 codes used", "nats a position (uniform: 2.77)"],
+    "segmenting_neurons": ["parameters are not in the pre-trained model", "pretrained: "],
     "sharding_on_eight_devices": ["8 devices", "all-reduce of f32[8, 16]\n", "all-reduce of f32[8, 16, 32]\n"],
     "train_and_grow": ["bits per byte on validation files", "random keys (the released recipe)", "def "],
 }

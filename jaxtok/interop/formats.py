@@ -21,6 +21,7 @@ from jaxtok.interop.seed import SEED
 from jaxtok.interop.t5 import T5
 from jaxtok.interop.tokenbridge import TOKENBRIDGE
 from jaxtok.interop.tokenformer import TOKENFORMER
+from jaxtok.interop.tokenunify import TOKENUNIFY
 from jaxtok.interop.vqgan import VQGAN
 from jaxtok.interop.word_pooled import WORD_POOLED
 from jaxtok.protocols import Format
@@ -44,6 +45,7 @@ FORMATS: tuple[Format, ...] = (
     FLEXTOK,
     TOKENBRIDGE,
     SEED,
+    TOKENUNIFY,
     PEFT,
     GGUF,
 )

@@ -38,24 +38,39 @@ def sources(config: MambaConfig) -> dict[Place, Source]:
 
 def mixer_sources(config: MambaConfig, at: Place) -> dict[Place, Source]:
     """Returns the parameters of the mixers at a path to their tensors."""
-    forward = (*at, "forward")
+    return mixer_names(MIXER, at, {"forward": ""}, config.use_bias, config.use_conv_bias)
+
+
+def mixer_names(
+    prefix: str, at: Place, directions: Mapping[str, str], use_bias: bool = False, use_conv_bias: bool = True
+) -> dict[Place, Source]:
+    """Returns the parameters of the mixers at a path to their tensors.
+
+    Args:
+      prefix: what comes before the names of a mixer's tensors.
+      directions: our names of the orders in which it reads, and the ends of the names of theirs.
+    """
     found = {
-        (*at, "value"): Source(f"{MIXER}in_proj.weight", transpose=True, part=0, axis=0),
-        (*at, "gate"): Source(f"{MIXER}in_proj.weight", transpose=True, part=1, axis=0),
-        (*forward, "conv"): Source(f"{MIXER}conv1d.weight", transpose=True),
-        (*forward, "selection"): Source(f"{MIXER}x_proj.weight", transpose=True),
-        (*forward, "steps"): Source(f"{MIXER}dt_proj.weight", transpose=True),
-        (*forward, "steps_bias"): Source(f"{MIXER}dt_proj.bias"),
-        (*forward, "a_log"): Source(f"{MIXER}A_log"),
-        (*forward, "skip"): Source(f"{MIXER}D"),
-        (*at, "output"): Source(f"{MIXER}out_proj.weight", transpose=True),
+        (*at, "value"): Source(f"{prefix}in_proj.weight", transpose=True, part=0, axis=0),
+        (*at, "gate"): Source(f"{prefix}in_proj.weight", transpose=True, part=1, axis=0),
+        (*at, "output"): Source(f"{prefix}out_proj.weight", transpose=True),
     }
-    if config.use_conv_bias:
-        found[*forward, "conv_bias"] = Source(f"{MIXER}conv1d.bias")
-    if config.use_bias:
-        found[*at, "value_bias"] = Source(f"{MIXER}in_proj.bias", part=0)
-        found[*at, "gate_bias"] = Source(f"{MIXER}in_proj.bias", part=1)
-        found[*at, "output_bias"] = Source(f"{MIXER}out_proj.bias")
+    for name, end in directions.items():
+        own = (*at, name)
+        found |= {
+            (*own, "conv"): Source(f"{prefix}conv1d{end}.weight", transpose=True),
+            (*own, "selection"): Source(f"{prefix}x_proj{end}.weight", transpose=True),
+            (*own, "steps"): Source(f"{prefix}dt_proj{end}.weight", transpose=True),
+            (*own, "steps_bias"): Source(f"{prefix}dt_proj{end}.bias"),
+            (*own, "a_log"): Source(f"{prefix}A{end}_log"),
+            (*own, "skip"): Source(f"{prefix}D{end}"),
+        }
+        if use_conv_bias:
+            found[*own, "conv_bias"] = Source(f"{prefix}conv1d{end}.bias")
+    if use_bias:
+        found[*at, "value_bias"] = Source(f"{prefix}in_proj.bias", part=0)
+        found[*at, "gate_bias"] = Source(f"{prefix}in_proj.bias", part=1)
+        found[*at, "output_bias"] = Source(f"{prefix}out_proj.bias")
     return found
 
 

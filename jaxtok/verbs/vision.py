@@ -1,4 +1,4 @@
-"""What `jaxtok vision` does, as functions: encoding and decoding images, drawing them, and analysing their codes.
+"""What `jaxtok vision` does, as functions: encoding, decoding and drawing images, analysing codes, segmenting volumes.
 
 Everything here is written against `ImageTokenizer` and `ImageGenerator` in `jaxtok/protocols.py`.
 """
@@ -25,6 +25,7 @@ from tyro.conf import Positional, arg
 from jaxtok.configuration import command_line
 from jaxtok.data.codes import CodeData, Header, alike, open_codes, regroup, times, write_codes
 from jaxtok.data.corpora import SPLITS, open_corpus
+from jaxtok.data.volumes import VolumeFile, load_labels, load_volume
 from jaxtok.door import open_model
 from jaxtok.model import Model
 from jaxtok.protocols import ImageGenerator, ImageSource, ImageTokenizer, Params
@@ -33,6 +34,8 @@ from jaxtok.tokenizers import load_tokenizer
 from jaxtok.training.checkpoints import find_run, must_be_free, read_config
 from jaxtok.training.mesh import make_layout
 from jaxtok.vision.grids import image_grid
+from jaxtok.vision.segmentation import score
+from jaxtok.vision.segmentation import segment as segment_affinities
 from jaxtok.vision.token_statistics import (
     MapsAttention,
     compare_tokens,
@@ -41,6 +44,8 @@ from jaxtok.vision.token_statistics import (
     plot_statistics,
     stored_tokens,
 )
+from jaxtok.vision.tokenunify import AffinityPrediction, affinities_of
+from jaxtok.vision.windows import Windows, slide
 
 
 def tokenize(
@@ -334,6 +339,59 @@ def attention(
         for layer, (distance, mass) in enumerate(zip(measures["distance"], measures["local_mass"])):
             rows[f"{name}: layer {layer + 1}"] = f"{distance.mean():.2f} cells, {mass.mean():.0%} within 1"
     return {"plot": str(output)} | rows
+
+
+def segment(
+    checkpoint: Positional[Annotated[Path, arg(metavar="RUN")]],
+    volume: Positional[Annotated[str, arg(metavar="VOLUME")]],
+    output: Positional[Annotated[Path, arg(metavar="OUTPUT")]],
+    overlap: float = 0.5,
+    weight: Literal["gaussian", "constant", "official"] = "gaussian",
+    threshold: float = 0.5,
+    batch_size: int = 4,
+    backend: Literal["auto", "numpy", "libraries"] = "auto",
+    truth: str = "",
+    ema: bool = False,
+) -> dict[str, Any]:
+    """Cuts a volume into segments: affinities by a network, then watershed and agglomeration.
+
+    The affinities are written as they come, so they need no memory; the segments are then made from them in memory.
+
+    Args:
+      checkpoint: A run that predicts affinities, or RUN/checkpoints/STEP.
+      volume: The volume: FILE or FILE::NAME, of HDF5, TIFF, NIfTI or zarr.
+      output: The file to write, .zarr or .h5; it gets `affinities` [3, depth, height, width] (in the order z, y, x) and
+        `segments`.
+      overlap: The share of a window that the next one covers, too.
+      weight: How the voxels of a window are weighted where windows overlap.
+      threshold: The score (1 - median affinity) from which on fragments are not merged.
+      batch_size: How many windows are predicted at a time.
+      backend: Whether mahotas and waterz make the segments (libraries), or our own code (numpy), which is slower and
+        makes the same ones. By default, the libraries do if they are installed.
+      truth: A volume of the true segments, to compare with; 0 is not labelled.
+      ema: Whether the moving average of the parameters is used.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; it must be in [0, 1].")
+    model = open_model(checkpoint, ema=ema)
+    if not isinstance(model.task, AffinityPrediction):
+        raise ValueError(
+            f"{checkpoint} is a model of {type(model.task).__name__}; give a run that predicts affinities."
+        )
+    windows = Windows(crop=model.task.model.crop, overlap=overlap, weight=weight, batch_size=batch_size)
+    images = load_volume(volume)
+    true = load_labels(truth, images.shape, volume) if truth else None
+    predict = functools.partial(affinities_of, model.task, jax.device_put(model.params))
+    with VolumeFile(output) as file, _progress() as progress:
+        chunks = (3, windows.crop[0], 256, 256)
+        found = file.create("affinities", (3, *images.shape), "float32", chunks)
+        bar = progress.add_task("predicting affinities", total=1.0)
+        for first, part in slide(predict, images, windows, lambda share: progress.update(bar, completed=share)):
+            found[:, first : first + part.shape[1]] = np.clip(part, 0, 1)
+        segments = segment_affinities(np.asarray(found[:]), threshold, backend)
+        file.create("segments", images.shape, "int32", chunks[1:])[:] = segments
+    numbers: dict[str, Any] = {"written": str(output), "segments": int(segments.max())}
+    return numbers if true is None else numbers | score(true, segments)._asdict()
 
 
 def draw_images(

@@ -23,6 +23,7 @@ from jaxtok.data.encoders import EncoderData
 from jaxtok.data.images import ImageData
 from jaxtok.data.span_corruption import SpanCorruption
 from jaxtok.data.text import TextData
+from jaxtok.data.volumes import VolumeData
 from jaxtok.data.word_pieces import WordPieceText
 from jaxtok.data.word_units import NormalizedText, WordUnitText
 from jaxtok.door import open_model
@@ -63,8 +64,10 @@ from jaxtok.vision.flextok import FlexTokConfig, FlexTokenizer
 from jaxtok.vision.kl_vae import KLAutoencoding, KLVAEConfig
 from jaxtok.vision.qformer import QFormerConfig
 from jaxtok.vision.seed import Seed, SeedConfig
+from jaxtok.vision.segmamba import SegMambaConfig
 from jaxtok.vision.tokenbridge import TokenBridgeConfig, TokenBridgeModeling
 from jaxtok.vision.tokenbridge_tokenizer import DimensionwiseQuantizer
+from jaxtok.vision.tokenunify import AffinityPrediction
 from jaxtok.vision.vqgan import VQGANConfig
 
 HUB_FOLDER = Path(__file__).parents[1] / "goldens" / "llama_gpt2_bricks" / "hf_folder_llama"
@@ -181,6 +184,12 @@ def images(model: Any) -> Case:
     return Case("vqgan", Autoencoding(model=model, discriminator=None, perceptual="none"), IMAGES, ".safetensors")
 
 
+def volumes(out_channels: int) -> Case:
+    sizes = {"crop": (16, 16, 16), "features": (4, 4, 6, 6), "hidden": 6, "depths": (2, 1, 1, 1), "slices": 1}
+    model = SegMambaConfig(**sizes, kernel=3, out_channels=out_channels)
+    return Case("tokenunify", AffinityPrediction(model=model), VolumeData(crop=(16, 16, 16)), ".safetensors")
+
+
 def codes(task: Any, suffix: str) -> Case:
     model = task.model
     data = CodeData(grid=model.grid, sub_codes=model.sub_codes, code_bits=model.code_bits, batch_size=8)
@@ -272,6 +281,7 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "bae": lambda: images(BAEConfig(**TOWERS, embed_dim=32, bits=6)),
     "flextok": lambda: Case("flextok", FlexTokenizer(model=FLEXTOK), IMAGES, ".safetensors"),
+    "tokenunify": lambda: volumes(3),
     "vqgan": lambda: images(VQGANConfig(**TOWERS, embed_dim=32, codebook_size=16)),
     "kl_vae": lambda: Case("kl_vae", KLAutoencoding(**VAE), IMAGES, ".safetensors"),
     "kl_vae, diffusers": lambda: Case("kl_vae_diffusers", KLAutoencoding(**VAE), IMAGES),
