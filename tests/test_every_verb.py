@@ -174,8 +174,7 @@ def suffix_of(form) -> str:
 def test_every_verb(row, desk, request):
     desk.row, folder = row.name, desk.folder
     task, data = tiny_task(row.name)
-    of_text = not isinstance(data, CodeData | ImageData | ImageTextData)
-    of_text = not isinstance(data, CodeData | ImageData | VolumeData)
+    of_text = not isinstance(data, CodeData | ImageData | ImageTextData | VolumeData)
     options = {"corpus": desk.texts} if of_text else {}
     if isinstance(data, CodeData):
         maker = "flextok" if row.name == "flextok_generation" else "bae"

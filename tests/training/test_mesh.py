@@ -88,9 +88,7 @@ LIKE_ANOTHER = (
     "seed_llama",
 )
 """Tasks of the same kind as one that is tested (VQGAN, lexinvariant, GPT-2, Byte2Word, ELECTRA, ELM, the KL-VAE, MrT5,
-HAT, and LoRA as a surgery in tests/transfer); they run with --slow."""
-"""Tasks of the same kind as one that is tested (VQGAN, lexinvariant, GPT-2, Byte2Word, ELECTRA, ELM, MrT5, HAT, SEED,
-Llama, and LoRA as a surgery in tests/transfer); they run with --slow."""
+HAT, SEED, Llama, and LoRA as a surgery in tests/transfer); they run with --slow."""
 
 
 def tasks_on_meshes():
