@@ -44,6 +44,8 @@ class VolumeStudy:
     labels: tuple[str, ...] = ()
     test_volumes: tuple[str, ...] = ()
     test_labels: tuple[str, ...] = ()
+    labelled_depth: float = 0.4
+    """The share of the given volumes' depth whose labels are used, as labels are few."""
     seeds: tuple[int, ...] = (0, 1, 2)
     overlap: float = 0.5
     threshold: float = 0.5
@@ -57,6 +59,8 @@ class VolumeStudy:
             raise ValueError(f"the arms are named {', '.join(names)}; give each another name.")
         if not self.seeds:
             raise ValueError("seeds is empty; give at least one.")
+        if not 0 < self.labelled_depth <= 1:
+            raise ValueError(f"labelled_depth is {self.labelled_depth}; it must be a share in (0, 1].")
         if bool(self.volumes) != bool(self.test_volumes):
             raise ValueError("volumes and test_volumes must be given together, as must their labels.")
 
@@ -91,6 +95,7 @@ class VolumeStudy:
         if self.volumes:
             changes |= {"volumes": self.volumes, "labels": self.labels}
             changes |= {"test_volumes": self.test_volumes, "test_labels": self.test_labels}
+            changes["depth_range"] = (0.0, 1.0 if pretraining else self.labelled_depth)
             if pretraining:
                 changes |= {"volumes": self.volumes + self.test_volumes, "labels": (), "test_labels": ()}
         folder = Path(self.workdir) / f"seed{seed}" / (f"{name}_pretraining" if pretraining else name)

@@ -58,11 +58,13 @@ def test_pretraining_helps_where_labels_are_few(tmp_path):
     """On generated volumes, with two labelled ones: at least 5 % less loss and VOI than without pre-training."""
     config: VolumeStudy = load_config("tokenunify_study")
     steps = {"random": 200, "mixture": 200}
-    arms = [smaller(arm, steps[arm.name], {}) for arm in config.pretraining if arm.name in steps]
+    arms = [
+        smaller(arm, steps[arm.name], {"expand": 2.0}, batch_size=8) for arm in config.pretraining if arm.name in steps
+    ]
     study = dataclasses.replace(
         config,
         pretraining=tuple(arms),
-        finetuning=smaller(config.finetuning, 300, {}),
+        finetuning=smaller(config.finetuning, 300, {"expand": 2.0}, batch_size=8),
         seeds=(0,),
         workdir=str(tmp_path / "study"),
     )
