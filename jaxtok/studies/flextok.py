@@ -108,7 +108,7 @@ class FlexTokStudy:
         images = next(iter(tokenizer.data.eval_batches("validation")))["images"][: self.images]
         codes, rng = tokenizer.encode(images, jax.random.key(0)), jax.random.key(0)
         rows = [np.clip(tokenizer.decode(codes[:, :count], rng), 0, 1) for count in self.tokens]
-        titles = [f"{count} tokens" for count in self.tokens for _ in images] + ["image"] * len(images)
+        titles = [_tokens(count) for count in self.tokens for _ in images] + ["image"] * len(images)
         image_grid(np.concatenate([*rows, images / 255]), self.images, titles).save(path)
 
     def _draw(self, result: Any, tokenizer: Path, path: Path) -> None:
@@ -118,7 +118,7 @@ class FlexTokStudy:
         for count in self.tokens:
             sampling = result.task.sampling(tokens=count)
             rows.append(draw_images(result.task, result.params, decoder, labels, sampling, jax.random.key(0)))
-        titles = [f"{label}, {count} tokens" for count in self.tokens for label in labels]
+        titles = [f"{label}, {_tokens(count)}" for count in self.tokens for label in labels]
         image_grid(np.concatenate(rows), self.images, titles).save(path)
 
     def _plot(self, path: Path) -> None:
@@ -142,3 +142,7 @@ class FlexTokStudy:
         axes.legend()
         figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count > 1)}"
