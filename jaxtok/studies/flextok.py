@@ -16,7 +16,6 @@ from jaxtok.nn.quantizers import perplexity
 from jaxtok.protocols import Params
 from jaxtok.studies.comparison import Comparison, key, train_once
 from jaxtok.training.experiment import Experiment
-from jaxtok.training.loop import DeadRun
 from jaxtok.verbs.vision import draw_images, open_tokenizer, tokenize
 from jaxtok.vision.grids import image_grid
 
@@ -61,8 +60,6 @@ class FlexTokStudy:
     """The model of the tokens in WORKDIR/codes, which are those of the tokenizer `source`."""
     source: str
     """An arm of `prefixes`."""
-    collapse: Experiment
-    """A tokenizer whose codes are expected to collapse, so that its guard ends the run."""
     workdir: str
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of tokens in the pictures."""
@@ -86,16 +83,6 @@ class FlexTokStudy:
         if result.interrupted:
             return False
         self._draw(result, runs[self.source], folder / "drawn.png")
-        said = folder / "collapse.txt"
-        if not said.exists():
-            try:
-                result = train_once(self.collapse)
-                if result.interrupted:
-                    return False
-                said.write_text(f"{self.collapse.name} lives: {result.metrics}\n")
-            except DeadRun as verdict:
-                said.write_text(f"{verdict}\n")
-        console.print(said.read_text().strip(), highlight=False, soft_wrap=True)
         if not self.options.run():
             return False
         console.print(f"pictures: {folder}/*.png", highlight=False, soft_wrap=True)
