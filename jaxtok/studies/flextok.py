@@ -16,7 +16,6 @@ from jaxtok.nn.quantizers import perplexity
 from jaxtok.protocols import Params
 from jaxtok.studies.comparison import Comparison, key, train_once
 from jaxtok.training.experiment import Experiment
-from jaxtok.training.loop import DeadRun
 from jaxtok.verbs.vision import draw_images, open_tokenizer, tokenize
 from jaxtok.vision.grids import image_grid
 
@@ -61,8 +60,6 @@ class FlexTokStudy:
     """The model of the tokens in WORKDIR/codes, which are those of the tokenizer `source`."""
     source: str
     """An arm of `prefixes`."""
-    collapse: Experiment
-    """A tokenizer whose codes are expected to collapse, so that its guard ends the run."""
     workdir: str
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Numbers of tokens in the pictures."""
@@ -86,16 +83,6 @@ class FlexTokStudy:
         if result.interrupted:
             return False
         self._draw(result, runs[self.source], folder / "drawn.png")
-        said = folder / "collapse.txt"
-        if not said.exists():
-            try:
-                result = train_once(self.collapse)
-                if result.interrupted:
-                    return False
-                said.write_text(f"{self.collapse.name} lives: {result.metrics}\n")
-            except DeadRun as verdict:
-                said.write_text(f"{verdict}\n")
-        console.print(said.read_text().strip(), highlight=False, soft_wrap=True)
         if not self.options.run():
             return False
         console.print(f"pictures: {folder}/*.png", highlight=False, soft_wrap=True)
@@ -108,7 +95,7 @@ class FlexTokStudy:
         images = next(iter(tokenizer.data.eval_batches("validation")))["images"][: self.images]
         codes, rng = tokenizer.encode(images, jax.random.key(0)), jax.random.key(0)
         rows = [np.clip(tokenizer.decode(codes[:, :count], rng), 0, 1) for count in self.tokens]
-        titles = [f"{count} tokens" for count in self.tokens for _ in images] + ["image"] * len(images)
+        titles = [_tokens(count) for count in self.tokens for _ in images] + ["image"] * len(images)
         image_grid(np.concatenate([*rows, images / 255]), self.images, titles).save(path)
 
     def _draw(self, result: Any, tokenizer: Path, path: Path) -> None:
@@ -118,7 +105,7 @@ class FlexTokStudy:
         for count in self.tokens:
             sampling = result.task.sampling(tokens=count)
             rows.append(draw_images(result.task, result.params, decoder, labels, sampling, jax.random.key(0)))
-        titles = [f"{label}, {count} tokens" for count in self.tokens for label in labels]
+        titles = [f"{label}, {_tokens(count)}" for count in self.tokens for label in labels]
         image_grid(np.concatenate(rows), self.images, titles).save(path)
 
     def _plot(self, path: Path) -> None:
@@ -142,3 +129,7 @@ class FlexTokStudy:
         axes.legend()
         figure.savefig(path, dpi=130, bbox_inches="tight")
         plt.close(figure)
+
+
+def _tokens(count: int) -> str:
+    return f"{count} token{'s' * (count > 1)}"

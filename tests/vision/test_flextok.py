@@ -275,14 +275,18 @@ def test_repa():
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient["frozen"]))
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradient["repa"]))
 
-    draws, x = task.draw(rng, 3), task.to_latents(params, images)
-    model, given = FlexTok(CONFIG), {"params": params["flextok"]}
-    codes = CONFIG.scalars.quantize(model.apply(given, x, method="vectors"))
-    arguments = (noised(x, draws.noise, draws.t), draws.t, codes, draws.keep, draws.null)
-    _, state = model.apply(given, *arguments, method="velocity", mutable="intermediates")
-    hidden = state["intermediates"]["decoder"]["stack"]["blocks"]["hidden"][0][0][:, : CONFIG.patches]
-    ours = Projection(CONFIG.decoder_width, 8, (4, 4), (2, 2)).apply({"params": params["repa"]}, hidden)
-    theirs = task.repa.features(params["frozen"]["teacher"], images)
+    @jax.jit
+    def features(params):
+        draws, x = task.draw(rng, 3), task.to_latents(params, images)
+        model, given = FlexTok(CONFIG), {"params": params["flextok"]}
+        codes = CONFIG.scalars.quantize(model.apply(given, x, method="vectors"))
+        arguments = (noised(x, draws.noise, draws.t), draws.t, codes, draws.keep, draws.null)
+        _, state = model.apply(given, *arguments, method="velocity", mutable="intermediates")
+        hidden = state["intermediates"]["decoder"]["stack"]["blocks"]["hidden"][0][0][:, : CONFIG.patches]
+        ours = Projection(CONFIG.decoder_width, 8, (4, 4), (2, 2)).apply({"params": params["repa"]}, hidden)
+        return ours, task.repa.features(params["frozen"]["teacher"], images)
+
+    ours, theirs = features(params)
     assert theirs.shape == ours.shape == (3, 4, 8)
     lengths = np.linalg.norm(ours, axis=-1) * np.linalg.norm(theirs, axis=-1)
     cosine = np.sum(np.asarray(ours * theirs), -1) / lengths
