@@ -372,11 +372,14 @@ class KLAutoencoding(Reconstruction):
         return {**params, "latents": {"square": square}}
 
     def trainable(self, params: Params) -> Params | None:
-        trains = super().trainable(params)
-        if self.model.scaling:
-            return trains
-        trains = jax.tree.map(lambda _: 1.0, params) if trains is None else trains
-        return {**trains, "latents": {"square": 0.0}}
+        """All but statistics, and the biases of keys, whose gradient is 0 but for rounding."""
+
+        def trains(path, _):
+            return float([key.key for key in path[-2:]] != ["key", "bias"])
+
+        others = super().trainable(params) or jax.tree.map(lambda _: 1.0, params)
+        found = {**others, "autoencoder": jax.tree_util.tree_map_with_path(trains, params["autoencoder"])}
+        return found if self.model.scaling else {**found, "latents": {"square": 0.0}}
 
 
 PUBLISHED = {"kl-16": KLVAEConfig(first_width=128)}

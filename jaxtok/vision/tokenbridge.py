@@ -440,6 +440,17 @@ class TokenBridgeModeling(Task):
         """See `Task.evaluate`; the default key is that of seed 0."""
         return super().evaluate(params, batches, jax.random.key(0) if rng is None else rng, **options)
 
+    def trainable(self, params: Params) -> Params:
+        """All but the biases of keys (in the head, of the keys' norms): they add one number to all scores of a query,
+        so that their gradient is 0 but for rounding."""
+
+        def trains(path, _):
+            names = [key.key for key in path]
+            of_keys = "key_norm" if names[0] == "head" else "key"
+            return float(names[-2:] != [of_keys, "bias"])
+
+        return jax.tree_util.tree_map_with_path(trains, params)
+
     def flops(self, batch: Batch) -> float:
         """The FLOPs of one training step: three times the forward pass."""
         return 3 * len(batch["codes"]) * self.model.flops()
