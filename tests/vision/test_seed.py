@@ -23,16 +23,8 @@ from jaxtok.training.mesh import unboxed
 from jaxtok.vision.eva_vit import EvaViTConfig, resize_positions, scale_by_depth
 from jaxtok.vision.qformer import QFormer, QFormerConfig
 from jaxtok.vision.retrieval import class_accuracy, pair_recall, recall
-from jaxtok.vision.seed import (
-    LearnCodes,
-    PatchesConfig,
-    Seed,
-    SeedAlignment,
-    SeedConfig,
-    reader_of,
-    spread,
-    write_states,
-)
+from jaxtok.vision.seed import PatchesConfig, Seed, SeedConfig
+from jaxtok.vision.seed_alignment import LearnCodes, SeedAlignment, reader_of, spread, write_states
 
 STILL = {"dropout": 0.0, "attention_dropout": 0.0}
 QFORMER = QFormerConfig(
