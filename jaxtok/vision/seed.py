@@ -3,8 +3,9 @@
 A frozen ViT -> a causal Q-Former (`jaxtok.vision.qformer`) -> a small MLP -> the nearest of 8192 vectors -> a small MLP
 -> a few ViT blocks -> a head that gives the *generation embedding*, from which a frozen diffusion model draws.
 
-Stage I (`jaxtok.vision.seed_alignment`) makes the last query's output agree with a text (section 3.2). Stage II (`Seed`)
-learns the codes of the frozen Q-Former's outputs h (section 3.3): with u the vectors of the codes, mapped back,
+Stage I (`jaxtok.vision.seed_alignment`) makes the last query's output agree with a text (section 3.2). Stage II
+(`Seed`) learns the codes of the frozen Q-Former's outputs h (section 3.3): with u the vectors of the codes, mapped
+back,
 
     L = 5 L_vq + 2 mean(1 - cos(Blocks(u), sg(h))) + 0.5 mean((y - target)^2)
 
