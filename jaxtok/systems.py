@@ -298,6 +298,7 @@ SYSTEMS: tuple[System, ...] = (
         paper="https://arxiv.org/abs/2307.08041",
         modules=(
             "vision/seed.py",
+            "vision/seed_alignment.py",
             "vision/qformer.py",
             "vision/eva_vit.py",
             "vision/retrieval.py",

@@ -37,6 +37,10 @@ class Case:
     drawn: bool = False
     """Whether an evaluation draws (hidden positions, tables, gates), so that it depends on how the data are batched."""
 
+    rounding: float = 1e-6
+    """The size of a gradient's entries up to which a gradient that is 0 in theory (of keys' biases) is taken to be
+    rounding: larger where a loss has larger gradients."""
+
     @property
     def experiment(self) -> Experiment:
         return Experiment(task=self.task, data=self.data, train=self.train)

@@ -6,7 +6,7 @@
     jaxtok train seed_llama_7b --start LLAMA                           # a language model of text and images
 
 seed_alignment  the causal Q-Former by contrast with captions; 4096 pairs a batch
-seed_codes  codes of its outputs, on outputs and CLIP embeddings computed once (`jaxtok.vision.seed.write_states`)
+seed_codes  codes of its outputs, on outputs and CLIP embeddings computed once (`write_states`)
 seed_released  the same with the released tokenizer's head: `jaxtok convert FILE RUN --config seed_released` reads it
 seed_llama_7b  a Llama of 7B with 8192 codes, by LoRA with tables and norms trained whole
 
@@ -24,7 +24,8 @@ from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.mesh import MeshConfig
 from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.transfer.lora import Lora
-from jaxtok.vision.seed import PUBLISHED, LearnCodes, Seed, SeedAlignment
+from jaxtok.vision.seed import PUBLISHED, Seed
+from jaxtok.vision.seed_alignment import LearnCodes, SeedAlignment
 
 SIZES = PUBLISHED["seed-tokenizer-2"]
 

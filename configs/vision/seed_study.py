@@ -22,7 +22,8 @@ from jaxtok.training.experiment import Experiment, TrainConfig
 from jaxtok.training.optimizer import OptimizerConfig
 from jaxtok.vision.eva_vit import EvaViTConfig
 from jaxtok.vision.qformer import QFormerConfig
-from jaxtok.vision.seed import PatchesConfig, Seed, SeedAlignment, SeedConfig
+from jaxtok.vision.seed import PatchesConfig, Seed, SeedConfig
+from jaxtok.vision.seed_alignment import SeedAlignment
 
 WORKDIR = "runs/seed_study"
 

@@ -23,7 +23,8 @@ from jaxtok.nn.quantizers import CodebookAverages
 from jaxtok.protocols import FROZEN, Params
 from jaxtok.vision.eva_vit import EvaViTConfig, resize_positions
 from jaxtok.vision.qformer import QFormerConfig
-from jaxtok.vision.seed import DOWN, Seed, SeedAlignment, SeedConfig
+from jaxtok.vision.seed import DOWN, Seed, SeedConfig
+from jaxtok.vision.seed_alignment import SeedAlignment
 
 Tensors = Mapping[str, np.ndarray]
 Names = dict[Place, Source]

@@ -24,7 +24,8 @@ from jaxtok.training.logs import read_metrics
 from jaxtok.training.loop import train
 from jaxtok.vision.grids import image_grid
 from jaxtok.vision.retrieval import class_accuracy, pair_recall, pair_vectors
-from jaxtok.vision.seed import LearnCodes, Seed
+from jaxtok.vision.seed import Seed
+from jaxtok.vision.seed_alignment import LearnCodes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

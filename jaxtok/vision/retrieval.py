@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float
 
 from jaxtok.protocols import Batch, Params
-from jaxtok.vision.seed import Seed, SeedAlignment
+from jaxtok.vision.seed import Seed
+from jaxtok.vision.seed_alignment import SeedAlignment
 
 
 def pair_vectors(

@@ -15,7 +15,8 @@ from jaxtok.training.checkpoints import abstract_params
 from jaxtok.training.mesh import MeshConfig, make_layout
 from jaxtok.vision.eva_vit import EvaViTConfig
 from jaxtok.vision.qformer import QFormerConfig
-from jaxtok.vision.seed import SeedAlignment, SeedConfig
+from jaxtok.vision.seed import SeedConfig
+from jaxtok.vision.seed_alignment import SeedAlignment
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,8 @@ from jaxtok.nn.transformer import Stack
 from jaxtok.protocols import FROZEN
 from jaxtok.vision.eva_vit import EvaViT, EvaViTConfig
 from jaxtok.vision.qformer import QFormer, QFormerConfig, attention_bias
-from jaxtok.vision.seed import Seed, SeedAlignment, SeedConfig
+from jaxtok.vision.seed import Seed, SeedConfig
+from jaxtok.vision.seed_alignment import SeedAlignment
 
 
 def nhwc(x):
