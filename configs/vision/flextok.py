@@ -5,10 +5,13 @@
 
 flextok_digits  scikit-learn's digits of 8 x 8 pixels, 16 tokens; eight minutes on two cores. Expect a squared error of
     about 0.15 from 1 token and 0.11 from 16, of grey values in [-1, 1] whose variance is 0.57
-flextok_d12_d12_imagenet256, flextok_d18_d18_imagenet256, flextok_d18_d28_imagenet256  the published sizes, on latents
-    of a KL-VAE with 16 channels and stride 8 (--task.vae-run RUN, a run of kl_vae or its files). Published with 32
-    tokens and a model of 1.33 B: reconstruction FID 4.20, 1.61, 1.45 (as later papers quote them). The paper's batch,
-    steps and learning rate are not known; those here are ours.
+flextok_d12_d12_imagenet256  encoder and decoder of 12 layers; published FID 4.20
+flextok_d18_d18_imagenet256  of 18 layers; 1.61
+flextok_d18_d28_imagenet256  an encoder of 18 layers, a decoder of 28; 1.45
+
+The published sizes run on latents of a KL-VAE with 16 channels and stride 8 (--task.vae-run RUN, a run of kl_vae or its
+files). The reconstruction FIDs are of 32 tokens and a model of 1.33 B, as later papers quote them. The paper's batch,
+steps and learning rate are not known; those here are ours.
 """
 
 import dataclasses

@@ -7,8 +7,14 @@ CODES is a folder that `jaxtok vision tokenize` has written with a FlexTok of 25
 generation FID 1.86 for the model of 1.33 B with the tokenizer d18-d28, and 2.02 with d18-d18, as later papers quote
 them. The recipe is that of re-implementations: AdamW 0.9/0.95, decay 0.05, 300 epochs, cosine to 1 %, clip 1.
 
-flextok_gpt_49m, flextok_gpt_85m, flextok_gpt_201m, flextok_gpt_393m, flextok_gpt_679m, flextok_gpt_1b3  the paper's
-    class-conditional sizes, by the parameters of their blocks
+The sizes are the paper's class-conditional ones, by the parameters of their blocks:
+
+flextok_gpt_49m  10 layers of width 640
+flextok_gpt_85m  12 layers of width 768
+flextok_gpt_201m  16 layers of width 1024
+flextok_gpt_393m  20 layers of width 1280
+flextok_gpt_679m  24 layers of width 1536
+flextok_gpt_1b3  30 layers of width 1920
 """
 
 import dataclasses
@@ -49,6 +55,10 @@ def gpt(size: str) -> Experiment:
 
 
 configs = {
-    f"flextok_gpt_{NAMES.get(size, size)}": functools.partial(gpt, size)
-    for size in ("49m", "85m", "201m", "393m", "679m", "1.33b")
+    "flextok_gpt_49m": functools.partial(gpt, "49m"),
+    "flextok_gpt_85m": functools.partial(gpt, "85m"),
+    "flextok_gpt_201m": functools.partial(gpt, "201m"),
+    "flextok_gpt_393m": functools.partial(gpt, "393m"),
+    "flextok_gpt_679m": functools.partial(gpt, "679m"),
+    "flextok_gpt_1b3": functools.partial(gpt, "1.33b"),
 }
