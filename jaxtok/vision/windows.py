@@ -45,8 +45,13 @@ class Windows:
             raise ValueError(f"weight is {self.weight!r}; it must be one of {', '.join(KINDS)}.")
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1.")
-        if self.steps is not None and (len(self.steps) != 3 or min(self.steps) < 1):
-            raise ValueError(f"steps is {self.steps}; it must be three numbers of at least 1.")
+        if self.steps is not None and not (
+            len(self.steps) == 3 and all(1 <= step <= side for step, side in zip(self.steps, self.crop))
+        ):
+            raise ValueError(
+                f"steps is {self.steps}; it must be three numbers from 1 to those of crop = {self.crop}, as larger "
+                "ones leave voxels out."
+            )
         if len(self.margin) != 3 or min(self.margin) < 0:
             raise ValueError(f"margin is {self.margin}; it must be three numbers of at least 0.")
 

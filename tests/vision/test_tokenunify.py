@@ -483,6 +483,7 @@ def test_a_volume_is_segmented_by_the_verb(runs, tmp_path, capsys):
         (lambda: VolumePretraining(model=UNET), "model.out_channels is 3; to predict voxels it must be 1"),
         (lambda: AffinityPrediction(model=PATCHES), "model.out_channels is 1; for affinities it must be 3"),
         (lambda: Windows(crop=(4, 8, 8), overlap=1.0), r"overlap is 1.0; it must be in \[0, 1\)"),
+        (lambda: Windows(crop=(4, 8, 8), steps=(5, 8, 8)), "larger ones leave voxels out"),
         (
             lambda: next(slide(None, np.zeros((2, 8, 8)), Windows(crop=(4, 8, 8)))),
             "the depth of the volume is 2, and its mirror image cannot",
