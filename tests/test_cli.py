@@ -385,7 +385,9 @@ def _help(command, capsys):
 
 def test_help_breaks_no_sentence_where_the_source_does(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "1000")
-    assert "(ELM, VQGAN, BAE, ELECTRA's variables); the new run then has this config." in _help(["convert"], capsys)
+    assert "TokenBridge, TokenUnify, ELECTRA's variables); the new run then has this config." in _help(
+        ["convert"], capsys
+    )
     shown = _help(["train", "elm_l"], capsys)
     assert "ELM (arXiv 2410.16257): a Llama" in shown and "elm_l: 316M parameters" in shown
     assert "linearly from 0 in the first layer (stochastic depth, arXiv 1603.09382). If it is positive, it" in shown

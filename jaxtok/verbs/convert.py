@@ -36,7 +36,9 @@ def convert(
         T5, mT5, ByT5, the released HATs
       - folders of PEFT, and of the authors of TokenFormer, MrT5 and Learn Your Tokens
       - files of llama.cpp (GGUF), which are read only: Llama, Qwen2, Gemma, GPT-2
-      - files of the authors of ELECTRA, VQGAN, BAE, ELM and TokenUnify
+      - files of the authors of ELECTRA, VQGAN, BAE, ELM, SEED, TokenBridge and TokenUnify; of FlexTok,
+        a folder or a file with its config inside
+      - KL-VAEs: files of latent diffusion, folders of diffusers
 
     A run becomes the folder or file that fits its model (for ELECTRA, that of the discriminator).
 
@@ -45,9 +47,9 @@ def convert(
         pretrained model (smollm2).
       target: The folder or file to write, which must not exist. The suffix of a file says its kind: .safetensors, .npz,
         .pth, .th or .pt.
-      config: The name or file of the model's config, if the files are bare tensors (ELM, VQGAN, BAE, TokenUnify,
-        ELECTRA's variables); the new run then has this config. With the config of a Byte2Word, the folder of a BERT
-        gives its layers.
+      config: The name or file of the model's config, if the files are bare tensors (ELM, VQGAN, BAE, SEED, KL-VAE,
+        TokenBridge, TokenUnify, ELECTRA's variables); the new run then has this config. With the config of a Byte2Word,
+        the folder of a BERT gives its layers.
       format: The name of the format, if several can hold the model.
       which: Whether the parameters are read or their moving average, from a file that holds both.
       ema: Whether the moving average of a run's parameters is taken.

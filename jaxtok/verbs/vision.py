@@ -355,7 +355,7 @@ def segment(
 ) -> dict[str, Any]:
     """Cuts a volume into segments: affinities by a network, then watershed and agglomeration.
 
-    The affinities are written as they come, so they need no memory; the segments are then made from them in memory.
+    Affinities are written as they come; the segments are then made from them in memory.
 
     Args:
       checkpoint: A run that predicts affinities, or RUN/checkpoints/STEP.

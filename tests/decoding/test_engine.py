@@ -226,7 +226,7 @@ def texts_of(prompts, rows):
 def assert_same(found, plain, what):
     assert found.tokens == plain.tokens, what
     for ours, theirs in zip(found.logprobs, plain.logprobs):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5, err_msg=what)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5, err_msg=what)
 
 
 def test_drafts_change_nothing(causal_lm):
