@@ -28,6 +28,7 @@ from jaxtok.nn.quantizers import Quantized
 from jaxtok.nn.transformer import PARAM_DTYPES
 from jaxtok.protocols import Batch, Data, Params
 from jaxtok.vision.autoencoding import Reconstruction
+from jaxtok.vision.collapse import CollapseGuard
 from jaxtok.vision.images import check_images
 
 LOG_VARIANCE = (-30.0, 20.0)
@@ -311,6 +312,8 @@ class KLAutoencoding(Reconstruction):
     {"square": the running mean square of posterior samples, over about the last hundred steps}."""
 
     model: KLVAEConfig
+    guard: CollapseGuard | None = CollapseGuard(least_std=1e-3)
+    """The rule that ends a run whose latents no longer depend on the image (`code_std`). None: there is no rule."""
 
     def autoencoder(self) -> KLVAE:
         return KLVAE(self.model)
