@@ -79,16 +79,20 @@ LIKE_ANOTHER = (
     "text_classification",
     "masked_words",
     "elm_masked",
+    "kl_vae",
+    "tokenbridge",
     "tokenbridge_tokenizer",
     "flextok_generation",
+    "tokenunify",
     "t5",
     "hat_released",
     "lora",
+    "seed_alignment",
     "seed_averages",
     "seed_llama",
 )
-"""Tasks of the same kind as one that is tested (VQGAN, lexinvariant, GPT-2, Byte2Word, ELECTRA, ELM, the KL-VAE, MrT5,
-HAT, SEED, Llama, and LoRA as a surgery in tests/transfer); they run with --slow."""
+"""Tasks of the same kind as one that is tested (VQGAN, lexinvariant, GPT-2, Byte2Word, ELECTRA, ELM, MrT5, HAT, SEED's
+second stage, TokenUnify's affinities, Llama, and LoRA as a surgery in tests/transfer); they run with --slow."""
 
 
 def tasks_on_meshes():
