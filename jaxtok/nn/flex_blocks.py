@@ -113,15 +113,8 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
 
 def by_set(
     chunks: Float[Array, "batch all"], sets: Sequence[int], length: int, count: int
-) -> list[
-    Float[
-        Array,
-        (
-            batch  # length d_model
-        ),
-    ]
-]:
-    """The `count` chunks for each token. `chunks` has those of all tokens' sets, one set after the other."""
+) -> list[Float[Array, "batch _ d_model"]]:
+    """The `count` chunks for each token, or, with one set, for all. `chunks` has those of all sets in turn."""
     chunks = chunks.reshape(len(chunks), len(sets), count, -1)
     if len(sets) == 1:
         return [chunks[:, :, n] for n in range(count)]
