@@ -204,7 +204,23 @@ class ElmBase(nn.Module):
         return constrain(jnp.take(self.class_embedding, labels, axis=0)[:, None], None, "d_model")
 
 
-class Elm(ElmBase):
+class NextCodes(ElmBase):
+    """A model that predicts each position's codes from those before it: by its `states`, and `logits_of` these and the
+    matrix of its head."""
+
+    def nats(
+        self, codes: Int[Array, "batch positions sub_codes"], labels: Int[Array, " batch"], deterministic: bool = True
+    ) -> Float[Array, "batch positions sub_codes"]:
+        """-log p of each sub-code, with the logits of `loss_chunk` positions at a time."""
+        matrix = self.head_matrix  # outside of the scan over parts
+
+        def part(hidden, codes):
+            return cross_entropy(self.logits_of(hidden, matrix), codes)
+
+        return by_parts(part, self.config.loss_chunk, self.states(codes, labels, deterministic), codes)
+
+
+class Elm(NextCodes):
     """Maps codes and a class to the logits of each position's codes, given the positions before it."""
 
     def setup(self):
@@ -230,16 +246,10 @@ class Elm(ElmBase):
         """
         return self.head(self.states(codes, labels, deterministic))
 
-    def nats(
-        self, codes: Int[Array, "batch positions sub_codes"], labels: Int[Array, " batch"], deterministic: bool = True
-    ) -> Float[Array, "batch positions sub_codes"]:
-        """-log p of each sub-code, with the logits of `loss_chunk` positions at a time."""
-        matrix = self.head_matrix  # outside of the scan over parts
-
-        def part(hidden, codes):
-            return cross_entropy(_logits(hidden, matrix), codes)
-
-        return by_parts(part, self.config.loss_chunk, self.states(codes, labels, deterministic), codes)
+    @staticmethod
+    def logits_of(hidden, matrix):
+        logits = jnp.einsum("bld,tvd->bltv", hidden, matrix, preferred_element_type=jnp.float32)
+        return constrain(logits, None, "vocab")
 
     def states(self, codes, labels, deterministic: bool = True) -> Float[Array, "batch positions d_model"]:
         """Hidden states after the final norm, from which each position is predicted."""
@@ -288,7 +298,7 @@ class Elm(ElmBase):
 
     def head(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length sub_codes vocab"]:
         """Logits in float32."""
-        return _logits(hidden, self.head_matrix)
+        return self.logits_of(hidden, self.head_matrix)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         return self.config.init_cache(batch, length)
@@ -348,14 +358,9 @@ class ElmText(Elm):
         return self.final_norm(x) if end == cfg.num_layers else x, cache
 
     def head(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length vocab"]:
-        logits = _logits(hidden, self.head_matrix)[:, :, 0]
+        logits = self.logits_of(hidden, self.head_matrix)[:, :, 0]
         least = jnp.min(logits, -1, keepdims=True) - 20
         return jnp.concatenate([logits, jnp.repeat(least, self.config.num_classes + 1, axis=-1)], -1)
-
-
-def _logits(hidden, matrix):
-    logits = jnp.einsum("bld,tvd->bltv", hidden, matrix, preferred_element_type=jnp.float32)
-    return constrain(logits, None, "vocab")
 
 
 def init_params(config: ElmConfig, rng: jax.Array) -> Params:

@@ -26,10 +26,9 @@ from jaxtok.decoding.sampling import Sampling, sampling_key
 from jaxtok.nn.cache import KVCache
 from jaxtok.nn.flex_blocks import gated_width
 from jaxtok.nn.linear import LlamaStack
-from jaxtok.nn.losses import by_parts, cross_entropy
 from jaxtok.protocols import Data, OnProgress, Params
 from jaxtok.vision.classes import check_classes
-from jaxtok.vision.elm import CodeModeling, ElmBase
+from jaxtok.vision.elm import CodeModeling, NextCodes
 from jaxtok.vision.elm_sampling import Drawing, ElmSampling, GuidedCodes, begin, class_ids
 
 
@@ -93,7 +92,7 @@ class FlexTokGPTConfig(LlamaStack):
         return self.length * (self.stack_flops(self.length) + 2 * self.codebook * self.d_model)
 
 
-class FlexTokGPT(ElmBase):
+class FlexTokGPT(NextCodes):
     """Maps tokens and a class to the logits of each token, given those before it. Its methods are those of
     `jaxtok.vision.elm.Elm`."""
 
@@ -112,16 +111,10 @@ class FlexTokGPT(ElmBase):
         """Logits in float32."""
         return self.head(self.states(codes, labels, deterministic))
 
-    def nats(
-        self, codes: Int[Array, "batch positions 1"], labels: Int[Array, " batch"], deterministic: bool = True
-    ) -> Float[Array, "batch positions 1"]:
-        """-log p of each token, with the logits of `loss_chunk` positions at a time."""
-        matrix = self.head_matrix  # outside of the scan over parts
-
-        def part(hidden, codes):
-            return cross_entropy(_logits(hidden, matrix), codes)
-
-        return by_parts(part, self.config.loss_chunk, self.states(codes, labels, deterministic), codes)
+    @staticmethod
+    def logits_of(hidden, matrix):
+        logits = jnp.einsum("bld,vd->blv", hidden, matrix, preferred_element_type=jnp.float32)
+        return constrain(logits, "vocab")[:, :, None]
 
     def states(self, codes, labels, deterministic: bool = True) -> Float[Array, "batch positions d_model"]:
         """Hidden states after the final norm, from which each token is predicted."""
@@ -155,15 +148,10 @@ class FlexTokGPT(ElmBase):
 
     def head(self, hidden: Float[Array, "batch length d_model"]) -> Float[Array, "batch length 1 vocab"]:
         """Logits in float32."""
-        return _logits(hidden, self.head_matrix)
+        return self.logits_of(hidden, self.head_matrix)
 
     def init_cache(self, batch: int, length: int) -> KVCache:
         return self.config.init_cache(batch, length)
-
-
-def _logits(hidden, matrix):
-    logits = jnp.einsum("bld,vd->blv", hidden, matrix, preferred_element_type=jnp.float32)
-    return constrain(logits, "vocab")[:, :, None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
