@@ -107,15 +107,7 @@ class SegMambaConfig:
 
     def mixer(self, features: int) -> MixerConfig:
         """The mixer of a stage."""
-        return MixerConfig(
-            d_model=features,
-            state_size=self.state_size,
-            conv_kernel=self.conv_kernel,
-            expand=self.expand,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            method=self.method,
-        )
+        return mixer_of(self, features)
 
     def module(self) -> SegMamba:
         return SegMamba(self)
@@ -391,6 +383,19 @@ class SegMamba(nn.Module):
             results += [head] if next_token else []
         results += [outputs] if stages else []
         return results[0] if len(results) == 1 else tuple(results)
+
+
+def mixer_of(config: Any, features: int) -> MixerConfig:
+    """The mixer of so many channels that the config of a network of volumes describes."""
+    return MixerConfig(
+        d_model=features,
+        state_size=config.state_size,
+        conv_kernel=config.conv_kernel,
+        expand=config.expand,
+        dtype=config.dtype,
+        param_dtype=config.param_dtype,
+        method=config.method,
+    )
 
 
 def check_crops(x: Array, crop: Size) -> None:

@@ -44,7 +44,7 @@ from jaxtok.nn.norms import Norm
 from jaxtok.protocols import Batch, Data, Params, Sums, Task
 from jaxtok.vision.affinities import Pad, affinities, balance, widen_borders
 from jaxtok.vision.images import as_float
-from jaxtok.vision.segmamba import NewVolume, SegMambaConfig, Size, Volume, check_crops, check_sizes
+from jaxtok.vision.segmamba import NewVolume, SegMambaConfig, Size, Volume, check_crops, check_sizes, mixer_of
 
 Tokens = Float[Array, "batch tokens pd ph pw"]
 PHASES = ((0.3, (0.73, 0.18, 0.09)), (0.7, (0.18, 0.73, 0.09)), (1.0, (0.09, 0.18, 0.73)))
@@ -155,7 +155,7 @@ class PatchConfig:
     out_channels: int = 1
     """1 for voxels, 3 for affinities."""
     decoder_layers: int = 0
-    """The layers of a masked autoencoder's decoder, which is left behind after pre-training."""
+    """The layers of a masked autoencoder's decoder, which is not kept after pre-training."""
     pair_dim: int = 0
     """The hidden units of the head that predicts token j from a state and the position of j ("paper")."""
     method: Literal["auto", "scan", "associative"] = "auto"
@@ -184,15 +184,7 @@ class PatchConfig:
         return math.prod(c // p for c, p in zip(self.crop, self.patch))
 
     def mixer(self) -> MixerConfig:
-        return MixerConfig(
-            d_model=self.d_model,
-            state_size=self.state_size,
-            conv_kernel=self.conv_kernel,
-            expand=self.expand,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            method=self.method,
-        )
+        return mixer_of(self, self.d_model)
 
     def module(self) -> PatchModel:
         return PatchModel(self)
