@@ -403,7 +403,7 @@ def test_a_head_of_another_crop_is_refused():
 
 
 def test_fine_tuning_starts_with_the_pretrained_body():
-    before = VolumePretraining(model=PATCHES)  # with an autoencoder's decoder, which is left behind
+    before = VolumePretraining(model=PATCHES)  # with an autoencoder's decoder, which is not kept
     after, given = affinities_case().task, params_of(before)
     surgery = ToAffinities().towards(after)
     assert surgery.task(before, DATA) == (after, DATA)
